@@ -1,0 +1,383 @@
+"""The attention of each treatment: a naive reference, a full-sequence form, a one-token form.
+
+Shapes: B batch, H query heads, K key/value heads, G = H / K, T query tokens, S key tokens (the last T of them are the
+queries' own), D head dimension, R features.
+
+`linear_window` gives the query t with window w the output
+
+    sum_{t-w < j <= t} exp(s_tj) v_j  +  sum_{j <= t-w} f(q_t, k_j) v_j
+    -------------------------------------------------------------------      s_tj = scaling * q_t . k_j
+    sum_{t-w < j <= t} exp(s_tj)      +  sum_{j <= t-w} f(q_t, k_j)
+
+so softmax inside the window and linear attention over everything older share one denominator. The feature map is
+learned per head and positive, in the manner of Hedgehog (arXiv 2402.04347): f(q, k) = sum_r exp(a_r(q)) b_r(k), where
+b is a softmax over the R features and therefore bounded, so that the state over the past grows at most with its
+length. Everything is divided by exp(m_t), m_t the largest score inside the window: the window's own part is then at
+least 1, and exp(a_r - m_t) is held below exp(FEATURE_LOGIT_CAP), so that no step can overflow or divide by zero.
+The paper does not publish its feature map; this one is this project's own choice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .plan import Treatment
+
+FEATURE_LOGIT_CAP = 30.0
+"""Cap of a_r - m_t: an old key may weigh up to exp(30) times the window's best key."""
+
+MIN_CHUNK_TOKENS = 64
+"""Queries that the chunked forms take at once, at least: smaller chunks spend their time on launches."""
+
+
+class LinearWindow(nn.Module):
+    """The learned feature map of one layer: a (queries, H heads) and b (keys, K heads), R = 2 D features.
+
+    Both maps take x to [W x, -W x] with a D x D matrix per head; queries add a bias per feature.
+    """
+
+    def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, scaling: float):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim, self.scaling = n_heads, n_kv_heads, head_dim, scaling
+        self.query_weight = nn.Parameter(torch.empty(n_heads, head_dim, head_dim))
+        self.query_bias = nn.Parameter(torch.empty(n_heads, 2 * head_dim))
+        self.key_weight = nn.Parameter(torch.empty(n_kv_heads, head_dim, head_dim))
+        self.reset_parameters()
+
+    @property
+    def n_features(self) -> int:
+        return 2 * self.head_dim
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts close to `window`: a sharp description of keys by their largest coordinates, weighed low.
+
+        Chosen on two trained models: heavier starts gained on one and lost on the other.
+        """
+        eye = torch.eye(self.head_dim, device=self.key_weight.device)
+        self.key_weight.copy_((4.0 * eye).expand_as(self.key_weight))
+        self.query_weight.copy_((self.scaling * eye).expand_as(self.query_weight))
+        self.query_bias.fill_(-4.0)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query logits a (B, H, T, R) and key features b (B, K, S, R), both at least fp32, of query (B, H, T, D), key (B, K, S, D)."""
+        projected = _wide(query) @ _wide(self.query_weight).transpose(-1, -2)
+        logits = torch.cat([projected, -projected], dim=-1) + _wide(self.query_bias)[:, None]
+        projected = _wide(key) @ _wide(self.key_weight).transpose(-1, -2)
+        return logits, torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
+
+
+def naive_attention(
+    treatment: Treatment,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    feature_map: LinearWindow | None = None,
+    valid: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The definition, with every pair of tokens written out: the reference of the fast forms.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, K, S, D) with S >= T; the queries are the last T tokens.
+        valid: (B, S) bool, False for padding. A query always sees its own key, so that padding stays finite.
+        segments: (B, S) integer; tokens of different segments do not see each other.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zeros for `none`.
+    """
+    if treatment is Treatment.NONE:
+        return torch.zeros_like(query)
+    n_groups = query.shape[1] // key.shape[1]
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    keys, values = (_wide(x).repeat_interleave(n_groups, dim=1) for x in (key, value))
+    scores = _softcap(_wide(query) @ keys.transpose(-1, -2) * scaling, softcap)
+    distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
+        n_keys, device=query.device
+    )
+    seen = (distance >= 0)[None].expand(query.shape[0], -1, -1)
+    if valid is not None:
+        seen = seen & (valid[:, None] | (distance == 0))
+    if segments is not None:
+        seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
+    seen = seen[:, None]
+    inside = seen if treatment is Treatment.SOFTMAX else seen & (distance < window)
+    scores = scores.masked_fill(~inside, -math.inf)
+    peak = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - peak)
+    if treatment is Treatment.LINEAR_WINDOW:
+        logits, features = feature_map(query, key)
+        query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
+        older = query_features @ features.repeat_interleave(n_groups, dim=1).transpose(-1, -2)
+        weights = weights + older * (seen & ~inside)
+    return ((weights @ values) / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    window: int,
+    valid: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax inside a sliding window of `window` tokens, the query's own among them, in time linear in T.
+
+    Arguments and result as in `naive_attention`; `dropout` is the probability of dropping a weight. One query token
+    takes the direct form, more are cut into chunks that meet only the keys within their reach.
+    """
+    n_reach = query.shape[2] + window - 1
+    key, value = key[:, :, -n_reach:], value[:, :, -n_reach:]
+    valid, segments = (x if x is None else x[:, -n_reach:] for x in (valid, segments))
+    if query.shape[2] == 1:
+        mask = _step_mask(key.shape[2], valid, segments)
+        return _softmax_attention(query, key, value, mask, scaling, softcap, dropout)
+    blocks = _Blocks(query, key, window, valid, segments)
+    output = _softmax_attention(
+        blocks.chunks(query).flatten(1, 2).transpose(1, 2).flatten(0, 1),  # (B N, H, C, D)
+        *(blocks.reach(x).transpose(1, 2).flatten(0, 1) for x in (key, value)),  # (B N, K, L, D)
+        blocks.inside.flatten(0, 1)[:, None],
+        scaling,
+        softcap,
+        dropout,
+    )
+    output = output.unflatten(0, (-1, blocks.n_chunks)).transpose(1, 2)  # (B, H, N, C, D)
+    return output.flatten(2, 3)[:, :, : blocks.n_queries]
+
+
+def linear_window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    window: int,
+    feature_map: LinearWindow,
+    state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    valid: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    softcap: float | None = None,
+    return_state: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Softmax inside the window plus linear attention over everything older, one denominator, in time linear in T.
+
+    Args:
+        query, key, value, valid, segments, softcap: as in `naive_attention`. At most window - 1 keys may precede the
+            queries' own when a state is given; what is older must be in the state.
+        state: sums over the tokens older than `key`: features x values (B, K, R, D) and features (B, K, R), fp32.
+        return_state: also give the state that covers all but the last window - 1 keys, for the next call.
+
+    Returns:
+        Output (B, H, T, D) in the dtype of `query`, and the new state (None unless asked for).
+
+    Raises:
+        ValueError: a state together with segments (a cache holds one sequence a row), or more than window - 1 keys
+            before the queries' own.
+    """
+    if state is not None and segments is not None:
+        raise ValueError("segments: packed documents cannot go on from a cache; pass them without past_key_values")
+    if key.shape[2] - query.shape[2] > window - 1:
+        raise ValueError(f"key: {key.shape[2]} keys reach past the window; give the older ones as state")
+    logits, features = feature_map(query, key)
+    if query.shape[2] == 1:
+        output = _linear_window_step(query, key, value, logits, state, scaling, valid, softcap)
+    else:
+        output = _linear_window_chunks(
+            query, key, value, logits, features, state, scaling, window, valid, segments, softcap
+        )
+    if not return_state:
+        return output, None
+    n_evicted = max(key.shape[2] - (window - 1), 0)
+    features, values = _masked(features, valid)[:, :, :n_evicted], _wide(value[:, :, :n_evicted])
+    return output, _add_state(state, (features.transpose(-1, -2) @ values, features.sum(dim=2)))
+
+
+def _linear_window_step(query, key, value, logits, state, scaling, valid, softcap):
+    batch, n_kv_heads, n_keys, head_dim = key.shape
+    grouped = _wide(query).reshape(batch, n_kv_heads, -1, head_dim)  # (B, K, G, D)
+    scores = _softcap(grouped @ _wide(key).transpose(-1, -2) * scaling, softcap)
+    mask = _step_mask(n_keys, valid, None)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    peak = scores.amax(dim=-1, keepdim=True).detach()
+    weights = torch.exp(scores - peak)
+    numerator, denominator = weights @ _wide(value), weights.sum(dim=-1, keepdim=True)
+    if state is not None:
+        logits = logits.reshape(batch, n_kv_heads, -1, logits.shape[-1])  # (B, K, G, R)
+        query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
+        numerator = numerator + query_features @ state[0]
+        denominator = denominator + query_features @ state[1].unsqueeze(-1)
+    return (numerator / denominator).reshape(query.shape).to(query.dtype)
+
+
+def _linear_window_chunks(query, key, value, logits, features, state, scaling, window, valid, segments, softcap):
+    blocks = _Blocks(query, key, window, valid, segments)
+    queries, query_logits = blocks.chunks(_wide(query)), blocks.chunks(logits)  # (B, K, G, N, C, D or R)
+    key_blocks, value_blocks = blocks.reach(_wide(key)), blocks.reach(_wide(value))  # (B, K, N, L, D)
+    key_features = blocks.reach(_masked(features, valid))  # (B, K, N, L, R)
+
+    scores = _softcap(queries @ key_blocks.unsqueeze(2).transpose(-1, -2) * scaling, softcap)
+    scores = scores.masked_fill(~blocks.inside[:, None, None], -math.inf)
+    peak = scores.amax(dim=-1, keepdim=True).detach()  # cancels, so it needs no gradient
+    query_features = torch.exp((query_logits - peak).clamp(max=FEATURE_LOGIT_CAP))
+    older = query_features @ key_features.unsqueeze(2).transpose(-1, -2)
+    weights = torch.exp(scores - peak) + older * blocks.older[:, None, None]
+    numerator = weights @ value_blocks.unsqueeze(2)
+    denominator = weights.sum(dim=-1, keepdim=True)
+
+    sums, norms = blocks.past(key_features, value_blocks, state)  # what lies before each chunk's reach
+    if blocks.past_seen is not None:
+        query_features = query_features * blocks.past_seen[:, None, None, :, :, None]
+    numerator = numerator + query_features @ sums.unsqueeze(2)
+    denominator = denominator + query_features @ norms[:, :, None, :, :, None]
+    return blocks.join(numerator / denominator).to(query.dtype)
+
+
+class _Blocks:
+    """Queries cut into N chunks of C tokens, each beside the L = C + window - 1 keys within its reach.
+
+    Invisible keys fill the front up to window - 1 keys before the first query, so that query i of a chunk has its
+    window at keys i .. i + window - 1 of the chunk's L, and what is older at keys below i.
+
+    Attributes:
+        inside, older: (B, N, C, L) bool, which keys a query sees inside its window and in front of it.
+        past_seen: (B, N, C) bool, which queries belong to the document of what lies before their chunk's reach; None
+            where all do.
+    """
+
+    def __init__(self, query, key, window, valid, segments):
+        batch, n_keys = key.shape[0], key.shape[2]
+        self.n_queries, self.n_kv_heads, self.window = query.shape[2], key.shape[1], window
+        self.chunk_tokens = min(self.n_queries, max(window, MIN_CHUNK_TOKENS))
+        self.n_chunks = -(-self.n_queries // self.chunk_tokens)
+        self.padding = (
+            window - 1 - (n_keys - self.n_queries),
+            self.n_chunks * self.chunk_tokens - self.n_queries,
+        )
+        query_index = torch.arange(self.chunk_tokens, device=query.device)[:, None]
+        key_index = torch.arange(self.chunk_tokens + window - 1, device=query.device)
+        inside = (key_index >= query_index) & (key_index < query_index + window)
+        own = key_index == query_index + window - 1
+        if valid is None:
+            valid = torch.ones(batch, n_keys, dtype=torch.bool, device=query.device)
+        seen = self._token_reach(F.pad(valid, self.padding))[:, :, None]  # (B, N, 1, L)
+        if segments is not None:
+            # Behind the last query anything will do; in front of the first key a document of its own.
+            self.segments = F.pad(segments, self.padding, value=-1)
+            reach = self._token_reach(self.segments)
+            seen = seen & (reach[..., window - 1 :, None] == reach[..., None, :])
+        self.inside, self.older = (inside & seen) | own, (key_index < query_index) & seen
+        self.past_seen = None if segments is None else self._past_seen()
+
+    def _token_reach(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, padded S) to (B, N, L)."""
+        return x.unfold(1, self.chunk_tokens + self.window - 1, self.chunk_tokens)
+
+    def reach(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, K, S, X) to each chunk's keys (B, K, N, L, X)."""
+        x = F.pad(x, (0, 0, *self.padding))
+        return x.unfold(2, self.chunk_tokens + self.window - 1, self.chunk_tokens).transpose(-1, -2)
+
+    def chunks(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, X) to (B, K, G, N, C, X)."""
+        x = F.pad(x, (0, 0, 0, self.padding[1]))
+        return x.reshape(x.shape[0], self.n_kv_heads, -1, self.n_chunks, self.chunk_tokens, x.shape[-1])
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, K, G, N, C, X) to (B, H, T, X)."""
+        return x.flatten(3, 4).flatten(1, 2)[:, :, : self.n_queries]
+
+    def _past_seen(self) -> torch.Tensor:
+        """(B, N, C): the query's document is that of the last key before its chunk's reach."""
+        starts = self.chunk_tokens * torch.arange(1, self.n_chunks, device=self.segments.device)
+        last = F.pad(self.segments[:, starts - 1], (1, 0), value=-1)  # (B, N)
+        return self._token_reach(self.segments)[..., self.window - 1 :] == last[..., None]
+
+    def past(self, key_features, values, state) -> tuple[torch.Tensor, torch.Tensor]:
+        """State over all keys before each chunk's reach: (B, K, N, R, D) and (B, K, N, R)."""
+        features, values = key_features[..., : self.chunk_tokens, :], values[..., : self.chunk_tokens, :]
+        if self.past_seen is not None:
+            # Only the document of a chunk's last key can go on into later chunks.
+            own = self.segments[:, : self.n_chunks * self.chunk_tokens].unflatten(1, (self.n_chunks, -1))
+            features = features * (own == own[..., -1:])[:, None, :, :, None]
+        sums = features.transpose(-1, -2) @ values
+        norms = features.sum(dim=-2)
+        if self.past_seen is None:
+            sums, norms = sums.cumsum(dim=2) - sums, norms.cumsum(dim=2) - norms
+        else:
+            sums, norms = _carry_within_document(sums, norms, own)
+        if state is not None:
+            sums, norms = sums + state[0].unsqueeze(2), norms + state[1].unsqueeze(2)
+        return sums, norms
+
+
+def _carry_within_document(sums, norms, own):
+    """Exclusive running sums over chunks that start anew where a chunk's last key is of another document."""
+    total, total_norm = torch.zeros_like(sums[:, :, 0]), torch.zeros_like(norms[:, :, 0])
+    carried, carried_norms = [], []
+    for chunk in range(sums.shape[2]):
+        carried.append(total)
+        carried_norms.append(total_norm)
+        if chunk + 1 < sums.shape[2]:
+            previous = own[:, chunk - 1, -1] if chunk else torch.full_like(own[:, 0, -1], -1)
+            goes_on = (own[:, chunk, -1] == previous)[:, None, None]
+            total = total * goes_on[..., None] + sums[:, :, chunk]
+            total_norm = total_norm * goes_on + norms[:, :, chunk]
+    return torch.stack(carried, dim=2), torch.stack(carried_norms, dim=2)
+
+
+def _softmax_attention(query, key, value, mask, scaling, softcap, dropout):
+    """(B, H, T, D) from any keys; `mask` is bool and broadcasts to (B, H, T, S), or None."""
+    n_groups = query.shape[1] // key.shape[1]
+    if n_groups > 1:
+        key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
+    scores = _softcap(_wide(query) @ _wide(key).transpose(-1, -2) * scaling, softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
+    return (weights @ _wide(value)).to(query.dtype)
+
+
+def _step_mask(n_keys: int, valid: torch.Tensor | None, segments: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, 1, 1, n_keys) of what the one query at the end sees, or None where that is all."""
+    mask = None if valid is None else valid[:, -n_keys:].clone()
+    if segments is not None:
+        same = segments[:, -n_keys:] == segments[:, -1:]
+        mask = same if mask is None else mask & same
+    if mask is None:
+        return None
+    mask[:, -1] = True
+    return mask[:, None, None]
+
+
+def _softcap(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _masked(features: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    return features if valid is None else features * valid[:, None, :, None]
+
+
+def _add_state(state, addition):
+    return addition if state is None else (state[0] + addition[0], state[1] + addition[1])
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least single precision, for whatever is summed or exponentiated."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,129 @@
+"""Checkpoints: loading any model, saving a converted one with all that travels along."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .convert import plan_of
+from .plan import Treatment
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read safely; the message says what to do."""
+
+
+def check_no_pickle(path: str) -> None:
+    """Raises CheckpointError where a local folder holds weights as pickles only."""
+    folder = Path(path)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"model.path: '{path}' holds pickled weights (.bin), which can run code when read; "
+            "save the model again as safetensors"
+        )
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, converted or not, from a folder or a hub name; safetensors only.
+
+    Args:
+        dtype: "auto" (as saved), a torch dtype, or its name.
+
+    Raises:
+        CheckpointError: the weights are pickles.
+    """
+    check_no_pickle(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer of a checkpoint; padding on the left and with the end token where it names none."""
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    card: dict | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Saves weights (safetensors, sharded), configuration, generation configuration, tokenizer, code and model card.
+
+    The folder is written under another name and renamed when whole, so that it never holds half a model.
+
+    Args:
+        card: facts for the model card, label to value (healing tokens, quality, speed, ...).
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(model, card or {}), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def model_card(model: PreTrainedModel, facts: dict) -> str:
+    """The README of a checkpoint: what was done to which parent, how to load it, and the given facts."""
+    plan = plan_of(model)
+    record = getattr(model.config, "layerboost", None) or {}
+    parent = record.get("parent")
+    is_hub_name = parent is not None and not Path(parent).is_absolute() and parent.count("/") == 1
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [layerboost]"]
+    if is_hub_name:
+        header.append(f"base_model: {parent}")
+    lines = ["---", *header, "---", "", f"# {Path(parent).name if parent else type(model).__name__}, converted", ""]
+    if plan is not None:
+        counts = ", ".join(f"{plan.count(t)} {t.value}" for t in Treatment if plan.count(t))
+        lines += [
+            f"Attention was treated layer by layer with LayerBoost (plan `{record['plan_id']}`): {counts}.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| plan, first layer first | `{plan}` |",
+            f"| window, tokens | {plan.window or 'none'} |",
+            f"| parent | {parent or 'unknown'} |",
+            f"| parent revision | {record.get('parent_revision') or 'unknown'} |",
+            *(f"| {label} | {value} |" for label, value in facts.items()),
+            "",
+            "S: softmax attention as in the parent. L: softmax inside the window, linear attention before it.",
+            "W: softmax inside the window only. N: attention removed.",
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import layerboost  # or pass trust_remote_code=True",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

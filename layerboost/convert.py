@@ -1,0 +1,117 @@
+"""Conversion of a model by a plan, and back, sharing the parameters that both have."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from .families import CONVERTED_PREFIX, check_family
+from .modeling import config_class, model_class, parent_class
+from .plan import Plan
+
+
+class ConversionError(ValueError):
+    """A model that cannot be converted, or not back; the message says what to do."""
+
+
+def plan_of(model: PreTrainedModel) -> Plan | None:
+    """The plan of a converted model, None for any other."""
+    record = getattr(model.config, "layerboost", None)
+    return None if record is None else Plan.from_dict(record)
+
+
+def convert(
+    model: PreTrainedModel, plan: Plan, *, parent: str | None = None, revision: str | None = None
+) -> PreTrainedModel:
+    """A new model with the layers of `model` treated by `plan`.
+
+    The two share every parameter that both have: nothing is copied, and `model` stays as it was. Only the feature maps
+    of `linear_window` layers are new.
+
+    Args:
+        model: a causal language model of a supported family, not converted yet.
+        plan: one treatment for each of its layers.
+        parent: name or path by which others find the parent; by default the one it was loaded from.
+        revision: the parent's revision.
+
+    Raises:
+        UnsupportedFamilyError, PlanError, ConversionError.
+    """
+    if plan_of(model) is not None:
+        raise ConversionError("model: is converted already; restore it first, or convert its parent")
+    check_family(model.config)
+    plan.check_length(model.config.num_hidden_layers)
+    model_type = model.config.model_type
+    if type(model) is not parent_class(model_type):
+        raise ConversionError(f"model: is a {type(model).__name__}; load it with AutoModelForCausalLM")
+    config_type, model_type_class = config_class(model_type), model_class(model_type)
+    values = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map"):
+        values.pop(key, None)
+    config = config_type.from_dict(values)
+    config.layerboost = {
+        **plan.to_dict(),
+        "plan_id": plan.plan_id,
+        "parent": parent or model.config._name_or_path or None,
+        "parent_revision": revision or getattr(model.config, "_commit_hash", None),
+        "parent_architecture": type(model).__name__,
+    }
+    config.architectures = [model_type_class.__name__]
+    config.auto_map = {
+        "AutoConfig": f"modeling.{config_type.__name__}",
+        "AutoModelForCausalLM": f"modeling.{model_type_class.__name__}",
+    }
+    return _sharing(model_type_class, config, model, [])
+
+
+def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The family's own model again, with softmax attention in every layer; shares the parameters of `model`.
+
+    Args:
+        model: a converted model.
+        parent_model: gives what `none` layers no longer have.
+
+    Raises:
+        ConversionError: the plan removed attention and `parent_model` is not given.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise ConversionError("model: is not a converted one; there is nothing to restore")
+    parent_type = parent_class(model.config.model_type.removeprefix(CONVERTED_PREFIX))
+    values = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "layerboost"):
+        values.pop(key, None)
+    config = parent_type.config_class.from_dict(values)
+    return _sharing(parent_type, config, model, [] if parent_model is None else [parent_model])
+
+
+def _sharing(model_type: type, config, source: PreTrainedModel, more: list[PreTrainedModel]) -> PreTrainedModel:
+    """A model of `model_type` made of the parameters and buffers of `source`, and of `more` where it has none."""
+    config._attn_implementation = source.config._attn_implementation
+    config.dtype = source.dtype
+    with torch.device("meta"):
+        model = model_type(config)
+    tensors: dict[str, torch.Tensor] = {}
+    for owner in (*reversed(more), source):
+        tensors |= dict(owner.named_parameters(remove_duplicate=False))
+        tensors |= dict(owner.named_buffers(remove_duplicate=False))
+    missing = []
+    for module_name, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                full_name = f"{module_name}.{name}" if module_name else name
+                if full_name in tensors:
+                    slots[name] = tensors[full_name]
+                elif tensor is not None:
+                    missing.append((full_name, module))
+    fresh = {module for name, module in missing if hasattr(module, "reset_parameters") and ".linear_window." in name}
+    lost = [name for name, module in missing if module not in fresh]
+    if lost:
+        raise ConversionError(f"parent_model: needed for {lost[0]} and {len(lost) - 1} more that the plan removed")
+    for module in fresh:
+        module.to_empty(device=source.device).to(source.dtype)
+        module.reset_parameters()
+    model.generation_config = copy.deepcopy(source.generation_config)
+    return model.train(source.training)

@@ -1,0 +1,108 @@
+"""Where each model family keeps what a conversion touches: its layers, its attention, the norms that only attention uses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+class UnsupportedFamilyError(ValueError):
+    """The model's family cannot be converted; the message lists those that can."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One layout of decoder layers.
+
+    Attributes:
+        attention: name of the attention module inside a decoder layer.
+        attention_norms: names of the norms whose output (or input) nothing but attention uses, from the model's
+            config: they go when attention goes. A parallel block that feeds one norm to attention and MLP has none.
+    """
+
+    attention: str = "self_attn"
+    attention_norms: Callable[[object], tuple[str, ...]] = lambda config: ("input_layernorm",)
+
+
+_PRE_NORM = Family()
+_PRE_AND_POST_NORM = Family(attention_norms=lambda config: ("input_layernorm", "post_attention_layernorm"))
+_POST_NORM = Family(attention_norms=lambda config: ("post_attention_layernorm",))
+_SHARED_NORM = Family(attention_norms=lambda config: ())
+
+_FAMILIES: dict[str, Family] = {
+    "cohere": _SHARED_NORM,
+    "gemma": _PRE_NORM,
+    "gemma2": _PRE_AND_POST_NORM,
+    "gemma3_text": _PRE_AND_POST_NORM,
+    "gpt_neox": Family(attention="attention"),
+    "granite": _PRE_NORM,
+    "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "mixtral": _PRE_NORM,
+    "olmo": _PRE_NORM,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "phi": _SHARED_NORM,
+    "phi3": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen2_moe": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "qwen3_moe": _PRE_NORM,
+    "smollm3": _PRE_NORM,
+    "stablelm": Family(
+        attention_norms=lambda config: () if config.use_parallel_residual else ("input_layernorm",),
+    ),
+    "starcoder2": _PRE_NORM,
+}
+
+CONVERTED_PREFIX = "layerboost_"
+"""`model_type` of a converted model is this and its parent's `model_type`."""
+
+
+def supported_families() -> list[str]:
+    """`model_type` of every family that can be converted."""
+    return sorted(_FAMILIES)
+
+
+def family_of(config) -> Family:
+    """The layout of a model's family, from its config (of the parent or of a converted model).
+
+    Raises:
+        UnsupportedFamilyError: no known layout; names the family and those that can be converted.
+    """
+    model_type = str(config.model_type).removeprefix(CONVERTED_PREFIX)
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    near = difflib.get_close_matches(model_type, _FAMILIES, n=1)
+    hint = f"did you mean a model of '{near[0]}'? " if near else ""
+    raise UnsupportedFamilyError(
+        f"model_type: '{model_type}' cannot be converted; {hint}use one of {', '.join(supported_families())}"
+    )
+
+
+def check_family(config) -> None:
+    """Raises UnsupportedFamilyError for a config whose family cannot be converted."""
+    family_of(config)
+
+
+def kv_heads(config) -> int:
+    """Key/value heads of each attention layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_dim(config) -> int:
+    """Dimension of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The decoder layers of a causal language model, first layer first."""
+    return model.base_model.layers
+
+
+def attention_module(model, layer: int) -> nn.Module:
+    """The attention module of one layer (or what a conversion put in its place)."""
+    return getattr(decoder_layers(model)[layer], family_of(model.config).attention)

@@ -1,0 +1,275 @@
+"""Converted models: a configuration and a model class for each family, made from the family's own.
+
+A checkpoint carries a copy of this file and of those it imports, so that it loads without this package too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .attention import LinearWindow, linear_window_attention, window_attention
+from .cache import PlanCache
+from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
+from .plan import Plan, Treatment
+
+_CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py")
+_CLASS_PREFIX = "LayerBoost"
+
+
+@dataclass
+class _Call:
+    """What one forward pass tells its treated layers; the family's own arguments do not reach them all."""
+
+    valid: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    cache: PlanCache | None = None
+
+
+@dataclass
+class _Treated:
+    """What a treated attention module knows of its treatment."""
+
+    window: int
+    call: _Call = field(repr=False)
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+def _treated_arguments(module, key):
+    treated = module.layerboost
+    valid, segments = treated.call.valid, treated.call.segments
+    return {
+        "window": treated.window,
+        "valid": None if valid is None else valid[:, -key.shape[2] :],
+        "segments": segments,
+    }
+
+
+def _window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    output = window_attention(
+        query, key, value, scaling=scaling, softcap=softcap, dropout=dropout, **_treated_arguments(module, key)
+    )
+    return output.transpose(1, 2), None
+
+
+def _linear_window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    cache = module.layerboost.call.cache
+    layer_cache = None if cache is None else cache.layers[module.layer_idx]
+    output, state = linear_window_attention(
+        query,
+        key,
+        value,
+        scaling=scaling,
+        softcap=softcap,
+        feature_map=module.linear_window,
+        state=None if layer_cache is None else layer_cache.state,
+        return_state=layer_cache is not None,
+        **_treated_arguments(module, key),
+    )
+    if layer_cache is not None:
+        layer_cache.state = state
+    return output.transpose(1, 2), None
+
+
+_ATTENTION_NAMES = {Treatment.WINDOW: "layerboost_window", Treatment.LINEAR_WINDOW: "layerboost_linear_window"}
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.WINDOW], _window_forward)
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.LINEAR_WINDOW], _linear_window_forward)
+
+
+def _before_decoder(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Makes the cache where one is wanted, and tells the treated layers about padding and packed documents."""
+    config, call = decoder.config, decoder.layerboost_call
+    if args:
+        kwargs = (
+            dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False)) | kwargs
+        )
+    use_cache = kwargs.get("use_cache")
+    use_cache = config.use_cache if use_cache is None else use_cache
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        use_cache = False
+    cache = kwargs.get("past_key_values")
+    if cache is None and use_cache:
+        cache = kwargs["past_key_values"] = PlanCache(config)
+    if cache is not None and not isinstance(cache, PlanCache):
+        raise TypeError(
+            f"past_key_values: {type(cache).__name__} does not fit a converted model; "
+            "pass None or layerboost.PlanCache(model.config)"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        if any(treatment.needs_window for treatment in Plan.from_dict(config.layerboost).treatments):
+            raise ValueError("attention_mask: layers with a window need the 2-dimensional padding mask (batch, tokens)")
+        mask = None
+    call.cache = cache
+    call.valid = None if mask is None else mask.bool()
+    call.segments = None
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None and mask is None and cache is None:
+        starts = _document_starts(position_ids)
+        if starts.any():
+            inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+            call.segments = starts.long().cumsum(dim=1).expand(inputs.shape[0], -1)
+    return (), kwargs
+
+
+def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool, where a new document starts inside a packed row: its position does not follow the one before."""
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return nn.functional.pad(jumps, (1, 0))
+
+
+def _after_decoder(decoder: nn.Module, args: tuple, kwargs: dict, output):
+    call = decoder.layerboost_call
+    if call.cache is not None:
+        inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        call.cache.seen_tokens += inputs.shape[1]
+    return output
+
+
+def install_plan(model: nn.Module, plan: Plan) -> None:
+    """Treats the layers of a family's model in place: what a plan removes is gone, what it adds is new and untrained."""
+    config = model.config
+    family = family_of(config)
+    layers = decoder_layers(model)
+    plan.check_length(len(layers))
+    call = _Call()
+    for layer, treatment in zip(layers, plan.treatments, strict=True):
+        attention = getattr(layer, family.attention)
+        if treatment is Treatment.NONE:
+            setattr(layer, family.attention, NoAttention())
+            for norm in family.attention_norms(config):
+                setattr(layer, norm, nn.Identity())
+        elif treatment.needs_window:
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation_internal = _ATTENTION_NAMES[treatment]
+            attention.layerboost = _Treated(plan.window, call)
+        if treatment is Treatment.LINEAR_WINDOW:
+            weight = next(attention.parameters())
+            with torch.device(weight.device):
+                attention.linear_window = LinearWindow(
+                    config.num_attention_heads, kv_heads(config), head_dim(config), attention.scaling
+                ).to(weight.dtype)
+    decoder = model.base_model
+    decoder.layerboost_call = call
+    decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    decoder.register_forward_hook(_after_decoder, with_kwargs=True)
+
+
+class ConvertedConfig:
+    """Mixed into a family's configuration: the plan, and where the model comes from.
+
+    `layerboost` holds `plan`, `window`, `plan_id`, `parent`, `parent_revision`, `parent_architecture`.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        _register_model(cls)
+        return super().from_dict(config_dict, **kwargs)
+
+
+class ConvertedModel:
+    """Mixed into a family's causal language model: installs the plan, brings its own cache, writes its own code."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        install_plan(self, Plan.from_dict(config.layerboost))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LinearWindow):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: '{generation_config.cache_implementation}' does not fit a converted model; "
+                "leave it unset"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = PlanCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Saves the model with the code it needs, so that `trust_remote_code=True` loads it where this package is not."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _CODE_FILES:
+            source, target = Path(__file__).parent / name, folder / name
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@functools.cache
+def config_class(model_type: str) -> type:
+    """The configuration class of converted models of a family, from the parent's `model_type`."""
+    parent = CONFIG_MAPPING[model_type]
+    name = f"{_CLASS_PREFIX}{parent.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"{parent.__name__} of a model whose layers were treated by a plan.",
+        "__annotations__": {"layerboost": "dict | None"},
+        "layerboost": None,
+        "model_type": CONVERTED_PREFIX + model_type,
+    }
+    return type(name, (ConvertedConfig, parent), namespace)
+
+
+@functools.cache
+def model_class(model_type: str) -> type:
+    """The class of converted models of a family, from the parent's `model_type`."""
+    parent = parent_class(model_type)
+    name = f"{_CLASS_PREFIX}{parent.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"{parent.__name__} whose layers were treated by the plan in its configuration.",
+        "__annotations__": {"config": config_class(model_type)},
+        "config_class": config_class(model_type),
+    }
+    return type(name, (ConvertedModel, parent), namespace)
+
+
+def parent_class(model_type: str) -> type:
+    """The family's own causal language model class."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+
+
+def _register_model(config: type) -> None:
+    """Registered when a configuration is first read, since a model class pulls in its family's modules."""
+    model = model_class(config.model_type.removeprefix(CONVERTED_PREFIX))
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def register() -> None:
+    """Lets the auto classes of transformers load converted checkpoints."""
+    for model_type in supported_families():
+        AutoConfig.register(CONVERTED_PREFIX + model_type, config_class(model_type), exist_ok=True)
+
+
+def __getattr__(name: str) -> type:
+    """The classes by name (`LayerBoostLlamaConfig`, `LayerBoostLlamaForCausalLM`), as pickles and remote code ask."""
+    if name.startswith(_CLASS_PREFIX):
+        for model_type in supported_families():
+            if name == f"{_CLASS_PREFIX}{CONFIG_MAPPING[model_type].__name__}":
+                return config_class(model_type)
+            if name.endswith("ForCausalLM") and name == f"{_CLASS_PREFIX}{parent_class(model_type).__name__}":
+                return model_class(model_type)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,0 +1,66 @@
+"""The Pareto front of two objectives that are both maximised, and the area that it dominates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+Point = tuple[float, float]
+
+
+def front(points: Sequence[Point]) -> list[bool]:
+    """Tells for each point whether no other point dominates it.
+
+    A point dominates another when it is at least as good in both objectives and better in one. Duplicates do not
+    dominate each other: they are on the front together or off it together. A point with a NaN (a failed measurement)
+    is never on the front and dominates nothing. Comparisons are exact, without a tolerance. O(n log n).
+
+    Args:
+        points: (first, second) objective of each point, larger is better.
+
+    Returns:
+        One bool for each point, in the order given.
+    """
+    on_front = [False] * len(points)
+    usable = [index for index, point in enumerate(points) if not _has_nan(point)]
+    usable.sort(key=lambda index: points[index], reverse=True)
+    best_second: float | None = None
+    for _, group in groupby(usable, key=lambda index: points[index][0]):
+        tied = list(group)
+        second = points[tied[0]][1]
+        if best_second is not None and second <= best_second:
+            continue
+        best_second = second
+        for index in tied:
+            on_front[index] = points[index][1] == second
+    return on_front
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Area between a reference point and the front of `points`, both objectives maximised.
+
+    Args:
+        points: (first, second) objective of each point. Points with a NaN, and points that are not above the
+            reference in both objectives, add nothing.
+        reference: the corner that the area is measured from.
+
+    Returns:
+        The area in the product of the two objectives' units; 0.0 without a point above the reference.
+
+    Raises:
+        ValueError: the reference holds a NaN.
+    """
+    if _has_nan(reference):
+        raise ValueError(f"reference: {reference} holds a NaN; give the worst acceptable value of each objective")
+    above = [point for point in points if not _has_nan(point) and point[0] > reference[0] and point[1] > reference[1]]
+    area, floor = 0.0, reference[1]
+    for first, second in sorted(above, reverse=True):
+        if second > floor:
+            area += (first - reference[0]) * (second - floor)
+            floor = second
+    return area
+
+
+def _has_nan(point: Point) -> bool:
+    return math.isnan(point[0]) or math.isnan(point[1])

@@ -1,0 +1,94 @@
+"""The report of a run: CSVs, pictures and one page, all computed from tables alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.report.figures import Picture, healing_picture, pareto_picture, sensitivity_picture, strips_picture
+from orchestrator.report.front import conditions, format_front_table, headline, headline_row, marked, plan_labels
+from orchestrator.report.html import Drawings, page
+from orchestrator.report.tables import candidates_table, healing_table, pareto_table, sensitivity_table, to_csv
+
+__all__ = [
+    "ReportData",
+    "candidates_table",
+    "conditions",
+    "format_front_table",
+    "headline",
+    "headline_row",
+    "healing_table",
+    "pareto_table",
+    "render",
+    "sensitivity_table",
+    "to_csv",
+]
+
+
+MAX_STRIPS = 40
+"""Plans drawn as strips, those on the front first; the page says how many there are, the tables list all."""
+
+
+@dataclass
+class ReportData:
+    """All that a report shows. A run that stopped early leaves the later tables empty."""
+
+    title: str
+    recipe_yaml: str
+    """The resolved recipe."""
+    sensitivity: pd.DataFrame = field(default_factory=lambda: sensitivity_table([]))
+    candidates: pd.DataFrame = field(default_factory=lambda: candidates_table([]))
+    pareto: pd.DataFrame = field(default_factory=lambda: pareto_table([]))
+    healing_curves: pd.DataFrame = field(default_factory=lambda: healing_table([]))
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Versions and hardware by name; mappings inside are flattened for the page."""
+    cost: pd.DataFrame | None = None
+    """What each stage took, columns as they should read."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def render(data: ReportData) -> dict[str, bytes]:
+    """Renders a report without touching a disk; equal data gives equal bytes.
+
+    Args:
+        data: tables as the builders of `orchestrator.report.tables` make them.
+
+    Returns:
+        Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
+        pareto.csv, healing_curves.csv); PNG and SVG of each picture there is something to draw for (pareto at the
+        highest concurrency, sensitivity, healing, plans).
+    """
+    drawings = _draw(data)
+    tables = {
+        "sensitivity.csv": data.sensitivity,
+        "candidates.csv": data.candidates,
+        "pareto.csv": data.pareto,
+        "healing_curves.csv": data.healing_curves,
+    }
+    pictures: dict[str, Picture | None] = {
+        "pareto": next(iter(drawings.fronts.values()), None),
+        "sensitivity": drawings.sensitivity,
+        "healing": drawings.healing,
+        "plans": drawings.plans,
+    }
+    files = {name: to_csv(table) for name, table in tables.items() if len(table)}
+    for name, picture in pictures.items():
+        if picture is not None:
+            files |= {f"{name}.png": picture.png, f"{name}.svg": picture.svg}
+    return files | {"report.html": page(data, drawings)}
+
+
+def _draw(data: ReportData) -> Drawings:
+    labels = plan_labels(data.pareto, data.candidates)
+    names = {key: label if label.startswith(key) else f"{label} {key}" for key, (label, _) in labels.items()}
+    drawn = list(labels.values())[:MAX_STRIPS]
+    return Drawings(
+        fronts={c: pareto_picture(marked(data.pareto, c)) for c in conditions(data.pareto)},
+        plans=strips_picture(drawn),
+        n_plans=(len(drawn), len(labels)),
+        sensitivity=sensitivity_picture(data.sensitivity),
+        healing=healing_picture(data.healing_curves, names),
+    )

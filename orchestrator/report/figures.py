@@ -1,0 +1,286 @@
+"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the healing losses, the plans.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; nothing is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from layerboost.plan import Treatment
+from orchestrator.report.front import letter_counts
+from orchestrator.report.labels import place_labels
+
+INK, PAPER, GRID, FAINT = "#1f2933", "#ffffff", "#d9dde1", "#8a9099"
+BLUE, ORANGE, SKY, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"
+TREATMENT_COLOURS = {
+    "S": (BLUE, "#fefefe"),
+    "L": (ORANGE, "#000001"),
+    "W": (SKY, "#000001"),
+    "N": ("#c3c8ce", "#000001"),
+}
+"""Fill and letter colour of each treatment."""
+
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "layerboost",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 10.0,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture in two formats, and what it shows in words (its alternative text)."""
+
+    png: bytes
+    svg: bytes
+    alt: str
+
+
+def pareto_picture(rows: pd.DataFrame) -> Picture | None:
+    """Draws quality over output throughput for the rows of one serving condition.
+
+    Args:
+        rows: rows of pareto.csv under one condition, those of the front with their number in a column `point`.
+
+    Returns:
+        The picture; None where no row has both values.
+    """
+    rows = rows[(rows["status"] == "ok") & rows["quality"].notna() & rows["output_throughput_tok_per_s"].notna()]
+    if rows.empty:
+        return None
+    x, y = "output_throughput_tok_per_s", "quality"
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(7.6, 4.6)
+        axes = figure.subplots()
+        is_front = rows["point"].notna()
+        is_named = ~rows["origin"].eq("search")
+        line = rows[is_front].sort_values(x)
+        axes.errorbar(
+            rows[x],
+            rows[y],
+            xerr=rows["output_throughput_stderr"].fillna(0.0),
+            yerr=rows["quality_stderr"].fillna(0.0),
+            fmt="none",
+            ecolor=FAINT,
+            elinewidth=0.8,
+            alpha=0.6,
+            zorder=1,
+        )
+        axes.plot(line[x], line[y], color=BLUE, drawstyle="steps-pre", linewidth=1.6, zorder=2, label="front")
+        healed = rows["healed"].fillna(False).astype(bool)
+        base = rows["origin"].eq("base")
+        colours = pd.Series(FAINT, index=rows.index).mask(is_named, VERMILION).mask(is_front, BLUE)
+        markers = pd.Series("^", index=rows.index).mask(healed, "o").mask(base, "*")
+        for (marker, colour), group in rows.groupby([markers, colours]):
+            size, alpha = 140 if marker == "*" else 42, 0.55 if colour == FAINT else 1.0
+            axes.scatter(
+                group[x], group[y], s=size, marker=str(marker), color=colour, alpha=alpha, linewidths=0, zorder=3
+            )
+        for marker, name in (("*", "base"), ("o", "healed"), ("^", "not healed")):
+            if markers.eq(marker).any():
+                axes.scatter([], [], s=42, marker=marker, color=INK, label=name)
+        axes.set_xlabel("output throughput (tokens/s)")
+        axes.set_ylabel("quality")
+        axes.grid(linewidth=0.6)
+        axes.margins(0.09, 0.12)
+        figure.legend(loc="outside upper left", ncols=4)
+        labels = [
+            (row[x], row[y], " ".join(_point_label(row)))
+            for _, row in rows[is_front | is_named].sort_values(["point", "plan_id"]).iterrows()
+        ]
+        place_labels(figure, axes, labels, list(zip(rows[x], rows[y], strict=True)), FAINT)
+        alt = (
+            f"Quality over output throughput for {len(rows)} measured candidates; {len(line)} are on the front, "
+            f"from {line[x].iloc[0]:.1f} tokens/s at quality {line[y].iloc[0]:.3f} "
+            f"to {line[x].iloc[-1]:.1f} tokens/s at quality {line[y].iloc[-1]:.3f}."
+        )
+        return _saved(figure, alt)
+
+
+def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
+    """Draws the sensitivity (rows with `task` mean) of each layer with its interval, one panel for each treatment.
+
+    Returns:
+        The picture; None without such rows that are finite.
+    """
+    mean = table[table["task"].eq("mean") & np.isfinite(table["drop"])]
+    if mean.empty:
+        return None
+    panels: list[Any] = list(mean.groupby(["treatment", "metric"], dropna=False, sort=False))
+    layers = range(int(mean["layer"].min()), int(mean["layer"].max()) + 1)
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(max(5.5, 1.4 + 0.22 * len(layers)), 0.9 + 2.3 * len(panels))
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        parts = []
+        for axes, ((treatment, metric), rows) in zip(grid, panels, strict=True):
+            low = (rows["drop"] - rows["drop_ci_low"]).clip(lower=0).fillna(0.0)
+            high = (rows["drop_ci_high"] - rows["drop"]).clip(lower=0).fillna(0.0)
+            axes.bar(
+                rows["layer"].astype(int),
+                rows["drop"],
+                yerr=[low, high],
+                color=_treatment_colour(treatment),
+                edgecolor=INK,
+                linewidth=0.5,
+                ecolor=INK,
+                error_kw={"elinewidth": 1.0, "capsize": 2.0},
+                width=0.78,
+            )
+            axes.axhline(0.0, color=INK, linewidth=0.8)
+            axes.set_title(treatment, loc="left")
+            axes.set_ylabel("drop" if pd.isna(metric) else f"drop ({metric})")
+            axes.grid(axis="y", linewidth=0.6)
+            worst, least = rows.loc[rows["drop"].idxmax()], rows.loc[rows["drop"].idxmin()]
+            parts.append(
+                f"{treatment}: largest drop {worst['drop']:.3g} at layer {worst['layer']}, "
+                f"smallest {least['drop']:.3g} at layer {least['layer']}"
+            )
+        grid[-1].set(xlabel="layer", xlim=(layers[0] - 0.8, layers[-1] + 0.8))
+        step = math.ceil(len(layers) / 48)
+        grid[-1].set_xticks(list(layers)[::step])
+        grid[-1].tick_params(axis="x", labelsize=8)
+        figure.align_ylabels(grid)
+        return _saved(figure, f"Drop of the score when one layer is treated, for each layer. {'; '.join(parts)}.")
+
+
+def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
+    """Draws the loss over the tokens seen, one line for each candidate, one panel for each phase.
+
+    Args:
+        curves: rows of healing_curves.csv.
+        names: what to call a plan_id in the legend.
+
+    Returns:
+        The picture; None without a finite loss.
+    """
+    curves = curves[np.isfinite(curves["loss"]) & curves["tokens"].notna()]
+    if curves.empty:
+        return None
+    phases: list[Any] = list(curves.groupby("phase", dropna=False, sort=False))
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(7.6, 0.9 + 2.9 * len(phases))
+        grid = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
+        ids = sorted(curves["plan_id"].unique())
+        looks = dict(zip(ids, cycle(_LINES), strict=False))
+        for axes, (phase, rows) in zip(grid, phases, strict=True):
+            lines: list[Any] = list(rows.groupby("plan_id"))
+            for plan_id, line in lines:
+                colour, dashes, marker = looks[plan_id]
+                axes.plot(
+                    line["tokens"].astype(float),
+                    line["loss"],
+                    color=colour,
+                    linestyle=dashes,
+                    marker=marker,
+                    markevery=max(1, len(line) // 6),
+                    markersize=4.5,
+                    linewidth=1.4,
+                    label=(names or {}).get(plan_id, plan_id),
+                )
+            axes.set_title("loss" if pd.isna(phase) else phase, loc="left")
+            axes.set_ylabel("loss")
+            axes.grid(linewidth=0.6)
+            positive = rows["loss"].min() > 0
+            if positive and rows["loss"].max() / rows["loss"].min() > 20:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        grid[-1].set_xlabel("tokens")
+        by_name: dict[str, Any] = {}
+        for axes in grid:
+            by_name |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(by_name.values()), list(by_name), loc="outside upper left", ncols=2)
+        ends = curves.groupby(["phase", "plan_id"], sort=False, dropna=False)["loss"].agg(["first", "last"])
+        spans: list[Any] = list(ends.iterrows())
+        parts = [f"{plan} {phase}: {row['first']:.3g} to {row['last']:.3g}" for (phase, plan), row in spans]
+        return _saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
+
+
+def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
+    """Draws each plan as a strip of lettered, coloured layers.
+
+    Args:
+        plans: (label, plan string) from top to bottom.
+
+    Returns:
+        The picture; None without plans.
+    """
+    if not plans:
+        return None
+    n_layers = max(len(plan) for _, plan in plans)
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(max(5.5, 2.6 + 0.2 * n_layers), 0.9 + 0.27 * len(plans))
+        axes = figure.subplots()
+        for row, (_, plan) in enumerate(plans):
+            for layer, letter in enumerate(plan):
+                fill, ink = TREATMENT_COLOURS[letter]
+                axes.add_patch(Rectangle((layer - 0.46, row - 0.38), 0.92, 0.76, facecolor=fill, linewidth=0))
+                axes.text(layer, row, letter, ha="center", va="center_baseline", fontsize=7.5, color=ink)
+        axes.set(xlim=(-0.6, n_layers - 0.4), ylim=(len(plans) - 0.4, -0.6), xlabel="layer")
+        axes.set_yticks(range(len(plans)), [label for label, _ in plans], fontsize=8.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        keys = [Rectangle((0, 0), 1, 1, facecolor=TREATMENT_COLOURS[t.letter][0], linewidth=0) for t in Treatment]
+        figure.legend(keys, [f"{t.letter} {t.value}" for t in Treatment], loc="outside upper left", ncols=4)
+        alt = "; ".join(f"{label}: {plan} ({letter_counts(plan)})" for label, plan in plans)
+        return _saved(figure, f"Treatment of each layer, first layer first. {alt}.")
+
+
+_LINES = [
+    (colour, dashes, marker)
+    for dashes in ("-", "--", ":")
+    for colour, marker in zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), "os^Dv*", strict=True)
+]
+
+
+def _treatment_colour(treatment: str) -> str:
+    known: dict[str, str] = {t.value: TREATMENT_COLOURS[t.letter][0] for t in Treatment}
+    return known.get(treatment, FAINT)
+
+
+def _point_label(row: pd.Series) -> list[str]:
+    number = [] if pd.isna(row["point"]) else [str(int(row["point"]))]
+    return number + ([] if row["origin"] == "search" else [row["origin"]])
+
+
+def _figure(width_in: float, height_in: float) -> Figure:
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _saved(figure: Figure, alt: str) -> Picture:
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(png.getvalue(), svg.getvalue(), alt)

@@ -1,0 +1,255 @@
+"""The tables that users read: columns, builders from records, CSV, and the front as plain text.
+
+Cells: empty for missing, floats unrounded, booleans `true`/`false`. Rows come in an order that does not depend on
+the order in which the units finished. A failed unit is a row with its `status`, never a gap.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from layerboost.pareto import front
+from layerboost.plan import Plan, Treatment
+
+Row = Mapping[str, Any]
+
+SENSITIVITY_COLUMNS = {
+    "layer": "Int64",  # 0 is the layer after the embedding
+    "treatment": "str",  # softmax | linear_window | window | none
+    "task": "str",  # a benchmark, `text`, or `mean`: the sensitivity, over the benchmarks
+    "metric": "str",
+    "n_items": "Int64",  # items that both models answered
+    "base": "float64",
+    "ablated": "float64",  # the same score with this one layer treated
+    "drop": "float64",  # positive is worse, whatever the metric's direction
+    "drop_stderr": "float64",  # paired over items
+    "drop_ci_low": "float64",
+    "drop_ci_high": "float64",
+}
+"""Columns of sensitivity.csv, in order, with their pandas types.
+
+Rows: by layer, treatment, task (`mean` first), metric.
+"""
+
+CANDIDATE_COLUMNS = {
+    "plan_id": "str",  # 12 hex digits; may look like a number, so read it as text
+    "plan": "str",  # one of S, L, W, N for each layer, first layer first
+    "window": "Int64",  # tokens; empty where no layer needs one
+    "origin": "str",  # base | search | the baseline's name
+    "remove_below": "float64",
+    "keep_above": "float64",
+    "quality": "float64",
+    "quality_stderr": "float64",
+    "output_throughput_tok_per_s": "float64",
+    "on_front": "boolean",
+    "status": "str",  # ok | failed
+}
+"""Columns of candidates.csv, in order: one row for each distinct plan that was tried. Rows: base, baselines, search."""
+
+PARETO_COLUMNS = {
+    "plan_id": "str",
+    "plan": "str",
+    "window": "Int64",
+    "origin": "str",
+    "healed": "boolean",
+    "heal_tokens": "Int64",
+    "n_softmax": "Int64",
+    "n_linear_window": "Int64",
+    "n_window": "Int64",
+    "n_none": "Int64",
+    "engine": "str",
+    "hardware": "str",
+    "concurrency": "Int64",  # requests decoded at once
+    "prompt_tokens": "Int64",
+    "new_tokens": "Int64",
+    "output_throughput_tok_per_s": "float64",
+    "output_throughput_stderr": "float64",
+    "ttft_ms_p50": "float64",
+    "tpot_ms_p50": "float64",
+    "peak_memory_mib": "float64",
+    "kv_bytes_per_token": "float64",
+    # here: `<task>_<metric>` and `<task>_<metric>_stderr` for each benchmark, base's order
+    "quality": "float64",
+    "quality_stderr": "float64",
+    "quality_retained": "float64",  # quality over base's quality
+    "quality_retained_stderr": "float64",  # paired
+    "speedup": "float64",  # output throughput over base's under the same condition
+    "on_front": "boolean",  # among the ok rows of the same condition: (quality, output throughput)
+    "status": "str",
+    "error": "str",
+}
+"""Columns of pareto.csv, in order: one row for each candidate and serving condition. Rows: base, baselines, search,
+each by plan_id; then unhealed before healed; then by condition."""
+
+HEALING_COLUMNS = {"plan_id": "str", "phase": "str", "step": "Int64", "tokens": "Int64", "loss": "float64"}
+"""Columns of healing_curves.csv, in order."""
+
+CONDITION_COLUMNS = ["hardware", "engine", "concurrency", "prompt_tokens", "new_tokens"]
+"""What makes two rows comparable in speed."""
+
+_AFTER_SCORES = "quality"
+_OBJECTIVES = ["quality", "output_throughput_tok_per_s"]
+
+
+def sensitivity_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Builds sensitivity.csv from rows keyed by `SENSITIVITY_COLUMNS`; absent keys become empty cells.
+
+    Raises:
+        ValueError: a row has a key that is no column, or lacks layer or treatment.
+    """
+    checked = _checked(rows, SENSITIVITY_COLUMNS, required=("layer", "treatment"))
+    ranks = {treatment.value: rank for rank, treatment in enumerate(Treatment)}
+    checked.sort(
+        key=lambda row: (
+            row["layer"],
+            ranks.get(row["treatment"], len(ranks)),
+            row.get("task") != "mean",
+            str(row.get("task")),
+            str(row.get("metric")),
+        )
+    )
+    return _frame(checked, SENSITIVITY_COLUMNS)
+
+
+def candidates_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Builds candidates.csv from rows keyed by `CANDIDATE_COLUMNS`.
+
+    `on_front` is kept where a row has it (a search may know its objectives better than this table) and otherwise
+    computed from quality and output throughput among the ok rows. An `error` key is allowed and not written.
+
+    Raises:
+        ValueError: a row has a key that is no column, or lacks plan_id, plan, origin or status.
+    """
+    required = ("plan_id", "plan", "origin", "status")
+    checked = _checked(rows, {**CANDIDATE_COLUMNS, "error": "str"}, required)
+    checked.sort(key=_candidate_order)
+    table = _frame(checked, CANDIDATE_COLUMNS)
+    table["on_front"] = table["on_front"].fillna(_front_mask(table))
+    return table
+
+
+def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Builds pareto.csv from rows keyed by `PARETO_COLUMNS` plus `scores`.
+
+    `scores` is a list of mappings with task, metric, value and stderr (as `Scores.to_dict()` holds them); each gives
+    two columns. The counts of treatments, `speedup` and `on_front` are computed here.
+
+    Raises:
+        ValueError: a row has a key that is no column, lacks plan_id, plan, origin or status, or two scores would
+            share a column.
+    """
+    required = ("plan_id", "plan", "origin", "status")
+    checked = _checked(rows, {**PARETO_COLUMNS, "scores": "list"}, required)
+    checked.sort(key=lambda row: (*_candidate_order(row), bool(row.get("healed")), *_condition_order(row)))
+    owners: dict[str, tuple[str, str]] = {}
+    for row in checked:
+        row.update(_counts(row["plan"]))
+        row.update(_score_cells(row.pop("scores", None) or (), owners))
+    table = _frame(checked, pareto_columns(owners))
+    table["speedup"] = math.nan
+    for _, group in table.groupby(CONDITION_COLUMNS, dropna=False, sort=False):
+        ok = group[group["status"] == "ok"]
+        base = ok.loc[ok["origin"] == "base", "output_throughput_tok_per_s"].dropna()
+        if len(base):
+            table.loc[ok.index, "speedup"] = ok["output_throughput_tok_per_s"] / base.iloc[0]
+        table.loc[group.index, "on_front"] = _front_mask(group)
+    return table
+
+
+def healing_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Builds healing_curves.csv from rows keyed by `HEALING_COLUMNS`, sorted by plan_id, keeping the order inside."""
+    checked = _checked(rows, HEALING_COLUMNS, required=("plan_id",))
+    return _frame(sorted(checked, key=lambda row: row["plan_id"]), HEALING_COLUMNS)
+
+
+def pareto_columns(score_columns: Iterable[str] = ()) -> dict[str, str]:
+    """Columns of pareto.csv with those of the benchmarks in their place; give the `<task>_<metric>` names."""
+    columns: dict[str, str] = {}
+    for name, dtype in PARETO_COLUMNS.items():
+        if name == _AFTER_SCORES:
+            for score in score_columns:
+                columns |= {score: "float64", f"{score}_stderr": "float64"}
+        columns[name] = dtype
+    return columns
+
+
+def score_column(task: str, metric: str) -> str:
+    """The column of a score: `<task>_<metric>` with each run of characters other than letters, digits, . - as one _."""
+    return re.sub(r"[^\w.-]+", "_", f"{task}_{metric}")
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """Writes a table as UTF-8 CSV: unrounded floats, `true`/`false`, empty cells for missing."""
+    written = table.copy()
+    for name in written.select_dtypes(["boolean", "bool"]).columns:
+        written[name] = written[name].astype(object).map({True: "true", False: "false"})
+    return written.to_csv(index=False, lineterminator="\n").encode()
+
+
+def read_csv(content: bytes, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Reads what `to_csv` wrote, exactly; a column that `columns` lacks is a benchmark's and read as a float."""
+    header = pd.read_csv(io.BytesIO(content), nrows=0).columns
+    dtypes = {name: columns.get(name, "float64") for name in header}
+    return pd.read_csv(
+        io.BytesIO(content),
+        dtype=dtypes,
+        keep_default_na=False,
+        na_values=[""],
+        float_precision="round_trip",
+    )
+
+
+def _checked(rows: Iterable[Row], columns: Mapping[str, str], required: Sequence[str]) -> list[dict[str, Any]]:
+    checked = [dict(row) for row in rows]
+    for row in checked:
+        if unknown := sorted(set(row) - set(columns)):
+            raise ValueError(f"row {row}: '{unknown[0]}' is no column; use {', '.join(columns)}")
+        if missing := [name for name in required if row.get(name) is None]:
+            raise ValueError(f"row {row}: '{missing[0]}' is missing; every row needs {', '.join(required)}")
+    return checked
+
+
+def _frame(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in columns.items()}
+    )
+
+
+def _front_mask(rows: pd.DataFrame) -> pd.Series:
+    points = rows[_OBJECTIVES].where(rows["status"] == "ok")
+    return pd.Series(front(list(points.itertuples(index=False, name=None))), index=rows.index, dtype="boolean")
+
+
+def _candidate_order(row: Row) -> tuple[int, str]:
+    return {"base": 0, "search": 2}.get(row["origin"], 1), row["plan_id"]
+
+
+def _condition_order(row: Row) -> tuple[Any, ...]:
+    return tuple(str(row.get(name) or "") for name in CONDITION_COLUMNS[:2]) + tuple(
+        row.get(name) or 0 for name in CONDITION_COLUMNS[2:]
+    )
+
+
+def _counts(plan: str) -> dict[str, int]:
+    parsed = Plan.parse(plan, window=1)
+    return {f"n_{treatment.value}": parsed.count(treatment) for treatment in Treatment}
+
+
+def _score_cells(scores: Iterable[Row], owners: dict[str, tuple[str, str]]) -> dict[str, float | None]:
+    """Cells of one row; `owners` remembers, over the rows, which score each column belongs to."""
+    cells: dict[str, float | None] = {}
+    for score in scores:
+        owner = (score["task"], score["metric"])
+        column = score_column(*owner)
+        others = [other for other in owners if other != column]
+        taken = {*PARETO_COLUMNS, *cells, *others, *(f"{other}_stderr" for other in others)}
+        if owners.setdefault(column, owner) != owner or {column, f"{column}_stderr"} & taken:
+            raise ValueError(f"task {owner[0]!r}, metric {owner[1]!r}: column '{column}' is taken; rename the task")
+        cells |= {column: score["value"], f"{column}_stderr": score.get("stderr")}
+    return cells
