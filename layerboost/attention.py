@@ -64,7 +64,7 @@ class LinearWindow(nn.Module):
         self.query_bias.fill_(-4.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query logits a (B, H, T, R) and key features b (B, K, S, R), both at least fp32, of query (B, H, T, D), key (B, K, S, D)."""
+        """Query logits a (B, H, T, R) and key features b (B, K, S, R) of query (B, H, T, D) and key (B, K, S, D)."""
         projected = _wide(query) @ _wide(self.query_weight).transpose(-1, -2)
         logits = torch.cat([projected, -projected], dim=-1) + _wide(self.query_bias)[:, None]
         projected = _wide(key) @ _wide(self.key_weight).transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""Where each model family keeps what a conversion touches: its layers, its attention, the norms that only attention uses."""
+"""Where each model family keeps what a conversion touches: layers, attention, the norms that only attention uses."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _after_decoder(decoder: nn.Module, args: tuple, kwargs: dict, output):
 
 
 def install_plan(model: nn.Module, plan: Plan) -> None:
-    """Treats the layers of a family's model in place: what a plan removes is gone, what it adds is new and untrained."""
+    """Treats the layers of a family's model in place: what a plan removes is gone, what it adds is untrained."""
     config = model.config
     family = family_of(config)
     layers = decoder_layers(model)
@@ -208,7 +208,7 @@ class ConvertedModel:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Saves the model with the code it needs, so that `trust_remote_code=True` loads it where this package is not."""
+        """Saves the model and its code, so that `trust_remote_code=True` loads it where this package is not."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name in _CODE_FILES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -51,7 +52,7 @@ def decode(model, tokens, mask=None, piece_tokens=1, prefill_tokens=1):
     positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0)
     bounds = [0, *range(prefill_tokens, tokens.shape[1], piece_tokens), tokens.shape[1]]
     cache, logits = None, []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         output = model(
             tokens[:, start:stop],
             attention_mask=None if mask is None else mask[:, :stop],
@@ -137,6 +138,10 @@ def test_what_a_plan_removes_is_gone_and_the_rest_is_shared(parent):
     }
 
 
+def _silent(module, args, output):
+    return output * 0 if isinstance(output, torch.Tensor) else (output[0] * 0, *output[1:])
+
+
 @torch.no_grad()
 def test_removal_equals_a_parent_whose_attention_writes_nothing(parent):
     tokens = random_tokens(parent)
@@ -147,12 +152,7 @@ def test_removal_equals_a_parent_whose_attention_writes_nothing(parent):
         # Whatever follows attention on its way to the residual: the last norm of its own, or the attention itself.
         norms = [n for n in family_of(parent.config).attention_norms(parent.config) if n == "post_attention_layernorm"]
         writer = getattr(block, norms[-1]) if norms else attention_module(parent, layer)
-        silent = (
-            lambda module, args, output: (
-                output * 0 if isinstance(output, torch.Tensor) else (output[0] * 0, *output[1:])
-            )
-        )
-        hooks.append(writer.register_forward_hook(silent))
+        hooks.append(writer.register_forward_hook(_silent))
     expected = parent(tokens).logits
     for hook in hooks:
         hook.remove()
@@ -270,7 +270,7 @@ def test_gradients_reach_every_parameter_also_with_checkpointing(parent):
             model.gradient_checkpointing_enable()
         model.train()
         loss = model(tokens, labels=tokens).loss
-        gradients.append(torch.autograd.grad(loss, [p for p in model.parameters()], allow_unused=True))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
         model.eval()
     names = [name for name, _ in model.named_parameters()]
     for name, plain, checkpointed in zip(names, *gradients, strict=True):
