@@ -64,3 +64,35 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 
 def _has_nan(point: Point) -> bool:
     return math.isnan(point[0]) or math.isnan(point[1])
+
+
+def choose_spread(points: Sequence[Point], n: int, reference: Point) -> list[int]:
+    """Chooses `n` points that together dominate the most, front after front: the candidates worth a closer look.
+
+    Greedy by gain in hypervolume over `reference`, which is within 1 - 1/e of the best choice; among equal gains the
+    earlier point. Where the front has fewer points, those dominated only by chosen ones follow.
+
+    Args:
+        points: (first, second) objective of each, larger is better; points with NaN are never chosen.
+        n: how many to choose at most.
+        reference: corner below which nothing counts.
+
+    Returns:
+        Indices in the order chosen.
+    """
+    left = [index for index, point in enumerate(points) if not _has_nan(point)]
+    chosen: list[int] = []
+    while left and len(chosen) < n:
+        mask = front([points[index] for index in left])
+        layer = [index for index, on_front in zip(left, mask, strict=True) if on_front]
+        picked: list[int] = []
+        while layer and len(chosen) < n:
+            best = max(
+                layer,
+                key=lambda index: (hypervolume([points[i] for i in (*picked, index)], reference), -index),
+            )
+            layer.remove(best)
+            picked.append(best)
+            chosen.append(best)
+        left = [index for index in left if index not in picked and index not in layer]
+    return chosen

@@ -1,11 +1,12 @@
 """The front against a naive reference, on fresh random points, and the dominated area against counted cells."""
 
+import itertools
 import math
 import random
 
 import pytest
 
-from layerboost.pareto import front, hypervolume
+from layerboost.pareto import choose_spread, front, hypervolume
 
 NAN = math.nan
 
@@ -86,3 +87,20 @@ def test_hypervolume_ignores_nan_and_dominated_points():
 def test_hypervolume_refuses_a_nan_reference():
     with pytest.raises(ValueError, match="reference"):
         hypervolume([(1.0, 1.0)], (NAN, 0.0))
+
+
+def test_the_spread_takes_the_largest_boxes_first_and_goes_on_behind_the_front():
+    points = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (1.0, 1.0), (float("nan"), 9.0)]
+    assert choose_spread(points, 1, (0.0, 0.0)) == [1]
+    assert set(choose_spread(points, 3, (0.0, 0.0))) == {0, 1, 2}
+    assert choose_spread(points, 9, (0.0, 0.0))[-1] == 3
+    assert choose_spread(points, 0, (0.0, 0.0)) == []
+
+
+def test_the_greedy_spread_is_near_the_best_choice():
+    rng = random.Random()
+    for _ in range(20):
+        points = [(rng.random(), rng.random()) for _ in range(9)]
+        chosen = hypervolume([points[i] for i in choose_spread(points, 3, (0.0, 0.0))], (0.0, 0.0))
+        best = max(hypervolume(list(trio), (0.0, 0.0)) for trio in itertools.combinations(points, 3))
+        assert chosen >= (1 - 1 / math.e) * best - 1e-12
