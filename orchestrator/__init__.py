@@ -1,0 +1,1 @@
+"""The driver: command line, recipe, run folder, pipeline and report."""

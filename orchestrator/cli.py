@@ -1,0 +1,248 @@
+"""The command line: parses, checks, calls. Only the standard library is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+STAGES = ("evaluate", "sensitivity", "search", "heal", "report")
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, as for any other input."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: object) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("layerboost")
+        except PackageNotFoundError:
+            # Run from a source folder, as Ray jobs are; slower, since it imports the whole package.
+            from layerboost.version import __version__ as number
+        print(f"layerboost {number}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="layerboost",
+        description="Finds which layers of a language model need softmax attention, replaces the rest, heals the "
+        "model, and reports speed against quality.",
+        epilog="Exit 0: done. Exit 1: some units of work failed. Exit 2: bad input, nothing started.",
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    always = _Parser(add_help=False)
+    always.add_argument("--verbose", action="store_true", help="show tracebacks and what the libraries log")
+
+    def add(name: str, text: str, *parents: _Parser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[always, *parents]
+        )
+
+    model = _Parser(add_help=False)
+    model.add_argument("--revision", help="branch, tag or commit of a hub model")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    device = _Parser(add_help=False)
+    device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)")
+    table = _Parser(add_help=False)
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="print JSON instead of a table")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV instead of a table")
+
+    run = add("run", "run a recipe, or go on with it where it stopped")
+    run.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+    run.add_argument("--out", metavar="DIR", help="run folder, local or any fsspec URL (default: runs/<recipe's name>)")
+    _add_overrides(run)
+    run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage (default: %(default)s)")
+    run.add_argument("--dry-run", action="store_true", help="print the units, their cost and what is already recorded")
+    _add_address(run)
+
+    report = add("report", "write CSVs, pictures and HTML again from a run's records, computing nothing")
+    report.add_argument("folder", metavar="DIR", help="a run folder, local or any fsspec URL")
+
+    convert = add("convert", "apply a plan to a model by hand", model)
+    convert.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
+    convert.add_argument(
+        "--plan", required=True, help="a letter for each layer: S softmax, L linear_window, W window, N none"
+    )
+    convert.add_argument(
+        "--window", type=int, default=64, help="window in tokens of L and W layers (default: %(default)s)"
+    )
+    convert.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
+
+    evaluate = add("evaluate", "judge models side by side by a recipe's quality section", model, device, table)
+    evaluate.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
+    evaluate.add_argument("--recipe", required=True, metavar="RECIPE", help="the recipe that says what to judge by")
+    _add_overrides(evaluate)
+
+    bench = add("bench", "time decoding of models side by side", model, device, table)
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
+    bench.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences at a time")
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: %(default)s")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="at least 3 (default: %(default)s)")
+    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts (default: %(default)s)")
+
+    generate = add("generate", "continue a prompt with a model", model, device)
+    generate.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+
+    doctor = add("doctor", "say what this machine or a cluster lacks, and the remedy")
+    _add_address(doctor)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="override a field of the recipe; may be given several times",
+    )
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS") or None,
+        help="Ray cluster, HOST:PORT or auto (default: $RAY_ADDRESS, else this machine)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    _set_up_logging(arguments.verbose)
+    try:
+        return _handler(arguments.command)(arguments)
+    except KeyboardInterrupt:
+        again = f"; the same command goes on from here: {_same_command(argv)}" if arguments.command == "run" else ""
+        print(f"interrupted{again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if arguments.verbose:
+            logging.getLogger("layerboost").exception("traceback")
+        line, code = describe_error(error)
+        print(line, file=sys.stderr)
+        return code
+
+
+def _handler(command: str):
+    if command in ("run", "report"):
+        return {"run": run_command, "report": report_command}[command]
+    module = "orchestrator.doctor" if command == "doctor" else "orchestrator.commands"
+    return getattr(importlib.import_module(module), command)
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code that it stands for."""
+    from orchestrator.recipe import InputError
+    from orchestrator.run_folder import RunFolderLockedError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return f"error: {text}", EXIT_BAD_INPUT
+    if isinstance(error, RunFolderLockedError):
+        return f"error: --out: {text}", EXIT_BAD_INPUT
+    return f"error: {type(error).__name__}: {text}; --verbose shows where", EXIT_FAILED
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """`layerboost run`."""
+    from orchestrator.recipe import load_recipe
+    from orchestrator.run_folder import RunFolder
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = RunFolder(arguments.out or Path("runs", Path(arguments.recipe).stem))
+    from orchestrator.preflight import preflight
+
+    facts = preflight(recipe, folder, address=arguments.address)
+    from orchestrator import pipeline
+    from orchestrator.progress import Progress
+
+    if arguments.dry_run:
+        return pipeline.dry_run(recipe, folder, facts)
+    progress = Progress()
+    try:
+        return pipeline.run(recipe, folder, facts, until=arguments.until, address=arguments.address, progress=progress)
+    finally:
+        progress.close()
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """`layerboost report`."""
+    from orchestrator.recipe import InputError
+    from orchestrator.run_folder import RECORDS, RunFolder
+
+    folder = RunFolder(arguments.folder)
+    if not folder.exists(RECORDS):
+        raise InputError("DIR", arguments.folder, "holds no records of a run; give the --out of an earlier run")
+    from orchestrator import pipeline
+
+    return pipeline.report(folder)
+
+
+def _same_command(argv: Sequence[str] | None) -> str:
+    return shlex.join(["layerboost", *(sys.argv[1:] if argv is None else argv)])
+
+
+class _OffStdout(logging.Filter):
+    """Hands what a library would log to stdout, which carries results, to our handlers on stderr."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= self._level:
+            logging.getLogger().handle(record)
+        return False
+
+
+def _set_up_logging(verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed, which other libraries import when it is there, logs to stdout and warns of every machine without a GPU.
+    deepspeed = logging.getLogger("DeepSpeed")
+    for previous in deepspeed.filters[:]:
+        deepspeed.removeFilter(previous)
+    deepspeed.addFilter(_OffStdout(logging.INFO if verbose else logging.ERROR))
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The commands for single checkpoints: convert, evaluate, bench, generate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from orchestrator.model_check import ModelFacts, check_model, check_tokenizer
+from orchestrator.recipe import InputError, QualitySection, load_recipe, resolve_sequence_tokens
+from orchestrator.tables import print_rows
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """`layerboost convert`: applies a plan and saves a checkpoint."""
+    from layerboost.plan import Plan, PlanError
+
+    out = Path(arguments.out)
+    _check_new_folder(out)
+    if arguments.window < 1:
+        raise InputError("--window", arguments.window, "must be at least 1 token")
+    facts = _check(arguments.model, arguments, allow_converted=False)
+    tokenizer = _tokenizer(facts, arguments)
+    try:
+        plan = Plan.parse(arguments.plan, window=arguments.window)
+        plan.check_length(facts.n_layers)
+    except PlanError as error:
+        raise InputError("--plan", arguments.plan, str(error).removeprefix("plan: ")) from None
+    from layerboost.checkpoint import save_checkpoint
+    from layerboost.convert import convert as apply_plan
+
+    converted = apply_plan(
+        _load(facts, arguments, "cpu"), plan, parent=facts.path, revision=facts.commit or arguments.revision
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name first: a folder that is there is whole.
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staging.chmod(0o755)
+        save_checkpoint(converted, tokenizer, staging)
+        if out.exists():
+            out.rmdir()
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{out}: {plan} (plan_id {plan.plan_id}), from {facts.path}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`layerboost evaluate`: judges models side by side; the first is the base."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    device = choose_device(arguments.device)
+    every_facts = [_check(path, arguments) for path in arguments.models]
+    tokenizers = [_tokenizer(facts, arguments) for facts in every_facts]
+    from orchestrator.preflight import check_quality
+
+    for facts, tokenizer in zip(every_facts, tokenizers):
+        check_quality(recipe.quality, facts, tokenizer)
+    from layerboost.evaluation import Scores, quality, retained
+    from layerboost.evaluation import evaluate as judge
+
+    every_scores: list[Scores] = []
+    base_model = None
+    for facts, tokenizer in zip(every_facts, tokenizers):
+        model = _load(facts, arguments, device)
+        spec = quality_spec(recipe.quality, facts.context_tokens)
+        # A divergence of predictions over different vocabularies means nothing.
+        has_kl = base_model is not None and spec.text is not None and tokenizer.get_vocab() == tokenizers[0].get_vocab()
+        every_scores.append(judge(model, tokenizer, spec, base=base_model if has_kl else None))
+        base_model = base_model or model
+        print(f"evaluate {len(every_scores)}/{len(every_facts)} done model={facts.path}", file=sys.stderr)
+    rows = []
+    for facts, scores in zip(every_facts, every_scores):
+        for metric in scores.metrics:
+            rows.append(_row(facts.path, metric.task, metric.metric, metric.n_items, metric.value, metric.stderr))
+        rows.append(_row(facts.path, "mean", "quality", None, *quality(scores)))
+        rows.append(_row(facts.path, "mean", "quality_retained", None, *retained(every_scores[0], scores)))
+    print_rows(rows if arguments.form else _side_by_side(rows, arguments.models), arguments.form)
+    return 0
+
+
+def _row(model: str, task: str, metric: str, n_items: int | None, value: float, stderr: float | None) -> dict[str, Any]:
+    return {"model": model, "task": task, "metric": metric, "n_items": n_items, "value": value, "stderr": stderr}
+
+
+def _side_by_side(rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
+    """A line for each metric, a column for each model."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(
+            (row["task"], row["metric"]),
+            {"task": row["task"], "metric": row["metric"], "n_items": row["n_items"]} | dict.fromkeys(models),
+        )
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.2g}"
+        line[row["model"]] = f"{row['value']:.4g}{error}"
+    return list(lines.values())
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """`layerboost bench`: times decoding of models side by side; the first is the base."""
+    for field, value, least in (
+        *(("--concurrency", n, 1) for n in arguments.concurrency),
+        ("--prompt-tokens", arguments.prompt_tokens, 1),
+        ("--new-tokens", arguments.new_tokens, 2),
+        ("--repeats", arguments.repeats, 3),
+    ):
+        if value < least:
+            raise InputError(field, value, f"must be at least {least}")
+    device = choose_device(arguments.device)
+    every_facts = [_check(path, arguments) for path in arguments.models]
+    total = arguments.prompt_tokens + arguments.new_tokens
+    for facts in every_facts:
+        if facts.context_tokens is not None and total > facts.context_tokens:
+            raise InputError(
+                "--prompt-tokens",
+                arguments.prompt_tokens,
+                f"with {arguments.new_tokens} new tokens is {total}, more than the context of {facts.path}, "
+                f"{facts.context_tokens} tokens; lower --prompt-tokens or --new-tokens",
+            )
+    from layerboost.decoding import hardware_name, measure_decode
+
+    rows: list[dict[str, Any]] = []
+    base: dict[int, float] = {}
+    for facts in every_facts:
+        model = _load(facts, arguments, device)
+        for concurrency in arguments.concurrency:
+            measured = measure_decode(
+                model,
+                concurrency=concurrency,
+                prompt_tokens=arguments.prompt_tokens,
+                new_tokens=arguments.new_tokens,
+                repeats=arguments.repeats,
+                seed=arguments.seed,
+            )
+            throughput = measured.output_throughput_tok_per_s
+            rows.append(
+                {
+                    "model": facts.path,
+                    "hardware": hardware_name(device),
+                    "concurrency": concurrency,
+                    "prompt_tokens": arguments.prompt_tokens,
+                    "new_tokens": arguments.new_tokens,
+                    "output_throughput_tok_per_s": throughput,
+                    "output_throughput_stderr": measured.output_throughput_stderr,
+                    "ttft_ms_p50": measured.ttft_ms_p50,
+                    "tpot_ms_p50": measured.tpot_ms_p50,
+                    "peak_memory_mib": measured.peak_memory_mib,
+                    "kv_bytes_per_token": measured.kv_bytes_per_token,
+                    "speedup": throughput / base.setdefault(concurrency, throughput),
+                }
+            )
+            print(f"bench {facts.path} concurrency={concurrency} done", file=sys.stderr)
+        del model
+    print_rows(rows, arguments.form)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """`layerboost generate`: prints what the model writes after the prompt."""
+    if arguments.max_new_tokens < 1:
+        raise InputError("--max-new-tokens", arguments.max_new_tokens, "must be at least 1")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise InputError("--temperature", arguments.temperature, "must be 0 or more")
+    device = choose_device(arguments.device)
+    facts = _check(arguments.model, arguments)
+    tokenizer = _tokenizer(facts, arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    n_prompt = inputs["input_ids"].shape[1]
+    if n_prompt == 0:
+        raise InputError("PROMPT", prompt, "holds no tokens; write something to continue")
+    if facts.context_tokens is not None and n_prompt + arguments.max_new_tokens > facts.context_tokens:
+        raise InputError(
+            "--max-new-tokens",
+            arguments.max_new_tokens,
+            f"with a prompt of {n_prompt} tokens is more than the model's context of {facts.context_tokens}; "
+            "give fewer or a shorter prompt",
+        )
+    import torch
+
+    model = _load(facts, arguments, device)
+    torch.manual_seed(arguments.seed)
+    sampling = (
+        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs.to(device), max_new_tokens=arguments.max_new_tokens, pad_token_id=pad, **sampling
+        )
+    print(tokenizer.decode(tokens[0, n_prompt:], skip_special_tokens=True))
+    return 0
+
+
+def quality_spec(quality: QualitySection, context_tokens: int | None) -> Any:
+    """The recipe's quality section as `layerboost.evaluation` takes it."""
+    from layerboost.evaluation import QualitySpec
+
+    return QualitySpec(
+        tasks=quality.tasks,
+        limit=quality.limit,
+        text=quality.text,
+        n_sequences=quality.sequences,
+        sequence_tokens=resolve_sequence_tokens(quality.sequence_tokens, context_tokens),
+        batch_size=quality.batch_size,
+        num_fewshot=quality.num_fewshot,
+    )
+
+
+def choose_device(device: str) -> str:
+    """The device that a name means on this machine; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: if this machine does not have it.
+    """
+    from orchestrator.preflight import check_device
+
+    check_device(device, "--device")
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check(path: str, arguments: argparse.Namespace, *, allow_converted: bool = True) -> ModelFacts:
+    return check_model(
+        path,
+        field="MODEL",
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        allow_converted=allow_converted,
+    )
+
+
+def _tokenizer(facts: ModelFacts, arguments: argparse.Namespace) -> Any:
+    return check_tokenizer(
+        facts, field="MODEL", revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
+    )
+
+
+def _load(facts: ModelFacts, arguments: argparse.Namespace, device: str) -> Any:
+    import torch
+
+    from layerboost.checkpoint import load_model
+
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return load_model(
+        facts.path,
+        dtype=dtype,
+        device=device,
+        revision=facts.commit or arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _check_new_folder(out: Path) -> None:
+    from orchestrator.run_folder import RunFolder
+
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError("--out", out, "is there already and not empty; give a new folder")
+    if "://" in str(out):
+        raise InputError("--out", out, "must be a local folder")
+    RunFolder(out).preflight_writable()

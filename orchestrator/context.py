@@ -1,0 +1,104 @@
+"""What the stages of a run share: its inputs, its folder, its records, the cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layerboost.evaluation import QualitySpec
+from orchestrator.identity import RunInputs
+from orchestrator.progress import Progress
+from orchestrator.recipe import InputError
+from orchestrator.results import RUN_FILE, SCORE_STAGES, RunState, find_record
+from orchestrator.run_folder import RunFolder, unit_key
+from tasks import cluster
+from tasks.ablation import EvaluationUnit, evaluate_units
+
+Identity = dict[str, Any]
+
+
+class RunContext:
+    """One run of a recipe on a folder."""
+
+    def __init__(
+        self, inputs: RunInputs, folder: RunFolder, state: RunState, progress: Progress, address: str | None = None
+    ):
+        self.inputs, self.folder, self.state, self.progress, self.address = inputs, folder, state, progress, address
+
+    # Records
+
+    def record(self, stage: str, identity: Identity, result: dict[str, Any]) -> None:
+        self.folder.write_record(stage, unit_key(identity), identity, result)
+
+    def recorded(self, identity: Identity, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
+        """The result of a unit, whichever of the stages made it."""
+        return find_record(self.folder, unit_key(identity), stages)
+
+    def failed(self, stage: str, name: dict[str, Any], error: str) -> None:
+        """Remembers a unit that failed for good, and says so."""
+        self.progress.finish_unit(0.0, status="failed", **name, error=error.splitlines()[0])
+        self.state.failures.append({"stage": stage, "name": name, "error": error})
+
+    def save(self) -> None:
+        """Writes which records belong to this run, and what failed."""
+        self.folder.write_text(RUN_FILE, json.dumps(self.state.to_dict(), indent=1))
+
+    # Units
+
+    def evaluate(
+        self,
+        stage: str,
+        spec: QualitySpec,
+        units: dict[EvaluationUnit, dict[str, Any]],
+        healed_keys: dict[EvaluationUnit, str] | None = None,
+    ) -> bool:
+        """Judges the units that are not recorded.
+
+        Args:
+            stage: whose records they become.
+            spec: what they are judged by.
+            units: what each is called.
+            healed_keys: of units that judge a healed checkpoint, the key of its healing.
+
+        Returns:
+            Whether all are recorded now.
+        """
+        healed_keys = healed_keys or {}
+        identities = {unit: self.inputs.scores(unit, spec, healed_keys.get(unit)) for unit in units}
+        todo = [unit for unit in units if self.recorded(identities[unit]) is None]
+        workers = self.workers() if todo else None
+        self.progress.start_stage(
+            stage, len(units), recorded=len(units) - len(todo), workers=workers.n_workers if workers else 1
+        )
+
+        def on_result(unit: EvaluationUnit, result: dict, duration_s: float, info: dict) -> None:
+            self.record(stage, identities[unit], {**result, "duration_s": duration_s, "worker": info})
+            self.progress.finish_unit(duration_s, **units[unit])
+
+        failures = evaluate_units(todo, self.inputs.source, spec, workers, on_result=on_result) if workers else []
+        for failure in failures:
+            self.failed(stage, units[failure.unit], failure.error)
+        self.progress.end_stage()
+        return not failures
+
+    # The cluster, which starts or is joined only when there is something to do
+
+    def connect(self) -> None:
+        cluster.connect(self.address)
+
+    def workers(self) -> cluster.WorkerResources:
+        """Workers for units of evaluation, as the recipe places them."""
+        self.connect()
+        placement = self.inputs.recipe.placement
+        return placed(
+            lambda: cluster.resolve_workers(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
+        )
+
+
+def placed(resolve: Callable[[], cluster.WorkerResources]) -> cluster.WorkerResources:
+    """What `resolve` gives; what the cluster can never hold is an input error."""
+    try:
+        return resolve()
+    except cluster.ResourcesError as error:
+        raise InputError(f"placement.{error.field}", error.value, error.remedy) from error

@@ -1,0 +1,464 @@
+"""What to run: the recipe, read once at the door, checked, and frozen after.
+
+A recipe is a YAML file of seven sections. Everything in it changes results, except `placement`, which says where the
+work runs and is never part of an identity. Every mistake becomes one `InputError` with field, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+AUTO = "auto"
+MIDDLE_TREATMENTS = ("linear_window", "window")
+TEXT_SCORES = ("nll", "kl", "cosine")
+TASK_SCORES = ("benchmark", "margin")
+DEFAULT_SEQUENCE_TOKENS = 512
+DEVICE_PATTERN = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
+_MAX_VALUE_CHARS = 160
+
+
+class InputError(ValueError):
+    """An input that cannot be used.
+
+    Attributes:
+        field: where the value stands, dotted (`search.window`) or the name of an argument (`--out`).
+        value: what was given.
+        remedy: what is wrong with it and what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        self.remedy = remedy
+        super().__init__(f"{field}: {_one_line(value)}: {_one_line(remedy, limit=600)}")
+
+
+def _one_line(value: object, *, limit: int = _MAX_VALUE_CHARS) -> str:
+    """Writes any value on one line, shortened in the middle when it is long."""
+    text = " ".join(str(value).split()) if value is not None else "missing"
+    if text == "":
+        text = "(empty)"
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns `did you mean X?` for the known name nearest to `name`, or an empty string."""
+    folded = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(str(name).lower(), list(folded), n=1, cutoff=0.6)
+    return f"did you mean {folded[matches[0]]}?" if matches else ""
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e7` as a text, and `true` would silently become 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _auto_or(kind: type[int | float], minimum: float, words: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value == AUTO:
+            return AUTO
+        try:
+            number = float(_number(value))
+            if not minimum <= number < float("inf") or (kind is int and not number.is_integer()):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"must be auto or {words}") from None
+        return kind(number)
+
+    return check
+
+
+def _ordered_range(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("must be [low, high] with low <= high; swap the two")
+    return value
+
+
+def _unique(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(value)) != len(value):
+        raise ValueError("names the same entry twice; keep one")
+    return value
+
+
+def _whole_gpus_above_one(value: Any) -> Any:
+    """Ray gives fractions of one GPU, but never one GPU and a half."""
+    if value != AUTO and value > 1 and not float(value).is_integer():
+        raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
+    return value
+
+
+def _plan_letters(value: str) -> str:
+    value = value.strip().upper()
+    if not re.fullmatch("[SLWN]+", value):
+        raise ValueError("must be letters S (softmax), L (linear_window), W (window), N (none), one for each layer")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_number)]
+Range = Annotated[tuple[Number, Number], AfterValidator(_ordered_range)]
+Name = Annotated[str, AfterValidator(_not_blank)]
+PlanLetters = Annotated[str, AfterValidator(_plan_letters)]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(int, 1, "a whole number of at least 1"))]
+
+
+class _Section(BaseModel):
+    # `model_` is pydantic's own prefix; the recipe's first section is called `model`.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The pretrained model: a hub name or a local folder."""
+
+    path: Name
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    device: Name = "auto"
+
+    @model_validator(mode="after")
+    def _known_device(self) -> ModelSection:
+        if not re.fullmatch(DEVICE_PATTERN, self.device):
+            raise InputError("model.device", self.device, "must be auto, cpu, mps, cuda or cuda:N")
+        return self
+
+
+class QualitySection(_Section):
+    """What the model is judged by: lm-eval tasks (names or task files), a text, or both."""
+
+    tasks: Annotated[tuple[Name, ...], AfterValidator(_unique)] = ()
+    limit: Count | None = None
+    num_fewshot: CountOrZero | None = None
+    text: Name | None = None
+    sequences: Count = 64
+    sequence_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] | None = None
+    batch_size: Count = 8
+
+    @model_validator(mode="after")
+    def _something_to_judge_by(self) -> QualitySection:
+        if not self.tasks and self.text is None:
+            raise InputError("quality", None, "give quality.tasks, quality.text, or both")
+        return self
+
+
+class SensitivitySection(_Section):
+    """Which single-layer changes are scored, and by what."""
+
+    treatments: Annotated[
+        tuple[Literal["none", "window", "linear_window"], ...], Field(min_length=1), AfterValidator(_unique)
+    ] = ("none",)
+    score: Literal["benchmark", "margin", "nll", "kl", "cosine"] = "benchmark"
+
+
+class SearchSection(_Section):
+    """The search over the two thresholds; `plans` are tried in any case."""
+
+    trials: CountOrZero = 40
+    middle: Literal["linear_window", "window"] = "linear_window"
+    window: Count = 64
+    seed: CountOrZero = 0
+    sampler: Literal["tpe", "nsga2"] = "tpe"
+    remove_below: Range | None = None
+    keep_above: Range | None = None
+    plans: Annotated[tuple[PlanLetters, ...], AfterValidator(_unique)] = ()
+
+    @model_validator(mode="after")
+    def _thresholds_do_not_cross(self) -> SearchSection:
+        if self.remove_below and self.keep_above and self.remove_below[0] > self.keep_above[1]:
+            raise InputError(
+                "search.remove_below",
+                list(self.remove_below),
+                f"lies wholly above search.keep_above {list(self.keep_above)}; layers below the first are removed, "
+                "those at or above the second kept, so lower the first or raise the second",
+            )
+        return self
+
+
+class HealingSection(_Section):
+    """Distillation from the untouched parent; `tokens: 0` means no healing."""
+
+    tokens: CountOrZero = 0
+    text: Name | None = None
+    split: Name = "train"
+    field: Name = "text"
+    candidates: Count = 3
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 16
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
+    batch_sequences: Count = 8
+    sequence_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] | None = None
+    zero_stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3)] = 2
+    transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.2
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    seed: CountOrZero = 0
+    checkpoint_every_steps: Count = 50
+    max_failures: CountOrZero = 3
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _text_to_heal_on(self) -> HealingSection:
+        if self.tokens > 0 and self.text is None:
+            raise InputError("healing.text", None, f"needed to heal on {self.tokens} tokens; give a file or a hub name")
+        return self
+
+
+class ThroughputSection(_Section):
+    """The serving conditions under which decoding is timed."""
+
+    engine: Literal["transformers"] = "transformers"
+    concurrency: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_unique)] = (1, 8)
+    prompt_tokens: Count = 128
+    new_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 32
+    repeats: Annotated[int, BeforeValidator(_number), Field(ge=3)] = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engines_to_come(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("engine") == "vllm":
+            raise InputError("throughput.engine", "vllm", "not available yet; use transformers")
+        return data
+
+
+class PlacementSection(_Section):
+    """Where the work runs. Changes no number and no identity."""
+
+    workers: AutoCount = "auto"
+    cpus_per_worker: Annotated[
+        float | Literal["auto"], BeforeValidator(_auto_or(float, 0, "a number of CPUs of at least 0"))
+    ] = "auto"
+    gpus_per_worker: Annotated[
+        float | Literal["auto"],
+        BeforeValidator(_auto_or(float, 0, "a number of GPUs of at least 0")),
+        AfterValidator(_whole_gpus_above_one),
+    ] = "auto"
+    healing_workers: AutoCount = "auto"
+
+
+class Recipe(_Section):
+    """A whole recipe, checked and frozen. `load_recipe` reads one from a file."""
+
+    model: ModelSection
+    quality: QualitySection
+    sensitivity: SensitivitySection = SensitivitySection()
+    search: SearchSection = SearchSection()
+    healing: HealingSection = HealingSection()
+    throughput: ThroughputSection = ThroughputSection()
+    placement: PlacementSection = PlacementSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        score = self.sensitivity.score
+        if score in TEXT_SCORES and self.quality.text is None:
+            raise InputError("sensitivity.score", score, "needs quality.text; give one, or use benchmark or margin")
+        if score in TASK_SCORES and not self.quality.tasks:
+            raise InputError("sensitivity.score", score, "needs quality.tasks; give some, or use nll, kl or cosine")
+        if score == "cosine" and self.sensitivity.treatments != ("none",):
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "the cosine score only says what removal costs; use [none], or the score nll or kl",
+            )
+        # The quality text is read from the split that a hub dataset is read from when none is named.
+        healed_on = (self.healing.text, self.healing.split)
+        if self.healing.tokens > 0 and healed_on == (self.quality.text, "train"):
+            raise InputError(
+                "healing.text",
+                self.healing.text,
+                "is what quality.text judges by, so the score would be of text seen; give another text or split",
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a result, as plain JSON values: all sections but `placement`."""
+        return self.model_dump(mode="json", exclude={"placement"})
+
+    def resolved_yaml(self) -> str:
+        """The recipe with every default written out; loads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_sequence_tokens(sequence_tokens: int | None, context_tokens: int | None) -> int:
+    """The tokens of a sequence: as asked, else 512 or the model's context where that is shorter."""
+    if sequence_tokens is not None:
+        return sequence_tokens
+    return min(DEFAULT_SEQUENCE_TOKENS, context_tokens or DEFAULT_SEQUENCE_TOKENS)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, applies `section.field=value` overrides, and resolves its local paths.
+
+    Relative paths are looked for beside the recipe first, then in the current directory.
+
+    Raises:
+        InputError: for anything wrong with the file, an override or a value.
+    """
+    data = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(data, override)
+    return recipe_from_dict(data, folder=Path(path).resolve().parent)
+
+
+def recipe_from_dict(data: dict[str, Any], *, folder: Path | None = None) -> Recipe:
+    """Checks a recipe given as a mapping; `folder` is where its relative paths are looked for first.
+
+    Raises:
+        InputError: for the first thing that is wrong.
+    """
+    try:
+        recipe = Recipe.model_validate(data)
+        return Recipe.model_validate(_with_local_paths(recipe.model_dump(mode="json"), folder or Path.cwd()))
+    except ValidationError as error:
+        raise _input_error(error) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value} stands twice; keep one", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings) or "give the path of a YAML recipe"
+        raise InputError("recipe", path, f"no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("recipe", path, f"cannot be read ({error}); give the path of a YAML recipe") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path} line {mark.line + 1}" if mark else path
+        raise InputError("recipe", where, f"not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise InputError("recipe", path, f"must hold the sections {', '.join(Recipe.model_fields)}")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, field = name.strip().partition(".")
+    if not equals or not dot or not section or not field or "." in field:
+        raise InputError("--set", override, "write it as section.field=value, for example search.trials=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {name.strip()}", text, "not a YAML value; quote it") from None
+    values = data.setdefault(section, {})
+    if values is None:
+        values = data[section] = {}
+    if isinstance(values, dict):
+        values[field] = value
+
+
+def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    data["model"]["path"] = _local_path(data["model"]["path"], folder)
+    for section in ("quality", "healing"):
+        if data[section]["text"] is not None:
+            data[section]["text"] = _local_path(data[section]["text"], folder)
+    data["quality"]["tasks"] = [
+        # A bare task name is never a path, whatever happens to lie in the current directory.
+        _local_path(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
+        for task in data["quality"]["tasks"]
+    ]
+    return data
+
+
+def looks_local(name: str) -> bool:
+    """True if `name` can only be a path of this machine, so never a hub name."""
+    return name.startswith(("./", "../", "/", "~")) or name in (".", "..")
+
+
+def _local_path(name: str, folder: Path) -> str:
+    if "://" in name:
+        return name
+    expanded = Path(name).expanduser()
+    for candidate in (folder / expanded, Path.cwd() / expanded):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return os.path.normpath(folder / expanded) if looks_local(name) else name
+
+
+def _input_error(error: ValidationError) -> InputError:
+    """The first problem that pydantic found, as field, value and remedy."""
+    problems = error.errors()
+    # A misspelt key often makes another one missing: name the misspelling, it is the cause.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    location = tuple(part for part in problem["loc"] if isinstance(part, int) or part.isidentifier())
+    field = _dotted(location)
+    if problem["type"] == "extra_forbidden":
+        return InputError(field, problem["input"], _unknown_key(problem["loc"]))
+    if problem["type"] == "missing":
+        missing_item = bool(problem["loc"]) and isinstance(problem["loc"][-1], int)
+        return InputError(field, None, "must be [low, high]" if missing_item else "needed in every recipe")
+    if problem["type"] == "model_type":
+        section = _section_class(location)
+        return InputError(
+            field, problem["input"], f"must be a mapping with the fields {', '.join(section.model_fields)}"
+        )
+    remedy = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if problem["type"] == "tuple_type":
+        remedy = f"must be a list, for example [{problem['input']}]"
+    if problem["type"] == "too_long":
+        remedy = f"must have {problem['ctx']['max_length']} entries"
+    if problem["type"] == "too_short":
+        remedy = f"must have at least {problem['ctx']['min_length']} entry"
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        expected = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        remedy = f"must be one of {', '.join(expected)}; {nearest(problem['input'], expected)}".rstrip("; ")
+    return InputError(field, problem["input"], remedy)
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
+    if not location:
+        return Recipe
+    section = Recipe.model_fields[str(location[0])].annotation
+    return cast("type[BaseModel]", section)
+
+
+def _unknown_key(location: Sequence[int | str]) -> str:
+    key = str(location[-1])
+    known = list(_section_class(location[:-1]).model_fields)
+    elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _section_class((name,)).model_fields]
+    if hint := nearest(key, known):
+        return f"unknown key; {hint}"
+    if elsewhere:
+        return f"unknown key here; did you mean {' or '.join(elsewhere)}?"
+    return f"unknown key; known are {', '.join(known)}"

@@ -1,0 +1,331 @@
+"""From records to tables: what `run.json` lists, read back as the rows that users see. Computes no model."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerboost.evaluation import QualityError, Scores, quality, retained
+from layerboost.pareto import front
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import DropRow, cosine_drops, drops
+from orchestrator.recipe import InputError
+from orchestrator.report import (
+    ReportData,
+    candidates_table,
+    format_front_table,
+    headline,
+    headline_row,
+    healing_table,
+    pareto_table,
+    render,
+    sensitivity_table,
+)
+from orchestrator.report.front import conditions
+from orchestrator.run_folder import RunFolder
+
+RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
+SCORE_STAGES = ("evaluate", "sensitivity", "search", "measure")
+"""Stages whose records are scores: one that is there serves whichever stage asks."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One model of pareto.csv: a plan on the parent's weights, or healed (then with the key of its healing)."""
+
+    plan: Plan
+    origin: str
+    healed_key: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.plan.to_dict(), "origin": self.origin, "healed_key": self.healed_key}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Finalist:
+        return cls(Plan.from_dict(data), data["origin"], data["healed_key"])
+
+
+@dataclass
+class RunState:
+    """What belongs to a run, by the keys of its records; the content of `run.json`.
+
+    Attributes:
+        sensitivity: `layer`, `treatment`, `key` of each ablation.
+        trials: points of the search with their plan, thresholds, origin, status, quality and predicted speed.
+        healed: `plan`, `window`, `key` of each healed candidate.
+        finalists: `Finalist.to_dict()` and `quality_key` of each.
+        throughput: `Finalist.to_dict()`, `concurrency` and `key` of each timing.
+        failures: `stage`, `name`, `error` of each unit that failed for good.
+    """
+
+    model: str
+    n_layers: int
+    score: str
+    environment: dict[str, Any]
+    base_key: str | None = None
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    healed: list[dict[str, Any]] = field(default_factory=list)
+    finalists: list[dict[str, Any]] = field(default_factory=list)
+    throughput: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_state(folder: RunFolder) -> RunState:
+    """Reads which records belong to the run in a folder.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    try:
+        return RunState(**json.loads(folder.read_bytes(RUN_FILE)))
+    except FileNotFoundError:
+        raise InputError("DIR", folder, f"has no {RUN_FILE}; give the --out of an earlier run") from None
+
+
+def layer_drops(folder: RunFolder, state: RunState) -> list[float]:
+    """The sensitivity of each layer to the removal of its attention, first layer first.
+
+    Raises:
+        KeyError: a layer's record is not there.
+    """
+    rows = {
+        row["layer"]: row["drop"]
+        for row in sensitivity_rows(folder, state)
+        if row["treatment"] == Treatment.NONE.value and row["task"] == "mean"
+    }
+    return [rows[layer] for layer in range(state.n_layers)]
+
+
+def sensitivity_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    """Rows of sensitivity.csv: the recorded ablations against the recorded base."""
+    base = _scores(folder, state.base_key)
+    rows = []
+    for unit in state.sensitivity:
+        record = find_record(folder, unit["key"])
+        if record is None or base is None:
+            continue
+        if "cosine" in record:
+            by_layer: list[list[DropRow]] = [cosine_drops(distances) for distances in record["cosine"]]
+            found = list(enumerate(by_layer))
+        else:
+            found = [(unit["layer"], drops(base, Scores.from_dict(record["scores"]), state.score))]
+        rows += [
+            {"layer": layer, "treatment": unit["treatment"], **row.to_dict()}
+            for layer, of_layer in found
+            for row in of_layer
+        ]
+    return rows
+
+
+def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    """Rows of candidates.csv: the first trial of each plan.
+
+    Throughput is predicted: the base's measured one at the highest concurrency times the plan's predicted speed-up
+    (nothing before the base is measured). `on_front` is of quality and predicted speed.
+    """
+    trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
+    base = [
+        (unit["concurrency"], record["output_throughput_tok_per_s"])
+        for unit in state.throughput
+        if unit["origin"] == "base" and (record := find_record(folder, unit["key"], ("throughput",))) is not None
+    ]
+    base_tok_per_s = max(base)[1] if base else None
+    nan = float("nan")
+    points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
+    return [
+        {
+            "plan_id": Plan.from_dict(trial).plan_id,
+            **{name: trial[name] for name in ("plan", "window", "origin", "remove_below", "keep_above", "status")},
+            "quality": trial["quality"],
+            "quality_stderr": trial["quality_stderr"],
+            "output_throughput_tok_per_s": (
+                None if base_tok_per_s is None or trial["speedup"] is None else base_tok_per_s * trial["speedup"]
+            ),
+            "on_front": on_front,
+        }
+        for trial, on_front in zip(trials, front(points), strict=True)
+    ]
+
+
+def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
+    base = _scores(folder, state.base_key)
+    timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
+    concurrencies = list(dict.fromkeys(unit["concurrency"] for unit in state.throughput))
+    rows = []
+    for entry in state.finalists:
+        finalist = Finalist.from_dict(entry)
+        plan, healed = finalist.plan, finalist.healed_key is not None
+        about: dict[str, Any] = {
+            "plan_id": plan.plan_id,
+            **plan.to_dict(),
+            "origin": finalist.origin,
+            "healed": healed,
+            "heal_tokens": _healing(folder, finalist)["tokens"] if healed else 0,
+            **_quality_cells(base, _scores(folder, entry["quality_key"])),
+        }
+        for concurrency in concurrencies:
+            timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
+            missing = [
+                what
+                for what, there in (("quality", "quality" in about), ("throughput", timing is not None))
+                if not there
+            ]
+            rows.append(
+                {
+                    **about,
+                    "concurrency": concurrency,
+                    **{name: value for name, value in (timing or {}).items() if name in _TIMING_COLUMNS},
+                    "status": "failed" if missing else "ok",
+                    "error": _error(state, finalist, missing) if missing else None,
+                }
+            )
+    return rows + [_failed_healing(failure) for failure in state.failures if failure["stage"] == "heal"]
+
+
+_TIMING_COLUMNS = (
+    "engine",
+    "hardware",
+    "prompt_tokens",
+    "new_tokens",
+    "output_throughput_tok_per_s",
+    "output_throughput_stderr",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "peak_memory_mib",
+    "kv_bytes_per_token",
+)
+
+
+def _quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
+    if base is None or scores is None:
+        return {}
+    value, stderr = quality(scores)
+    ratio, ratio_stderr = retained(base, scores)
+    return {
+        "scores": scores.to_dict()["metrics"],
+        "quality": value,
+        "quality_stderr": stderr,
+        "quality_retained": ratio,
+        "quality_retained_stderr": ratio_stderr,
+    }
+
+
+def _failed_healing(failure: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.parse(failure["name"]["plan"], failure["name"].get("window"))
+    return {
+        "plan_id": plan.plan_id,
+        **plan.to_dict(),
+        "origin": "search",
+        "healed": True,
+        "status": "failed",
+        "error": failure["error"],
+    }
+
+
+def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
+    errors = [
+        failure["error"]
+        for failure in state.failures
+        if failure["stage"] in ("measure", "throughput") and failure["name"].get("plan") == str(finalist.plan)
+    ]
+    return errors[0] if errors else f"no record of {' and '.join(missing)}"
+
+
+def healing_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of healing_curves.csv: every step of every healed candidate."""
+    for entry in state.healed:
+        finalist = Finalist(Plan.from_dict(entry), "search", entry["key"])
+        for row in _healing(folder, finalist)["curve"]:
+            yield {"plan_id": finalist.plan.plan_id, **row}
+
+
+def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
+    """What each stage took: units, worker seconds, healing tokens."""
+    keys = {
+        "evaluate": [state.base_key],
+        "sensitivity": [unit["key"] for unit in state.sensitivity],
+        "heal": [unit["key"] for unit in state.healed],
+        "measure": [unit["quality_key"] for unit in state.finalists],
+        "throughput": [unit["key"] for unit in state.throughput],
+    }
+    totals: dict[str, dict[str, float]] = defaultdict(lambda: {"units": 0, "worker_s": 0.0, "tokens": 0})
+    found = [
+        (stage, record.result)
+        for stage, of_stage in keys.items()
+        for record in folder.records(stage)
+        if record.key in of_stage
+    ]
+    found += [("search", record.result) for record in folder.records("search")]
+    for stage, result in found:
+        totals[stage]["units"] += 1
+        totals[stage]["worker_s"] += result["duration_s"]
+        totals[stage]["tokens"] += result.get("tokens", 0)
+    order = ("evaluate", "sensitivity", "search", "heal", "measure", "throughput")
+    return pd.DataFrame(
+        [
+            {
+                "stage": stage,
+                "units": int(totals[stage]["units"]),
+                "worker seconds": round(totals[stage]["worker_s"], 1),
+                "healing tokens": int(totals[stage]["tokens"]) or None,
+            }
+            for stage in order
+            if stage in totals
+        ]
+    )
+
+
+def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
+    """The report's files by name, and what the terminal says: the headline and the front."""
+    state = load_state(folder)
+    pareto = pareto_table(pareto_rows(folder, state))
+    data = ReportData(
+        title=Path(state.model).name,
+        recipe_yaml=folder.read_text(RECIPE_FILE),
+        sensitivity=sensitivity_table(sensitivity_rows(folder, state)),
+        candidates=candidates_table(candidate_rows(folder, state)),
+        pareto=pareto,
+        healing_curves=healing_table(healing_rows(folder, state)),
+        environment=state.environment,
+        cost=cost_table(folder, state),
+        warnings=[
+            f"{failure['stage']} failed for {failure['name']}: {failure['error'].splitlines()[0]}"
+            for failure in state.failures
+        ],
+    )
+    summary = ""
+    if found := conditions(pareto):
+        row = headline_row(pareto, found[0])
+        summary = "\n\n".join([format_front_table(pareto), *([] if row is None else [headline(row)])]) + "\n"
+    return render(data), summary
+
+
+def _scores(folder: RunFolder, key: str | None) -> Scores | None:
+    record = None if key is None else find_record(folder, key)
+    return None if record is None else Scores.from_dict(record["scores"])
+
+
+def _healing(folder: RunFolder, finalist: Finalist) -> dict[str, Any]:
+    record = find_record(folder, str(finalist.healed_key), ("heal",))
+    if record is None:
+        raise QualityError(f"plan {finalist.plan}: its healing is not recorded; run the recipe again")
+    return record
+
+
+def find_record(folder: RunFolder, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
+    """The result of a record, in whichever of the stages it stands."""
+    for stage in stages:
+        if (record := folder.read_record(stage, key)) is not None:
+            return record.result
+    return None

@@ -1,0 +1,226 @@
+"""Recipes: the documented example, defaults, paths, identity, and a line that helps for everything that is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.recipe import InputError, Recipe, load_recipe, nearest, recipe_from_dict, resolve_sequence_tokens
+
+EXAMPLE = """
+model: {path: Qwen/Qwen3-4B, revision: main, dtype: bfloat16}
+quality: {tasks: [arc_easy, hellaswag, ./tasks/recall.yaml], limit: 500, text: data.txt}     # with a remark
+sensitivity: {treatments: [none], score: benchmark}
+search: {trials: 40, middle: linear_window, window: 64, seed: 0}
+healing: {tokens: 10_000_000, text: HuggingFaceFW/fineweb-edu, candidates: 3, method: lora, rank: 16, zero_stage: 2}
+throughput: {engine: transformers, concurrency: [50, 100, 200], prompt_tokens: 512, new_tokens: 128}
+placement: {workers: auto, gpus_per_worker: 1}
+"""
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(EXAMPLE)
+    return path
+
+
+def test_documented_example(example):
+    recipe = load_recipe(example)
+    assert recipe.model.path == "Qwen/Qwen3-4B"
+    assert recipe.healing.tokens == 10_000_000
+    assert recipe.throughput.concurrency == (50, 100, 200)
+    assert recipe.placement.gpus_per_worker == 1
+    assert recipe.quality.tasks == ("arc_easy", "hellaswag", str(example.parent / "tasks/recall.yaml"))
+    assert recipe.search.sampler == "tpe"
+
+
+def test_resolved_yaml_loads_to_an_equal_recipe(example, tmp_path):
+    recipe = load_recipe(example, ["search.plans=[SSLN]", "search.remove_below=[0, 0.1]"])
+    resolved = tmp_path / "elsewhere" / "resolved.yaml"
+    resolved.parent.mkdir()
+    resolved.write_text(recipe.resolved_yaml())
+    assert load_recipe(resolved) == recipe
+
+
+def test_placement_is_no_part_of_the_identity(example):
+    here, there = load_recipe(example), load_recipe(example, ["placement.workers=7", "placement.gpus_per_worker=0.5"])
+    assert here != there
+    assert here.identity() == there.identity()
+    assert here.identity() != load_recipe(example, ["search.seed=1"]).identity()
+
+
+def test_recipe_is_frozen(example):
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe(example).search.window = 3
+
+
+def test_overrides_are_yaml_values(example):
+    overrides = ["healing.tokens=1e6", "search.plans=[sslw]", "healing.learning_rate=1e-3", "quality.limit=null"]
+    recipe = load_recipe(example, overrides)
+    assert recipe.healing.tokens == 1_000_000
+    assert recipe.search.plans == ("SSLW",)
+    assert recipe.healing.learning_rate == 1e-3
+    assert recipe.quality.limit is None
+
+
+def test_an_override_may_begin_a_section(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {path: m}\nquality: {tasks: [t]}\nsearch:\n")
+    assert load_recipe(path, ["search.trials=3"]).search.trials == 3
+
+
+def test_paths_beside_the_recipe_come_before_the_current_directory(tmp_path, monkeypatch):
+    beside, here = tmp_path / "recipes", tmp_path / "here"
+    for folder, names in ((beside, ("both.txt",)), (here, ("both.txt", "only.txt", "arc_easy"))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("text")
+    (beside / "r.yaml").write_text(
+        "model: {path: ./missing}\nquality: {text: both.txt, tasks: [arc_easy]}\nhealing: {tokens: 9, text: only.txt}"
+    )
+    monkeypatch.chdir(here)
+    recipe = load_recipe("../recipes/r.yaml")
+    assert recipe.quality.text == str(beside / "both.txt")
+    assert recipe.healing.text == str(here / "only.txt")
+    assert recipe.model.path == str(beside / "missing")
+    assert recipe.quality.tasks == ("arc_easy",), "a bare task name is no path"
+
+
+def test_hub_names_and_urls_stay(example, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(example, ["quality.text=s3://bucket/text.jsonl"])
+    assert recipe.quality.text == "s3://bucket/text.jsonl"
+    assert recipe.healing.text == "HuggingFaceFW/fineweb-edu"
+
+
+WRONG = [
+    ("search.widnow=3", "search.widnow", "3", "did you mean window?"),
+    ("healing.window=3", "healing.window", "3", "did you mean search.window?"),
+    ("serach.window=3", "serach", "window", "did you mean search?"),
+    ("search.foo=1", "search.foo", "1", "known are trials"),
+    ("search.window=0", "search.window", "0", "greater than or equal to 1"),
+    ("search.window=true", "search.window", "True", "must be a number"),
+    ("search.window=wide", "search.window", "wide", "integer"),
+    ("search.trials=-1", "search.trials", "-1", "greater than or equal to 0"),
+    ("search.remove_below=[1, 0]", "search.remove_below", "[1, 0]", "swap"),
+    ("search.remove_below=0.1", "search.remove_below", "0.1", "list"),
+    ("search.remove_below=[1]", "search.remove_below[1]", "missing", "[low, high]"),
+    ("search.remove_below=[0, .nan]", "search.remove_below[1]", "nan", "finite"),
+    ("search.plans=[SSX]", "search.plans[0]", "SSX", "letters S"),
+    ("search.plans=[SS, ss]", "search.plans", "ss", "twice"),
+    ("search.sampler=tpee", "search.sampler", "tpee", "did you mean tpe?"),
+    ("healing.tokens=-1", "healing.tokens", "-1", "greater than or equal to 0"),
+    ("healing.zero_stage=4", "healing.zero_stage", "4", "less than or equal to 3"),
+    ("healing.text=null", "healing.text", "missing", "give a file"),
+    ("healing.text=data.txt", "healing.text", "data.txt", "give another text"),
+    ("sensitivity.score=nl", "sensitivity.score", "nl", "did you mean nll?"),
+    ("sensitivity.treatments=[softmax]", "sensitivity.treatments[0]", "softmax", "none, window, linear_window"),
+    ("sensitivity.treatments=[]", "sensitivity.treatments", "[]", "at least 1"),
+    ("quality.tasks=arc_easy", "quality.tasks", "arc_easy", "[arc_easy]"),
+    ("quality.tasks=[]", "sensitivity.score", "benchmark", "needs quality.tasks"),
+    ("throughput.engine=vllm", "throughput.engine", "vllm", "not available yet"),
+    ("throughput.repeats=2", "throughput.repeats", "2", "greater than or equal to 3"),
+    ("throughput.concurrency=[1, 0]", "throughput.concurrency[1]", "0", "greater than or equal to 1"),
+    ("placement.workers=0", "placement.workers", "0", "auto or a whole number"),
+    ("placement.gpus_per_worker=1.5", "placement.gpus_per_worker", "1.5", "fraction of one GPU"),
+    ("placement.gpus_per_worker=-1", "placement.gpus_per_worker", "-1", "auto or a number"),
+    ("model.path=", "model.path", "missing", "string"),
+    ("model.path=''", "model.path", "(empty)", "must not be empty"),
+    ("model.device=gpu", "model.device", "gpu", "cuda"),
+    ("search=3", "--set", "search=3", "section.field=value"),
+    ("a.b.c=3", "--set", "a.b.c=3", "section.field=value"),
+    ("search.plans=[S", "--set search.plans", "[S", "YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "field", "value", "remedy"), WRONG, ids=[case[0] for case in WRONG])
+def test_wrong_values(example, override, field, value, remedy):
+    with pytest.raises(InputError) as caught:
+        load_recipe(example, [override])
+    assert caught.value.field == field
+    assert value in str(caught.value.value if caught.value.value is not None else "missing") or value == "(empty)"
+    assert str(caught.value).startswith(f"{field}: ")
+    assert value in str(caught.value)
+    assert remedy in caught.value.remedy
+    assert "\n" not in str(caught.value)
+
+
+def test_thresholds_crossed_against_each_other(example):
+    overlapping = ["search.remove_below=[0, 0.5]", "search.keep_above=[0.2, 1]"]
+    assert load_recipe(example, overlapping).search.keep_above == (0.2, 1.0)
+    with pytest.raises(InputError, match=r"search.remove_below: \[0.5, 0.6\].*lower the first or raise the second"):
+        load_recipe(example, ["search.remove_below=[0.5, 0.6]", "search.keep_above=[0.1, 0.4]"])
+
+
+@pytest.mark.parametrize("score", ["nll", "kl", "cosine"])
+def test_text_scores_need_a_text(score):
+    data = {"model": {"path": "m"}, "quality": {"tasks": ["t"]}, "sensitivity": {"score": score}}
+    with pytest.raises(InputError, match=f"sensitivity.score: {score}: needs quality.text"):
+        recipe_from_dict(data)
+    data["quality"] = {"text": "t.txt"}
+    assert recipe_from_dict(data).sensitivity.score == score
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "remedy"),
+    [
+        ("model: {path: m", "line 1", "not valid YAML"),
+        ("- a\n- b\n", "r.yaml", "must hold the sections"),
+        ("model: {path: m}\nmodel: {path: n}\n", "line 2", "stands twice"),
+        ("", "r.yaml", "must hold the sections"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, value, remedy):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert caught.value.field == "recipe"
+    assert value in str(caught.value.value)
+    assert remedy in caught.value.remedy
+
+
+def test_a_missing_recipe_names_its_neighbour(example):
+    with pytest.raises(InputError, match=r"did you mean .*recipe\.yaml"):
+        load_recipe(example.with_name("recipes.yaml"))
+
+
+def test_a_misspelling_is_named_and_not_the_key_that_it_hides():
+    with pytest.raises(InputError, match=r"model.pth: m: unknown key; did you mean path\?"):
+        recipe_from_dict({"model": {"pth": "m"}, "quality": {"tasks": ["t"]}})
+
+
+def test_missing_section_is_named():
+    with pytest.raises(InputError, match=r"quality: missing: needed"):
+        recipe_from_dict({"model": {"path": "m"}})
+    with pytest.raises(InputError, match=r"quality: missing: give quality\.tasks"):
+        recipe_from_dict({"model": {"path": "m"}, "quality": {}})
+
+
+def test_long_values_are_shortened_to_one_line():
+    error = InputError("a", "x\n" * 500, "no")
+    assert len(str(error)) < 250
+    assert "\n" not in str(error)
+
+
+def test_nearest_ignores_case_and_knows_when_nothing_is_near():
+    assert nearest("WINDOWS", ["window", "seed"]) == "did you mean window?"
+    assert nearest("zzz", ["window", "seed"]) == ""
+
+
+def test_sequence_tokens_follow_the_context():
+    assert resolve_sequence_tokens(None, 4096) == 512
+    assert resolve_sequence_tokens(None, 128) == 128
+    assert resolve_sequence_tokens(None, None) == 512
+    assert resolve_sequence_tokens(64, 128) == 64
+
+
+def test_every_field_survives_the_round_trip(example):
+    values = yaml.safe_load(load_recipe(example).resolved_yaml())
+    assert set(values) == set(Recipe.model_fields)
+    assert os.path.isabs(values["quality"]["tasks"][2])
