@@ -1,0 +1,223 @@
+"""Whole runs of the command on a tiny model: killed in each stage, resumed, damaged, shared, reported again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from layerboost.checkpoint import load_model
+from layerboost.convert import plan_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+TIMING_COLUMNS = [
+    "output_throughput_tok_per_s",
+    "output_throughput_stderr",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "peak_memory_mib",
+    "speedup",
+    "on_front",
+]
+KILL_AT = {
+    # A stage, and the first words of the progress line after which the driver is killed.
+    "evaluate": "evaluate 0/1 start",
+    "sensitivity": "sensitivity 2/3 done",
+    "search": "search 2/",
+    "heal": "heal step ",
+    "report": "throughput 2/",
+}
+
+
+def command(inputs, out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", "run", str(inputs.recipe), "--out", str(out), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(inputs, out: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        command(inputs, out, *arguments), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == expect, result.stderr
+    return result
+
+
+def kill_at(inputs, out: Path, line_start: str) -> None:
+    """Starts the run and kills the driver with SIGKILL at the first progress line that starts so."""
+    process = subprocess.Popen(
+        command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seen = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith(line_start):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, "".join(seen)
+
+
+def records(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("records/*/*.json")}
+
+
+def table(out: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(out / name, dtype={"plan_id": str})
+
+
+@pytest.fixture(scope="module")
+def recipe_values() -> dict:
+    return {
+        "search": {"trials": 3, "window": 8},
+        "healing": {
+            "tokens": 2048,
+            "text": "heal.txt",
+            "batch_sequences": 2,
+            "sequence_tokens": 32,
+            "candidates": 2,
+            "checkpoint_every_steps": 5,
+            "zero_stage": 1,
+        },
+        "throughput": {"concurrency": [1, 2], "prompt_tokens": 16, "new_tokens": 4},
+        "sensitivity": {"score": "nll", "treatments": ["none"]},
+        "placement": {"workers": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pristine_inputs, recipe_values, tmp_path_factory):
+    """Inputs, and the folder of a run that nothing disturbed."""
+    from tests.orchestrator.conftest import Inputs
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(pristine_inputs, folder / "inputs")
+    quality = {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32}
+    inputs = Inputs(folder / "inputs", {"model": {"path": "./model"}, "quality": quality, **recipe_values})
+    inputs.write_recipe()
+    result = run(inputs, folder / "out")
+    return inputs, folder / "out", result
+
+
+def test_a_run_ends_with_the_front_a_report_and_checkpoints_that_load(undisturbed):
+    _, out, result = undisturbed
+    assert f"report: {out}/report.html" in result.stdout
+    pareto = table(out, "pareto.csv")
+    assert set(pareto["status"]) == {"ok"}
+    assert {"base", "all_none", "all_window", "all_linear_window", "search"} <= set(pareto["origin"])
+    assert set(pareto["concurrency"]) == {1, 2}
+    healed = pareto[pareto["healed"]]
+    assert healed["plan_id"].nunique() == 2
+    assert set(healed["heal_tokens"]) == {2048}
+    base = pareto[pareto["origin"] == "base"].iloc[0]
+    assert base["quality_retained"] == 1
+    for plan_id in healed["plan_id"].unique():
+        assert plan_of(load_model(str(out / "healed" / plan_id))).plan_id == plan_id
+    assert not list((out / "healing").glob("*")), "checkpoints of finished healing are removed"
+    for name in ("pareto.png", "sensitivity.png", "report.html", "recipe.yaml", "sensitivity.csv", "candidates.csv"):
+        assert (out / name).stat().st_size > 0
+    assert len(table(out, "sensitivity.csv").query("task == 'mean'")) == 3
+
+
+def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    inputs, expected, _ = undisturbed
+    out = tmp_path / "out"
+    for line_start in KILL_AT.values():
+        before = records(out)
+        kill_at(inputs, out, line_start)
+        after = records(out)
+        assert {name: after[name] for name in before} == before, "a recorded unit ran again"
+    before = records(out)
+    run(inputs, out)
+    after = records(out)
+    assert {name: after[name] for name in before} == before
+    assert set(after) == set(records(expected))
+    for name in ("sensitivity.csv", "candidates.csv", "pareto.csv", "healing_curves.csv"):
+        actual, wanted = (
+            table(folder, name).drop(columns=TIMING_COLUMNS, errors="ignore") for folder in (out, expected)
+        )
+        pd.testing.assert_frame_equal(actual, wanted, check_exact=True)
+
+
+def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed):
+    inputs, out, _ = undisturbed
+    before = records(out)
+    again = run(inputs, out)
+    assert records(out) == before
+    assert " done " not in again.stderr
+    victim = sorted((out / "records" / "sensitivity").glob("*.json"))[0]
+    original = json.loads(victim.read_text())
+    victim.write_text(victim.read_text()[:100])
+    repaired = run(inputs, out)
+    assert "is damaged" in repaired.stderr
+    assert repaired.stderr.count(" done ") == 1
+    assert json.loads(victim.read_text())["result"]["scores"] == original["result"]["scores"]
+
+
+def test_the_report_is_written_again_from_the_records_alone(undisturbed, tmp_path):
+    inputs, out, _ = undisturbed
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    for path in copy.iterdir():
+        if path.is_file() and path.name not in ("run.json", "recipe.yaml"):
+            path.unlink()
+    moved = inputs.folder.with_name("moved")
+    inputs.folder.rename(moved)
+    try:
+        subprocess.run([sys.executable, "-m", "orchestrator", "report", str(copy)], check=True, env=environment())
+    finally:
+        moved.rename(inputs.folder)
+    for name in ("pareto.csv", "candidates.csv", "sensitivity.csv", "healing_curves.csv"):
+        assert (copy / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_second_run_on_the_folder_is_refused_with_the_reason(undisturbed, tmp_path):
+    inputs, _, _ = undisturbed
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stderr is not None
+        assert first.stderr.readline().startswith("evaluate 0/1")
+        second = run(inputs, out, expect=2)
+        assert str(first.pid) in second.stderr
+        assert len(second.stderr.strip().splitlines()) == 1
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_dry_run_counts_the_units_and_starts_nothing(undisturbed, tmp_path):
+    inputs, out, _ = undisturbed
+    fresh = run(inputs, tmp_path / "out", "--dry-run")
+    assert not (tmp_path / "out").exists()
+    assert "unknown" in fresh.stdout
+    rows = {line.split()[0]: line.split()[1:] for line in fresh.stdout.splitlines()[1:] if line.strip()}
+    assert rows["sensitivity"][:2] == ["3", "0"]
+    before = records(out)
+    finished = run(inputs, out, "--dry-run")
+    assert records(out) == before
+    rows = {line.split()[0]: line.split()[1:] for line in finished.stdout.splitlines()[1:] if line.strip()}
+    assert rows["sensitivity"][:2] == ["3", "3"]
+
+
+def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, tmp_path):
+    inputs, _, _ = undisturbed
+    out = tmp_path / "out"
+    run(inputs, out, "--until", "sensitivity")
+    assert (out / "sensitivity.csv").exists()
+    assert not (out / "pareto.csv").exists()
+    through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
+    assert " done " not in through_url.stderr
