@@ -1,11 +1,16 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share: real models where they stand beside the project, and tiny inputs that fit together."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 # Real models and texts, where they stand beside the project; everything else works without them.
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -20,3 +25,90 @@ def shared_dir() -> Path:
     if not (_SHARED / "models").is_dir():
         pytest.skip(f"needs the models and texts in {_SHARED.name}/ beside the project")
     return _SHARED
+
+
+N_LAYERS, CONTEXT_TOKENS = 3, 64
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@dataclass
+class Inputs:
+    """A folder of inputs. `recipe` is good; change a copy of `values` to make a bad one."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def write_recipe(self) -> Path:
+        self.recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
+        return self.recipe
+
+
+@pytest.fixture(scope="session")
+def pristine_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("inputs")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT_TOKENS,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for name, shift in (("judge", 0), ("heal", 7)):
+        lines = [" ".join(WORDS[(i * j + shift) % len(WORDS)] for j in range(1, 30)) for i in range(1, 40)]
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    items = [{"question": f"{WORDS[i]} {WORDS[i + 1]}", "choices": WORDS[:2], "gold": i % 2} for i in range(8)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "items.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.fixture
+def inputs(pristine_inputs: Path, tmp_path: Path) -> Inputs:
+    """A copy of the inputs that a test may damage."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(pristine_inputs, folder)
+    values = {
+        "model": {"path": "./model"},
+        "quality": {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
+        "search": {"trials": 2, "window": 8},
+        "healing": {"tokens": 1024, "text": "heal.txt", "batch_sequences": 2, "sequence_tokens": 32, "candidates": 1},
+        "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
+    }
+    inputs = Inputs(folder, values)
+    inputs.write_recipe()
+    return inputs

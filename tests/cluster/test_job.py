@@ -34,7 +34,9 @@ def free_ports(n: int) -> list[int]:
 def cluster(tmp_path_factory):
     """Address of the job server of a fresh cluster of two nodes, and the environment that holds its token."""
     home = tmp_path_factory.mktemp("home")
-    temp = Path("/tmp") / f"lb{os.getpid()}"  # short: Ray's socket paths have a limit
+    # A folder for each node, as on two hosts (in a shared one each would clean up what the other has unpacked), and a
+    # short one, since the paths of sockets have a limit.
+    temp = f"/tmp/lb{os.getpid()}"
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
     environment = {
@@ -50,12 +52,12 @@ def cluster(tmp_path_factory):
     common = ["--num-cpus=1", "--disable-usage-stats", "--block"]
     head = [
         *RAY, "start", "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agents[0]}", f"--temp-dir={temp}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agents[0]}", f"--temp-dir={temp}a",
         "--node-ip-address=127.0.0.1", "--include-dashboard=true", *common,
     ]  # fmt: skip
     worker = [
         *RAY, "start", f"--address=127.0.0.1:{gcs}", f"--dashboard-agent-listen-port={agents[1]}",
-        "--node-ip-address=127.0.0.2", *common,
+        "--node-ip-address=127.0.0.2", f"--temp-dir={temp}b", *common,
     ]  # fmt: skip
     processes = []
     try:
@@ -69,7 +71,8 @@ def cluster(tmp_path_factory):
             process.terminate()
         for process in processes:
             process.wait(timeout=60)
-        shutil.rmtree(temp, ignore_errors=True)
+        for node in "ab":
+            shutil.rmtree(temp + node, ignore_errors=True)
 
 
 def alive_nodes(address: str, environment: dict) -> int:
@@ -99,10 +102,13 @@ def test_a_submitted_job_uses_both_nodes(cluster, pristine_inputs, tmp_path):
         ignored = shutil.ignore_patterns("__pycache__", "model", "data")
         shutil.copytree(PROJECT / package, project / package, ignore=ignored)
     shutil.copytree(pristine_inputs, project / "inputs")
+    judge = (project / "inputs" / "judge.txt").read_text()
+    (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 60))
     recipe = {
         "model": {"path": "./model"},
-        "quality": {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
-        "sensitivity": {"score": "nll", "treatments": ["none", "window"]},
+        # Units of some seconds, so that the second node's worker is there before all are done.
+        "quality": {"text": "long.txt", "sequences": 2000, "sequence_tokens": 32, "batch_size": 1},
+        "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"]},
         "search": {"trials": 1, "window": 8},
         "healing": {"tokens": 512, "text": "heal.txt", "batch_sequences": 2, "sequence_tokens": 32, "candidates": 1},
         "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
@@ -112,7 +118,7 @@ def test_a_submitted_job_uses_both_nodes(cluster, pristine_inputs, tmp_path):
     out = tmp_path / "shared" / "run"
     submit = [
         *RAY, "job", "submit", f"--address={address}", "--working-dir", str(project), "--",
-        sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--out", str(out),
+        sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--verbose", "--out", str(out),
     ]  # fmt: skip
     result = subprocess.run(submit, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]

@@ -99,7 +99,7 @@ def recipe_values() -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(pristine_inputs, recipe_values, tmp_path_factory):
     """Inputs, and the folder of a run that nothing disturbed."""
-    from tests.orchestrator.conftest import Inputs
+    from tests.conftest import Inputs
 
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(pristine_inputs, folder / "inputs")
