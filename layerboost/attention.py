@@ -111,11 +111,15 @@ def naive_attention(
     if segments is not None:
         seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
     seen = seen[:, None]
-    inside = seen if treatment is Treatment.SOFTMAX else seen & (distance < window)
+    inside = seen
+    if treatment is not Treatment.SOFTMAX:
+        assert window is not None
+        inside = seen & (distance < window)
     scores = scores.masked_fill(~inside, -math.inf)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - peak)
     if treatment is Treatment.LINEAR_WINDOW:
+        assert feature_map is not None
         logits, features = feature_map(query, key)
         query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
         older = query_features @ features.repeat_interleave(n_groups, dim=1).transpose(-1, -2)
@@ -149,7 +153,8 @@ def window_attention(
     blocks = _Blocks(query, key, window, valid, segments)
     output = _softmax_attention(
         blocks.chunks(query).flatten(1, 2).transpose(1, 2).flatten(0, 1),  # (B N, H, C, D)
-        *(blocks.reach(x).transpose(1, 2).flatten(0, 1) for x in (key, value)),  # (B N, K, L, D)
+        blocks.reach(key).transpose(1, 2).flatten(0, 1),  # (B N, K, L, D)
+        blocks.reach(value).transpose(1, 2).flatten(0, 1),
         blocks.inside.flatten(0, 1)[:, None],
         scaling,
         softcap,

@@ -28,16 +28,16 @@ class WindowLayer(CacheLayerMixin):
         """Keeps the last window - 1 tokens, and gives the kept ones before them together with the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = (
-            torch.cat([kept, new], dim=2) for kept, new in ((self.keys, key_states), (self.values, value_states))
-        )
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
         # A clone, lest a view of the window keep the whole prompt alive.
         first = max(keys.shape[2] - (self.window - 1), 0)
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         return keys, values
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -47,7 +47,7 @@ class WindowLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is kept, by attribute; the first dimension of each is the batch."""
-        return {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
 
     def reset(self) -> None:
         for name in self.tensors():
@@ -83,14 +83,14 @@ class LinearWindowLayer(WindowLayer):
 
     @property
     def state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None if self.sums is None else (self.sums, self.norms)
+        return None if self.sums is None or self.norms is None else (self.sums, self.norms)
 
     @state.setter
     def state(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.sums, self.norms = state
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        state = {} if self.sums is None else {"sums": self.sums, "norms": self.norms}
+        state = {} if self.state is None else {"sums": self.state[0], "norms": self.state[1]}
         return super().tensors() | state
 
 
@@ -121,7 +121,7 @@ class PlanCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if self.treatments[layer_idx] is Treatment.SOFTMAX:
-            return self.layers[layer_idx].get_mask_sizes(query_length)
+            return super().get_mask_sizes(query_length, layer_idx)
         return self.seen_tokens + query_length, 0  # treated layers make their own mask
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -138,13 +138,13 @@ class PlanCache(Cache):
 
 def cache_tensors(cache: Cache) -> list[torch.Tensor]:
     """Every tensor that the layers of a cache keep for their tokens."""
-    tensors = []
+    tensors: list[torch.Tensor | None] = []
     for layer in cache.layers:
         if isinstance(layer, WindowLayer):
             tensors += layer.tensors().values()
-        elif getattr(layer, "keys", None) is not None:
-            tensors += [layer.keys, layer.values]
-    return tensors
+        else:
+            tensors += [getattr(layer, name, None) for name in ("keys", "values")]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -168,6 +168,7 @@ def expected_cache_bytes(config, n_tokens: int, batch: int, dtype: torch.dtype) 
             own_window = getattr(layer, "sliding_window", None)
             total += token_bytes * (n_tokens if own_window is None else min(n_tokens, own_window - 1))
         elif treatment.needs_window:
+            assert plan.window is not None
             total += token_bytes * min(n_tokens, plan.window - 1)
             if treatment is Treatment.LINEAR_WINDOW:
                 total += n_kv_heads * 2 * dim * (dim + 1) * torch.float32.itemsize

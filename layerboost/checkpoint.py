@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def load_model(
         CheckpointError: the weights are pickles.
     """
     check_no_pickle(path)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     return model.to(device).eval()

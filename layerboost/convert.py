@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None)
     return _sharing(parent_type, config, model, [] if parent_model is None else [parent_model])
 
 
-def _sharing(model_type: type, config, source: PreTrainedModel, more: list[PreTrainedModel]) -> PreTrainedModel:
+def _sharing(model_type: Any, config: Any, source: PreTrainedModel, more: list[PreTrainedModel]) -> PreTrainedModel:
     """A model of `model_type` made of the parameters and buffers of `source`, and of `more` where it has none."""
     config._attn_implementation = source.config._attn_implementation
     config.dtype = source.dtype

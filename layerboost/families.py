@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,7 @@ class Family:
     """
 
     attention: str = "self_attn"
-    attention_norms: Callable[[object], tuple[str, ...]] = lambda config: ("input_layernorm",)
+    attention_norms: Callable[[Any], tuple[str, ...]] = lambda config: ("input_layernorm",)
 
 
 _PRE_NORM = Family()
@@ -89,8 +90,9 @@ def check_family(config) -> None:
 
 
 def kv_heads(config) -> int:
-    """Key/value heads of each attention layer."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Key/value heads of each attention layer; a stray value in the config of a family without groups is none."""
+    grouped = hasattr(type(config), "num_key_value_heads")
+    return (config.num_key_value_heads if grouped else None) or config.num_attention_heads
 
 
 def head_dim(config) -> int:

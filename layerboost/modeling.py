@@ -10,6 +10,7 @@ import functools
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class _Call:
 class _Treated:
     """What a treated attention module knows of its treatment."""
 
-    window: int
+    window: int | None
     call: _Call = field(repr=False)
 
 
@@ -92,7 +93,7 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.WINDOW], _window_for
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.LINEAR_WINDOW], _linear_window_forward)
 
 
-def _before_decoder(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Makes the cache where one is wanted, and tells the treated layers about padding and packed documents."""
     config, call = decoder.config, decoder.layerboost_call
     if args:
@@ -123,9 +124,13 @@ def _before_decoder(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if position_ids is not None and mask is None and cache is None:
         starts = _document_starts(position_ids)
         if starts.any():
-            inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-            call.segments = starts.long().cumsum(dim=1).expand(inputs.shape[0], -1)
+            call.segments = starts.long().cumsum(dim=1).expand(_inputs(kwargs).shape[0], -1)
     return (), kwargs
+
+
+def _inputs(kwargs: dict) -> torch.Tensor:
+    """(B, T) token ids or (B, T, d) embeddings, whichever was given."""
+    return kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
 
 
 def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -134,15 +139,14 @@ def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(jumps, (1, 0))
 
 
-def _after_decoder(decoder: nn.Module, args: tuple, kwargs: dict, output):
+def _after_decoder(decoder: Any, args: tuple, kwargs: dict, output):
     call = decoder.layerboost_call
     if call.cache is not None:
-        inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        call.cache.seen_tokens += inputs.shape[1]
+        call.cache.seen_tokens += _inputs(kwargs).shape[1]
     return output
 
 
-def install_plan(model: nn.Module, plan: Plan) -> None:
+def install_plan(model: Any, plan: Plan) -> None:
     """Treats the layers of a family's model in place: what a plan removes is gone, what it adds is untrained."""
     config = model.config
     family = family_of(config)
@@ -171,6 +175,12 @@ def install_plan(model: nn.Module, plan: Plan) -> None:
     decoder.register_forward_hook(_after_decoder, with_kwargs=True)
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _AnyModel
+else:
+    _AnyModel = object  # mixed into each family's own class, which is one
+
+
 class ConvertedConfig:
     """Mixed into a family's configuration: the plan, and where the model comes from.
 
@@ -183,7 +193,7 @@ class ConvertedConfig:
         return super().from_dict(config_dict, **kwargs)
 
 
-class ConvertedModel:
+class ConvertedModel(_AnyModel):
     """Mixed into a family's causal language model: installs the plan, brings its own cache, writes its own code."""
 
     def __init__(self, config, *args, **kwargs):
@@ -207,7 +217,7 @@ class ConvertedModel:
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Saves the model and its code, so that `trust_remote_code=True` loads it where this package is not."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,11 +225,11 @@ class ConvertedModel:
             source, target = Path(__file__).parent / name, folder / name
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 @functools.cache
-def config_class(model_type: str) -> type:
+def config_class(model_type: str) -> Any:
     """The configuration class of converted models of a family, from the parent's `model_type`."""
     parent = CONFIG_MAPPING[model_type]
     name = f"{_CLASS_PREFIX}{parent.__name__}"
@@ -234,7 +244,7 @@ def config_class(model_type: str) -> type:
 
 
 @functools.cache
-def model_class(model_type: str) -> type:
+def model_class(model_type: str) -> Any:
     """The class of converted models of a family, from the parent's `model_type`."""
     parent = parent_class(model_type)
     name = f"{_CLASS_PREFIX}{parent.__name__}"
@@ -247,12 +257,12 @@ def model_class(model_type: str) -> type:
     return type(name, (ConvertedModel, parent), namespace)
 
 
-def parent_class(model_type: str) -> type:
+def parent_class(model_type: str) -> Any:
     """The family's own causal language model class."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
 
 
-def _register_model(config: type) -> None:
+def _register_model(config: Any) -> None:
     """Registered when a configuration is first read, since a model class pulls in its family's modules."""
     model = model_class(config.model_type.removeprefix(CONVERTED_PREFIX))
     AutoModelForCausalLM.register(config, model, exist_ok=True)
@@ -264,7 +274,7 @@ def register() -> None:
         AutoConfig.register(CONVERTED_PREFIX + model_type, config_class(model_type), exist_ok=True)
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """The classes by name (`LayerBoostLlamaConfig`, `LayerBoostLlamaForCausalLM`), as pickles and remote code ask."""
     if name.startswith(_CLASS_PREFIX):
         for model_type in supported_families():

@@ -15,7 +15,7 @@ PACKAGES = ("layerboost", "torch", "transformers", "ray", "deepspeed", "lm-eval"
 
 def environment() -> dict[str, Any]:
     """What this process runs on: Python, packages, processor, memory, GPUs."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

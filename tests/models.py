@@ -44,10 +44,7 @@ VARIANTS = {
 def tiny_config(name: str, **changes):
     """The configuration of a tiny model of a family, or of one of VARIANTS."""
     model_type, special = VARIANTS.get(name, (name, {}))
-    settings = {**_COMMON, **_SPECIAL.get(model_type, {}), **special, **changes}
-    if model_type == "gpt_neox":  # has no grouped-query heads
-        settings.pop("num_key_value_heads")
-    return AutoConfig.for_model(model_type, **settings)
+    return AutoConfig.for_model(model_type, **{**_COMMON, **_SPECIAL.get(model_type, {}), **special, **changes})
 
 
 def tiny_model(name: str, *, seed: int | None = None, **changes):

@@ -173,8 +173,7 @@ def test_killed_workers_end_with_the_losses_of_the_undisturbed_run(cluster, fold
 
 
 _DRIVER = """
-import os, sys
-from dataclasses import replace
+import os
 from pathlib import Path
 
 import ray
@@ -190,8 +189,10 @@ def kill_driver(event):
         os.kill(driver, signal.SIGKILL)
         time.sleep(600)
 
-ray.init(address="local", num_cpus=2, include_dashboard=False)
-heal(job_of(Path(sys.argv[1]), "driver", n_workers=1, on_step=kill_driver))
+# As in a Ray job, workers see relative paths in a copy of the working directory.
+environment = {"working_dir": ".", "excludes": ["storage", "out"]}
+ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env=environment)
+heal(job_of(Path.cwd(), "driver", model="./model", text="./text.txt", on_step=kill_driver))
 """
 
 
@@ -200,7 +201,7 @@ def test_a_killed_driver_goes_on_with_the_same_storage_and_name(cluster, folder,
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     driver = subprocess.run(
-        [sys.executable, "-c", _DRIVER, str(folder)], cwd=root, env=environment, capture_output=True, timeout=120
+        [sys.executable, "-c", _DRIVER], cwd=folder, env=environment, capture_output=True, timeout=200
     )
     assert driver.returncode == -9, driver.stderr.decode()[-2000:]
     marks = folder / "driver-steps"
