@@ -272,6 +272,12 @@ class Recipe(_Section):
             raise InputError("sensitivity.score", score, "needs quality.text; give one, or use benchmark or margin")
         if score in TASK_SCORES and not self.quality.tasks:
             raise InputError("sensitivity.score", score, "needs quality.tasks; give some, or use nll, kl or cosine")
+        if "none" not in self.sensitivity.treatments:
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "lacks none; the search sorts layers by what removal costs, so add it",
+            )
         if score == "cosine" and self.sensitivity.treatments != ("none",):
             raise InputError(
                 "sensitivity.treatments",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def cluster(tmp_path_factory):
         for command in (head, worker):
             log = open(home / f"node{len(processes)}.log", "w")  # noqa: SIM115
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-            wait_until(lambda n=len(processes): alive_nodes(f"127.0.0.1:{gcs}", environment) == n, home)
+            n_nodes = len(processes)
+            wait_until(partial(has_nodes, n_nodes, f"127.0.0.1:{gcs}", environment), home)
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
         for process in reversed(processes):
@@ -75,7 +77,8 @@ def cluster(tmp_path_factory):
             shutil.rmtree(temp + node, ignore_errors=True)
 
 
-def alive_nodes(address: str, environment: dict) -> int:
+def has_nodes(n_nodes: int, address: str, environment: dict) -> bool:
+    """Whether the cluster answers and has so many living nodes."""
     script = (
         "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
         "print(sum(node['Alive'] for node in ray.nodes()))"
@@ -83,7 +86,7 @@ def alive_nodes(address: str, environment: dict) -> int:
     result = subprocess.run(
         [sys.executable, "-c", script, address], env=environment, capture_output=True, text=True, check=False
     )
-    return int(result.stdout.strip() or 0) if result.returncode == 0 else 0
+    return result.returncode == 0 and result.stdout.split()[-1:] == [str(n_nodes)]
 
 
 def wait_until(condition, logs: Path, timeout_s: float = 180) -> None:

@@ -1,4 +1,4 @@
-"""Drops of single layers: direction, pairing, means, and the cosine score against the stream that the model itself has."""
+"""Drops of single layers: direction, pairing, means; the cosine score against the stream that the model has."""
 
 import math
 import random

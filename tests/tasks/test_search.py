@@ -124,7 +124,7 @@ def test_equal_drops_are_treated_alike(drops):
     for _ in range(50):
         low, high = thresholds(random.random(), random.random())
         plan = plan_from_thresholds(drops, low, high, Treatment.WINDOW, 4)
-        assert len({(drop, treatment) for drop, treatment in zip(drops, plan.treatments, strict=True)}) == len(set(drops))
+        assert len(set(zip(drops, plan.treatments, strict=True))) == len(set(drops))
 
 
 def test_a_drop_that_is_not_finite_is_refused():
@@ -133,7 +133,8 @@ def test_a_drop_that_is_not_finite_is_refused():
 
 
 def test_the_fixed_points_are_there_once():
-    spec = SearchSpec(window=8, plans=(Plan.parse("SNSN"), Plan.parse("NNNN"), Plan.parse("SLWN", 5), Plan.parse("SNSN")))
+    given = (Plan.parse("SNSN"), Plan.parse("NNNN"), Plan.parse("SLWN", 5), Plan.parse("SNSN"))
+    spec = SearchSpec(window=8, plans=given)
     points = fixed_points(spec, 4)
     assert [(origin, str(plan)) for origin, plan in points] == [
         ("base", "SSSS"),

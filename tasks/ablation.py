@@ -1,0 +1,200 @@
+"""Judging many variants of one model: workers that load it once and share its weights with every variant."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from layerboost.checkpoint import load_model, load_tokenizer
+from layerboost.convert import convert
+from layerboost.decoding import predicted_speedup
+from layerboost.evaluation import QualitySpec, Scores, evaluate, quality, text_sequences
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import cosine_scores, single_layer_plan
+
+from .cluster import WorkerResources
+from .units import UnitFailure, run_units, worker_info
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parent model comes from, and how it is held. `device` "auto" takes the worker's GPU if it has one."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, path: str | None = None):
+        """The parent, or the checkpoint at `path` held in the same way."""
+        return load_model(
+            path or self.path,
+            dtype=self.dtype,
+            device=self.resolved_device(),
+            revision=None if path else self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def load_tokenizer(self):
+        return load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def resolved_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class EvaluationUnit:
+    """One thing to judge.
+
+    Attributes:
+        kind: `scores` judges a model, `cosine` gives the distances that need no variant.
+        plan: how the parent is converted before it is judged; None leaves it untouched.
+        checkpoint: folder of a healed model to judge in the parent's place; no plan then, it has its own.
+    """
+
+    kind: Literal["scores", "cosine"] = "scores"
+    plan: Plan | None = None
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.plan is not None or self.kind == "cosine") and self.checkpoint is not None:
+            raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
+
+
+def base_unit() -> EvaluationUnit:
+    """The untouched parent."""
+    return EvaluationUnit()
+
+
+def cosine_unit() -> EvaluationUnit:
+    """The cosine distances of all layers of the parent, over the quality's text."""
+    return EvaluationUnit("cosine")
+
+
+def ablation_unit(n_layers: int, layer: int, treatment: Treatment, window: int | None = None) -> EvaluationUnit:
+    """The parent with one layer's attention treated."""
+    return EvaluationUnit(plan=single_layer_plan(n_layers, layer, treatment, window))
+
+
+class EvaluationWorker:
+    """Holds the parent and judges variants of it. A plain class: Ray only wraps it.
+
+    Args:
+        source: the parent.
+        spec: what variants are judged by.
+        threads: CPU threads for torch; None leaves them. A Ray worker that is used again would keep its old number.
+    """
+
+    def __init__(self, source: ModelSource, spec: QualitySpec, threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.source, self.spec = source, spec
+        self.base = source.load()
+        self.tokenizer = source.load_tokenizer()
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def run(self, unit: EvaluationUnit) -> dict[str, Any]:
+        """Judges one unit.
+
+        Returns:
+            JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`) or `cosine` (a list of each layer's distances,
+            one for each sequence). Variants get the divergence from the parent where the quality has a text.
+        """
+        start = time.perf_counter()
+        if unit.kind == "cosine":
+            sequences = text_sequences(self.tokenizer, self.spec)
+            distances = cosine_scores(self.base, sequences, batch_size=self.spec.batch_size)
+            return {"cosine": distances.tolist(), "evaluation_s": time.perf_counter() - start}
+        scores = self._scores(unit)
+        return {"scores": scores.to_dict(), "evaluation_s": time.perf_counter() - start}
+
+    def _scores(self, unit: EvaluationUnit) -> Scores:
+        if unit.checkpoint is not None:
+            return evaluate(self.source.load(unit.checkpoint), self.tokenizer, self.spec, base=self.base)
+        if unit.plan is None:
+            return evaluate(self.base, self.tokenizer, self.spec)
+        return evaluate(convert(self.base, unit.plan), self.tokenizer, self.spec, base=self.base)
+
+
+def evaluate_units(
+    units: Sequence[EvaluationUnit],
+    source: ModelSource,
+    spec: QualitySpec,
+    resources: WorkerResources,
+    *,
+    on_result: Callable[[EvaluationUnit, dict, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    max_attempts: int = 3,
+) -> list[UnitFailure]:
+    """Judges all units on the cluster, one model for each worker; see `run_units` for the callbacks and failures."""
+    make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads)
+    return run_units(
+        units,
+        make_actor,
+        n_workers=resources.n_workers,
+        on_result=on_result,
+        on_failure=on_failure,
+        max_attempts=max_attempts,
+    )
+
+
+def actor_maker(worker_class: type, resources: WorkerResources, *args) -> Callable[[], Any]:
+    """Makes Ray actors of a plain worker class, each with its share of the cluster."""
+
+    def make():
+        import ray
+
+        return ray.remote(worker_class).options(**resources.actor_options()).remote(*args)
+
+    return make
+
+
+@dataclass(frozen=True)
+class SpeedCondition:
+    """The serving condition that a plan's speed is predicted for."""
+
+    concurrency: int
+    context_tokens: int
+
+
+class PlanEvaluator:
+    """Quality and predicted speed-up of plans: the two objectives of the search."""
+
+    def __init__(self, source: ModelSource, spec: QualitySpec, condition: SpeedCondition, threads: int | None = None):
+        self._worker = EvaluationWorker(source, spec, threads)
+        self._condition = condition
+
+    def __call__(self, plan: Plan) -> dict[str, Any]:
+        """`quality`, `quality_stderr`, `speedup` (decode bytes of the base / of the plan), `scores`, `evaluation_s`.
+
+        The all-softmax plan is the base itself.
+        """
+        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+        result = self._worker.run(EvaluationUnit(plan=None if untouched else plan))
+        value, stderr = quality(Scores.from_dict(result["scores"]))
+        base = self._worker.base
+        speedup = predicted_speedup(
+            base.config,
+            plan,
+            concurrency=self._condition.concurrency,
+            context_tokens=self._condition.context_tokens,
+            dtype_bytes=base.dtype.itemsize,
+        )
+        return {"quality": value, "quality_stderr": stderr, "speedup": speedup, **result}
+
+
+def plan_evaluator_maker(
+    source: ModelSource, spec: QualitySpec, condition: SpeedCondition, threads: int | None = None
+) -> Callable[[], PlanEvaluator]:
+    """What `run_search` needs: called once in each trial process, it loads the model there."""
+    return functools.partial(PlanEvaluator, source, spec, condition, threads)

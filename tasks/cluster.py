@@ -1,0 +1,310 @@
+"""Joining or starting a Ray cluster, and how many workers of a size fit on it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+OUR_PACKAGES = ("layerboost", "tasks", "orchestrator")
+AUTO = "auto"
+
+MAX_AUTO_CPU_WORKERS_PER_NODE = 8
+"""Without GPUs, `auto` starts at most this many workers on a node: each one loads the model."""
+
+_PROBE_TIMEOUT_S = 4.0
+_PROBE_COMMAND_TIMEOUT_S = 8.0
+
+
+class ClusterError(RuntimeError):
+    """No cluster to work on; the message names the address and the remedy."""
+
+
+class ResourcesError(ValueError):
+    """Workers that the cluster can never hold.
+
+    Attributes:
+        field: the placement field at fault: `workers`, `cpus_per_worker` or `gpus_per_worker`.
+        value: what it asks for.
+        remedy: what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str):
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(f"placement.{field}: {value}: {remedy}")
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """One living node."""
+
+    node_id: str
+    address: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """The cluster that this process is connected to.
+
+    Attributes:
+        address: of the cluster's head (`host:port`).
+        started: True where `connect` started it, and `shutdown` ends it.
+        nodes: living nodes.
+    """
+
+    address: str
+    started: bool
+    nodes: tuple[NodeResources, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """How many workers, and what each one holds."""
+
+    n_workers: int
+    cpus: float
+    gpus: float
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def actor_options(self) -> dict:
+        """Options for `ray.remote(...)` of one worker."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+_started = False
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> ClusterInfo:
+    """Connects this process to a cluster, quietly; a second call only describes it again.
+
+    * Inside a Ray job (RAY_ADDRESS is set) or with RAY_ADDRESS set by hand: that cluster. A job's workers inherit the
+      job's working directory, and with it our packages.
+    * With an address: that cluster; our packages travel along as `py_modules`. The process must stand on a machine that
+      the cluster's nodes can reach.
+    * Otherwise: an embedded cluster of this machine's CPUs and GPUs, without a dashboard, that ends with the process.
+
+    Token authentication is turned on by itself where RAY_AUTH_MODE is unset and a token is at hand (RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): a cluster that asks for none accepts it.
+
+    Args:
+        address: `host:port` or `auto` (the cluster running on this machine); None as above.
+        num_cpus, num_gpus: of the embedded cluster; None takes what the machine has.
+
+    Raises:
+        ClusterError: nobody answers at the address, the token is refused, or the address is of another kind.
+    """
+    global _started
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None:
+        _use_token_if_at_hand()
+    import ray
+
+    if ray.is_initialized():
+        return _info()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _keep_ray_off_stdout()
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is None:
+        ray.init(address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
+        _started = True
+        return _info()
+    if not _in_job():
+        _check_address(address)
+        quiet["runtime_env"] = {"py_modules": our_package_folders(), "excludes": ["__pycache__"]}
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"address: {address}: no cluster there ({error}); start one with ray start --head"
+        ) from error
+    return _info()
+
+
+def shutdown() -> None:
+    """Ends the embedded cluster if `connect` started one; a cluster that was joined stays as it is."""
+    global _started
+    if _started:
+        import ray
+
+        ray.shutdown()
+        _started = False
+
+
+def resources() -> tuple[NodeResources, ...]:
+    """The living nodes of the connected cluster, the largest first."""
+    import ray
+
+    nodes = (
+        NodeResources(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    return tuple(sorted(nodes, key=lambda node: (-node.gpus, -node.cpus, node.node_id)))
+
+
+def resolve_workers(
+    workers: int | str = AUTO,
+    cpus_per_worker: float | str = AUTO,
+    gpus_per_worker: float | str = AUTO,
+    *,
+    nodes: Sequence[NodeResources] | None = None,
+) -> WorkerResources:
+    """Turns a placement into a number of workers and the size of each, or says why it can never be had.
+
+    `auto` takes one GPU for each worker where there are GPUs, else no GPU and the CPUs of a node shared by at most
+    MAX_AUTO_CPU_WORKERS_PER_NODE workers; and as many workers as fit. Ray would wait for ever, without an error, for a
+    worker that no node can hold.
+
+    Args:
+        workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
+        nodes: of the cluster; None asks the connected one.
+
+    Raises:
+        ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
+    """
+    nodes = resources() if nodes is None else nodes
+    most_cpus, most_gpus = (max((size(node) for node in nodes), default=0.0) for size in (_cpus, _gpus))
+    gpus = (1.0 if most_gpus >= 1 else 0.0) if gpus_per_worker == AUTO else float(gpus_per_worker)
+    if gpus > most_gpus:
+        raise ResourcesError("gpus_per_worker", gpus, f"no node has more than {most_gpus:g} GPUs; ask for at most that")
+    if cpus_per_worker != AUTO:
+        cpus = float(cpus_per_worker)
+    elif gpus > 0:
+        cpus = 1.0
+    else:
+        cpus = max(1.0, most_cpus // MAX_AUTO_CPU_WORKERS_PER_NODE)
+    if cpus > most_cpus:
+        raise ResourcesError("cpus_per_worker", cpus, f"no node has more than {most_cpus:g} CPUs; ask for at most that")
+    if cpus == 0 and gpus == 0:
+        raise ResourcesError("cpus_per_worker", 0, "a worker needs a CPU or a GPU; give one of them")
+    fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
+    if fitting == 0:
+        raise ResourcesError(
+            "cpus_per_worker", cpus, f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for fewer of one"
+        )
+    n_workers = fitting if workers == AUTO else int(workers)
+    if n_workers > fitting:
+        raise ResourcesError(
+            "workers", n_workers, f"only {fitting} of {cpus:g} CPUs and {gpus:g} GPUs fit; ask for at most that"
+        )
+    return WorkerResources(n_workers, cpus, gpus)
+
+
+def our_package_folders() -> list[str]:
+    """The folders of our packages that can be imported here, for Ray's `py_modules`."""
+    folders = []
+    for name in OUR_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            folders.append(str(Path(next(iter(spec.submodule_search_locations)))))
+    return folders
+
+
+def _info() -> ClusterInfo:
+    import ray
+
+    return ClusterInfo(ray.get_runtime_context().gcs_address, _started, resources())
+
+
+def _in_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _cpus(node: NodeResources) -> float:
+    return node.cpus
+
+
+def _gpus(node: NodeResources) -> float:
+    return node.gpus
+
+
+def _fitting(node: NodeResources, cpus: float, gpus: float) -> int:
+    """Workers of a size that fit on a node; a fraction of a GPU never straddles two GPUs."""
+    by_cpu = math.floor(node.cpus / cpus + 1e-9) if cpus else math.inf
+    if not gpus:
+        by_gpu = math.inf
+    elif gpus < 1:
+        by_gpu = int(node.gpus) * math.floor(1 / gpus + 1e-9)
+    else:
+        by_gpu = math.floor(node.gpus / gpus + 1e-9)
+    return int(min(by_cpu, by_gpu))
+
+
+def _keep_ray_off_stdout() -> None:
+    """Ray prints each worker's death on the driver's stdout, whatever its logging is told; there stand our results."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda data, ignore_prefix: logger.debug("ray: %s", "\n".join(data["lines"]))
+
+
+def _use_token_if_at_hand() -> None:
+    if os.environ.get("RAY_AUTH_MODE"):
+        return
+    at_hand = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if at_hand or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "ray" in sys.modules:
+            # Ray reads the variable when it is imported, and once more when told so.
+            from ray import _raylet
+
+            _raylet.Config.initialize("")  # type: ignore[attr-defined]
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for two minutes and then ends the process when nobody answers or a token is refused."""
+    if address == AUTO:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ClusterError(
+            f"address: {address}: must be host:port of a head that this machine shares a network with, or auto; "
+            "to send work to a cluster elsewhere use ray job submit --working-dir . -- python -m orchestrator run ..."
+        )
+    try:
+        with contextlib.closing(socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S)):
+            pass
+    except OSError as error:
+        raise ClusterError(f"address: {address}: nobody answers ({error}); check host, port and network") from error
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_COMMAND_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"address: {address}: no Ray head answers; give the port of ray start --head") from error
+    if probe.returncode == 0:
+        return
+    if "Authentication" in probe.stderr:
+        raise ClusterError(
+            f"address: {address}: the token is missing or refused; copy the head's ~/.ray/auth_token here "
+            "(or set RAY_AUTH_TOKEN) and set RAY_AUTH_MODE=token"
+        )
+    reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else f"exit {probe.returncode}"
+    raise ClusterError(f"address: {address}: no healthy Ray head ({reason}); look at ray status there")

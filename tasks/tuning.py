@@ -1,0 +1,238 @@
+"""The search's trials as Ray Tune runs them: one trial for each plan that must be evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from layerboost.plan import Plan
+
+from .cluster import WorkerResources
+from .search import (
+    MIDDLE_FRACTION,
+    OBJECTIVES,
+    REMOVED_FRACTION,
+    Evaluator,
+    SearchSpec,
+    SearchState,
+    check_values,
+)
+from .units import Interrupt, UnitFailure, worker_info
+
+_QUIET_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints tables even when told to be silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # resuming is ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a job are those of its working directory
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
+}
+
+
+def make_sampler(spec: SearchSpec) -> OptunaSearch:
+    """Tune's Optuna search over the two fractions, both objectives maximised."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler: optuna.samplers.BaseSampler
+    if spec.sampler == "nsga2":
+        # The default population of 50 would leave no room for a second generation.
+        sampler = optuna.samplers.NSGAIISampler(seed=spec.seed, population_size=max(4, spec.trials // 5))
+    else:
+        sampler = optuna.samplers.TPESampler(seed=spec.seed)
+    unit_interval = optuna.distributions.FloatDistribution(0.0, 1.0)
+    return OptunaSearch(
+        space={REMOVED_FRACTION: unit_interval, MIDDLE_FRACTION: unit_interval},
+        metric=list(OBJECTIVES),
+        mode=["max"] * len(OBJECTIVES),
+        sampler=sampler,
+    )
+
+
+class PlanTrial(tune.Trainable):
+    """Evaluates the plan in its config, in one step. The process is reused for the next plan.
+
+    The evaluator is made in the first step and not in `setup`: Tune gives a waiting trial to the first process that is
+    free and ends the one that was starting for it, so processes must start faster than trials end, or only one would
+    ever get to work.
+    """
+
+    def setup(self, config: dict, make_evaluator: Callable[[], Evaluator]) -> None:  # type: ignore[override]
+        self._make_evaluator = make_evaluator
+        self._evaluate: Evaluator | None = None
+
+    def reset_config(self, new_config: dict) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        plan = Plan.from_dict(self.config)
+        outcome: dict[str, Any] = {"values": None, "error": None, "worker": worker_info()}
+        try:
+            if self._evaluate is None:
+                self._evaluate = self._make_evaluator()
+            start = time.perf_counter()
+            outcome["values"] = dict(self._evaluate(plan))
+            outcome["evaluation_s"] = time.perf_counter() - start
+            outcome["error"] = check_values(outcome["values"])
+        except Exception as error:  # raised to Tune it would cost the process, and the model in it
+            outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
+
+
+class StateSearcher(Searcher):
+    """Gives Tune the plans of a SearchState and takes their results in, all in the driver's process."""
+
+    def __init__(
+        self,
+        state: SearchState,
+        n_workers: int,
+        interrupt: Interrupt,
+        on_plan: Callable[[Plan, dict, float, dict], None],
+        on_failure: Callable[[UnitFailure], None] | None,
+        max_attempts: int,
+    ):
+        super().__init__()
+        self._state, self._n_workers, self._interrupt = state, n_workers, interrupt
+        self._on_plan, self._on_failure, self._max_attempts = on_plan, on_failure, max_attempts
+        self._running: dict[str, Plan] = {}
+        self._ahead: Plan | None = None
+        self.raised: Exception | None = None
+
+    def peek(self) -> Plan | None:
+        """The plan that comes next, None where there is nothing to evaluate (yet)."""
+        self._ahead = self._ahead or self._state.next_plan()
+        return self._ahead
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._interrupt.requested or self.raised is not None:
+            return Searcher.FINISHED
+        if len(self._running) >= self._n_workers:
+            return None
+        plan, self._ahead = self.peek(), None
+        if plan is None:
+            return Searcher.FINISHED if self._state.exhausted else None
+        self._running[trial_id] = plan
+        return plan.to_dict()
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Each trial has one result, which comes with its completion."""
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        plan = self._running.pop(trial_id)
+        try:
+            if error or not result:
+                self._fail(plan, "the trial's process died or could not start", self._max_attempts)
+                return
+            outcome = json.loads(result["outcome"])
+            if outcome["error"] is not None:
+                self._fail(plan, outcome["error"], 1)
+            else:
+                self._state.finish(plan, outcome["values"])
+                self._on_plan(plan, outcome["values"], outcome["evaluation_s"], outcome["worker"])
+        except Exception as raised:  # Tune would wrap it and lose the trials under way
+            self.raised = self.raised or raised
+
+    def __getstate__(self) -> dict:
+        """Nothing: Tune pickles its searcher for a restoration that is never asked for; callbacks need not pickle."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search resumes from the records of its plans."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("restore: run the search again with the recorded plans as known")
+
+    def _fail(self, plan: Plan, error: str, n_attempts: int) -> None:
+        self._state.finish(plan, None, error)
+        if self._on_failure is not None:
+            self._on_failure(UnitFailure(plan, error, n_attempts))
+
+
+def run_trials(
+    state: SearchState,
+    make_evaluator: Callable[[], Evaluator],
+    resources: WorkerResources,
+    interrupt: Interrupt,
+    on_plan: Callable[[Plan, dict, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None,
+    max_attempts: int,
+    storage_path: str | None,
+) -> None:
+    """Runs Tune until the state is exhausted or an interrupt is requested; see `run_search` for the arguments."""
+    searcher = StateSearcher(state, resources.n_workers, interrupt, on_plan, on_failure, max_attempts)
+    if searcher.peek() is None:
+        return
+    bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
+    trainable = tune.with_resources(
+        tune.with_parameters(PlanTrial, make_evaluator=make_evaluator),
+        tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
+    )
+    with _quiet(max_pending=resources.n_workers), _folder(storage_path) as folder:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=len(state.points) + state.spec.trials,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"plan_{trial.trial_id}",
+                trial_dirname_creator=lambda trial: f"plan_{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=folder,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=max_attempts - 1),
+            ),
+        ).fit()
+    if searcher.raised is not None:
+        raise searcher.raised
+
+
+@contextlib.contextmanager
+def _folder(storage_path: str | None) -> Iterator[str]:
+    if storage_path is not None:
+        yield storage_path
+        return
+    folder = tempfile.mkdtemp(prefix="layerboost-search-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet(max_pending: int) -> Iterator[None]:
+    """Silences Tune's own progress, keeps its bookkeeping off, and lets all trial processes start together."""
+    settings = {**_QUIET_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(max_pending)}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,265 @@
+"""Independent units of work on a pool of Ray actors that may die, and the results that come back from them.
+
+An actor is anything with two methods: `run(unit) -> result` and `info() -> dict` (where it runs). It is made once for
+each worker, so that what it holds, a model above all, is loaded once. `ray.util.ActorPool` keeps dead actors; here one
+is replaced, wherever the cluster has room for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Unit = TypeVar("Unit")
+
+_POLL_S = 0.5
+_STARVING_WARNING_S = 60.0
+
+
+@dataclass(frozen=True)
+class UnitFailure(Generic[Unit]):
+    """A unit that was tried as often as allowed and never gave a result.
+
+    Attributes:
+        unit: as it was handed in.
+        error: the last error: one line, then its traceback where there is one.
+        n_attempts: how often it was tried; 0 where no worker could be started for it.
+    """
+
+    unit: Unit
+    error: str
+    n_attempts: int
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    ready: Any
+    info: dict | None = None
+    unit: int | None = None
+    result: Any = None
+    started_s: float = 0.0
+    created_s: float = field(default_factory=time.monotonic)
+
+
+def run_units(
+    units: Sequence[Unit],
+    make_actor: Callable[[], Any],
+    *,
+    n_workers: int,
+    on_result: Callable[[Unit, Any, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    max_attempts: int = 3,
+) -> list[UnitFailure]:
+    """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
+
+    One unit is in flight for each actor. An actor that dies is replaced and its unit tried again; so is a unit that
+    raises, on the same actor. Nodes may leave and join: a replacement waits for room while the others work on. Nothing
+    is waited for that nobody needs: an actor that never finds room is given up when the units are done.
+
+    The first Ctrl-C lets the units in flight finish and hands their results over, then raises KeyboardInterrupt; the
+    second one raises at once.
+
+    Args:
+        units: picklable values, each independent of the others.
+        make_actor: makes one actor (a handle with `run` and `info`).
+        n_workers: actors at most; never more than units.
+        on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
+            What it raises ends the run.
+        on_failure: called in this process with each failure as it happens.
+        max_attempts: how often a unit is tried, and how often in a row an actor may fail to start.
+
+    Returns:
+        The failures, in the order in which they happened; the same ones `on_failure` got.
+    """
+    if not units:
+        return []
+    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, max_attempts)
+    with finish_on_interrupt() as interrupt:
+        try:
+            loop.run(interrupt)
+        finally:
+            loop.close()
+    return loop.failures
+
+
+class _Loop:
+    def __init__(self, units, make_actor, n_workers, on_result, on_failure, max_attempts):
+        self.units, self.make_actor, self.max_attempts = units, make_actor, max_attempts
+        self.on_result, self.on_failure = on_result, on_failure
+        self.n_workers = min(n_workers, len(units))
+        self.waiting = deque(range(len(units)))
+        self.attempts = [0] * len(units)
+        self.workers: list[_Worker] = []
+        self.failures: list[UnitFailure] = []
+        self.start_failures = 0
+        self.start_error = ""
+        self.warned_s = time.monotonic()
+
+    def run(self, interrupt: Interrupt) -> None:
+        import ray
+
+        while True:
+            in_flight = [worker for worker in self.workers if worker.unit is not None]
+            if interrupt.requested and not in_flight:
+                raise KeyboardInterrupt
+            if not self.waiting and not in_flight:
+                return
+            if not interrupt.requested:
+                self._fill()
+            if not self.workers:
+                self._give_up_waiting()
+                continue
+            pending = {
+                self._reference(worker): worker for worker in self.workers if self._reference(worker) is not None
+            }
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
+            for reference in done:
+                self._collect(pending[reference], reference)
+            self._warn_if_starving()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            self._kill(worker)
+        self.workers.clear()
+
+    @staticmethod
+    def _reference(worker: _Worker):
+        return worker.ready if worker.info is None else worker.result
+
+    def _fill(self) -> None:
+        """Makes the actors that are missing, and gives each idle one a unit."""
+        busy = sum(worker.unit is not None for worker in self.workers)
+        wanted = min(self.n_workers, busy + len(self.waiting))
+        while len(self.workers) < wanted and self.start_failures < self.max_attempts:
+            actor = self.make_actor()
+            self.workers.append(_Worker(actor, actor.info.remote()))
+        for worker in self.workers:
+            if worker.info is not None and worker.unit is None and self.waiting:
+                worker.unit = self.waiting.popleft()
+                worker.started_s = time.monotonic()
+                self.attempts[worker.unit] += 1
+                worker.result = worker.actor.run.remote(self.units[worker.unit])
+
+    def _collect(self, worker: _Worker, reference) -> None:
+        import ray
+
+        try:
+            value = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if worker.info is None:
+                self._lose(worker, _describe(error))
+            else:
+                self._retry(worker, _describe(error))
+        except ray.exceptions.RayError as error:
+            self._lose(worker, _describe(error))
+        else:
+            if worker.info is None:
+                worker.info, self.start_failures = value, 0
+                return
+            unit, worker.unit, worker.result = self.units[worker.unit], None, None
+            self.on_result(unit, value, time.monotonic() - worker.started_s, worker.info)
+
+    def _lose(self, worker: _Worker, error: str) -> None:
+        """The actor is gone or out of reach: never to be used again."""
+        self.workers.remove(worker)
+        self._kill(worker)
+        if worker.info is None:
+            self.start_failures, self.start_error = self.start_failures + 1, error
+            logger.warning("a worker did not start (%d in a row): %s", self.start_failures, error.splitlines()[0])
+            return
+        logger.warning("a worker died on %s: %s", worker.info.get("node", "?"), error.splitlines()[0])
+        if worker.unit is not None:
+            self._retry(worker, error)
+
+    def _retry(self, worker: _Worker, error: str) -> None:
+        index, worker.unit, worker.result = worker.unit, None, None
+        assert index is not None
+        if self.attempts[index] < self.max_attempts:
+            self.waiting.append(index)
+        else:
+            self._fail(index, error)
+
+    def _fail(self, index: int, error: str) -> None:
+        failure = UnitFailure(self.units[index], error, self.attempts[index])
+        self.failures.append(failure)
+        if self.on_failure is not None:
+            self.on_failure(failure)
+
+    def _give_up_waiting(self) -> None:
+        """No actor is left and none will start: what still waits has failed."""
+        while self.waiting:
+            self._fail(self.waiting.popleft(), f"no worker could be started: {self.start_error}")
+
+    def _warn_if_starving(self) -> None:
+        now = time.monotonic()
+        starving = [w for w in self.workers if w.info is None and now - w.created_s > _STARVING_WARNING_S]
+        if starving and len(starving) == len(self.workers) and now - self.warned_s > _STARVING_WARNING_S:
+            self.warned_s = now
+            logger.warning("%d workers wait for room on the cluster; see ray status", len(starving))
+
+    @staticmethod
+    def _kill(worker: _Worker) -> None:
+        import ray
+
+        ray.kill(worker.actor)
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed inside `finish_on_interrupt`."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def finish_on_interrupt() -> Iterator[Interrupt]:
+    """Makes the first Ctrl-C a request to stop and gives the second one its usual meaning again."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def request(signum, frame):
+        interrupt.requested = True
+        signal.signal(signal.SIGINT, usual)
+        logger.warning("stopping when the units in flight are done; press Ctrl-C again to stop now")
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def worker_info() -> dict:
+    """Where the calling actor runs: node, process id and GPUs."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return {
+        "node": platform.node(),
+        "node_id": context.get_node_id(),
+        "pid": os.getpid(),
+        "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+    }
+
+
+def _describe(error: Exception) -> str:
+    """The cause's one line, then everything Ray knows about it."""
+    cause = getattr(error, "cause", None) or error
+    first = "".join(traceback.format_exception_only(cause)).strip().splitlines()[0]
+    return f"{first}\n{error}"

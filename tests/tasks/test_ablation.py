@@ -1,0 +1,100 @@
+"""Evaluation workers: what they give equals the plain functions, in this process and through Ray."""
+
+import pytest
+import torch
+
+from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
+from layerboost.convert import convert
+from layerboost.evaluation import QualitySpec, Scores, evaluate, text_sequences
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import cosine_scores, mean_drop
+from tasks.ablation import (
+    EvaluationUnit,
+    EvaluationWorker,
+    ModelSource,
+    PlanEvaluator,
+    SpeedCondition,
+    ablation_unit,
+    base_unit,
+    cosine_unit,
+    evaluate_units,
+)
+from tasks.cluster import WorkerResources
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_checkpoint) -> QualitySpec:
+    return QualitySpec(text=str(tiny_checkpoint / "text.txt"), n_sequences=6, sequence_tokens=24, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint) -> ModelSource:
+    return ModelSource(str(tiny_checkpoint / "model"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def worker(source, spec) -> EvaluationWorker:
+    return EvaluationWorker(source, spec)
+
+
+def _items(result: dict, metric: str) -> list[float]:
+    return Scores.from_dict(result["scores"]).get("text", metric).items
+
+
+def test_an_ablation_equals_evaluating_the_converted_model(worker, source, spec):
+    model, tokenizer = load_model(source.path), load_tokenizer(source.path)
+    base = worker.run(base_unit())
+    assert _items(base, "nll") == pytest.approx(evaluate(model, tokenizer, spec).get("text", "nll").items, rel=1e-6)
+    for layer, treatment, window in ((0, Treatment.NONE, None), (3, Treatment.WINDOW, 5)):
+        variant = convert(model, Plan.parse("SSSS").with_layer(layer, treatment, window))
+        expected = evaluate(variant, tokenizer, spec, base=model)
+        result = worker.run(ablation_unit(4, layer, treatment, window))
+        for metric in ("nll", "kl"):
+            assert _items(result, metric) == pytest.approx(expected.get("text", metric).items, rel=1e-5, abs=1e-7)
+        drop = mean_drop(Scores.from_dict(base["scores"]), Scores.from_dict(result["scores"]), "kl").drop
+        assert drop > 0 and result["evaluation_s"] > 0
+    again = worker.run(base_unit())
+    assert again["scores"] == base["scores"], "an ablation left its mark on the shared model"
+
+
+def test_cosine_distances_come_for_every_layer_and_sequence(worker, source, spec):
+    expected = cosine_scores(load_model(source.path), text_sequences(load_tokenizer(source.path), spec))
+    result = worker.run(cosine_unit())
+    torch.testing.assert_close(torch.tensor(result["cosine"], dtype=torch.float64), expected, atol=1e-6, rtol=1e-5)
+    assert expected.shape == (4, 6)
+
+
+def test_a_healed_checkpoint_is_judged_against_the_parent(worker, source, tmp_path):
+    model = convert(load_model(source.path), Plan.parse("SNSW", 6))
+    save_checkpoint(model, load_tokenizer(source.path), tmp_path / "healed")
+    healed = worker.run(EvaluationUnit(checkpoint=str(tmp_path / "healed")))
+    assert healed["scores"] == worker.run(EvaluationUnit(plan=Plan.parse("SNSW", 6)))["scores"]
+    with pytest.raises(ValueError, match="its own plan"):
+        EvaluationUnit(plan=Plan.parse("SNSW", 6), checkpoint="x")
+
+
+def test_the_plan_evaluator_gives_both_objectives(source, spec):
+    judge = PlanEvaluator(source, spec, SpeedCondition(concurrency=8, context_tokens=100))
+    untouched, removed = judge(Plan.parse("SSSS")), judge(Plan.parse("SNNS"))
+    assert untouched["speedup"] == 1.0 < removed["speedup"]
+    assert 0 < removed["quality"] < 1 and removed["quality_stderr"] > 0
+    assert [metric["metric"] for metric in untouched["scores"]["metrics"]] == ["nll"]
+
+
+@pytest.mark.cluster
+def test_through_ray_the_scores_are_the_same(ray_local, worker, source, spec):
+    units = [base_unit(), *(ablation_unit(4, layer, Treatment.NONE) for layer in range(4)), cosine_unit()]
+    results, infos = {}, []
+
+    def take(unit, result, duration_s, info):
+        results[unit] = result
+        infos.append(info)
+
+    assert evaluate_units(units, source, spec, WorkerResources(2, 1, 0), on_result=take) == []
+    assert set(results) == set(units) and len({info["pid"] for info in infos}) <= 2
+    for unit in units:
+        here = worker.run(unit)
+        if unit.kind == "cosine":
+            assert results[unit]["cosine"] == here["cosine"]
+        else:
+            assert _items(results[unit], "nll") == pytest.approx(_items(here, "nll"), rel=1e-6)
