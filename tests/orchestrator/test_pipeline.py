@@ -80,7 +80,7 @@ def table(out: Path, name: str) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def recipe_values() -> dict:
     return {
-        "search": {"trials": 3, "window": 8},
+        "search": {"trials": 3, "window": 8, "plans": ["SNL"]},
         "healing": {
             "tokens": 2048,
             "text": "heal.txt",
@@ -155,13 +155,14 @@ def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed)
     before = records(out)
     again = run(inputs, out)
     assert records(out) == before
-    assert " done " not in again.stderr
+    assert "duration_s=" not in again.stderr
     victim = sorted((out / "records" / "sensitivity").glob("*.json"))[0]
     original = json.loads(victim.read_text())
     victim.write_text(victim.read_text()[:100])
     repaired = run(inputs, out)
     assert "is damaged" in repaired.stderr
-    assert repaired.stderr.count(" done ") == 1
+    finished = [line for line in repaired.stderr.splitlines() if line.startswith("sensitivity 3/3 done")]
+    assert len(finished) == repaired.stderr.count("duration_s=") == 1
     assert json.loads(victim.read_text())["result"]["scores"] == original["result"]["scores"]
 
 
@@ -220,4 +221,4 @@ def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, tmp_path):
     assert (out / "sensitivity.csv").exists()
     assert not (out / "pareto.csv").exists()
     through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
-    assert " done " not in through_url.stderr
+    assert "duration_s=" not in through_url.stderr
