@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer
-from orchestrator.recipe import InputError, QualitySection, load_recipe, resolve_sequence_tokens
+from orchestrator.recipe import InputError, load_recipe
 from orchestrator.tables import print_rows
 
 
@@ -68,7 +68,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     base_model = None
     for facts, tokenizer in zip(every_facts, tokenizers):
         model = _load(facts, arguments, device)
-        spec = quality_spec(recipe.quality, facts.context_tokens)
+        spec = recipe.quality.spec(facts.context_tokens)
         # A divergence of predictions over different vocabularies means nothing.
         has_kl = base_model is not None and spec.text is not None and tokenizer.get_vocab() == tokenizers[0].get_vocab()
         every_scores.append(judge(model, tokenizer, spec, base=base_model if has_kl else None))
@@ -195,21 +195,6 @@ def generate(arguments: argparse.Namespace) -> int:
         )
     print(tokenizer.decode(tokens[0, n_prompt:], skip_special_tokens=True))
     return 0
-
-
-def quality_spec(quality: QualitySection, context_tokens: int | None) -> Any:
-    """The recipe's quality section as `layerboost.evaluation` takes it."""
-    from layerboost.evaluation import QualitySpec
-
-    return QualitySpec(
-        tasks=quality.tasks,
-        limit=quality.limit,
-        text=quality.text,
-        n_sequences=quality.sequences,
-        sequence_tokens=resolve_sequence_tokens(quality.sequence_tokens, context_tokens),
-        batch_size=quality.batch_size,
-        num_fewshot=quality.num_fewshot,
-    )
 
 
 def choose_device(device: str) -> str:

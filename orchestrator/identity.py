@@ -54,16 +54,9 @@ class RunInputs:
     @cached_property
     def full_spec(self) -> QualitySpec:
         """Everything that finalists are judged by."""
-        quality = self.recipe.quality
-        return QualitySpec(
-            tasks=tuple(shipped(task) for task in quality.tasks),
-            limit=quality.limit,
-            text=None if quality.text is None else shipped(quality.text),
-            n_sequences=quality.sequences,
-            sequence_tokens=resolve_sequence_tokens(quality.sequence_tokens, self.facts.context_tokens),
-            batch_size=quality.batch_size,
-            num_fewshot=quality.num_fewshot,
-        )
+        spec = self.recipe.quality.spec(self.facts.context_tokens)
+        text = None if spec.text is None else shipped(spec.text)
+        return replace(spec, tasks=tuple(shipped(task) for task in spec.tasks), text=text)
 
     @property
     def search_quality_spec(self) -> QualitySpec:

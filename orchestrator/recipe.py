@@ -11,10 +11,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from layerboost.scores import QualitySpec
 
 AUTO = "auto"
 MIDDLE_TREATMENTS = ("linear_window", "window")
@@ -152,6 +155,20 @@ class QualitySection(_Section):
     sequences: Count = 64
     sequence_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] | None = None
     batch_size: Count = 8
+
+    def spec(self, context_tokens: int | None) -> QualitySpec:
+        """The section as `layerboost.evaluation` takes it, for a model of so long a context."""
+        from layerboost.scores import QualitySpec
+
+        return QualitySpec(
+            tasks=self.tasks,
+            limit=self.limit,
+            text=self.text,
+            n_sequences=self.sequences,
+            sequence_tokens=resolve_sequence_tokens(self.sequence_tokens, context_tokens),
+            batch_size=self.batch_size,
+            num_fewshot=self.num_fewshot,
+        )
 
     @model_validator(mode="after")
     def _something_to_judge_by(self) -> QualitySection:
