@@ -1,0 +1,1 @@
+"""A small generated world: text, benchmarks and a tiny model that run offline."""
