@@ -1,8 +1,8 @@
 """Multiple-choice tasks about the small world, as JSON lines and lm-eval task files.
 
-In the two memory tasks every wrong choice is a word of the same role that the context holds too, and the right one is
-equally often the first, second, third and fourth of the choices to be mentioned last. Without attention nothing but
-chance is left: 1/4 for `smallworld_holder` and `smallworld_recall`, 1/2 for `smallworld_agreement`.
+In `smallworld_recall` the context holds every wrong choice too, and the right one is equally often the first, second,
+third and fourth of the choices to be mentioned last. In `smallworld_holder` it holds only the right one. Without
+attention nothing but chance is left: 1/4 for these two, 1/2 for `smallworld_agreement`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import random
 from itertools import count
 from typing import Any
 
-from layerboost.smallworld.world import LINKS, Scene, scene
+from layerboost.smallworld.world import FIRST_NAMES, LINKS, Scene, scene
 
 N_ITEMS = 300
 N_CHOICES = 4
 MIN_DISTANCE_TOKENS = 16
 TASKS = {
-    "smallworld_holder": "whose thing it is, told earlier",
+    "smallworld_holder": "whose thing it is, against people that the text does not know",
     "smallworld_recall": "a person's second name at a distance",
     "smallworld_agreement": "number of the verb across a distractor",
 }
@@ -82,28 +82,34 @@ def tokens(text: str) -> list[str]:
 
 
 def _holder(drawn: Scene, number: int) -> Item | None:
+    """Whose thing it is: its owner against people whom the text does not know."""
     name = drawn.rng.choice(sorted(drawn.owner))
-    return _memory_item(drawn, f"The {name}", f"{name} {drawn.owner[name]}", drawn.owner[name], number)
+    text, owner, prompt = drawn.text(), drawn.owner[name], f"The {name} of"
+    evidence = f"{name} of {owner}"
+    if evidence not in text:
+        return None
+    wrong = drawn.rng.sample([person for person in FIRST_NAMES if person not in drawn.second_name], N_CHOICES - 1)
+    distance = _distance(text, evidence, prompt)
+    return _item(f"{text} {prompt}", owner, wrong, number % N_CHOICES, distance, drawn.rng)
 
 
 def _recall(drawn: Scene, number: int) -> Item | None:
+    """A person's second name against those of the others; None if the document does not fit the item's number."""
     first = drawn.rng.choice(sorted(drawn.second_name))
-    return _memory_item(drawn, first, drawn.person(first), drawn.second_name[first], number)
-
-
-def _memory_item(drawn: Scene, prompt: str, evidence: str, right: str, number: int) -> Item | None:
-    """A question behind a document; None if the document does not fit the item's number."""
-    text = drawn.text()
-    candidates = sorted(drawn.second_name) if right in drawn.second_name else sorted(drawn.second_name.values())
-    found = tokens(text)
-    mentioned = [word for word in dict.fromkeys(reversed(found)) if word in candidates]
-    if len(mentioned) < N_CHOICES or evidence not in text or mentioned.index(right) != number % N_CHOICES:
+    text, right, evidence = drawn.text(), drawn.second_name[first], drawn.person(first)
+    mentioned = [word for word in dict.fromkeys(reversed(tokens(text))) if word in drawn.second_name.values()]
+    if len(mentioned) < N_CHOICES or mentioned.index(right) != number % N_CHOICES:
         return None
-    distance = len(tokens(text[text.rindex(evidence) + len(evidence) :])) + len(tokens(prompt))
+    distance = _distance(text, evidence, first)
     if distance < MIN_DISTANCE_TOKENS:
         return None
-    wrong = [word for word in candidates if word != right]
-    return _item(f"{text} {prompt}", right, wrong, (number // N_CHOICES) % N_CHOICES, distance, drawn.rng)
+    wrong = sorted(word for word in mentioned if word != right)
+    return _item(f"{text} {first}", right, wrong, (number // N_CHOICES) % N_CHOICES, distance, drawn.rng)
+
+
+def _distance(text: str, evidence: str, prompt: str) -> int:
+    """Tokens from the last evidence in a text to the answer behind the prompt."""
+    return len(tokens(text[text.rindex(evidence) + len(evidence) :])) + len(tokens(prompt))
 
 
 def _agreement(drawn: Scene, number: int) -> Item | None:

@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init-std", type=float, default=0.08)
     parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
     parser.add_argument("--row-tokens", type=int, default=256, help="tokens in a row")
-    parser.add_argument("--decay-steps", type=int, default=1200, help="last steps, with a falling rate")
+    parser.add_argument("--decay-steps", type=int, default=800, help="last steps, with a falling rate")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--weight-decay", type=float, default=0.05)

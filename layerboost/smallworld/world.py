@@ -3,7 +3,7 @@
 In every document four people get second names, and own three things, drawn anew. Each mention of a person is the full
 name and each mention of a thing names its owner, so that many words of a text can only be known by looking back:
 
-    Tom Hill went to the barn. The lamp Mia Reed owns is in the garden. Mia Reed saw Tom Hill. The lamp Mia ...
+    Tom Hill went to the barn. The lamp of Mia Reed is in the garden. Mia Reed saw Tom Hill. The lamp of Mia Reed is ...
 
 Words of one role are drawn evenly, so that no answer is likelier than another before the document is read. Documents
 depend on the split and their number alone.
@@ -75,7 +75,7 @@ class Scene:
         return f"{first_name} {self.second_name[first_name]}"
 
     def thing(self, name: str) -> str:
-        return f"the {name} {self.person(self.owner[name])} owns"
+        return f"the {name} of {self.person(self.owner[name])}"
 
     def agreement(self) -> tuple[str, bool]:
         """The start of a sentence up to its verb, and whether its subject is in the plural; other nouns are either."""
