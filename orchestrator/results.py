@@ -291,7 +291,8 @@ def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
     state = load_state(folder)
     pareto = pareto_table(pareto_rows(folder, state))
     data = ReportData(
-        title=Path(state.model).name,
+        # A folder is often called `model`: the one around it says whose.
+        title="/".join(Path(state.model).parts[-2:]),
         recipe_yaml=folder.read_text(RECIPE_FILE),
         sensitivity=sensitivity_table(sensitivity_rows(folder, state)),
         candidates=candidates_table(candidate_rows(folder, state)),
