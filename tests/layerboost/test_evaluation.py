@@ -37,6 +37,15 @@ WORDS = TEXT.split()
 VOCABULARY = ["<unk>", "<s>", "</s>", *WORDS]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With several threads the order of sums, and so the last bits, depends on what else is in a batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
