@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import math
-import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from layerboost.process import environment
 from layerboost.scores import AS_PROBABILITY, MetricScore, QualityError, QualitySpec, mean_score
 from layerboost.task_files import is_task_file, packaged_names, read_task_file, task_identity
 
@@ -256,7 +256,7 @@ def _quiet() -> Iterator[None]:
             stack.enter_context(_replaced(module, "tqdm", no_bar))
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(_replaced(lm_eval.evaluator, name, no_report))
-        stack.enter_context(_environment("DISABLE_MULTIPROC", "1"))
+        stack.enter_context(environment({"DISABLE_MULTIPROC": "1"}))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         logger.setLevel(logging.ERROR)
         stack.callback(logger.setLevel, level)
@@ -274,19 +274,6 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from layerboost.distillation import HealingSpec
 from layerboost.plan import Plan
+from layerboost.process import environment
 from layerboost.training import CurveRow, NonFiniteLossError, accumulation_rounds
 
 _POLL_S = 1.0
@@ -185,16 +185,8 @@ def _located(job: HealingJob) -> HealingJob:
 @contextmanager
 def _workers_keep_their_folder() -> Iterator[None]:
     """Keeps Ray Train from running workers in a folder of its own, where relative paths would mean something else."""
-    name = "RAY_CHDIR_TO_TRIAL_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
+    with environment({"RAY_CHDIR_TO_TRIAL_DIR": "0"}):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 class _ProgressBox:

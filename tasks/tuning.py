@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -20,6 +19,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from layerboost.plan import Plan
+from layerboost.process import environment
 
 from .cluster import WorkerResources
 from .search import (
@@ -218,21 +218,14 @@ def _folder(storage_path: str | None) -> Iterator[str]:
 def _quiet(max_pending: int) -> Iterator[None]:
     """Silences Tune's own progress, keeps its bookkeeping off, and lets all trial processes start together."""
     settings = {**_QUIET_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(max_pending)}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with environment(settings), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
