@@ -98,10 +98,7 @@ def naive_attention(
     """
     if treatment is Treatment.NONE:
         return torch.zeros_like(query)
-    n_groups = query.shape[1] // key.shape[1]
     n_queries, n_keys = query.shape[2], key.shape[2]
-    keys, values = (_wide(x).repeat_interleave(n_groups, dim=1) for x in (key, value))
-    scores = _softcap(_wide(query) @ keys.transpose(-1, -2) * scaling, softcap)
     distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
         n_keys, device=query.device
     )
@@ -110,20 +107,50 @@ def naive_attention(
         seen = seen & (valid[:, None] | (distance == 0))
     if segments is not None:
         seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
-    seen = seen[:, None]
-    inside = seen
+    inside, older = seen, None
     if treatment is not Treatment.SOFTMAX:
         assert window is not None
         inside = seen & (distance < window)
-    scores = scores.masked_fill(~inside, -math.inf)
+    if treatment is Treatment.LINEAR_WINDOW:
+        older = seen & ~inside
+    return dense_attention(query, key, value, inside, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    inside: torch.Tensor,
+    older: torch.Tensor | None,
+    *,
+    scaling: float,
+    feature_map: LinearWindow | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax over some keys and linear attention over others, with every pair of tokens written out.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, K, S, D).
+        inside: bool, broadcasts to (B, T, S): the keys that a query meets by softmax, at least one for each query.
+        older: the same, the keys that it meets through `feature_map`; None where there are none.
+        softcap: as in `naive_attention`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`.
+    """
+    n_groups = query.shape[1] // key.shape[1]
+    keys, values = (_wide(x).repeat_interleave(n_groups, dim=1) for x in (key, value))
+    scores = _softcap(_wide(query) @ keys.transpose(-1, -2) * scaling, softcap)
+    scores = scores.masked_fill(~inside[:, None], -math.inf)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - peak)
-    if treatment is Treatment.LINEAR_WINDOW:
+    if older is not None:
         assert feature_map is not None
         logits, features = feature_map(query, key)
         query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
-        older = query_features @ features.repeat_interleave(n_groups, dim=1).transpose(-1, -2)
-        weights = weights + older * (seen & ~inside)
+        linear = query_features @ features.repeat_interleave(n_groups, dim=1).transpose(-1, -2)
+        weights = weights + linear * older[:, None]
     return ((weights @ values) / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
 
 
@@ -149,9 +176,9 @@ def window_attention(
     valid, segments = (x if x is None else x[:, -n_reach:] for x in (valid, segments))
     if query.shape[2] == 1:
         mask = _step_mask(key.shape[2], valid, segments)
-        return _softmax_attention(query, key, value, mask, scaling, softcap, dropout)
+        return softmax_attention(query, key, value, mask, scaling, softcap, dropout)
     blocks = _Blocks(query, key, window, valid, segments)
-    output = _softmax_attention(
+    output = softmax_attention(
         blocks.chunks(query).flatten(1, 2).transpose(1, 2).flatten(0, 1),  # (B N, H, C, D)
         blocks.reach(key).transpose(1, 2).flatten(0, 1),  # (B N, K, L, D)
         blocks.reach(value).transpose(1, 2).flatten(0, 1),
@@ -345,7 +372,7 @@ def _carry_within_document(sums, norms, own):
     return torch.stack(carried, dim=2), torch.stack(carried_norms, dim=2)
 
 
-def _softmax_attention(query, key, value, mask, scaling, softcap, dropout):
+def softmax_attention(query, key, value, mask, scaling, softcap, dropout):
     """(B, H, T, D) from any keys; `mask` is bool and broadcasts to (B, H, T, S), or None."""
     n_groups = query.shape[1] // key.shape[1]
     if n_groups > 1:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
+
+from layerboost.answering import Benchmarks, Item
+from layerboost.convert import convert
 from layerboost.data import pack, read_documents, text_identity
 from layerboost.harness import benchmark_scores
-from layerboost.likelihood import score_sequences
+from layerboost.likelihood import Answers, TextScores, answer_requests, score_sequences, score_text
+from layerboost.plan import Plan, Treatment
 from layerboost.scores import MetricScore, QualityError, QualitySpec, Scores, mean_score, quality, retained
+from layerboost.sweep import DEFAULT_BUDGET_BYTES, LayerSweep
 from layerboost.task_files import TaskFileError, UnknownTaskError, check_tasks, task_identity
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "MetricScore",
+    "PlanEvaluation",
     "QualityError",
     "QualitySpec",
     "Scores",
@@ -61,12 +68,7 @@ def evaluate(
     if spec.tasks:
         scores.metrics += benchmark_scores(model, tokenizer, spec)
     if spec.text is not None:
-        context_tokens = getattr(model.config, "max_position_embeddings", None)
-        if context_tokens is not None and spec.sequence_tokens > context_tokens:
-            raise QualityError(
-                f"quality.sequence_tokens: {spec.sequence_tokens} is more than the model's context; "
-                f"give at most {context_tokens}"
-            )
+        _check_context(model, spec)
         sequences = text_sequences(tokenizer, spec)
         measured = score_sequences(model, sequences, base=base, batch_size=spec.batch_size)
         scores.metrics.append(mean_score("text", "nll", measured.nll, False, primary=not spec.tasks))
@@ -97,3 +99,113 @@ def spec_fingerprint(spec: QualitySpec) -> str:
         "text": None if spec.text is None else text_identity(spec.text),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+class PlanEvaluation:
+    """Judges many plans of one model by one spec at once: what plans have in common is computed once (`LayerSweep`).
+
+    Scores are those of `evaluate` on each plan's model to the last bits: lm-eval's metrics over log-probabilities that
+    differ in rounding only. What the tasks ask and the text are prepared once; parts of both can be done on their own.
+
+    Args:
+        model: an untouched parent of a supported family, on the device that it is to be judged on.
+        tokenizer: its tokenizer.
+        spec: what to judge by.
+        budget_bytes: bound on the activations of a pass.
+
+    Attributes:
+        items: what can be answered by likelihood, in the tasks' order.
+        sequences: token ids of the text, (n, sequence_tokens); None without one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: QualitySpec,
+        *,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ):
+        self.model, self.spec, self.budget_bytes = model, spec, budget_bytes
+        self.benchmarks = Benchmarks(model, tokenizer, spec) if spec.tasks else None
+        self.items = [item for item in self.benchmarks.items if item.requests] if self.benchmarks else []
+        self.sequences = None
+        if spec.text is not None:
+            _check_context(model, spec)
+            self.sequences = text_sequences(tokenizer, spec)
+        self._base = Plan.uniform(Treatment.SOFTMAX, model.config.num_hidden_layers)
+
+    def answer(self, plans: Sequence[Plan], items: Sequence[Item] | None = None) -> Answers:
+        """Answers the requests of some items (all if None); those of other items stay 0 and True.
+
+        Returns:
+            log_p and greedy, (P, n_requests).
+        """
+        assert self.benchmarks is not None
+        asked = sorted({index for item in (self.items if items is None else items) for index in item.requests})
+        n_requests = len(self.benchmarks.requests)
+        log_p = torch.zeros(len(plans), n_requests, dtype=torch.float64)
+        greedy = torch.ones(len(plans), n_requests, dtype=torch.bool)
+        found = answer_requests(
+            LayerSweep(self.model, plans, budget_bytes=self.budget_bytes),
+            [self.benchmarks.requests[index] for index in asked],
+            batch_rows=self.spec.batch_size,
+        )
+        log_p[:, asked], greedy[:, asked] = found.log_p, found.greedy
+        return Answers(log_p, greedy)
+
+    def read_text(self, plans: Sequence[Plan], start: int = 0, stop: int | None = None) -> TextScores:
+        """Scores the sequences from `start` to `stop`, with the divergence from the untouched model."""
+        assert self.sequences is not None
+        sweep = LayerSweep(self.model, [*plans, self._base], budget_bytes=self.budget_bytes)
+        found = score_text(sweep, self.sequences[start:stop], base=len(plans), batch_size=self.spec.batch_size)
+        return TextScores(found.nll[: len(plans)], found.kl[: len(plans)])
+
+    def scores(
+        self,
+        plan: Plan,
+        answers: tuple[torch.Tensor, torch.Tensor] | None,
+        text: tuple[torch.Tensor, torch.Tensor] | None,
+        items: Sequence[Item] | None = None,
+    ) -> Scores:
+        """The scores of a plan from its answers (log_p and greedy), and its NLL and KL of each sequence.
+
+        Args:
+            plan: what was answered for; only asked where a task has the model generate.
+            answers: (n_requests,) both; None where the tasks were not asked.
+            text: (n_sequences,) both; None where the text was not read.
+            items: what was answered, all if None.
+        """
+        found = Scores()
+        if answers is not None:
+            assert self.benchmarks is not None
+            generates = any(not item.requests for item in self.benchmarks.items)
+            model = convert(self.model, plan) if generates and plan != self._base else None
+            found.metrics += self.benchmarks.scores(*answers, items=items, model=model)
+        if text is not None:
+            nll, kl = text
+            found.metrics.append(mean_score("text", "nll", nll.tolist(), False, primary=not self.spec.tasks))
+            found.metrics.append(mean_score("text", "kl", kl.tolist(), False))
+        return found
+
+    def run(self, plans: Sequence[Plan]) -> list[Scores]:
+        """Judges plans by everything in the spec."""
+        answers = self.answer(plans) if self.benchmarks else None
+        text = self.read_text(plans) if self.sequences is not None else None
+        return [
+            self.scores(
+                plan,
+                None if answers is None else (answers.log_p[i], answers.greedy[i]),
+                None if text is None else (text.nll[i], text.kl[i]),
+            )
+            for i, plan in enumerate(plans)
+        ]
+
+
+def _check_context(model: PreTrainedModel, spec: QualitySpec) -> None:
+    context_tokens = getattr(model.config, "max_position_embeddings", None)
+    if context_tokens is not None and spec.sequence_tokens > context_tokens:
+        raise QualityError(
+            f"quality.sequence_tokens: {spec.sequence_tokens} is more than the model's context; "
+            f"give at most {context_tokens}"
+        )

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,32 +30,51 @@ BOOTSTRAP_ITERS = 1000
 def benchmark_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec
 ) -> list[MetricScore]:
-    import lm_eval
+    """Scores a model by the tasks of a spec: exactly what lm-eval says of it."""
     from lm_eval.models.huggingface import HFLM
 
     training = model.training
     try:
-        with _quiet(), _random_state_kept():
-            benchmarks = _load_benchmarks(spec.tasks, tuple(map(task_identity, spec.tasks)), spec.num_fewshot)
-            # HFLM gives the tokenizer a padding token; the caller's is to stay without.
-            own_tokenizer = copy.deepcopy(tokenizer)
-            # The warning of contexts too long for the model is false here: HFLM cuts them to fit.
-            own_tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-            lm = HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=spec.batch_size)
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=[part for benchmark in benchmarks for part in benchmark.parts],
-                num_fewshot=spec.num_fewshot,
-                batch_size=spec.batch_size,
-                limit=spec.limit,
-                bootstrap_iters=BOOTSTRAP_ITERS,
-                task_manager=_local_manager(),
-                confirm_run_unsafe_code=False,
-            )
+        return run_harness(lambda: HFLM(model, tokenizer=own_tokenizer(tokenizer), batch_size=spec.batch_size), spec)
     finally:
         model.train(training)
-    assert results is not None  # None only on other ranks than 0, and HFLM of a model in memory is always rank 0.
-    return [score for benchmark in benchmarks for score in _scores_of(benchmark, results)]
+
+
+def run_harness(
+    make_lm: Callable[[], Any], spec: QualitySpec, *, samples: Mapping[str, Sequence[int]] | None = None
+) -> list[MetricScore]:
+    """Has lm-eval ask a model of its kind everything in a spec, quietly, and gives the scores.
+
+    Args:
+        make_lm: makes (or gives again) the `lm_eval.api.model.LM` that answers.
+        spec: the tasks; its text is none of lm-eval's business.
+        samples: ids of the documents to ask about, ascending, for each task that is to be asked; all if None.
+    """
+    import lm_eval
+
+    with _quiet(), _random_state_kept():
+        benchmarks = _load_benchmarks(spec.tasks, tuple(map(task_identity, spec.tasks)), spec.num_fewshot)
+        results = lm_eval.simple_evaluate(
+            model=make_lm(),
+            tasks=[part for benchmark in benchmarks for part in benchmark.parts],
+            num_fewshot=spec.num_fewshot,
+            batch_size=spec.batch_size,
+            limit=None if samples is not None else spec.limit,
+            samples=None if samples is None else {task: list(ids) for task, ids in samples.items()},
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            task_manager=_local_manager(),
+            confirm_run_unsafe_code=False,
+        )
+        assert results is not None  # None only on other ranks than 0, and a model in memory is always rank 0.
+        return [score for benchmark in benchmarks for score in _scores_of(benchmark, results)]
+
+
+def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy for HFLM, which gives it a padding token; the caller's is to stay without."""
+    copied = copy.deepcopy(tokenizer)
+    # The warning of contexts too long for the model is false here: HFLM cuts them to fit.
+    copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return copied
 
 
 @dataclass(frozen=True)
@@ -232,12 +251,16 @@ def _margins(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[float]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's and datasets' progress off the terminal, and off stdout whatever they print."""
+    """Keeps lm-eval's and datasets' progress off the terminal, and off stdout whatever they print.
+
+    Templates are compiled once for all documents, which lm-eval does for each anew.
+    """
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator
     import lm_eval.models.huggingface
+    import lm_eval.utils
     import tqdm
 
     bar = tqdm.tqdm
@@ -256,6 +279,8 @@ def _quiet() -> Iterator[None]:
             stack.enter_context(_replaced(module, "tqdm", no_bar))
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(_replaced(lm_eval.evaluator, name, no_report))
+        templates = lm_eval.utils.env
+        stack.enter_context(_replaced(templates, "from_string", lru_cache(maxsize=1024)(templates.from_string)))
         stack.enter_context(environment({"DISABLE_MULTIPROC": "1"}))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         logger.setLevel(logging.ERROR)

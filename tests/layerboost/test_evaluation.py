@@ -15,8 +15,10 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerboost.convert import convert
 from layerboost.evaluation import (
     MetricScore,
+    PlanEvaluation,
     QualityError,
     QualitySpec,
     Scores,
@@ -30,6 +32,7 @@ from layerboost.evaluation import (
 )
 from layerboost.harness import BOOTSTRAP_ITERS
 from layerboost.likelihood import score_sequences
+from layerboost.plan import Plan
 from layerboost.statistics import paired_difference, ratio_of_means
 
 TEXT = "the a cat dog bird saw liked chased ran slept and then big small red old . house tree"
@@ -415,7 +418,7 @@ def _sequences(n: int = 7, tokens: int = 20) -> torch.Tensor:
 
 @pytest.mark.parametrize("logits_at_once", [1, 7 * len(VOCABULARY), 2**24])
 def test_likelihood_and_divergence_equal_the_naive_loops(model, other, monkeypatch, logits_at_once):
-    monkeypatch.setattr("layerboost.likelihood._LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr("layerboost.likelihood._LOGITS_AT_ONCE", {"cpu": logits_at_once, "cuda": 0})
     sequences = _sequences()
     measured = score_sequences(other, sequences, base=model, batch_size=3)
     assert measured.nll == pytest.approx(_naive_nll(other, sequences), abs=1e-5)
@@ -426,7 +429,7 @@ def test_likelihood_and_divergence_equal_the_naive_loops(model, other, monkeypat
 
 
 def test_logits_are_not_kept_for_all_positions(model, monkeypatch):
-    monkeypatch.setattr("layerboost.likelihood._LOGITS_AT_ONCE", 5 * len(VOCABULARY))
+    monkeypatch.setattr("layerboost.likelihood._LOGITS_AT_ONCE", {"cpu": 5 * len(VOCABULARY), "cuda": 0})
     rows = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output[..., 0].numel()))
     try:
@@ -647,6 +650,77 @@ def test_fingerprint_is_of_contents_and_numbers(tmp_path, tasks, text):
     }
     changed = {spec_fingerprint(dataclasses.replace(spec, **{name: value})) for name, value in changes.items()}
     assert len(changed | {spec_fingerprint(spec)}) == len(changes) + 1
+
+
+def _assert_scores_equal(found: Scores, expected: Scores) -> None:
+    assert [(m.task, m.metric, m.primary, m.n_items) for m in found.metrics] == [
+        (m.task, m.metric, m.primary, m.n_items) for m in expected.metrics
+    ]
+    for mine, theirs in zip(found.metrics, expected.metrics, strict=True):
+        if mine.metric in ("acc", "acc_norm", "exact_match"):
+            assert (mine.value, mine.stderr, mine.items) == (theirs.value, theirs.stderr, theirs.items)
+        else:
+            assert mine.value == pytest.approx(theirs.value, rel=1e-5, abs=1e-6), (mine.task, mine.metric)
+            assert (mine.items is None) == (theirs.items is None)
+            assert mine.items is None or mine.items == pytest.approx(theirs.items, rel=1e-4, abs=1e-5)
+
+
+PLANS = [Plan.parse(plan, 4) for plan in ("SS", "NS", "SW", "LS", "NN")]
+
+
+def test_plans_judged_together_score_as_each_plans_model_alone(model, tokenizer, tasks, text):
+    spec = QualitySpec(
+        tasks=tuple(tasks.values()), text=text, n_sequences=6, sequence_tokens=32, batch_size=4, num_fewshot=1
+    )
+    together = PlanEvaluation(model, tokenizer, spec).run(PLANS)
+    for plan, found in zip(PLANS, together, strict=True):
+        variant = model if str(plan) == "SS" else convert(model, plan)
+        _assert_scores_equal(found, evaluate(variant, tokenizer, spec, base=model))
+
+
+def test_parts_of_the_work_put_together_are_the_whole(model, tokenizer, tasks, text):
+    spec = QualitySpec(tasks=(tasks["choice"], tasks["rolling"]), text=text, n_sequences=6, sequence_tokens=32)
+    evaluation = PlanEvaluation(model, tokenizer, spec)
+    whole = evaluation.run(PLANS[:2])
+    log_p = torch.zeros(2, len(evaluation.benchmarks.requests), dtype=torch.float64)
+    greedy = torch.ones(log_p.shape, dtype=torch.bool)
+    for first in range(0, len(evaluation.items), 7):
+        items = evaluation.items[first : first + 7]
+        asked = [index for item in items for index in item.requests]
+        part = evaluation.answer(PLANS[:2], items)
+        log_p[:, asked], greedy[:, asked] = part.log_p[:, asked], part.greedy[:, asked]
+    texts = [evaluation.read_text(PLANS[:2], start, start + 4) for start in (0, 4)]
+    for i, plan in enumerate(PLANS[:2]):
+        nll, kl = (torch.cat([getattr(part, name)[i] for part in texts]) for name in ("nll", "kl"))
+        _assert_scores_equal(evaluation.scores(plan, (log_p[i], greedy[i]), (nll, kl)), whole[i])
+
+
+def test_some_items_score_as_lm_eval_scores_those_samples(model, tokenizer, tasks):
+    spec = QualitySpec(tasks=(tasks["choice"], tasks["ending"]))
+    evaluation = PlanEvaluation(model, tokenizer, spec)
+    some = [item for item in evaluation.items if item.doc_id in (1, 4, 5, 11)]
+    answers = evaluation.answer([PLANS[0]], some)
+    found = evaluation.scores(PLANS[0], (answers.log_p[0], answers.greedy[0]), None, some)
+    whole = evaluate(model, tokenizer, spec)
+    for task, metric in (("choice", "acc"), ("choice", "margin"), ("ending", "acc")):
+        items = whole.get(task, metric).items
+        assert found.get(task, metric).items == pytest.approx([items[i] for i in (1, 4, 5, 11)], abs=1e-5)
+
+
+def test_contexts_too_long_for_the_model_lose_their_beginning_as_in_lm_eval(model, tokenizer, tmp_path):
+    n_positions = model.config.max_position_embeddings
+    path = _write_task(
+        tmp_path,
+        "long",
+        [{"context": s, "choices": ["cat", "big small red"], "gold": 0} for s in _sentences(4, 9, words=n_positions)],
+        output_type="multiple_choice",
+        doc_to_text="context",
+        doc_to_choice="choices",
+        doc_to_target="gold",
+    )
+    spec = QualitySpec(tasks=(path,))
+    (found,) = PlanEvaluation(model, tokenizer, spec).run(PLANS[:1])
+    _assert_scores_equal(found, evaluate(model, tokenizer, spec))
 
 
 def test_real_model_scores_as_lm_eval_and_transformers_do(shared_dir, tmp_path):

@@ -1,0 +1,469 @@
+"""Many plans over the same tokens in one pass: what plans have in common is computed once.
+
+Plans are paths through the layers: two that treat the first l layers alike share everything up to there. All paths
+advance together, layer by layer, and fork where their treatments part; at each layer one call takes the hidden states
+of all paths that go through it as one batch. The L plans that treat one layer each so take half the layers of L passes,
+in far fewer and larger calls. A layer is called as the model itself calls it, with the arguments that the model gives
+it, so that every family works as it is.
+
+The paths in flight are bounded. Where they would outgrow the memory allowed, those that will not fork again go to the
+end first, and the rest follow from where they stand: nothing is computed twice for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import dense_attention, softmax_attention
+from .convert import convert
+from .families import decoder_layers, family_of
+from .packing import Forest
+from .plan import Plan, Treatment
+
+DEFAULT_BUDGET_BYTES = 1 << 30
+"""Memory for the hidden states in flight and for what a call works with, where nobody says otherwise."""
+
+_CALL_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
+"""Tokens that make a call of a layer large enough: what it works with stays in a CPU's caches, a GPU has work."""
+
+_QUERY_BLOCK_TOKENS = 64
+
+Step = tuple[Treatment, int | None]
+"""What a path does at one layer: the treatment, and its window where it has one."""
+
+Path = tuple[Step, ...]
+Emit = Callable[[list[int], list[torch.Tensor]], None]
+
+
+class LayerSweep:
+    """Runs plans on one model over the same tokens.
+
+    The model is as it was behind each call.
+
+    Args:
+        model: a causal language model of a supported family that is not converted yet.
+        plans: what to run. The plan of softmax in every layer is the model as it is.
+        budget_bytes: bound on the hidden states in flight and on what a call works with, half for each.
+    """
+
+    def __init__(self, model: Any, plans: Sequence[Plan], *, budget_bytes: int = DEFAULT_BUDGET_BYTES):
+        self.model, self.budget_bytes = model, budget_bytes
+        self._layers: dict[Step, list[Any]] = {(Treatment.SOFTMAX, None): list(decoder_layers(model))}
+        self.paths: list[Path] = []
+        for plan in plans:
+            plan.check_length(self.n_layers)
+            path = tuple((t, plan.window if t.needs_window else None) for t in plan.treatments)
+            for treatment, window in set(path) - set(self._layers):
+                treated = convert(model, Plan.uniform(treatment, self.n_layers, window))
+                self._layers[treatment, window] = list(decoder_layers(treated.eval()))
+            self.paths.append(path)
+
+    @property
+    def n_layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    @torch.inference_mode()
+    def run(
+        self, tokens: torch.Tensor, emit: Emit, *, forest: Forest | None = None, plans: Sequence[int] | None = None
+    ) -> None:
+        """Runs plans over tokens and hands over the hidden states behind the last layer.
+
+        Args:
+            tokens: (B, T) token ids: sequences without padding, or the tokens of `forest`.
+            emit: called with plans (as indices) and the hidden states of each, (B, T, d) in front of the final norm;
+                several times where not all fit into memory together.
+            forest: how the tokens hang together, where they are no sequences.
+            plans: indices of the plans to run; all of them if None.
+        """
+        chosen = range(len(self.paths)) if plans is None else plans
+        indices: dict[Path, list[int]] = {}
+        for index in chosen:
+            indices.setdefault(self.paths[index], []).append(index)
+
+        def emit_paths(frontier: dict[Path, torch.Tensor]) -> None:
+            named = [(index, states) for path, states in frontier.items() for index in indices[path]]
+            emit([index for index, _ in named], [states for _, states in named])
+
+        with _eval(self.model):
+            device = self.model.device
+            inputs = self._inputs(tokens.to(device), None if forest is None else forest.to(device))
+            with self._forest_attention(forest is not None):
+                self._descend(0, {(): inputs.embedded}, list(indices), self.room(*tokens.shape), inputs, emit_paths)
+
+    def room(self, n_rows: int, n_tokens: int) -> int:
+        """How many paths may be in flight over so many rows of so many tokens; a fork needs two."""
+        state_bytes = n_rows * n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
+        return max(2, self.budget_bytes // 2 // state_bytes)
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, vocabulary) logits of hidden states (n, d) as `run` gives them: final norm, head, and what follows it."""
+        with _eval(self.model), _stand_ins(self.model) as stand_ins:
+            stand_ins.value = states[:, None]
+            return self.model(inputs_embeds=states[:, None], use_cache=False).logits[:, 0]
+
+    def _inputs(self, tokens: torch.Tensor, forest: Forest | None) -> _Inputs:
+        """What the model hands to its first layer, and the arguments that it hands to each."""
+        decoder = self.model.base_model
+        with _stand_ins(self.model) as stand_ins:
+            if forest is None:
+                decoder(input_ids=tokens, use_cache=False)
+                return _Inputs(stand_ins.embedded, stand_ins.calls)
+            # One row as deep as the deepest shows what the family's own masks say of two positions.
+            decoder(input_ids=tokens.new_zeros(1, int(forest.depths.max()) + 1), use_cache=False)
+            masks = [call.get("attention_mask") for call in stand_ins.calls]
+            stand_ins.clear()
+            decoder(input_ids=tokens, position_ids=forest.depths, use_cache=False)
+            return _Inputs(stand_ins.embedded, stand_ins.calls, forest, _ForestMasks(forest, masks))
+
+    @contextlib.contextmanager
+    def _forest_attention(self, active: bool) -> Iterator[None]:
+        """Has every attention module take the masks of a forest."""
+        if not active:
+            yield
+            return
+        attention = family_of(self.model.config).attention
+        # The family's own SDPA knows no cap on scores, so a model that runs on it has none.
+        is_capped = self.model.config._attn_implementation != "sdpa"
+        changes = [(self.model.config, _CAPPED_FOREST if is_capped else _SOFTMAX_FOREST)]
+        for (treatment, _), layers in self._layers.items():
+            if treatment.needs_window:
+                name = _LINEAR_WINDOW_FOREST if treatment is Treatment.LINEAR_WINDOW else _CAPPED_FOREST
+                changes += [(getattr(layer, attention).config, name) for layer in layers]
+        before = [(config, config._attn_implementation) for config, _ in changes]
+        try:
+            for config, name in changes:
+                config._attn_implementation_internal = name
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation_internal = name
+
+    def _descend(
+        self,
+        first_layer: int,
+        frontier: dict[Path, torch.Tensor],
+        leaves: list[Path],
+        room: int,
+        inputs: _Inputs,
+        emit: Callable[[dict[Path, torch.Tensor]], None],
+    ) -> None:
+        """Takes `leaves` to the end from where they stand in `frontier`, with at most `room` paths in flight."""
+        for layer in range(first_layer, self.n_layers):
+            children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+            if len(children) > room and len(children) > 1:
+                trunk = Counter(leaf[:layer] for leaf in leaves).most_common(1)[0][0]
+                early = [leaf for leaf in leaves if leaf[:layer] != trunk]
+                if early:
+                    parted = {path: frontier.pop(path) for path in list(frontier) if path != trunk}
+                    self._descend(layer, parted, early, room - 1, inputs, emit)
+                leaves = [leaf for leaf in leaves if leaf[:layer] == trunk]
+                children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+                while len(children) > max(1, room):
+                    some = list(children)[: max(1, room - 1)]
+                    first = [leaf for leaf in leaves if leaf[: layer + 1] in some]
+                    self._descend(layer, dict(frontier), first, max(1, room - 1), inputs, emit)
+                    leaves = [leaf for leaf in leaves if leaf[: layer + 1] not in some]
+                    children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+            frontier = self._advance(layer, frontier, list(children), inputs)
+        emit(frontier)
+
+    def _advance(
+        self, layer: int, frontier: dict[Path, torch.Tensor], children: list[Path], inputs: _Inputs
+    ) -> dict[Path, torch.Tensor]:
+        """The hidden states behind a layer; those in front of it are let go as soon as nobody needs them."""
+        needed = Counter(child[:layer] for child in children)
+        after: dict[Path, torch.Tensor] = {}
+        # Few paths fork off and most go on: treat the forks first, so that the rest can be let go group by group.
+        for step in sorted({child[layer] for child in children}, key=lambda step: step[0] is Treatment.SOFTMAX):
+            going = [child for child in children if child[layer] == step]
+            n_at_once = self._states_at_once(step, inputs)
+            for start in range(0, len(going), n_at_once):
+                group = going[start : start + n_at_once]
+                states = [frontier[child[:layer]] for child in group]
+                for child in group:
+                    needed[child[:layer]] -= 1
+                    if not needed[child[:layer]]:
+                        del frontier[child[:layer]]
+                outputs = self._call(layer, step, torch.cat(states) if len(states) > 1 else states[0], inputs)
+                del states
+                after |= zip(group, outputs.split(inputs.n_rows), strict=True)
+        return {child: after[child] for child in children}
+
+    def _call(self, layer: int, step: Step, states: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
+        """One layer over stacked states (n * B, T, d), in as many calls as the memory for working asks for."""
+        module, arguments = self._layers[step][layer], inputs.arguments(layer, step)
+        rows_at_once = max(1, self._work_bytes() // self._row_work_bytes(step, inputs))
+        outputs = []
+        with _at_columns(getattr(module, "mlp", None), inputs.read_columns if layer == self.n_layers - 1 else None):
+            for start in range(0, len(states), rows_at_once):
+                part = states[start : start + rows_at_once]
+                output = module(part, **_of_rows(arguments, start, len(part), inputs.n_rows))
+                outputs.append(output[0] if isinstance(output, tuple) else output)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _states_at_once(self, step: Step, inputs: _Inputs) -> int:
+        n_rows, n_tokens, _ = inputs.embedded.shape
+        by_memory = self._work_bytes() // (n_rows * self._row_work_bytes(step, inputs))
+        call_tokens = _CALL_TOKENS.get(self.model.device.type, _CALL_TOKENS["cuda"])
+        return max(1, min(by_memory, call_tokens // (n_rows * n_tokens)))
+
+    def _work_bytes(self) -> int:
+        return self.budget_bytes // 2
+
+    def _row_work_bytes(self, step: Step, inputs: _Inputs) -> int:
+        """What a layer holds at once for one row, from above: MLP or attention, and scores where they are spelt out."""
+        config, itemsize = self.model.config, self.model.dtype.itemsize
+        n_tokens = inputs.embedded.shape[1]
+        mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        linear = n_tokens * (6 * config.hidden_size + 3 * mlp) * itemsize
+        scores = 12 * config.num_attention_heads * n_tokens**2
+        if inputs.forest is not None:
+            spelt_out = step[0] is Treatment.LINEAR_WINDOW
+            return linear + 5 * n_tokens**2 + (scores if spelt_out else 0)
+        return linear + (scores if config._attn_implementation == "eager" else 0)
+
+
+@dataclass
+class _ForestMask:
+    """Which keys a query sees, (B, Q, T) bool: by softmax those `inside`, through the feature map those `older`.
+
+    `columns` (Q,) are the queries that anybody needs behind this layer, None for all T of them.
+    """
+
+    inside: torch.Tensor
+    older: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def of_rows(self, rows: torch.Tensor) -> _ForestMask:
+        return _ForestMask(self.inside[rows], None if self.older is None else self.older[rows], self.columns)
+
+
+class _ForestMasks:
+    """The masks of a forest for each layer and treatment, each made once.
+
+    Args:
+        forest: on the model's device.
+        family_masks: for each layer the family's own mask over positions, (1, 1, P, P); None where it is causal.
+    """
+
+    def __init__(self, forest: Forest, family_masks: list[torch.Tensor | None]):
+        self.forest, self._family_masks = forest, family_masks
+        self._visible = forest.visible()
+        columns = (forest.read_nodes % forest.tokens.shape[1]).unique()
+        # Gathering a few of the columns is worth it, gathering most of them not.
+        self.read_columns = columns if 2 * len(columns) <= forest.tokens.shape[1] else None
+        self._made: dict[Any, _ForestMask] = {}
+
+    def mask(self, layer: int, step: Step) -> _ForestMask:
+        is_last = layer == len(self._family_masks) - 1
+        family_mask = None if step[0].needs_window else self._family_masks[layer]
+        key = (is_last, step, None if family_mask is None else layer)
+        if key not in self._made:
+            self._made[key] = self._make(step, family_mask, self.read_columns if is_last else None)
+        return self._made[key]
+
+    def _make(self, step: Step, family_mask: torch.Tensor | None, columns: torch.Tensor | None) -> _ForestMask:
+        seen, query_depths, depths = self._visible, self.forest.depths, self.forest.depths
+        if columns is not None:
+            seen, query_depths = seen[:, columns], depths[:, columns]
+        treatment, window = step
+        if treatment.needs_window:
+            assert window is not None
+            inside = seen & (query_depths[:, :, None] - depths[:, None] < window)
+            older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
+            return _ForestMask(inside, older, columns)
+        if family_mask is not None:
+            over_positions = family_mask[0, 0] if family_mask.dtype == torch.bool else family_mask[0, 0] == 0
+            seen = seen & over_positions[query_depths[:, :, None], depths[:, None]]
+        return _ForestMask(seen, None, columns)
+
+
+@dataclass
+class _Inputs:
+    """What a model's forward pass gives its layers: `embedded` (B, T, d), and the keyword arguments of each."""
+
+    embedded: torch.Tensor
+    calls: list[dict[str, Any]]
+    forest: Forest | None = None
+    masks: _ForestMasks | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.embedded.shape[0]
+
+    @property
+    def read_columns(self) -> torch.Tensor | None:
+        return None if self.masks is None else self.masks.read_columns
+
+    def arguments(self, layer: int, step: Step) -> dict[str, Any]:
+        if self.masks is None or step[0] is Treatment.NONE:
+            return self.calls[layer]
+        return {**self.calls[layer], "attention_mask": self.masks.mask(layer, step)}
+
+
+def _of_rows(arguments: Any, start: int, n: int, n_rows: int) -> Any:
+    """The arguments for `n` rows of a stack of states from row `start` on; what has one row serves all."""
+    if isinstance(arguments, dict):
+        return {name: _of_rows(value, start, n, n_rows) for name, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(_of_rows(value, start, n, n_rows) for value in arguments)
+    if n_rows == 1 or (n == n_rows and start % n_rows == 0):
+        return arguments
+    if isinstance(arguments, _ForestMask):
+        return arguments.of_rows(_row_indices(start, n, n_rows, arguments.inside.device))
+    if isinstance(arguments, torch.Tensor) and arguments.ndim and arguments.shape[0] == n_rows:
+        return arguments[_row_indices(start, n, n_rows, arguments.device)]
+    return arguments
+
+
+def _row_indices(start: int, n: int, n_rows: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(start, start + n, device=device) % n_rows
+
+
+@contextlib.contextmanager
+def _at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[None]:
+    """Has an MLP, which treats each token by itself, compute some columns of (B, T, d) only; the others become zero."""
+    if mlp is None or columns is None:
+        yield
+        return
+    n_tokens = 0
+
+    def gather(module: nn.Module, args: tuple) -> tuple:
+        nonlocal n_tokens
+        n_tokens = args[0].shape[1]
+        return (args[0][:, columns], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, output: Any) -> Any:
+        some = output[0] if isinstance(output, tuple) else output
+        whole = some.new_zeros(some.shape[0], n_tokens, some.shape[-1]).index_copy(1, columns, some)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = (mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _StandIns:
+    """Stand where a model's layers are: note what they are called with, and give back `value` or their input."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.value: torch.Tensor | None = None
+        self._embedded: list[torch.Tensor] = []
+
+    @property
+    def embedded(self) -> torch.Tensor:
+        return self._embedded[0]
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self._embedded.clear()
+
+    def answer(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        if self.value is not None:
+            return self.value
+        self._embedded.append(hidden_states)
+        self.calls.append(arguments)
+        return hidden_states
+
+
+class _StandIn(nn.Module):
+    def __init__(self, layer: nn.Module, owner: _StandIns):
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # so that it is no submodule
+        self.owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        # A decoder may ask a layer for more than its output, such as the kind of its attention.
+        return getattr(object.__getattribute__(self, "layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise TypeError(f"{type(self.layer).__name__}: called with positional arguments, which no family does")
+        return self.owner.answer(hidden_states, kwargs)
+
+
+@contextlib.contextmanager
+def _stand_ins(model: Any) -> Iterator[_StandIns]:
+    layers, stand_ins = decoder_layers(model), _StandIns()
+    model.base_model.layers = nn.ModuleList(_StandIn(layer, stand_ins) for layer in layers)
+    try:
+        yield stand_ins
+    finally:
+        model.base_model.layers = layers
+
+
+@contextlib.contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """An attention function of transformers from one that takes queries (B, H, Q, D) and their `_ForestMask`."""
+
+    def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+        columns = attention_mask.columns
+        some = query if columns is None else query[:, :, columns]
+        output = attend(module, some, key, value, attention_mask, scaling, softcap).transpose(1, 2)
+        if columns is not None:
+            whole = output.new_zeros(output.shape[0], query.shape[2], *output.shape[2:])
+            output = whole.index_copy(1, columns, output)
+        return output, None
+
+    return forward
+
+
+def _attend_softmax(module, query, key, value, mask, scaling, softcap):
+    n_groups = query.shape[1] // key.shape[1]
+    if n_groups > 1:
+        key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
+    if mask.columns is not None:
+        return softmax_attention(query, key, value, mask.inside[:, None], scaling, softcap, 0.0)
+    # No query sees a key behind it: blocks of queries need not meet the keys behind the block.
+    outputs = []
+    for start in range(0, query.shape[2], _QUERY_BLOCK_TOKENS):
+        end = min(start + _QUERY_BLOCK_TOKENS, query.shape[2])
+        inside = mask.inside[:, None, start:end, :end]
+        outputs.append(
+            softmax_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end], inside, scaling, softcap, 0.0)
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_linear_window(module, query, key, value, mask, scaling, softcap):
+    feature_map = module.linear_window
+    return dense_attention(
+        query, key, value, mask.inside, mask.older, scaling=scaling, feature_map=feature_map, softcap=softcap
+    )
+
+
+def _attend_uncapped(module, query, key, value, mask, scaling, softcap):
+    return _attend_softmax(module, query, key, value, mask, scaling, None)
+
+
+_SOFTMAX_FOREST = "layerboost_softmax_forest"
+_CAPPED_FOREST = "layerboost_capped_softmax_forest"
+_LINEAR_WINDOW_FOREST = "layerboost_linear_window_forest"
+for _name, _attend in (
+    (_SOFTMAX_FOREST, _attend_uncapped),
+    (_CAPPED_FOREST, _attend_softmax),
+    (_LINEAR_WINDOW_FOREST, _attend_linear_window),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _forest_forward(_attend))
