@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+from scipy import stats
 
-_RESAMPLED_VALUES_AT_ONCE = 4_000_000
+# Small enough for the resampled values to stay in the processor's cache.
+_RESAMPLED_VALUES_AT_ONCE = 100_000
+# With fewer items, resamples of a few almost equal values make the studentised bootstrap arbitrarily wide.
+_BOOTSTRAP_FROM_N_ITEMS = 10
+# Below this part of the sample's standard error a resample's is rounding.
+_NO_SPREAD = 1e-6
 
 
 class PairingError(ValueError):
@@ -53,8 +58,17 @@ def paired_difference(
 ) -> Difference:
     """Compares two models over the same items.
 
-    The interval is the percentile bootstrap of the mean difference: items are drawn with replacement, each with both of
-    its scores. The standard error is the sample one of the differences.
+    The interval is the symmetric studentised bootstrap one (Hall 1988), mean ± q * stderr: items are drawn with
+    replacement, each with both of its scores, and q is the quantile over such resamples of how many of its own standard
+    errors a resample's mean is away from the mean. It is never narrower than Student's t interval, and that interval
+    itself below ten items. The standard error is the sample one of the differences.
+
+    By simulation, at 95 % it covers the truth in 94 to 96.5 % of samples where differences are normal, moderately
+    skewed (exponential) or heavy-tailed (t with 3 degrees of freedom) and n is 50 or more, and in 94 to 97 % where they
+    are 1, 0 or -1 and about eight or more of them are not 0. It covers less where a few extreme or rare items carry
+    the mean: 88 to 94 % for lognormal differences (sigma 1) with 20 to 100 items, and far less where only a handful of
+    items change at all. Items that all change alike say nothing about the others: their interval is a point, too sure
+    of itself. On skewed differences the misses lie mostly on the side of the long tail.
 
     Args:
         base_items: The base's score of each item.
@@ -74,24 +88,17 @@ def paired_difference(
         return Difference(mean, None, None, None, n)
     if stderr == 0.0:
         return Difference(mean, stderr, mean, mean, n)
-    rng = np.random.default_rng(seed)
-    at_once = max(1, _RESAMPLED_VALUES_AT_ONCE // n)
-    means = np.concatenate(
-        [
-            differences[rng.integers(n, size=(min(at_once, resamples - done), n))].mean(axis=1)
-            for done in range(0, resamples, at_once)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    ci_low, ci_high = np.quantile(means, [tail, 1 - tail])
-    return Difference(mean, stderr, float(ci_low), float(ci_high), n)
+    reach = stderr * _studentised_quantile(differences, stderr, confidence, resamples, seed)
+    return Difference(mean, stderr, mean - reach, mean + reach, n)
 
 
 def mean_of_differences(differences: Sequence[Difference], *, confidence: float = 0.95) -> Difference:
     """Averages the differences of independent tasks, each task weighing the same.
 
-    Tasks are fixed and their items sampled: the error is that of the same tasks with other items. The interval is the
-    normal one. A task without a standard error leaves the mean without one.
+    Tasks are fixed and their items sampled: the error is that of the same tasks with other items. The interval is
+    Student's with Welch and Satterthwaite's degrees of freedom, for a small task that has most of the error makes the
+    error itself unsure. A standard error without a number of items counts as exact. A task without a standard error
+    leaves the mean without one.
 
     Raises:
         PairingError: If there are no differences.
@@ -103,7 +110,7 @@ def mean_of_differences(differences: Sequence[Difference], *, confidence: float 
     stderr = mean_of_independent([d.stderr for d in differences])
     if stderr is None:
         return Difference(mean, None, None, None, n_items)
-    reach = stderr * NormalDist().inv_cdf((1 + confidence) / 2)
+    reach = stderr * _t_quantile(confidence, _welch_satterthwaite(differences))
     return Difference(mean, stderr, mean - reach, mean + reach, n_items)
 
 
@@ -146,3 +153,45 @@ def _paired(base_items: Sequence[float], other_items: Sequence[float]) -> np.nda
             "score both models over the same items"
         )
     return np.asarray(base_items, dtype=np.float64) - np.asarray(other_items, dtype=np.float64)
+
+
+def _studentised_quantile(values: np.ndarray, stderr: float, confidence: float, resamples: int, seed: int) -> float:
+    """How many standard errors the symmetric interval reaches to each side of the mean of `values` (n,)."""
+    n = len(values)
+    least = _t_quantile(confidence, n - 1)
+    if n < _BOOTSTRAP_FROM_N_ITEMS:
+        return least
+    rng = np.random.default_rng(seed)
+    centred = values - values.mean()
+    at_once = max(1, _RESAMPLED_VALUES_AT_ONCE // n)
+    deviations = []
+    for done in range(0, resamples, at_once):
+        drawn = centred[rng.integers(n, size=(min(at_once, resamples - done), n))]
+        means = drawn.mean(axis=1)
+        drawn -= means[:, None]
+        drawn *= drawn
+        stderrs = np.sqrt(drawn.sum(axis=1) / (n * (n - 1)))
+        # Resamples without spread have no such ratio: with few items that differ, they would make the interval endless.
+        spread = stderrs > _NO_SPREAD * stderr
+        deviations.append(np.abs(means[spread]) / stderrs[spread])
+    measured = np.concatenate(deviations) if deviations else np.empty(0)
+    return max(least, float(np.quantile(measured, confidence))) if len(measured) else least
+
+
+def _welch_satterthwaite(differences: Sequence[Difference]) -> float:
+    """Degrees of freedom of the standard error of the mean of independent differences; infinite where all are exact."""
+    variances = [(d.stderr or 0.0) ** 2 for d in differences]
+    # Relative to their sum, lest the squares underflow.
+    total = math.fsum(variances)
+    if total == 0.0:
+        return math.inf
+    shares = math.fsum(
+        (variance / total) ** 2 / (d.n_items - 1)
+        for variance, d in zip(variances, differences, strict=True)
+        if d.n_items > 1
+    )
+    return 1.0 / shares if shares else math.inf
+
+
+def _t_quantile(confidence: float, degrees_of_freedom: float) -> float:
+    return float(stats.t.ppf((1 + confidence) / 2, degrees_of_freedom))

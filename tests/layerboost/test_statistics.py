@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from layerboost.statistics import (
     Difference,
@@ -32,22 +33,61 @@ def test_paired_difference_is_base_minus_other_with_the_error_of_the_differences
     assert difference.stderr < 0.2 * math.hypot(mean_stderr(base), mean_stderr(other))
 
 
-def test_interval_is_the_percentile_bootstrap_of_the_mean():
-    base, other = _items(40, seed=3)
+def test_interval_is_the_symmetric_studentised_bootstrap_of_the_mean():
     rng = np.random.default_rng(7)
-    means = [(base - other)[rng.integers(40, size=40)].mean() for _ in range(4000)]
-    difference = paired_difference(base, other, resamples=4000)
-    assert difference.ci_low == pytest.approx(np.quantile(means, 0.025), abs=0.1 * difference.stderr)
-    assert difference.ci_high == pytest.approx(np.quantile(means, 0.975), abs=0.1 * difference.stderr)
+    values = rng.exponential(size=40)
+    deviations = []
+    for _ in range(4000):
+        drawn = values[rng.integers(40, size=40)]
+        deviations.append(abs(drawn.mean() - values.mean()) / mean_stderr(drawn))
+    difference = paired_difference(values, np.zeros(40), resamples=4000)
+    reach = np.quantile(deviations, 0.95) * difference.stderr
+    assert difference.ci_low == pytest.approx(values.mean() - reach, abs=0.15 * difference.stderr)
+    assert difference.ci_high == pytest.approx(values.mean() + reach, abs=0.15 * difference.stderr)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
+@pytest.mark.parametrize("values", [[0.1, 0.4, -0.2, 0.9], [0.0] * 299 + [1.0], [0.0] * 50 + [1.0] * 2, [1.0, 1.1]])
+def test_interval_is_finite_and_never_narrower_than_students(values):
+    difference = paired_difference(values, np.zeros(len(values)))
+    least = stats.t.ppf(0.975, len(values) - 1) * difference.stderr
+    assert least - 1e-12 <= difference.ci_high - difference.mean < 20 * difference.stderr
+    assert difference.mean - difference.ci_low == pytest.approx(difference.ci_high - difference.mean)
+
+
+_ACCURACY_LIKE = {"a": [-1.0, 0.0, 1.0], "p": [0.03, 0.89, 0.08]}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "kwargs", "truth"),
+    [
+        ("normal", 20, {}, 0.0),
+        ("normal", 50, {}, 0.0),
+        ("exponential", 50, {}, 1.0),
+        ("exponential", 200, {}, 1.0),
+        ("lognormal", 50, {"sigma": 0.5}, math.exp(0.125)),
+        ("lognormal", 100, {"sigma": 0.5}, math.exp(0.125)),
+        ("standard_t", 100, {"df": 3}, 0.0),
+        ("choice", 200, _ACCURACY_LIKE, 0.05),
+        ("choice", 300, _ACCURACY_LIKE, 0.05),
+    ],
+)
+def test_interval_covers_the_truth_as_often_as_it_says(name, n, kwargs, truth):
+    draws = getattr(np.random.default_rng(11), name)(size=(1000, n), **kwargs)
+    zeros = np.zeros(n)
+    differences = [paired_difference(draw, zeros, resamples=500) for draw in draws]
+    covered = np.mean([d.ci_low <= truth <= d.ci_high for d in differences])
+    assert 0.93 <= covered <= 0.97
+
+
+def test_interval_of_a_mean_over_tasks_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(12)
     covered = 0
-    for seed in range(200):
-        base, other = _items(30, seed)
-        difference = paired_difference(base, other, confidence=0.9, resamples=400)
-        covered += difference.ci_low <= 1.0 <= difference.ci_high
-    assert 0.82 <= covered / 200 <= 0.96
+    for _ in range(1000):
+        # A small task with most of the error beside a large one: the normal interval covers less than 92 %.
+        small, large = rng.normal(size=10), rng.normal(0.5, size=400)
+        mean = mean_of_differences([paired_difference(x, np.zeros(len(x)), resamples=1) for x in (small, large)])
+        covered += mean.ci_low <= 0.25 <= mean.ci_high
+    assert 930 <= covered <= 970
 
 
 def test_interval_depends_on_the_seed_alone(monkeypatch):
@@ -81,8 +121,16 @@ def test_mean_over_tasks_weighs_tasks_equally_and_adds_their_errors():
     assert mean.mean == pytest.approx((first.mean + second.mean) / 2)
     assert mean.stderr == pytest.approx(math.hypot(first.stderr, second.stderr) / 2)
     assert mean.n_items == 1010
-    assert mean.ci_high - mean.mean == pytest.approx(1.959964 * mean.stderr, rel=1e-6)
+    freedom = (first.stderr**2 + second.stderr**2) ** 2 / (first.stderr**4 / 9 + second.stderr**4 / 999)
+    assert mean.ci_high - mean.mean == pytest.approx(stats.t.ppf(0.975, freedom) * mean.stderr)
     assert mean.mean - mean.ci_low == pytest.approx(mean.ci_high - mean.mean)
+
+
+def test_mean_over_tasks_with_exact_errors_has_the_normal_interval():
+    mean = mean_of_differences([Difference(0.2, 0.1, None, None, 0), Difference(0.0, 0.0, 0.0, 0.0, 5)])
+    assert mean.ci_high - mean.mean == pytest.approx(1.959964 * 0.05, rel=1e-6)
+    equal = mean_of_differences([Difference(0.2, 0.0, 0.2, 0.2, 5)])
+    assert (equal.ci_low, equal.ci_high) == (0.2, 0.2)
 
 
 def test_mean_over_tasks_without_all_errors_has_none():
