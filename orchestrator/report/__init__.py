@@ -8,7 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from orchestrator.report.figures import Picture, healing_picture, pareto_picture, sensitivity_picture, strips_picture
+from orchestrator.report.canvas import Picture
+from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
+from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
+from orchestrator.report.figures import healing_picture, pareto_picture, sensitivity_picture, strips_picture
 from orchestrator.report.front import conditions, format_front_table, headline, headline_row, marked, plan_labels
 from orchestrator.report.html import Drawings, page
 from orchestrator.report.tables import candidates_table, healing_table, pareto_table, sensitivity_table, to_csv
@@ -17,13 +20,17 @@ __all__ = [
     "ReportData",
     "candidates_table",
     "conditions",
+    "correlations_table",
     "format_front_table",
     "headline",
     "headline_row",
     "healing_table",
+    "interactions_table",
     "pareto_table",
+    "rankings_table",
     "render",
     "sensitivity_table",
+    "tiers_table",
     "to_csv",
 ]
 
@@ -43,6 +50,10 @@ class ReportData:
     candidates: pd.DataFrame = field(default_factory=lambda: candidates_table([]))
     pareto: pd.DataFrame = field(default_factory=lambda: pareto_table([]))
     healing_curves: pd.DataFrame = field(default_factory=lambda: healing_table([]))
+    rankings: pd.DataFrame = field(default_factory=lambda: rankings_table([]))
+    correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
+    interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))
+    tiers: pd.DataFrame = field(default_factory=lambda: tiers_table([]))
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions and hardware by name; mappings inside are flattened for the page."""
     cost: pd.DataFrame | None = None
@@ -54,12 +65,13 @@ def render(data: ReportData) -> dict[str, bytes]:
     """Renders a report without touching a disk; equal data gives equal bytes.
 
     Args:
-        data: tables as the builders of `orchestrator.report.tables` make them.
+        data: tables as the builders of `orchestrator.report.tables` and `orchestrator.report.certainty` make them.
 
     Returns:
         Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
-        pareto.csv, healing_curves.csv); PNG and SVG of each picture there is something to draw for (pareto at the
-        highest concurrency, sensitivity, healing, plans).
+        pareto.csv, healing_curves.csv, rankings.csv, rank_correlations.csv, interactions.csv, tiers.csv); PNG and SVG
+        of each picture there is something to draw for (pareto at the highest concurrency, sensitivity, healing, plans,
+        rank_correlations, interactions).
     """
     drawings = _draw(data)
     tables = {
@@ -67,12 +79,18 @@ def render(data: ReportData) -> dict[str, bytes]:
         "candidates.csv": data.candidates,
         "pareto.csv": data.pareto,
         "healing_curves.csv": data.healing_curves,
+        "rankings.csv": data.rankings,
+        "rank_correlations.csv": data.correlations,
+        "interactions.csv": data.interactions,
+        "tiers.csv": data.tiers,
     }
     pictures: dict[str, Picture | None] = {
         "pareto": next(iter(drawings.fronts.values()), None),
         "sensitivity": drawings.sensitivity,
         "healing": drawings.healing,
         "plans": drawings.plans,
+        "rank_correlations": drawings.correlations,
+        "interactions": drawings.interactions,
     }
     files = {name: to_csv(table) for name, table in tables.items() if len(table)}
     for name, picture in pictures.items():
@@ -86,9 +104,12 @@ def _draw(data: ReportData) -> Drawings:
     names = {key: label if label.startswith(key) else f"{label} {key}" for key, (label, _) in labels.items()}
     drawn = list(labels.values())[:MAX_STRIPS]
     return Drawings(
+        names=names,
         fronts={c: pareto_picture(marked(data.pareto, c)) for c in conditions(data.pareto)},
         plans=strips_picture(drawn),
         n_plans=(len(drawn), len(labels)),
         sensitivity=sensitivity_picture(data.sensitivity),
         healing=healing_picture(data.healing_curves, names),
+        correlations=correlation_picture(data.correlations),
+        interactions=interaction_picture(data.interactions),
     )

@@ -1,67 +1,37 @@
-"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the healing losses, the plans.
-
-Colours are those of Okabe and Ito, told apart by colour-blind readers; nothing is said by colour alone.
-"""
+"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the healing losses, the plans."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from layerboost.plan import Treatment
+from orchestrator.report.canvas import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    TREATMENT_COLOURS,
+    VERMILION,
+    Picture,
+    new_figure,
+    saved,
+    treatment_colour,
+)
 from orchestrator.report.front import letter_counts
 from orchestrator.report.labels import place_labels
-
-INK, PAPER, GRID, FAINT = "#1f2933", "#ffffff", "#d9dde1", "#8a9099"
-BLUE, ORANGE, SKY, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"
-TREATMENT_COLOURS = {
-    "S": (BLUE, "#fefefe"),
-    "L": (ORANGE, "#000001"),
-    "W": (SKY, "#000001"),
-    "N": ("#c3c8ce", "#000001"),
-}
-"""Fill and letter colour of each treatment."""
-
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "layerboost",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "font.size": 10.0,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture in two formats, and what it shows in words (its alternative text)."""
-
-    png: bytes
-    svg: bytes
-    alt: str
 
 
 def pareto_picture(rows: pd.DataFrame) -> Picture | None:
@@ -77,8 +47,8 @@ def pareto_picture(rows: pd.DataFrame) -> Picture | None:
     if rows.empty:
         return None
     x, y = "output_throughput_tok_per_s", "quality"
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(7.6, 4.6)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(7.6, 4.6)
         axes = figure.subplots()
         is_front = rows["point"].notna()
         is_named = ~rows["origin"].eq("search")
@@ -122,7 +92,7 @@ def pareto_picture(rows: pd.DataFrame) -> Picture | None:
             f"from {line[x].iloc[0]:.1f} tokens/s at quality {line[y].iloc[0]:.3f} "
             f"to {line[x].iloc[-1]:.1f} tokens/s at quality {line[y].iloc[-1]:.3f}."
         )
-        return _saved(figure, alt)
+        return saved(figure, alt)
 
 
 def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
@@ -135,9 +105,10 @@ def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
     if mean.empty:
         return None
     panels: list[Any] = list(mean.groupby(["treatment", "metric"], dropna=False, sort=False))
+    several = mean["metric"].nunique(dropna=False) > 1
     layers = range(int(mean["layer"].min()), int(mean["layer"].max()) + 1)
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(max(5.5, 1.4 + 0.22 * len(layers)), 0.9 + 2.3 * len(panels))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(max(5.5, 1.4 + 0.22 * len(layers)), 0.9 + 2.3 * len(panels))
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         parts = []
         for axes, ((treatment, metric), rows) in zip(grid, panels, strict=True):
@@ -147,7 +118,7 @@ def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
                 rows["layer"].astype(int),
                 rows["drop"],
                 yerr=[low, high],
-                color=_treatment_colour(treatment),
+                color=treatment_colour(treatment),
                 edgecolor=INK,
                 linewidth=0.5,
                 ecolor=INK,
@@ -155,12 +126,13 @@ def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
                 width=0.78,
             )
             axes.axhline(0.0, color=INK, linewidth=0.8)
-            axes.set_title(treatment, loc="left")
+            name = f"{treatment} ({metric})" if several and pd.notna(metric) else treatment
+            axes.set_title(name, loc="left")
             axes.set_ylabel("drop" if pd.isna(metric) else f"drop ({metric})")
             axes.grid(axis="y", linewidth=0.6)
             worst, least = rows.loc[rows["drop"].idxmax()], rows.loc[rows["drop"].idxmin()]
             parts.append(
-                f"{treatment}: largest drop {worst['drop']:.3g} at layer {worst['layer']}, "
+                f"{name}: largest drop {worst['drop']:.3g} at layer {worst['layer']}, "
                 f"smallest {least['drop']:.3g} at layer {least['layer']}"
             )
         grid[-1].set(xlabel="layer", xlim=(layers[0] - 0.8, layers[-1] + 0.8))
@@ -168,7 +140,7 @@ def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
         grid[-1].set_xticks(list(layers)[::step])
         grid[-1].tick_params(axis="x", labelsize=8)
         figure.align_ylabels(grid)
-        return _saved(figure, f"Drop of the score when one layer is treated, for each layer. {'; '.join(parts)}.")
+        return saved(figure, f"Drop of the score when one layer is treated, for each layer. {'; '.join(parts)}.")
 
 
 def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
@@ -185,8 +157,8 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
     if curves.empty:
         return None
     phases: list[Any] = list(curves.groupby("phase", dropna=False, sort=False))
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(7.6, 0.9 + 2.9 * len(phases))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(7.6, 0.9 + 2.9 * len(phases))
         grid = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
         ids = sorted(curves["plan_id"].unique())
         looks = dict(zip(ids, cycle(_LINES), strict=False))
@@ -222,7 +194,7 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
         ends = curves.groupby(["phase", "plan_id"], sort=False, dropna=False)["loss"].agg(["first", "last"])
         spans: list[Any] = list(ends.iterrows())
         parts = [f"{plan} {phase}: {row['first']:.3g} to {row['last']:.3g}" for (phase, plan), row in spans]
-        return _saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
+        return saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
 
 
 def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
@@ -237,8 +209,8 @@ def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
     if not plans:
         return None
     n_layers = max(len(plan) for _, plan in plans)
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(max(5.5, 2.6 + 0.2 * n_layers), 0.9 + 0.27 * len(plans))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(max(5.5, 2.6 + 0.2 * n_layers), 0.9 + 0.27 * len(plans))
         axes = figure.subplots()
         for row, (_, plan) in enumerate(plans):
             for layer, letter in enumerate(plan):
@@ -253,7 +225,7 @@ def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
         keys = [Rectangle((0, 0), 1, 1, facecolor=TREATMENT_COLOURS[t.letter][0], linewidth=0) for t in Treatment]
         figure.legend(keys, [f"{t.letter} {t.value}" for t in Treatment], loc="outside upper left", ncols=4)
         alt = "; ".join(f"{label}: {plan} ({letter_counts(plan)})" for label, plan in plans)
-        return _saved(figure, f"Treatment of each layer, first layer first. {alt}.")
+        return saved(figure, f"Treatment of each layer, first layer first. {alt}.")
 
 
 _LINES = [
@@ -263,24 +235,6 @@ _LINES = [
 ]
 
 
-def _treatment_colour(treatment: str) -> str:
-    known: dict[str, str] = {t.value: TREATMENT_COLOURS[t.letter][0] for t in Treatment}
-    return known.get(treatment, FAINT)
-
-
 def _point_label(row: pd.Series) -> list[str]:
     number = [] if pd.isna(row["point"]) else [str(int(row["point"]))]
     return number + ([] if row["origin"] == "search" else [row["origin"]])
-
-
-def _figure(width_in: float, height_in: float) -> Figure:
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _saved(figure: Figure, alt: str) -> Picture:
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(png.getvalue(), svg.getvalue(), alt)

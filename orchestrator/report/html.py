@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pandas as pd
 
-from orchestrator.report import figures
-from orchestrator.report.figures import Picture
+from orchestrator.report.canvas import GRID, INK, PAPER, Picture
+from orchestrator.report.cells import Table, text_of, with_stderr
+from orchestrator.report.certainty import interaction_sentences, stability_sentences, tier_sentences
+from orchestrator.report.certainty_page import correlations_cells, interactions_cells, rankings_cells, tiers_cells
 from orchestrator.report.front import (
     FRONT_HEADER,
     MIN_RETAINED,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.report import ReportData
 
 _SVG_STYLE = f"""<style>
-:root {{ --ink: {figures.INK}; --paper: {figures.PAPER}; --grid: {figures.GRID}; }}
+:root {{ --ink: {INK}; --paper: {PAPER}; --grid: {GRID}; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e7eb; --paper: #15191e; --grid: #363d45; }} }}
 </style>"""
 
@@ -38,25 +39,16 @@ _SVG_STYLE = f"""<style>
 class Drawings:
     """The pictures of a report; None where there is nothing to draw."""
 
+    names: Mapping[str, str]
+    """What to call a plan_id where a reader should recognise it."""
     fronts: Mapping[Condition, Picture | None]
     plans: Picture | None
     n_plans: tuple[int, int]
     """Plans drawn as strips, and plans in all."""
     sensitivity: Picture | None
     healing: Picture | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text for the template; the first cell of a row is its heading."""
-
-    name: str
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    text_columns: frozenset[int] = frozenset({0})
-    """Columns aligned as text; the others are numbers."""
-    code_columns: frozenset[int] = frozenset()
+    correlations: Picture | None
+    interactions: Picture | None
 
 
 def page(data: ReportData, drawings: Drawings) -> bytes:
@@ -77,6 +69,13 @@ def page(data: ReportData, drawings: Drawings) -> bytes:
         headlines=[(sentence, remark) for _, sentence, remark in headlines if sentence],
         fronts=[(c, picture, _front_table(data.pareto, c)) for c, picture in drawings.fronts.items()],
         sensitivity=list(_sensitivity_tables(data.sensitivity)),
+        rankings=rankings_cells(data.rankings),
+        stability=stability_sentences(data.rankings),
+        correlations=correlations_cells(data.correlations),
+        interactions=interactions_cells(data.interactions),
+        independence=interaction_sentences(data.interactions),
+        tiers=tiers_cells(data.tiers),
+        uncertain=[(drawings.names.get(key, key), plan, text) for key, plan, text in tier_sentences(data.tiers)],
         candidates=_candidates_table(data.pareto),
         scores=_scores_table(data.pareto),
         searched=_searched_table(data.candidates),
@@ -92,7 +91,7 @@ def data_uri(picture: Picture) -> str:
     svg = picture.svg.decode()
     start = svg.index(">", svg.index("<svg")) + 1
     body = svg[start:]
-    for colour, name in ((figures.INK, "ink"), (figures.PAPER, "paper"), (figures.GRID, "grid")):
+    for colour, name in ((INK, "ink"), (PAPER, "paper"), (GRID, "grid")):
         body = body.replace(colour, f"var(--{name})")
     adapted = svg[:start] + _SVG_STYLE + body
     return "data:image/svg+xml;base64," + base64.b64encode(adapted.encode()).decode()
@@ -125,11 +124,11 @@ def _sensitivity_tables(table: pd.DataFrame) -> Iterator[Table]:
     """One table for each treatment: a row for each layer, a column for each task's drop."""
     for treatment, rows in table.groupby("treatment", sort=False):
         keys = rows[["task", "metric"]].drop_duplicates()
-        columns = [(_text(task), _text(metric)) for task, metric in keys.itertuples(index=False, name=None)]
+        columns = [(text_of(task), text_of(metric)) for task, metric in keys.itertuples(index=False, name=None)]
         cells: dict[int, dict[tuple[str, str], str]] = {}
         for _, row in rows.iterrows():
-            column = _text(row["task"]), _text(row["metric"])
-            cells.setdefault(row["layer"], {})[column] = _with_stderr(row["drop"], row["drop_stderr"], "+")
+            column = text_of(row["task"]), text_of(row["metric"])
+            cells.setdefault(row["layer"], {})[column] = with_stderr(row["drop"], row["drop_stderr"], "+")
         yield Table(
             f"Numbers for treatment {treatment}",
             f"Drop ± standard error with one layer's attention turned into {treatment}; positive is worse",
@@ -150,11 +149,11 @@ def _candidates_table(pareto: pd.DataFrame) -> Table | None:
             shown(row["healed"], "yes"),
             shown(row["on_front"], "yes"),
             row["status"],
-            _text(row["engine"]),
+            text_of(row["engine"]),
             shown(row["concurrency"], "d"),
-            _with_stderr(row["quality"], row["quality_stderr"]),
+            with_stderr(row["quality"], row["quality_stderr"]),
             shown_retained(row),
-            _with_stderr(row["output_throughput_tok_per_s"], row["output_throughput_stderr"]),
+            with_stderr(row["output_throughput_tok_per_s"], row["output_throughput_stderr"]),
             shown(row["speedup"], ".2f", "x"),
             shown(row["ttft_ms_p50"], ".4g"),
             shown(row["tpot_ms_p50"], ".4g"),
@@ -178,7 +177,7 @@ def _scores_table(pareto: pd.DataFrame) -> Table | None:
             row["plan"],
             row["origin"],
             shown(row["healed"], "yes"),
-            *(_with_stderr(row[name], row[f"{name}_stderr"]) for name in names),
+            *(with_stderr(row[name], row[f"{name}_stderr"]) for name in names),
         ]
         for _, row in pareto.drop_duplicates(["plan_id", "healed"]).iterrows()
     ]
@@ -201,7 +200,7 @@ def _searched_table(candidates: pd.DataFrame) -> Table | None:
             shown(row["window"], "d"),
             shown(row["remove_below"], ".4g"),
             shown(row["keep_above"], ".4g"),
-            _with_stderr(row["quality"], row["quality_stderr"]),
+            with_stderr(row["quality"], row["quality_stderr"]),
             shown(row["output_throughput_tok_per_s"], ",.5g"),
         ]
         for _, row in candidates.iterrows()
@@ -221,14 +220,14 @@ def _failures(data: ReportData) -> list[str]:
     ):
         at = ", ".join(shown(value, "d") for value in rows["concurrency"].drop_duplicates())
         state = "healed" if shown(healed, "yes") == "yes" else "not healed"
-        lines.append(f"{plan} ({origin}, {state}, concurrency {at}): {_text(error)}")
+        lines.append(f"{plan} ({origin}, {state}, concurrency {at}): {text_of(error)}")
     return lines
 
 
 def _plain_table(caption: str, table: pd.DataFrame | None) -> Table | None:
     if table is None or table.empty:
         return None
-    rows = [[_text(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    rows = [[text_of(value) for value in row] for row in table.itertuples(index=False, name=None)]
     return Table(caption, caption, [str(name) for name in table.columns], rows)
 
 
@@ -237,20 +236,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _text(value)
-
-
-def _with_stderr(value: float, stderr: float, sign: str = "") -> str:
-    """A value and its standard error to two digits of the latter."""
-    if pd.isna(stderr) or not stderr > 0:
-        return shown(value, f"{sign},.5g")
-    decimals = max(0, 1 - math.floor(math.log10(stderr)))
-    return shown(value, f"{sign},.{decimals}f", f" ± {stderr:,.{decimals}f}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    if value is None or pd.isna(value):
-        return "-"
-    return f"{value:,.5g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{name}", text_of(value)

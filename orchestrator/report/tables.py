@@ -103,18 +103,17 @@ def sensitivity_table(rows: Iterable[Row]) -> pd.DataFrame:
     Raises:
         ValueError: a row has a key that is no column, or lacks layer or treatment.
     """
-    checked = _checked(rows, SENSITIVITY_COLUMNS, required=("layer", "treatment"))
-    ranks = {treatment.value: rank for rank, treatment in enumerate(Treatment)}
+    checked = checked_rows(rows, SENSITIVITY_COLUMNS, required=("layer", "treatment"))
     checked.sort(
         key=lambda row: (
             row["layer"],
-            ranks.get(row["treatment"], len(ranks)),
+            treatment_rank(row["treatment"]),
             row.get("task") != "mean",
             str(row.get("task")),
             str(row.get("metric")),
         )
     )
-    return _frame(checked, SENSITIVITY_COLUMNS)
+    return frame(checked, SENSITIVITY_COLUMNS)
 
 
 def candidates_table(rows: Iterable[Row]) -> pd.DataFrame:
@@ -127,9 +126,9 @@ def candidates_table(rows: Iterable[Row]) -> pd.DataFrame:
         ValueError: a row has a key that is no column, or lacks plan_id, plan, origin or status.
     """
     required = ("plan_id", "plan", "origin", "status")
-    checked = _checked(rows, {**CANDIDATE_COLUMNS, "error": "str"}, required)
-    checked.sort(key=_candidate_order)
-    table = _frame(checked, CANDIDATE_COLUMNS)
+    checked = checked_rows(rows, {**CANDIDATE_COLUMNS, "error": "str"}, required)
+    checked.sort(key=candidate_order)
+    table = frame(checked, CANDIDATE_COLUMNS)
     table["on_front"] = table["on_front"].fillna(_front_mask(table))
     return table
 
@@ -145,13 +144,13 @@ def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
             share a column.
     """
     required = ("plan_id", "plan", "origin", "status")
-    checked = _checked(rows, {**PARETO_COLUMNS, "scores": "list"}, required)
-    checked.sort(key=lambda row: (*_candidate_order(row), bool(row.get("healed")), *_condition_order(row)))
+    checked = checked_rows(rows, {**PARETO_COLUMNS, "scores": "list"}, required)
+    checked.sort(key=lambda row: (*candidate_order(row), bool(row.get("healed")), *_condition_order(row)))
     owners: dict[str, tuple[str, str]] = {}
     for row in checked:
         row.update(_counts(row["plan"]))
         row.update(_score_cells(row.pop("scores", None) or (), owners))
-    table = _frame(checked, pareto_columns(owners))
+    table = frame(checked, pareto_columns(owners))
     table["speedup"] = math.nan
     for _, group in table.groupby(CONDITION_COLUMNS, dropna=False, sort=False):
         ok = group[group["status"] == "ok"]
@@ -164,8 +163,8 @@ def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 def healing_table(rows: Iterable[Row]) -> pd.DataFrame:
     """Builds healing_curves.csv from rows keyed by `HEALING_COLUMNS`, sorted by plan_id, keeping the order inside."""
-    checked = _checked(rows, HEALING_COLUMNS, required=("plan_id",))
-    return _frame(sorted(checked, key=lambda row: row["plan_id"]), HEALING_COLUMNS)
+    checked = checked_rows(rows, HEALING_COLUMNS, required=("plan_id",))
+    return frame(sorted(checked, key=lambda row: row["plan_id"]), HEALING_COLUMNS)
 
 
 def pareto_columns(score_columns: Iterable[str] = ()) -> dict[str, str]:
@@ -205,7 +204,12 @@ def read_csv(content: bytes, columns: Mapping[str, str]) -> pd.DataFrame:
     )
 
 
-def _checked(rows: Iterable[Row], columns: Mapping[str, str], required: Sequence[str]) -> list[dict[str, Any]]:
+def checked_rows(rows: Iterable[Row], columns: Mapping[str, str], required: Sequence[str]) -> list[dict[str, Any]]:
+    """Copies of the rows.
+
+    Raises:
+        ValueError: a row has a key that is no column, or lacks a required one.
+    """
     checked = [dict(row) for row in rows]
     for row in checked:
         if unknown := sorted(set(row) - set(columns)):
@@ -215,19 +219,27 @@ def _checked(rows: Iterable[Row], columns: Mapping[str, str], required: Sequence
     return checked
 
 
-def _frame(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+def frame(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """The rows as a table with these columns and types; absent keys become empty cells."""
     return pd.DataFrame(
         {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in columns.items()}
     )
 
 
+def candidate_order(row: Row) -> tuple[int, str]:
+    """Sorts base before the baselines before the search, each by plan_id."""
+    return {"base": 0, "search": 2}.get(row["origin"], 1), row["plan_id"]
+
+
+def treatment_rank(treatment: str) -> int:
+    """Sorts treatments as `Treatment` lists them, unknown names last."""
+    names = [known.value for known in Treatment]
+    return names.index(treatment) if treatment in names else len(names)
+
+
 def _front_mask(rows: pd.DataFrame) -> pd.Series:
     points = rows[_OBJECTIVES].where(rows["status"] == "ok")
     return pd.Series(front(list(points.itertuples(index=False, name=None))), index=rows.index, dtype="boolean")
-
-
-def _candidate_order(row: Row) -> tuple[int, str]:
-    return {"base": 0, "search": 2}.get(row["origin"], 1), row["plan_id"]
 
 
 def _condition_order(row: Row) -> tuple[Any, ...]:

@@ -11,6 +11,21 @@ import pytest
 
 from layerboost.plan import Plan
 from orchestrator.report import ReportData, render
+from orchestrator.report.certainty import (
+    CORRELATION_COLUMNS,
+    INTERACTION_COLUMNS,
+    RANKING_COLUMNS,
+    TIER_COLUMNS,
+    correlations_table,
+    interaction_sentences,
+    interactions_table,
+    rankings_table,
+    stability_sentences,
+    tier_sentences,
+    tiers_table,
+)
+from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
+from orchestrator.report.figures import sensitivity_picture
 from orchestrator.report.front import conditions, format_front_table, front_rows, headline, headline_row
 from orchestrator.report.tables import (
     CANDIDATE_COLUMNS,
@@ -34,8 +49,16 @@ DESIGN = {
     "engine, hardware, concurrency, prompt_tokens, new_tokens, output_throughput_tok_per_s, output_throughput_stderr, "
     "ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, quality_stderr, "
     "quality_retained, quality_retained_stderr, speedup, on_front, status, error",
+    "rankings": "treatment, score, source, context_tokens, chosen, n_items, split_half_spearman, split_half_low, "
+    "split_half_high, items_until_stable, indistinct_pairs, ranking",
+    "correlations": "treatment, view_a, view_b, method, correlation, ci_low, ci_high",
+    "interactions": "plan_id, plan, window, origin, score, predicted_drop, measured_drop, measured_drop_stderr, "
+    "interaction, interaction_stderr",
+    "tiers": "plan_id, plan, layer, treatment, drop, drop_ci_low, drop_ci_high, remove_below, keep_above, straddles",
 }
 """The columns that users were promised, in words of their own so that a change of the writer shows."""
+
+PICTURES = ("pareto", "sensitivity", "healing", "plans", "rank_correlations", "interactions")
 
 
 def pareto_row(plan, origin="search", *, quality=0.5, tok_per_s=100.0, concurrency=100, **more):
@@ -116,6 +139,100 @@ def candidate_rows():
     return [row | {"remove_below": 0.1 / 3, "keep_above": 0.2} for row in rows]
 
 
+def ranking_rows():
+    views = [("margin", "quiz", None), ("margin", "mean", None), ("nll", "wiki.txt", 2048), ("nll", "wiki.txt", 128)]
+    return [
+        {
+            "treatment": treatment,
+            "score": score,
+            "source": source,
+            "context_tokens": context_tokens,
+            "chosen": score == "margin",
+            "n_items": 400,
+            "split_half_spearman": 2 / 3,
+            "split_half_low": 0.5,
+            "split_half_high": 0.75,
+            "items_until_stable": None if score == "nll" else 150,
+            "indistinct_pairs": "3<1 1<2" if source == "mean" else "",
+            "ranking": "3 1 2 0",
+        }
+        for treatment in ("none", "window")
+        for score, source, context_tokens in views
+    ]
+
+
+def correlation_rows(n_views=4, treatments=("none", "window")):
+    chance = random.Random(11)
+    names = ["margin a_task_with_quite_a_long_name", *(f"nll text.txt {16 * n}" for n in range(1, n_views))]
+    rows = []
+    for treatment in treatments:
+        for index, view in enumerate(names):
+            for other in names[:index]:
+                value = chance.uniform(-0.4, 1.0)
+                for method in ("kendall", "spearman"):
+                    rows.append(
+                        {
+                            "treatment": treatment,
+                            "view_a": view,
+                            "view_b": other,
+                            "method": method,
+                            "correlation": value,
+                            "ci_low": value - 0.1,
+                            "ci_high": min(1.0, value + 0.1),
+                        }
+                    )
+    return rows
+
+
+def interaction_rows(score="margin"):
+    chance = random.Random(5)
+    rows = []
+    for plan, origin in (
+        ("SSSS", "base"),
+        ("LLLL", "uniform"),
+        ("SLSL", "alternating"),
+        ("SSSN", "search"),
+        ("SSNN", "search"),
+        ("NSNN", "search"),
+    ):
+        parsed = Plan.parse(plan, window=64)
+        predicted = 0.1 * (4 - plan.count("S"))
+        rows.append(
+            {
+                "plan_id": parsed.plan_id,
+                "plan": plan,
+                "window": parsed.window,
+                "origin": origin,
+                "score": score,
+                "predicted_drop": predicted,
+                "measured_drop": predicted * 1.3 + chance.uniform(0.0, 0.01),
+                "measured_drop_stderr": 0.01,
+                "interaction_stderr": 0.012,
+            }
+        )
+    return rows
+
+
+def tier_rows(plan="NLLS", straddles=("", "remove_below", "keep_above remove_below", ""), **more):
+    parsed = Plan.parse(plan, window=64)
+    return [
+        {
+            "plan_id": parsed.plan_id,
+            "plan": plan,
+            "layer": layer,
+            "treatment": parsed.treatments[layer].value,
+            "drop": 0.1 * layer,
+            "drop_ci_low": 0.1 * layer - 0.07,
+            "drop_ci_high": 0.1 * layer + 0.07,
+            "remove_below": 0.05,
+            "keep_above": 0.25,
+            "straddles": found,
+        }
+        | more
+        for layer, found in enumerate(straddles)
+    ]
+
+
 def sample(**changes):
     curves = [
         {
@@ -135,6 +252,10 @@ def sample(**changes):
         "candidates": candidates_table(candidate_rows()),
         "pareto": pareto_table(pareto_rows()),
         "healing_curves": healing_table(curves),
+        "rankings": rankings_table(ranking_rows()),
+        "correlations": correlations_table(correlation_rows()),
+        "interactions": interactions_table(interaction_rows()),
+        "tiers": tiers_table(tier_rows()),
         "environment": {"hardware": "Invented GPU", "versions": {"torch": "9.9"}},
         "cost": pd.DataFrame({"stage": ["evaluate", "search"], "wall_s": [12.5, 300.0], "units": [1, 40]}),
         "warnings": ["the text is shorter than asked for"],
@@ -183,6 +304,10 @@ def names(key):
 def test_columns_are_those_promised():
     assert list(SENSITIVITY_COLUMNS) == names("sensitivity")
     assert list(CANDIDATE_COLUMNS) == names("candidates")
+    assert list(RANKING_COLUMNS) == names("rankings")
+    assert list(CORRELATION_COLUMNS) == names("correlations")
+    assert list(INTERACTION_COLUMNS) == names("interactions")
+    assert list(TIER_COLUMNS) == names("tiers")
     assert list(PARETO_COLUMNS) == [name for name in names("pareto") if name != "BENCHMARKS"]
     table = pareto_table(pareto_rows())
     at = names("pareto").index("BENCHMARKS")
@@ -229,12 +354,18 @@ def test_unknown_and_missing_keys_are_refused():
 
 
 def test_row_order_does_not_depend_on_the_order_of_the_units():
-    rows = {"pareto": pareto_rows(), "candidates": candidate_rows(), "sensitivity": sensitivity_rows()}
-    builders = {"pareto": pareto_table, "candidates": candidates_table, "sensitivity": sensitivity_table}
-    for key, build in builders.items():
-        shuffled = rows[key][:]
+    for build, rows in (
+        (pareto_table, pareto_rows()),
+        (candidates_table, candidate_rows()),
+        (sensitivity_table, sensitivity_rows()),
+        (rankings_table, ranking_rows()),
+        (correlations_table, correlation_rows()),
+        (interactions_table, [*interaction_rows(), *interaction_rows("kl")]),
+        (tiers_table, [*tier_rows(), *tier_rows("SSSN")]),
+    ):
+        shuffled = rows[:]
         random.Random(3).shuffle(shuffled)
-        assert to_csv(build(shuffled)) == to_csv(build(rows[key])), key
+        assert to_csv(build(shuffled)) == to_csv(build(rows)), build.__name__
     pareto = pareto_table(pareto_rows())
     assert pareto["origin"].tolist() == ["base"] * 2 + ["uniform"] * 2 + ["search"] * 10
     assert pareto["concurrency"].tolist()[:4] == [50, 100, 50, 100]
@@ -303,6 +434,10 @@ def test_csv_round_trips_exactly(files):
         "candidates.csv": (sample().candidates, CANDIDATE_COLUMNS),
         "pareto.csv": (sample().pareto, PARETO_COLUMNS),
         "healing_curves.csv": (sample().healing_curves, HEALING_COLUMNS),
+        "rankings.csv": (sample().rankings, RANKING_COLUMNS),
+        "rank_correlations.csv": (sample().correlations, CORRELATION_COLUMNS),
+        "interactions.csv": (sample().interactions, INTERACTION_COLUMNS),
+        "tiers.csv": (sample().tiers, TIER_COLUMNS),
     }
     for name, (table, columns) in tables.items():
         pd.testing.assert_frame_equal(read_csv(files[name], columns), table, check_exact=True)
@@ -369,8 +504,12 @@ def test_same_data_gives_the_same_bytes(files):
         "candidates.csv",
         "pareto.csv",
         "healing_curves.csv",
+        "rankings.csv",
+        "rank_correlations.csv",
+        "interactions.csv",
+        "tiers.csv",
         "report.html",
-        *(f"{name}.{kind}" for name in ("pareto", "sensitivity", "healing", "plans") for kind in ("png", "svg")),
+        *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")),
     }
     assert all(content.startswith(b"\x89PNG") for name, content in first.items() if name.endswith(".png"))
 
@@ -393,9 +532,9 @@ def test_page_parses_and_refers_to_nothing_outside(files):
 def test_page_can_be_read_aloud(files):
     page = Page(files["report.html"])
     images = page.all("img")
-    assert len(images) == 5
+    assert len(images) == 7
     assert all(len(attrs["alt"]) > 40 for attrs in images)
-    assert len(page.all("caption")) == len(page.all("table")) >= 7
+    assert len(page.all("caption")) == len(page.all("table")) >= 11
     assert {attrs["scope"] for attrs in page.all("th")} == {"row", "col"}
     assert len(page.all("h1")) == 1
     assert page.all("html")[0]["lang"] == "en"
@@ -437,6 +576,10 @@ def test_text_from_elsewhere_is_escaped():
         environment={evil: evil},
         cost=pd.DataFrame({evil: [evil]}),
         warnings=[evil],
+        rankings=rankings_table([row | {"source": evil} for row in ranking_rows()[:1]]),
+        correlations=correlations_table([row | {"view_b": evil} for row in correlation_rows(2, [evil])]),
+        interactions=interactions_table([row | {"origin": evil, "score": evil} for row in interaction_rows()]),
+        tiers=tiers_table([row | {"plan_id": evil} for row in tier_rows()]),
     )
     page = Page(render(data)["report.html"])
     assert not page.all("script")
@@ -460,9 +603,13 @@ def test_names_and_losses_that_a_plotting_library_could_trip_over():
         sensitivity_table(sensitivity),
         pareto=pareto_table(rows),
         healing_curves=healing_table(curves),
+        correlations=correlations_table(
+            row | {"treatment": trap, "view_a": trap, "ci_low": math.nan} for row in correlation_rows(2, ["none"])
+        ),
+        interactions=interactions_table([row | {"origin": trap, "score": trap} for row in interaction_rows()]),
     )
     files = render(data)
-    assert {"pareto.svg", "sensitivity.svg", "healing.svg", "plans.svg"} <= set(files)
+    assert {f"{name}.svg" for name in PICTURES} <= set(files)
     for name, content in files.items():
         if name.endswith(".svg"):
             ElementTree.fromstring(content)
@@ -506,3 +653,143 @@ def test_builders_of_nothing_keep_their_columns():
     assert list(candidates_table([]).columns) == names("candidates")
     assert list(pareto_table([]).columns) == list(PARETO_COLUMNS)
     assert to_csv(healing_table([])).decode() == "plan_id,phase,step,tokens,loss\n"
+    assert list(rankings_table([]).columns) == names("rankings")
+    assert list(correlations_table([]).columns) == names("correlations")
+    assert list(interactions_table([]).columns) == names("interactions")
+    assert list(tiers_table([]).columns) == names("tiers")
+
+
+def test_rankings_are_sorted_and_read_as_they_were_written():
+    table = rankings_table(ranking_rows())
+    assert table["treatment"].tolist() == ["window"] * 4 + ["none"] * 4
+    assert table["source"].tolist()[:4] == ["mean", "quiz", "wiki.txt", "wiki.txt"]
+    assert table["context_tokens"].tolist()[2:4] == [128, 2048]
+    line = to_csv(table).decode().splitlines()[1]
+    assert line == f"window,margin,mean,,true,400,{2 / 3!r},0.5,0.75,150,3<1 1<2,3 1 2 0"
+    assert to_csv(table).decode().splitlines()[3].endswith(",0.75,,,3 1 2 0")
+
+
+@pytest.mark.parametrize(
+    ("build", "row", "message"),
+    [
+        (rankings_table, ranking_rows()[0] | {"ranking": [3, 1]}, r"ranking '\[3, 1\]' cannot be read"),
+        (rankings_table, ranking_rows()[0] | {"indistinct_pairs": "3-5"}, "write it like '3<5 7<2'"),
+        (rankings_table, {"treatment": "none", "score": "nll"}, "'source' is missing"),
+        (correlations_table, correlation_rows()[0] | {"p_value": 0.1}, "'p_value' is no column"),
+        (correlations_table, {"treatment": "none", "view_a": "a", "view_b": "a", "method": "kendall"}, "with itself"),
+        (interactions_table, {"plan_id": "0", "plan": "SN", "origin": "search"}, "'score' is missing"),
+        (tiers_table, tier_rows()[0] | {"straddles": None}, "'straddles' is missing"),
+        (tiers_table, tier_rows()[0] | {"straddles": "middle"}, "'middle' is no threshold"),
+        (tiers_table, tier_rows()[0] | {"treatment": "softmax"}, "does not give layer 0 'softmax'"),
+        (tiers_table, tier_rows()[0] | {"layer": 4}, "does not give layer 4"),
+    ],
+)
+def test_rows_on_certainty_that_cannot_be_meant_are_refused(build, row, message):
+    with pytest.raises(ValueError, match=message):
+        build([row])
+
+
+def test_a_pair_of_views_is_one_row_whichever_comes_first():
+    rows = correlation_rows(3, ["none"])
+    swapped = [row | {"view_a": row["view_b"], "view_b": row["view_a"]} for row in rows]
+    assert to_csv(correlations_table(rows)) == to_csv(correlations_table(swapped))
+    with pytest.raises(ValueError, match="there already"):
+        correlations_table([rows[0], swapped[0]])
+
+
+def test_views_are_sorted_by_score_and_by_the_numbers_in_their_names():
+    names_of_views = ["nll t 2048", "kl t 64", "nll t 128", "margin quiz"]
+    rows = [
+        {"treatment": "none", "view_a": a, "view_b": b, "method": "spearman", "correlation": 0.5}
+        for index, a in enumerate(names_of_views)
+        for b in names_of_views[:index]
+    ]
+    table = correlations_table(rows)
+    assert table["view_a"].tolist() == ["margin quiz"] * 3 + ["nll t 128"] * 2 + ["nll t 2048"]
+    assert table["view_b"].tolist() == ["nll t 128", "nll t 2048", "kl t 64", "nll t 2048", "kl t 64", "kl t 64"]
+
+
+@pytest.mark.parametrize("n_views", [2, 14])
+def test_heat_map_shows_few_and_many_views(n_views):
+    picture = correlation_picture(correlations_table(correlation_rows(n_views, ["none", "window", "linear_window"])))
+    assert picture.png.startswith(b"\x89PNG")
+    svg = ElementTree.fromstring(picture.svg)
+    cells = [e for e in svg.iter("{http://www.w3.org/2000/svg}g") if e.get("id", "").startswith("patch_")]
+    assert len(cells) > 3 * n_views * (n_views - 1)
+    assert picture.alt.count(f"{n_views} rankings") == 3
+
+
+def test_a_heat_map_needs_a_spearman_correlation():
+    rows = [row for row in correlation_rows() if row["method"] == "kendall"]
+    files = render(ReportData("m", "", correlations=correlations_table(rows)))
+    assert set(files) == {"rank_correlations.csv", "report.html"}
+    assert "All pairs of rankings" in "".join(Page(files["report.html"]).text)
+
+
+def test_interaction_is_measured_less_predicted():
+    table = interactions_table(interaction_rows())
+    assert table["interaction"].tolist() == (table["measured_drop"] - table["predicted_drop"]).tolist()
+    given = interactions_table([row | {"interaction": 7.0} for row in interaction_rows()])
+    assert given["interaction"].tolist() == [7.0] * 6
+
+
+def test_interactions_are_summed_up_in_one_sentence_for_each_score():
+    rows = [*interaction_rows("kl")[:3], *interaction_rows()]
+    assert interaction_sentences(interactions_table(rows)) == [
+        "margin: the Spearman correlation between predicted and measured drop over 5 plans is 0.97; "
+        "5 of them lose more than predicted.",
+        "kl: 2 plans, too few for a correlation.",
+    ]
+    equal = [row | {"measured_drop": 0.0} for row in interaction_rows()]
+    assert "undefined, as all are equal; 0 of them" in interaction_sentences(interactions_table(equal))[0]
+
+
+def test_interactions_without_errors_or_with_one_plan_are_drawn():
+    alone = [row | {"measured_drop_stderr": None} for row in interaction_rows()[1:2]]
+    assert "furthest from it is uniform" in interaction_picture(interactions_table(alone)).alt
+    assert interaction_picture(interactions_table([alone[0] | {"measured_drop": None}])) is None
+
+
+def test_stability_is_told_of_the_chosen_ranking():
+    assert stability_sentences(rankings_table(ranking_rows()))[1] == (
+        "The plans take the order of layers for none from margin (mean); the orders by two halves of its items "
+        "correlate at 0.67 (0.50 to 0.75); it is stable from 150 items on; 2 pairs of neighbours cannot be told apart."
+    )
+    clear = [row | {"indistinct_pairs": ""} for row in ranking_rows()[:2]]
+    assert "all neighbours in it can be told apart" in stability_sentences(rankings_table(clear))[0]
+    assert stability_sentences(rankings_table([row | {"chosen": None} for row in ranking_rows()])) == []
+
+
+def test_uncertain_tiers_are_named_for_each_plan():
+    by_plan = {plan: sentence for _, plan, sentence in tier_sentences(tiers_table(tier_rows()))}
+    assert by_plan == {"NLLS": "layer 1 could as well be none; layer 2 could as well be none or softmax."}
+    rows = tier_rows("NNSS", ("remove_below", "remove_below", "keep_above", ""))
+    assert tier_sentences(tiers_table(rows))[0][2] == "layers 0, 1 and 2 could as well be the middle treatment."
+    rows = tier_rows("NNSS", ("remove_below keep_above", "", "remove_below keep_above", ""), keep_above=0.05)
+    assert tier_sentences(tiers_table(rows))[0][2] == "layer 0 could as well be softmax; layer 2 could as well be none."
+    assert tier_sentences(tiers_table(tier_rows(straddles=[""] * 4)))[0][2] == "no layer's interval holds a threshold."
+
+
+def test_page_shows_how_sure_the_ranking_is(files):
+    page = Page(files["report.html"])
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {"rankings", "correlations", "interactions", "tiers"} <= ids
+    text = " ".join(page.text)
+    for sentence in (
+        *stability_sentences(sample().rankings),
+        *interaction_sentences(sample().interactions),
+        "layer 1 could as well be none",
+    ):
+        assert sentence in text
+    ids_without = Page(render(ReportData("m", ""))["report.html"]).all("h2")
+    assert {attrs["id"] for attrs in ids_without} == {"recipe"}
+
+
+def test_sensitivity_of_many_layers_names_the_metric_where_there_are_two():
+    rows = sensitivity_rows(36, ("none", "window", "linear_window"))
+    one = sensitivity_picture(sensitivity_table(rows))
+    assert "none: largest drop" in one.alt
+    other = [row | {"metric": "margin"} for row in rows]
+    two = sensitivity_picture(sensitivity_table([*rows, *other]))
+    assert "none (acc): largest drop" in two.alt
+    assert "none (margin): largest drop" in two.alt
