@@ -36,6 +36,7 @@ __all__ = [
     "quality",
     "retained",
     "spec_fingerprint",
+    "text_scores",
     "text_sequences",
 ]
 
@@ -71,10 +72,14 @@ def evaluate(
         _check_context(model, spec)
         sequences = text_sequences(tokenizer, spec)
         measured = score_sequences(model, sequences, base=base, batch_size=spec.batch_size)
-        scores.metrics.append(mean_score("text", "nll", measured.nll, False, primary=not spec.tasks))
-        if measured.kl is not None:
-            scores.metrics.append(mean_score("text", "kl", measured.kl, False))
+        scores.metrics += text_scores(measured.nll, measured.kl, primary=not spec.tasks).metrics
     return scores
+
+
+def text_scores(nll: list[float], kl: list[float] | None, *, primary: bool) -> Scores:
+    """The scores of a text from those of its sequences; `primary` where the text makes the quality."""
+    metrics = [mean_score("text", "nll", nll, False, primary=primary)]
+    return Scores(metrics if kl is None else [*metrics, mean_score("text", "kl", kl, False)])
 
 
 def text_sequences(tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> torch.Tensor:
@@ -114,7 +119,7 @@ class PlanEvaluation:
         budget_bytes: bound on the activations of a pass.
 
     Attributes:
-        items: what can be answered by likelihood, in the tasks' order.
+        items: what can be answered by likelihood, in the order in which neighbours share most.
         sequences: token ids of the text, (n, sequence_tokens); None without one.
     """
 
@@ -128,7 +133,11 @@ class PlanEvaluation:
     ):
         self.model, self.spec, self.budget_bytes = model, spec, budget_bytes
         self.benchmarks = Benchmarks(model, tokenizer, spec) if spec.tasks else None
-        self.items = [item for item in self.benchmarks.items if item.requests] if self.benchmarks else []
+        self.items: list[Item] = []
+        if self.benchmarks is not None:
+            requests, items = self.benchmarks.requests, self.benchmarks.items
+            answerable = [item for item in items if item.requests]
+            self.items = sorted(answerable, key=lambda item: requests[item.requests[0]].tokens)
         self.sequences = None
         if spec.text is not None:
             _check_context(model, spec)
@@ -154,11 +163,12 @@ class PlanEvaluation:
         log_p[:, asked], greedy[:, asked] = found.log_p, found.greedy
         return Answers(log_p, greedy)
 
-    def read_text(self, plans: Sequence[Plan], start: int = 0, stop: int | None = None) -> TextScores:
-        """Scores the sequences from `start` to `stop`, with the divergence from the untouched model."""
+    def read_text(self, plans: Sequence[Plan], indices: torch.Tensor | None = None) -> TextScores:
+        """Scores some sequences of the text (all if None), with the divergence from the untouched model."""
         assert self.sequences is not None
+        sequences = self.sequences if indices is None else self.sequences[indices]
         sweep = LayerSweep(self.model, [*plans, self._base], budget_bytes=self.budget_bytes)
-        found = score_text(sweep, self.sequences[start:stop], base=len(plans), batch_size=self.spec.batch_size)
+        found = score_text(sweep, sequences, base=len(plans), batch_size=self.spec.batch_size)
         return TextScores(found.nll[: len(plans)], found.kl[: len(plans)])
 
     def scores(
@@ -184,8 +194,7 @@ class PlanEvaluation:
             found.metrics += self.benchmarks.scores(*answers, items=items, model=model)
         if text is not None:
             nll, kl = text
-            found.metrics.append(mean_score("text", "nll", nll.tolist(), False, primary=not self.spec.tasks))
-            found.metrics.append(mean_score("text", "kl", kl.tolist(), False))
+            found.metrics += text_scores(nll.tolist(), kl.tolist(), primary=not self.spec.tasks).metrics
         return found
 
     def run(self, plans: Sequence[Plan]) -> list[Scores]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .convert import convert
 from .families import attention_module, decoder_layers, family_of
 from .plan import Plan, Treatment
 from .scores import AS_PROBABILITY, MetricScore, QualityError, Scores
@@ -23,8 +22,6 @@ MEAN_TASK = "mean"
 COSINE_METRIC = "cosine_distance"
 
 _CONFIDENCE_95 = 1.959963984540054
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,23 @@ def drops(base: Scores, variant: Scores, score: str) -> list[DropRow]:
     return [*rows, _mean_row(pairs, differences)]
 
 
+def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray]:
+    """What each item lost, by task; only where the score is a mean of items. Positive is worse.
+
+    Raises:
+        QualityError: the score was not measured.
+    """
+    found = {}
+    for before, after in _pairs(base, variant, score):
+        sign = 1.0 if after.higher_is_better else -1.0
+        base_items = [0.0] * len(after.items or ()) if before is None else before.items
+        if after.items is not None and base_items is not None:
+            found[after.task] = sign * (np.asarray(base_items) - np.asarray(after.items))
+    if not found:
+        raise QualityError(f"sensitivity.score: '{score}' has no items of its own; choose another one")
+    return found
+
+
 def mean_drop(base: Scores, variant: Scores, score: str) -> DropRow:
     """The last row of `drops`: the mean over tasks (Eq. 3)."""
     return drops(base, variant, score)[-1]
@@ -109,13 +123,6 @@ def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> tor
         for block in blocks:
             block.remove()
     return torch.stack([torch.cat(block.distances) for block in blocks])
-
-
-def ablate(
-    model, layer: int, treatment: Treatment, window: int | None, evaluate_fn: Callable[[torch.nn.Module], Result]
-) -> Result:
-    """Evaluates the model with one layer's attention treated and the others kept; the model itself stays untouched."""
-    return evaluate_fn(convert(model, single_layer_plan(len(decoder_layers(model)), layer, treatment, window)))
 
 
 def single_layer_plan(n_layers: int, layer: int, treatment: Treatment, window: int | None = None) -> Plan:

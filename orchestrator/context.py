@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation import QualitySpec
@@ -91,9 +92,15 @@ class RunContext:
         """Workers for units of evaluation, as the recipe places them."""
         self.connect()
         placement = self.inputs.recipe.placement
-        return placed(
+        workers = placed(
             lambda: cluster.resolve_workers(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
         )
+        budget = placement.activations_gib
+        return replace(workers, activations_gib=budget if isinstance(budget, float) else None)
+
+    def n_workers(self) -> int:
+        """How many workers there may be by now: with `auto`, more when the cluster has grown."""
+        return self.workers().n_workers
 
 
 def placed(resolve: Callable[[], cluster.WorkerResources]) -> cluster.WorkerResources:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +17,33 @@ from layerboost.decoding import predicted_speedup
 from layerboost.distillation import HealingSpec
 from layerboost.evaluation import QualitySpec, spec_fingerprint
 from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import single_layer_plan
 from layerboost.version import __version__
 from orchestrator.model_check import ModelFacts
 from orchestrator.recipe import TEXT_SCORES, Recipe, resolve_sequence_tokens
 from tasks.ablation import EvaluationUnit, ModelSource, SpeedCondition
 from tasks.measurement import ThroughputUnit
 from tasks.search import SearchSpec
+from tasks.sweep import Share
 
 _WHOLE_FILE_BYTES = 1 << 30
 _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64
+
+
+TASKS_SOURCE, TEXT_SOURCE = "tasks", "text"
+
+
+@dataclass(frozen=True)
+class SweepSource:
+    """Items that single layers are judged by: the quality's `tasks`, its `text`, or another text by its file's name."""
+
+    name: str
+    spec: QualitySpec
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of a sequence; None for tasks, whose items have lengths of their own."""
+        return None if self.spec.tasks else self.spec.sequence_tokens
 
 
 @dataclass(frozen=True)
@@ -63,12 +82,38 @@ class RunInputs:
         """What the search judges by: the tasks, or the text where there are none."""
         return replace(self.full_spec, text=None) if self.full_spec.tasks else self.full_spec
 
-    @property
-    def ablation_spec(self) -> QualitySpec:
-        """What single layers are judged by: only what the score needs."""
-        if self.recipe.sensitivity.score in TEXT_SCORES:
-            return replace(self.full_spec, tasks=())
-        return replace(self.full_spec, text=None)
+    @cached_property
+    def sweep_sources(self) -> tuple[SweepSource, ...]:
+        """What single layers are judged by, what the chosen score needs first; each has either tasks or a text."""
+        sensitivity, spec = self.recipe.sensitivity, self.full_spec
+        by_text = sensitivity.score in TEXT_SCORES
+        sources = []
+        if spec.text is not None and (by_text or sensitivity.compare):
+            sources.append(SweepSource(TEXT_SOURCE, replace(spec, tasks=())))
+        if spec.tasks and (not by_text or sensitivity.compare):
+            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None)))
+        sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
+        for tokens in sensitivity.context_tokens:
+            if tokens != spec.sequence_tokens:
+                # The same number of tokens, so that lengths differ and nothing else.
+                n_sequences = None if spec.n_sequences is None else spec.n_sequences * spec.sequence_tokens // tokens
+                of_length = replace(spec, tasks=(), sequence_tokens=tokens, n_sequences=max(1, n_sequences or 1))
+                sources.append(SweepSource(TEXT_SOURCE, of_length))
+        sources += [
+            SweepSource(Path(text).name, replace(spec, tasks=(), text=shipped(text))) for text in sensitivity.texts
+        ]
+        return tuple(sources)
+
+    @cached_property
+    def sweep_plans(self) -> dict[str, tuple[Plan, ...]]:
+        """The plans of the sweep by treatment, first layer first; the untouched model under `softmax`."""
+        n_layers, window = self.n_layers, self.recipe.search.window
+        return {Treatment.SOFTMAX.value: (Plan.uniform(Treatment.SOFTMAX, n_layers),)} | {
+            treatment: tuple(
+                single_layer_plan(n_layers, layer, Treatment(treatment), window) for layer in range(n_layers)
+            )
+            for treatment in self.recipe.sensitivity.treatments
+        }
 
     @cached_property
     def search_spec(self) -> SearchSpec:
@@ -129,6 +174,24 @@ class RunInputs:
             "plan": _plan_identity(unit.plan),
             "healed": healed_key,
             "quality": self._fingerprint(spec),
+        }
+
+    def plan_scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
+        """Of the evaluation of a plan; the plan of softmax in every layer is the untouched model."""
+        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+        return self.scores(EvaluationUnit(plan=None if untouched else plan), spec)
+
+    def count(self, spec: QualitySpec) -> dict[str, Any]:
+        return {"unit": "count", "model": self.model, "quality": self._fingerprint(spec)}
+
+    def sweep(self, spec: QualitySpec, share: Share, plans: Sequence[Plan]) -> dict[str, Any]:
+        """Of what some plans say to one share of the items."""
+        return {
+            "unit": "sweep",
+            "model": self.model,
+            "quality": self._fingerprint(spec),
+            "share": [share.start, share.stop, share.seed],
+            "plans": [plan.to_dict() for plan in plans],
         }
 
     def search(self, drops: list[float]) -> dict[str, Any]:

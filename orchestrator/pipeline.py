@@ -18,7 +18,8 @@ from orchestrator.identity import RunInputs
 from orchestrator.model_check import ModelFacts
 from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
-from orchestrator.results import RECIPE_FILE, RunState, report_files
+from orchestrator.reporting import report_files
+from orchestrator.results import RECIPE_FILE, RunState
 from orchestrator.run_folder import RunFolder
 from orchestrator.stages import STAGES
 from tasks import cluster

@@ -177,13 +177,53 @@ class QualitySection(_Section):
         return self
 
 
+class AdaptiveSection(_Section):
+    """Items only where they matter: tiers by their sizes (layers) or by thresholds, and how often they may be wrong."""
+
+    removed: CountOrZero | None = None
+    middle: CountOrZero | None = None
+    remove_below: Number | None = None
+    keep_above: Number | None = None
+    error: Annotated[Number, Field(gt=0, lt=1)] = 0.05
+    first_items: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 16
+    seed: CountOrZero = 0
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> AdaptiveSection:
+        sizes, thresholds = (self.removed, self.middle), (self.remove_below, self.keep_above)
+        given = [None not in pair for pair in (sizes, thresholds)]
+        if sum(given) != 1 or any(value is not None for value in (thresholds if given[0] else sizes)):
+            raise InputError(
+                "sensitivity.adaptive",
+                self.model_dump(exclude_none=True),
+                "give either removed and middle (numbers of layers) or remove_below and keep_above (drops)",
+            )
+        return self
+
+
 class SensitivitySection(_Section):
-    """Which single-layer changes are scored, and by what."""
+    """Which single-layer changes are scored, by what, and what else their ranking is compared with.
+
+    Attributes:
+        score: what the plans are made from. By default `nll` where there is a text, else `margin`.
+        compare: measure every score that the quality allows, not only the chosen one.
+        texts: further texts to rank the layers by.
+        context_tokens: further lengths of the sequences of the quality's text to rank the layers by.
+        shares: how many parts the items are cut into: what a lost worker can lose, and how many can work at once.
+        adaptive: score layers by the chosen score until their tier is certain, instead of on all items.
+    """
 
     treatments: Annotated[
         tuple[Literal["none", "window", "linear_window"], ...], Field(min_length=1), AfterValidator(_unique)
     ] = ("none",)
-    score: Literal["benchmark", "margin", "nll", "kl", "cosine"] = "benchmark"
+    score: Literal["benchmark", "margin", "nll", "kl", "cosine"] = "nll"
+    compare: bool = True
+    texts: Annotated[tuple[Name, ...], AfterValidator(_unique)] = ()
+    context_tokens: Annotated[
+        tuple[Annotated[int, BeforeValidator(_number), Field(ge=2)], ...], AfterValidator(_unique)
+    ] = ()
+    shares: Count = 16
+    adaptive: AdaptiveSection | None = None
 
 
 class SearchSection(_Section):
@@ -257,7 +297,11 @@ class ThroughputSection(_Section):
 
 
 class PlacementSection(_Section):
-    """Where the work runs. Changes no number and no identity."""
+    """Where the work runs. Changes no number and no identity.
+
+    `activations_gib` bounds what a pass holds beside the weights; `auto` takes half of a GPU's free memory, 1 GiB of a
+    CPU's.
+    """
 
     workers: AutoCount = "auto"
     cpus_per_worker: Annotated[
@@ -269,6 +313,9 @@ class PlacementSection(_Section):
         AfterValidator(_whole_gpus_above_one),
     ] = "auto"
     healing_workers: AutoCount = "auto"
+    activations_gib: Annotated[
+        float | Literal["auto"], BeforeValidator(_auto_or(float, 0.001, "a number of GiB of at least 0.001"))
+    ] = "auto"
 
 
 class Recipe(_Section):
@@ -281,6 +328,18 @@ class Recipe(_Section):
     healing: HealingSection = HealingSection()
     throughput: ThroughputSection = ThroughputSection()
     placement: PlacementSection = PlacementSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_from_quality(cls, data: Any) -> Any:
+        """Without a text the default score cannot be the text's likelihood."""
+        if not isinstance(data, dict):
+            return data
+        quality, sensitivity = data.get("quality"), data.get("sensitivity") or {}
+        has_no_text = isinstance(quality, dict) and quality.get("text") is None
+        if has_no_text and isinstance(sensitivity, dict) and sensitivity.get("score") is None:
+            return {**data, "sensitivity": {**sensitivity, "score": "margin"}}
+        return data
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -300,6 +359,20 @@ class Recipe(_Section):
                 "sensitivity.treatments",
                 list(self.sensitivity.treatments),
                 "the cosine score only says what removal costs; use [none], or the score nll or kl",
+            )
+        if score == "cosine" and self.sensitivity.adaptive is not None:
+            raise InputError(
+                "sensitivity.adaptive", score, "the cosine score needs no ablation to save; leave adaptive out"
+            )
+        if self.sensitivity.adaptive is not None and self.sensitivity.treatments != ("none",):
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "adaptive sorts layers by what removal costs; use [none], or leave sensitivity.adaptive out",
+            )
+        if self.sensitivity.context_tokens and self.quality.text is None:
+            raise InputError(
+                "sensitivity.context_tokens", list(self.sensitivity.context_tokens), "needs quality.text; give one"
             )
         # The quality text is read from the split that a hub dataset is read from when none is named.
         healed_on = (self.healing.text, self.healing.split)
@@ -409,6 +482,7 @@ def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section in ("quality", "healing"):
         if data[section]["text"] is not None:
             data[section]["text"] = _local_path(data[section]["text"], folder)
+    data["sensitivity"]["texts"] = [_local_path(text, folder) for text in data["sensitivity"]["texts"]]
     data["quality"]["tasks"] = [
         # A bare task name is never a path, whatever happens to lie in the current directory.
         _local_path(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
@@ -473,6 +547,8 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     if not location:
         return Recipe
     section = Recipe.model_fields[str(location[0])].annotation
+    if location[:2] == ("sensitivity", "adaptive"):
+        return AdaptiveSection
     return cast("type[BaseModel]", section)
 
 

@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,25 +13,17 @@ import pandas as pd
 from layerboost.evaluation import QualityError, Scores, quality, retained
 from layerboost.pareto import front
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import DropRow, cosine_drops, drops
+from layerboost.sensitivity import MEAN_TASK, SCORES, cosine_drops, drops
+from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE
 from orchestrator.recipe import InputError
-from orchestrator.report import (
-    ReportData,
-    candidates_table,
-    format_front_table,
-    headline,
-    headline_row,
-    healing_table,
-    pareto_table,
-    render,
-    sensitivity_table,
-)
-from orchestrator.report.front import conditions
 from orchestrator.run_folder import RunFolder
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 SCORE_STAGES = ("evaluate", "sensitivity", "search", "measure")
 """Stages whose records are scores: one that is there serves whichever stage asks."""
+
+SWEEP = "sweep"
+"""Stage of the records that hold what plans say to shares of the items, from which their scores are made."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +47,11 @@ class RunState:
     """What belongs to a run, by the keys of its records; the content of `run.json`.
 
     Attributes:
-        sensitivity: `layer`, `treatment`, `key` of each ablation.
-        trials: points of the search with their plan, thresholds, origin, status, quality and predicted speed.
+        sensitivity: `source`, `context_tokens`, `layer`, `treatment`, `key` and `base_key` of each ablation; the rows
+            of the source that the chosen score needs come first.
+        adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
+        trials: points of the search with their plan, thresholds, origin, status, quality, predicted speed, and the
+            `key` of their scores.
         healed: `plan`, `window`, `key` of each healed candidate.
         finalists: `Finalist.to_dict()` and `quality_key` of each.
         throughput: `Finalist.to_dict()`, `concurrency` and `key` of each timing.
@@ -70,6 +64,7 @@ class RunState:
     environment: dict[str, Any]
     base_key: str | None = None
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    adaptive: dict[str, Any] | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
     healed: list[dict[str, Any]] = field(default_factory=list)
     finalists: list[dict[str, Any]] = field(default_factory=list)
@@ -107,24 +102,58 @@ def layer_drops(folder: RunFolder, state: RunState) -> list[float]:
 
 
 def sensitivity_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
-    """Rows of sensitivity.csv: the recorded ablations against the recorded base."""
-    base = _scores(folder, state.base_key)
+    """Rows of sensitivity.csv: the recorded ablations against the base over the same items, by every score measured.
+
+    Only the chosen score has rows with the task `mean`. Further texts and lengths are tasks of their own.
+    """
+    if not state.sensitivity:
+        return []
+    chosen = state.sensitivity[0]["source"], state.sensitivity[0]["context_tokens"]
     rows = []
     for unit in state.sensitivity:
         record = find_record(folder, unit["key"])
-        if record is None or base is None:
+        base = _scores(folder, unit["base_key"])
+        if record is None:
             continue
+        is_chosen = (unit["source"], unit["context_tokens"]) == chosen
         if "cosine" in record:
-            by_layer: list[list[DropRow]] = [cosine_drops(distances) for distances in record["cosine"]]
-            found = list(enumerate(by_layer))
+            found = [
+                (layer, row)
+                for layer, distances in enumerate(record["cosine"])
+                for row in cosine_drops(distances)
+                if row.task != MEAN_TASK or state.score == "cosine"
+            ]
+        elif base is not None:
+            variant = Scores.from_dict(record["scores"])
+            found = [
+                (unit["layer"], row)
+                for score in measured_scores(variant)
+                for row in drops(base, variant, score)
+                if row.task != MEAN_TASK or (is_chosen and score == state.score)
+            ]
         else:
-            found = [(unit["layer"], drops(base, Scores.from_dict(record["scores"]), state.score))]
-        rows += [
-            {"layer": layer, "treatment": unit["treatment"], **row.to_dict()}
-            for layer, of_layer in found
-            for row in of_layer
-        ]
+            continue
+        for layer, row in found:
+            values = row.to_dict()
+            if row.task != MEAN_TASK and not is_chosen and unit["source"] != TASKS_SOURCE and "cosine" not in record:
+                values["task"] = source_label(unit)
+            rows.append({"layer": layer, "treatment": unit["treatment"], **values})
     return rows
+
+
+def source_label(unit: dict[str, Any]) -> str:
+    """What a source of items is called: the text's name and the tokens of its sequences."""
+    tokens = unit["context_tokens"]
+    return unit["source"] if tokens is None else f"{unit['source']} {tokens}"
+
+
+def measured_scores(scores: Scores) -> list[str]:
+    """The scores that were measured of a variant."""
+    metrics = {score.metric for score in scores.metrics}
+    has_tasks = any(score.primary and score.task != TEXT_SOURCE for score in scores.metrics)
+    return [
+        score for score in SCORES if (score == "benchmark" and has_tasks) or (score != "cosine" and score in metrics)
+    ]
 
 
 def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
@@ -284,32 +313,6 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
             if stage in totals
         ]
     )
-
-
-def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
-    """The report's files by name, and what the terminal says: the headline and the front."""
-    state = load_state(folder)
-    pareto = pareto_table(pareto_rows(folder, state))
-    data = ReportData(
-        # A folder is often called `model`: the one around it says whose.
-        title="/".join(Path(state.model).parts[-2:]),
-        recipe_yaml=folder.read_text(RECIPE_FILE),
-        sensitivity=sensitivity_table(sensitivity_rows(folder, state)),
-        candidates=candidates_table(candidate_rows(folder, state)),
-        pareto=pareto,
-        healing_curves=healing_table(healing_rows(folder, state)),
-        environment=state.environment,
-        cost=cost_table(folder, state),
-        warnings=[
-            f"{failure['stage']} failed for {failure['name']}: {failure['error'].splitlines()[0]}"
-            for failure in state.failures
-        ],
-    )
-    summary = ""
-    if found := conditions(pareto):
-        row = headline_row(pareto, found[0])
-        summary = "\n\n".join([format_front_table(pareto), *([] if row is None else [headline(row)])]) + "\n"
-    return render(data), summary
 
 
 def _scores(folder: RunFolder, key: str | None) -> Scores | None:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.convert import convert
 from layerboost.decoding import predicted_speedup
-from layerboost.evaluation import QualitySpec, Scores, evaluate, quality, text_sequences
+from layerboost.evaluation import PlanEvaluation, QualitySpec, Scores, evaluate, quality, text_sequences
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import cosine_scores, single_layer_plan
+from layerboost.sensitivity import cosine_scores
+from layerboost.sweep import DEFAULT_BUDGET_BYTES
 
 from .cluster import WorkerResources
 from .units import UnitFailure, run_units, worker_info
@@ -79,11 +79,6 @@ def cosine_unit() -> EvaluationUnit:
     return EvaluationUnit("cosine")
 
 
-def ablation_unit(n_layers: int, layer: int, treatment: Treatment, window: int | None = None) -> EvaluationUnit:
-    """The parent with one layer's attention treated."""
-    return EvaluationUnit(plan=single_layer_plan(n_layers, layer, treatment, window))
-
-
 class EvaluationWorker:
     """Holds the parent and judges variants of it. A plain class: Ray only wraps it.
 
@@ -91,14 +86,23 @@ class EvaluationWorker:
         source: the parent.
         spec: what variants are judged by.
         threads: CPU threads for torch; None leaves them. A Ray worker that is used again would keep its old number.
+        activations_gib: bound on the activations of a pass; None takes half of a GPU's free memory, 1 GiB on a CPU.
     """
 
-    def __init__(self, source: ModelSource, spec: QualitySpec, threads: int | None = None):
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: QualitySpec,
+        threads: int | None = None,
+        activations_gib: float | None = None,
+    ):
         if threads is not None:
             torch.set_num_threads(threads)
         self.source, self.spec = source, spec
         self.base = source.load()
         self.tokenizer = source.load_tokenizer()
+        self.budget_bytes = self._budget_bytes(activations_gib)
+        self._evaluations: dict[QualitySpec, PlanEvaluation] = {}
 
     def info(self) -> dict:
         return worker_info()
@@ -108,7 +112,7 @@ class EvaluationWorker:
 
         Returns:
             JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`) or `cosine` (a list of each layer's distances,
-            one for each sequence). Variants get the divergence from the parent where the quality has a text.
+            one for each sequence). Where the quality has a text, the divergence from the parent is among the scores.
         """
         start = time.perf_counter()
         if unit.kind == "cosine":
@@ -121,9 +125,23 @@ class EvaluationWorker:
     def _scores(self, unit: EvaluationUnit) -> Scores:
         if unit.checkpoint is not None:
             return evaluate(self.source.load(unit.checkpoint), self.tokenizer, self.spec, base=self.base)
-        if unit.plan is None:
-            return evaluate(self.base, self.tokenizer, self.spec)
-        return evaluate(convert(self.base, unit.plan), self.tokenizer, self.spec, base=self.base)
+        return self.evaluation(self.spec).run([unit.plan or self.untouched])[0]
+
+    @property
+    def untouched(self) -> Plan:
+        """The plan of the parent as it is."""
+        return Plan.uniform(Treatment.SOFTMAX, self.base.config.num_hidden_layers)
+
+    def evaluation(self, spec: QualitySpec) -> PlanEvaluation:
+        """Judges plans by a spec; what its tasks ask is prepared once."""
+        if spec not in self._evaluations:
+            self._evaluations[spec] = PlanEvaluation(self.base, self.tokenizer, spec, budget_bytes=self.budget_bytes)
+        return self._evaluations[spec]
+
+    def _budget_bytes(self, activations_gib: float | None) -> int:
+        if activations_gib is not None:
+            return int(activations_gib * 2**30)
+        return torch.cuda.mem_get_info()[0] // 2 if self.base.device.type == "cuda" else DEFAULT_BUDGET_BYTES
 
 
 def evaluate_units(
@@ -137,7 +155,7 @@ def evaluate_units(
     max_attempts: int = 3,
 ) -> list[UnitFailure]:
     """Judges all units on the cluster, one model for each worker; see `run_units` for the callbacks and failures."""
-    make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads)
+    make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads, resources.activations_gib)
     return run_units(
         units,
         make_actor,
@@ -170,8 +188,15 @@ class SpeedCondition:
 class PlanEvaluator:
     """Quality and predicted speed-up of plans: the two objectives of the search."""
 
-    def __init__(self, source: ModelSource, spec: QualitySpec, condition: SpeedCondition, threads: int | None = None):
-        self._worker = EvaluationWorker(source, spec, threads)
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: QualitySpec,
+        condition: SpeedCondition,
+        threads: int | None = None,
+        activations_gib: float | None = None,
+    ):
+        self._worker = EvaluationWorker(source, spec, threads, activations_gib)
         self._condition = condition
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
@@ -194,7 +219,7 @@ class PlanEvaluator:
 
 
 def plan_evaluator_maker(
-    source: ModelSource, spec: QualitySpec, condition: SpeedCondition, threads: int | None = None
+    source: ModelSource, spec: QualitySpec, condition: SpeedCondition, resources: WorkerResources
 ) -> Callable[[], PlanEvaluator]:
     """What `run_search` needs: called once in each trial process, it loads the model there."""
-    return functools.partial(PlanEvaluator, source, spec, condition, threads)
+    return functools.partial(PlanEvaluator, source, spec, condition, resources.threads, resources.activations_gib)

@@ -80,11 +80,12 @@ class ClusterInfo:
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """How many workers, and what each one holds."""
+    """How many workers, what each one holds, and how much its activations may take (None: what it finds fit)."""
 
     n_workers: int
     cpus: float
     gpus: float
+    activations_gib: float | None = None
 
     @property
     def threads(self) -> int:

@@ -26,6 +26,7 @@ Unit = TypeVar("Unit")
 
 _POLL_S = 0.5
 _STARVING_WARNING_S = 60.0
+_GROWTH_POLL_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def run_units(
     units: Sequence[Unit],
     make_actor: Callable[[], Any],
     *,
-    n_workers: int,
+    n_workers: int | Callable[[], int],
     on_result: Callable[[Unit, Any, float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
+    more_units: Callable[[], Sequence[Unit]] | None = None,
     max_attempts: int = 3,
 ) -> list[UnitFailure]:
     """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
@@ -75,18 +77,22 @@ def run_units(
     Args:
         units: picklable values, each independent of the others.
         make_actor: makes one actor (a handle with `run` and `info`).
-        n_workers: actors at most; never more than units.
+        n_workers: actors at most; never more than units. A function is asked again every few seconds, so that actors
+            are added where a cluster grows under a running job.
         on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
             What it raises ends the run.
         on_failure: called in this process with each failure as it happens.
+        more_units: called when all units are done, for those that follow from their results; the actors are kept. The
+            run ends when it has none.
         max_attempts: how often a unit is tried, and how often in a row an actor may fail to start.
 
     Returns:
         The failures, in the order in which they happened; the same ones `on_failure` got.
     """
+    units = list(units) or (list(more_units()) if more_units else [])
     if not units:
         return []
-    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, max_attempts)
+    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts)
     with finish_on_interrupt() as interrupt:
         try:
             loop.run(interrupt)
@@ -96,10 +102,12 @@ def run_units(
 
 
 class _Loop:
-    def __init__(self, units, make_actor, n_workers, on_result, on_failure, max_attempts):
+    def __init__(self, units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts):
         self.units, self.make_actor, self.max_attempts = units, make_actor, max_attempts
-        self.on_result, self.on_failure = on_result, on_failure
-        self.n_workers = min(n_workers, len(units))
+        self.on_result, self.on_failure, self.more_units = on_result, on_failure, more_units
+        self.ask_n_workers = n_workers if callable(n_workers) else None
+        self.n_workers = n_workers() if callable(n_workers) else n_workers
+        self.asked_s = time.monotonic()
         self.waiting = deque(range(len(units)))
         self.attempts = [0] * len(units)
         self.workers: list[_Worker] = []
@@ -115,7 +123,7 @@ class _Loop:
             in_flight = [worker for worker in self.workers if worker.unit is not None]
             if interrupt.requested and not in_flight:
                 raise KeyboardInterrupt
-            if not self.waiting and not in_flight:
+            if not self.waiting and not in_flight and not self._add_units():
                 return
             if not interrupt.requested:
                 self._fill()
@@ -139,8 +147,18 @@ class _Loop:
     def _reference(worker: _Worker):
         return worker.ready if worker.info is None else worker.result
 
+    def _add_units(self) -> bool:
+        """Takes in what follows from the results; whether there is anything."""
+        units = [] if self.more_units is None else list(self.more_units())
+        self.waiting += range(len(self.units), len(self.units) + len(units))
+        self.units += units
+        self.attempts += [0] * len(units)
+        return bool(units)
+
     def _fill(self) -> None:
         """Makes the actors that are missing, and gives each idle one a unit."""
+        if self.ask_n_workers is not None and time.monotonic() - self.asked_s > _GROWTH_POLL_S:
+            self.n_workers, self.asked_s = max(self.n_workers, self.ask_n_workers()), time.monotonic()
         busy = sum(worker.unit is not None for worker in self.workers)
         wanted = min(self.n_workers, busy + len(self.waiting))
         while len(self.workers) < wanted and self.start_failures < self.max_attempts:

@@ -34,7 +34,15 @@ def search(run: RunContext) -> bool:
             run.record(TRIALS, identity, {"trials": trials})
     outcomes = known_plans(run)
     nothing = {"quality": None, "quality_stderr": None, "speedup": None}
-    run.state.trials = [{**trial, **outcomes.get(Plan.from_dict(trial).plan_id, nothing)} for trial in trials]
+    run.state.trials = [
+        {
+            **trial,
+            **outcomes.get(plan.plan_id, nothing),
+            "key": unit_key(inputs.plan_scores(plan, inputs.search_quality_spec)),
+        }
+        for trial in trials
+        if (plan := Plan.from_dict(trial))
+    ]
     run.progress.end_stage()
     return True
 
@@ -48,16 +56,14 @@ def _search(run: RunContext, drops: list[float]) -> tuple[list[TrialResult], lis
 
     def on_plan(plan: Plan, values: dict, duration_s: float, info: dict) -> None:
         result = {name: values[name] for name in ("scores", "evaluation_s")}
-        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-        unit = EvaluationUnit(plan=None if untouched else plan)
-        run.record("search", inputs.scores(unit, spec), {**result, "duration_s": duration_s, "worker": info})
+        run.record("search", inputs.plan_scores(plan, spec), {**result, "duration_s": duration_s, "worker": info})
         run.progress.finish_unit(duration_s, plan=plan, quality=f"{values['quality']:.4f}")
 
     failures: list[UnitFailure] = []
     points = run_search(
         drops,
         inputs.search_spec,
-        plan_evaluator_maker(inputs.source, spec, inputs.condition, workers.threads),
+        plan_evaluator_maker(inputs.source, spec, inputs.condition, workers),
         workers,
         on_plan=on_plan,
         on_failure=failures.append,

@@ -1,33 +1,226 @@
-"""Stage `sensitivity`: every layer ablated alone, one unit for each layer and treatment."""
+"""Stage `sensitivity`: every layer treated alone, all of them swept together over shares of the items.
+
+For each source of items (the tasks, the text, further texts and lengths) the shares are swept first; when all shares
+of a source are recorded they become the scores of each plan, which later stages read. The order of work follows from
+what is recorded alone, so that a run that was interrupted goes on where it stood.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerboost.plan import Treatment
-from orchestrator.context import RunContext
-from orchestrator.identity import RunInputs
+from layerboost.evaluation import text_scores
+from layerboost.plan import Plan, Treatment
+from orchestrator.context import Identity, RunContext
+from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE, SweepSource
+from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
-from tasks.ablation import EvaluationUnit, ablation_unit, cosine_unit
+from orchestrator.stages.adaptive import adaptive_sensitivity
+from tasks.ablation import EvaluationUnit, cosine_unit
+from tasks.sweep import CountUnit, ScoreUnit, Share, SweepUnit, shares, sweep_units
+from tasks.units import UnitFailure
+
+SENSITIVITY = "sensitivity"
 
 
 def sensitivity(run: RunContext) -> bool:
     """Judges every variant. Returns whether the next stage can follow: the search needs every layer's drop."""
-    units, spec = sensitivity_units(run.inputs), run.inputs.ablation_spec
-    run.state.sensitivity = [{**name, "key": unit_key(run.inputs.scores(unit, spec))} for unit, name in units.items()]
-    return run.evaluate("sensitivity", spec, units)
+    if run.inputs.recipe.sensitivity.adaptive is not None:
+        return adaptive_sensitivity(run)
+    sweep = Sweep(run, run.inputs.sweep_sources)
+    run.state.sensitivity = list(sweep.entries())
+    return sweep.run()
 
 
-def sensitivity_units(inputs: RunInputs) -> dict[EvaluationUnit, dict[str, Any]]:
-    """The units and what they are called; the cosine score takes one pass of the parent for all layers."""
-    recipe = inputs.recipe
-    if recipe.sensitivity.score == "cosine":
-        return {cosine_unit(): {"layer": None, "treatment": Treatment.NONE.value}}
-    return {
-        ablation_unit(inputs.n_layers, layer, Treatment(treatment), recipe.search.window): {
-            "layer": layer,
-            "treatment": treatment,
-        }
-        for treatment in recipe.sensitivity.treatments
-        for layer in range(inputs.n_layers)
-    }
+class Sweep:
+    """The sweep of a run over some sources of items: what is recorded, and what is to be done next."""
+
+    def __init__(self, run: RunContext, sources: Sequence[SweepSource]):
+        self._run, self._sources = run, sources
+        self._plans = run.inputs.sweep_plans
+        self._handed_out: set[Any] = set()
+        self._has_cosine = (
+            any(source.name == TEXT_SOURCE for source in sources)
+            and Treatment.NONE.value in self._plans
+            and self._wants_cosine()
+        )
+
+    def _wants_cosine(self) -> bool:
+        recipe = self._run.inputs.recipe.sensitivity
+        return recipe.compare or recipe.score == "cosine"
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """What `run.json` lists: the record of each plan under each source, with that of the base it is compared to."""
+        inputs = self._run.inputs
+        for source in self._sources:
+            about = {"source": source.name, "context_tokens": source.context_tokens}
+            base_key = unit_key(inputs.plan_scores(self._plans[Treatment.SOFTMAX.value][0], source.spec))
+            for treatment, plans in self._plans.items():
+                if treatment == Treatment.SOFTMAX.value:
+                    continue
+                for layer, plan in enumerate(plans):
+                    key = unit_key(inputs.plan_scores(plan, source.spec))
+                    yield {**about, "layer": layer, "treatment": treatment, "key": key, "base_key": base_key}
+        if self._has_cosine:
+            about = {"source": TEXT_SOURCE, "context_tokens": self._text_source.context_tokens}
+            key = unit_key(inputs.scores(cosine_unit(), self._text_source.spec))
+            yield {**about, "layer": None, "treatment": Treatment.NONE.value, "key": key, "base_key": None}
+
+    def run(self) -> bool:
+        """Does what is not recorded. Returns whether all of it is recorded now."""
+        run, n_shares = self._run, self.n_units()
+        todo = self._next_units()
+        workers = run.workers() if todo else None
+        run.progress.start_stage(
+            SENSITIVITY, n_shares, recorded=self.n_recorded(), workers=workers.n_workers if workers else 1
+        )
+        failures: list[UnitFailure] = []
+        if workers:
+            spec = (self._text_source if self._has_cosine else self._sources[0]).spec
+            failures = sweep_units(
+                todo,
+                run.inputs.source,
+                spec,
+                workers,
+                on_result=self._record,
+                more_units=self._next_units,
+                n_workers=run.n_workers,
+            )
+        for failure in failures:
+            run.failed(SENSITIVITY, self._name(failure.unit), failure.error)
+        run.progress.end_stage()
+        return not failures
+
+    @property
+    def _text_source(self) -> SweepSource:
+        return next(source for source in self._sources if source.name == TEXT_SOURCE)
+
+    # What is there
+
+    def n_units(self) -> int:
+        """Shares of all sources; as many as the recipe says where the items are not counted yet."""
+        return sum(len(self._shares(source)) for source in self._sources) + self._has_cosine
+
+    def n_recorded(self) -> int:
+        """Shares that need not be swept any more."""
+        done = sum(
+            len(self._shares(source))
+            if self._is_scored(source)
+            else sum(not self._missing(source, share) for share in self._shares(source))
+            for source in self._sources
+        )
+        return done + (self._has_cosine and self._recorded_cosine() is not None)
+
+    def _shares(self, source: SweepSource) -> list[Share]:
+        n_shares = self._run.inputs.recipe.sensitivity.shares
+        counted = self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,))
+        return shares(sum(counted["tasks"].values()) if counted else n_shares, n_shares)
+
+    def _is_scored(self, source: SweepSource) -> bool:
+        return not self._unscored(source)
+
+    def _unscored(self, source: SweepSource) -> list[Plan]:
+        identify, recorded = self._run.inputs.plan_scores, self._run.recorded
+        plans = [plan for of_treatment in self._plans.values() for plan in of_treatment]
+        return [plan for plan in plans if recorded(identify(plan, source.spec)) is None]
+
+    def _missing(self, source: SweepSource, share: Share) -> list[str]:
+        """Treatments whose plans have said nothing to a share yet."""
+        return [treatment for treatment in self._plans if self._said(source, share, treatment) is None]
+
+    def _said(self, source: SweepSource, share: Share, treatment: str) -> dict[str, Any] | None:
+        identity = self._run.inputs.sweep(source.spec, share, self._plans[treatment])
+        return self._run.recorded(identity, (SWEEP,))
+
+    def _recorded_cosine(self) -> dict[str, Any] | None:
+        return self._run.recorded(self._run.inputs.scores(cosine_unit(), self._text_source.spec))
+
+    # What comes next
+
+    def _next_units(self) -> list[Any]:
+        """Everything that can be done now and was not handed out before."""
+        units = [unit for source in self._sources for unit in self._units_of(source)]
+        if self._has_cosine and self._recorded_cosine() is None:
+            units.append(cosine_unit())
+        fresh = [unit for unit in units if unit not in self._handed_out]
+        self._handed_out |= set(fresh)
+        return fresh
+
+    def _units_of(self, source: SweepSource) -> list[Any]:
+        unscored = self._unscored(source)
+        if not unscored:
+            return []
+        if self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,)) is None:
+            return [CountUnit(source.spec)]
+        cut = self._shares(source)
+        missing = {share: self._missing(source, share) for share in cut}
+        if any(missing.values()):
+            return [
+                SweepUnit(source.spec, share, tuple(plan for name in names for plan in self._plans[name]))
+                for share, names in missing.items()
+                if names
+            ]
+        if source.name == TASKS_SOURCE:
+            return [
+                ScoreUnit(source.spec, plan, tuple(cut), self._answers(source, cut, plan, "log_p", "greedy"))
+                for plan in unscored
+            ]
+        for plan in unscored:
+            nll, kl = (
+                [value for of_share in column for value in of_share]
+                for column in zip(*self._answers(source, cut, plan, "nll", "kl"), strict=True)
+            )
+            scores = text_scores(nll, kl, primary=True)
+            identity = self._run.inputs.plan_scores(plan, source.spec)
+            self._run.record(SENSITIVITY, identity, {"scores": scores.to_dict(), "duration_s": 0.0})
+        return []
+
+    def _answers(self, source: SweepSource, cut: Sequence[Share], plan: Plan, *names: str) -> tuple:
+        """For each share, what a plan said: a tuple for each name."""
+        treatment = next(name for name, plans in self._plans.items() if plan in plans)
+        index = self._plans[treatment].index(plan)
+        said = [self._said(source, share, treatment) for share in cut]
+        return tuple(tuple(tuple(of_share[name][index]) for name in names) for of_share in said if of_share)
+
+    # What came back
+
+    def _record(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+        run, inputs = self._run, self._run.inputs
+        about = {"duration_s": duration_s, "worker": info}
+        if isinstance(unit, CountUnit):
+            run.record(SWEEP, inputs.count(unit.spec), {**result, **about})
+        elif isinstance(unit, ScoreUnit):
+            run.record(SENSITIVITY, inputs.plan_scores(unit.plan, unit.spec), {**result, **about})
+        elif isinstance(unit, EvaluationUnit):
+            run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), {**result, **about})
+            run.progress.finish_unit(duration_s, **self._name(unit))
+        else:
+            self._record_share(unit, result, about)
+            run.progress.finish_unit(duration_s, **self._name(unit))
+
+    def _record_share(self, unit: SweepUnit, result: dict, about: dict[str, Any]) -> None:
+        """One record for each treatment, so that a treatment that joins later needs no other anew."""
+        about = {**about, "duration_s": about["duration_s"] / len(unit.plans)}
+        for plans in self._plans.values():
+            if plans[0] not in unit.plans:
+                continue
+            first = unit.plans.index(plans[0])
+            said = {
+                name: values[first : first + len(plans)] for name, values in result.items() if isinstance(values, list)
+            }
+            identity: Identity = self._run.inputs.sweep(unit.spec, unit.share, plans)
+            self._run.record(SWEEP, identity, {**said, **about, "duration_s": about["duration_s"] * len(plans)})
+
+    def _name(self, unit: Any) -> dict[str, Any]:
+        if isinstance(unit, EvaluationUnit):
+            return {"score": "cosine"}
+        source = next(source for source in self._sources if source.spec == unit.spec)
+        name: dict[str, Any] = {"source": source.name}
+        if source.context_tokens is not None:
+            name["context_tokens"] = source.context_tokens
+        if isinstance(unit, SweepUnit):
+            name |= {"items": f"{unit.share.start}-{unit.share.stop}", "plans": len(unit.plans)}
+        if isinstance(unit, ScoreUnit):
+            name["plan"] = str(unit.plan)
+        return name

@@ -689,7 +689,7 @@ def test_parts_of_the_work_put_together_are_the_whole(model, tokenizer, tasks, t
         asked = [index for item in items for index in item.requests]
         part = evaluation.answer(PLANS[:2], items)
         log_p[:, asked], greedy[:, asked] = part.log_p[:, asked], part.greedy[:, asked]
-    texts = [evaluation.read_text(PLANS[:2], start, start + 4) for start in (0, 4)]
+    texts = [evaluation.read_text(PLANS[:2], torch.arange(6)[part]) for part in (slice(4), slice(4, 6))]
     for i, plan in enumerate(PLANS[:2]):
         nll, kl = (torch.cat([getattr(part, name)[i] for part in texts]) for name in ("nll", "kl"))
         _assert_scores_equal(evaluation.scores(plan, (log_p[i], greedy[i]), (nll, kl)), whole[i])

@@ -63,7 +63,9 @@ def test_what_requests_share_is_held_once():
 
 
 def test_strangers_do_not_share_a_row_and_rows_of_a_forest_are_of_similar_length():
-    requests = [Request((i, *torch.randint(1000, (length,)).tolist()), 1) for i, length in enumerate([9, 10, 40, 41, 80])]
+    requests = [
+        Request((i, *torch.randint(1000, (length,)).tolist()), 1) for i, length in enumerate([9, 10, 40, 41, 80])
+    ]
     forests = pack_requests(requests, batch_rows=8, hidden_size=64)
     assert [tuple(forest.tokens.shape) for forest in forests] == [(1, 80), (2, 41), (2, 10)]
 

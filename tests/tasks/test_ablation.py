@@ -7,14 +7,13 @@ from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
 from layerboost.convert import convert
 from layerboost.evaluation import QualitySpec, Scores, evaluate, text_sequences
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import cosine_scores, mean_drop
+from layerboost.sensitivity import cosine_scores, mean_drop, single_layer_plan
 from tasks.ablation import (
     EvaluationUnit,
     EvaluationWorker,
     ModelSource,
     PlanEvaluator,
     SpeedCondition,
-    ablation_unit,
     base_unit,
     cosine_unit,
     evaluate_units,
@@ -48,7 +47,7 @@ def test_an_ablation_equals_evaluating_the_converted_model(worker, source, spec)
     for layer, treatment, window in ((0, Treatment.NONE, None), (3, Treatment.WINDOW, 5)):
         variant = convert(model, Plan.parse("SSSS").with_layer(layer, treatment, window))
         expected = evaluate(variant, tokenizer, spec, base=model)
-        result = worker.run(ablation_unit(4, layer, treatment, window))
+        result = worker.run(EvaluationUnit(plan=Plan.parse("SSSS").with_layer(layer, treatment, window)))
         for metric in ("nll", "kl"):
             assert _items(result, metric) == pytest.approx(expected.get("text", metric).items, rel=1e-5, abs=1e-7)
         drop = mean_drop(Scores.from_dict(base["scores"]), Scores.from_dict(result["scores"]), "kl").drop
@@ -78,12 +77,16 @@ def test_the_plan_evaluator_gives_both_objectives(source, spec):
     untouched, removed = judge(Plan.parse("SSSS")), judge(Plan.parse("SNNS"))
     assert untouched["speedup"] == 1.0 < removed["speedup"]
     assert 0 < removed["quality"] < 1 and removed["quality_stderr"] > 0
-    assert [metric["metric"] for metric in untouched["scores"]["metrics"]] == ["nll"]
+    assert [metric["metric"] for metric in untouched["scores"]["metrics"]] == ["nll", "kl"]
 
 
 @pytest.mark.cluster
 def test_through_ray_the_scores_are_the_same(ray_local, worker, source, spec):
-    units = [base_unit(), *(ablation_unit(4, layer, Treatment.NONE) for layer in range(4)), cosine_unit()]
+    units = [
+        base_unit(),
+        *(EvaluationUnit(plan=single_layer_plan(4, layer, Treatment.NONE)) for layer in range(4)),
+        cosine_unit(),
+    ]
     results, infos = {}, []
 
     def take(unit, result, duration_s, info):

@@ -1,0 +1,209 @@
+"""The sensitivity stage with items only where they matter: layers whose tier is certain stop early.
+
+Rounds follow from the records of earlier ones alone (`AdaptiveTiers`), so that the same command goes on in mid-round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from layerboost.adaptive import AdaptiveTiers, TierRule
+from layerboost.evaluation import Scores, text_scores
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import item_drops
+from orchestrator.context import Identity, RunContext
+from orchestrator.identity import TASKS_SOURCE
+from orchestrator.results import SWEEP
+from orchestrator.run_folder import unit_key
+from tasks.sweep import CountUnit, ScoreUnit, Share, SweepUnit, mixed_tasks, shares, sweep_units
+
+SENSITIVITY = "sensitivity"
+
+_ITEMS_OF_A_SHARE = 8
+"""A round is cut into shares of about so many items, unless the recipe wants fewer shares."""
+
+
+def adaptive_sensitivity(run: RunContext) -> bool:
+    """Scores layers until their tiers are certain. Returns whether the next stage can follow."""
+    rounds = Rounds(run)
+    todo = rounds.next_units()
+    workers = run.workers() if todo else None
+    run.progress.start_stage(
+        SENSITIVITY, rounds.n_units, recorded=rounds.n_recorded, workers=workers.n_workers if workers else 1
+    )
+    failures = []
+    if workers:
+        failures = sweep_units(
+            todo,
+            run.inputs.source,
+            rounds.source.spec,
+            workers,
+            on_result=rounds.record,
+            more_units=rounds.next_units,
+            n_workers=run.n_workers,
+        )
+    for failure in failures:
+        run.failed(SENSITIVITY, {"source": rounds.source.name}, failure.error)
+    run.progress.end_stage()
+    run.state.sensitivity = rounds.entries
+    if rounds.tiers is not None and rounds.tiers.finished:
+        tiers = rounds.tiers.tiers()
+        assert tiers is not None
+        run.state.adaptive = {"spent": rounds.tiers.spent, "tiers": tiers, "error": rounds.tiers.error}
+        run.progress.note(
+            f"tiers are certain ({1 - rounds.tiers.error:.0%}) with {rounds.tiers.spent:.0%} of the items",
+            tiers="".join({"remove": "N", "middle": "M", "keep": "S"}[tier] for tier in tiers),
+        )
+    return not failures
+
+
+class Rounds:
+    """The rounds of an adaptive sweep, replayed from the records each time it is asked what comes next."""
+
+    def __init__(self, run: RunContext):
+        self._run, self.source = run, run.inputs.sweep_sources[0]
+        settings = run.inputs.recipe.sensitivity.adaptive
+        assert settings is not None
+        self._settings = settings
+        self._rule = TierRule(settings.removed, settings.middle, settings.remove_below, settings.keep_above)
+        plans = run.inputs.sweep_plans
+        self._base, self._layers = plans[Treatment.SOFTMAX.value][0], plans[Treatment.NONE.value]
+        self._handed_out: set[Any] = set()
+        self._rounds: list[tuple[tuple[int, ...], int, int]] = []
+        self.tiers: AdaptiveTiers | None = None
+        self.entries: list[dict[str, Any]] = []
+        self.n_units = self.n_recorded = 0
+
+    def next_units(self) -> list[Any]:
+        """What the records so far ask for, but for what was handed out already."""
+        fresh = [unit for unit in self._replay() if unit not in self._handed_out]
+        self._handed_out |= set(fresh)
+        return fresh
+
+    def _replay(self) -> list[Any]:
+        spec, run = self.source.spec, self._run
+        counted = run.recorded(run.inputs.count(spec), (SWEEP,))
+        if counted is None:
+            return [CountUnit(spec)]
+        tasks = mixed_tasks(counted["tasks"])
+        weights = [len(tasks) / (len(counted["tasks"]) * counted["tasks"][task]) for task in tasks]
+        settings = self._settings
+        self.tiers = AdaptiveTiers(
+            len(self._layers),
+            len(tasks),
+            self._rule,
+            error=settings.error,
+            first_items=settings.first_items,
+            weights=weights,
+        )
+        self.n_units = self.n_recorded = 0
+        self._rounds.clear()
+        while (request := self.tiers.next_request()) is not None:
+            self._rounds.append(request)
+            layers, start, stop = request
+            plans = self._plans(layers)
+            cut = self._cut(start, stop)
+            self.n_units += len(cut)
+            missing = [SweepUnit(spec, share, plans) for share in cut if self._said(share, plans) is None]
+            self.n_recorded += len(cut) - len(missing)
+            units = missing or self._unscored(plans, cut)
+            if units:
+                return units
+            base = self._scores(self._base, cut)
+            self.tiers.observe(
+                {layer: self._drops(base, self._layers[layer], cut, tasks[start:stop]) for layer in layers}
+            )
+        return self._finish()
+
+    def _finish(self) -> list[Any]:
+        """The scores of each layer over all the items that it was given, and of the base over the same."""
+        assert self.tiers is not None
+        units: list[Any] = []
+        self.entries = []
+        for layer, plan in enumerate(self._layers):
+            cut = self._cut(0, self.tiers.n_items_used(layer))
+            units += self._unscored((self._base, plan), cut)
+            keys = [unit_key(self._identity(of, cut)) for of in (plan, self._base)]
+            about = {"source": self.source.name, "context_tokens": self.source.context_tokens}
+            self.entries.append(
+                {**about, "layer": layer, "treatment": Treatment.NONE.value, "key": keys[0], "base_key": keys[1]}
+            )
+        return list(dict.fromkeys(units))
+
+    def _plans(self, layers: Sequence[int]) -> tuple[Plan, ...]:
+        """What a round sweeps: the base, and its layers."""
+        return (self._base, *(self._layers[layer] for layer in layers))
+
+    def _cut(self, start: int, stop: int) -> list[Share]:
+        """Items `start` to `stop` as the shares that the rounds up to there took."""
+        assert self.tiers is not None
+        ends = [0, *self.tiers.looks]
+        found: list[Share] = []
+        n_shares = self._run.inputs.recipe.sensitivity.shares
+        for first, last in pairwise(ends):
+            if start <= first and last <= stop:
+                n_here = min(n_shares, -(-(last - first) // _ITEMS_OF_A_SHARE))
+                found += shares(last - first, n_here, first=first, seed=self._settings.seed)
+        return found
+
+    # Records
+
+    def _identity(self, plan: Plan, cut: Sequence[Share]) -> Identity:
+        """Of a plan's scores over some shares."""
+        identity = self._run.inputs.plan_scores(plan, self.source.spec)
+        return {**identity, "sample": [cut[0].start, cut[-1].stop, self._settings.seed]}
+
+    def _said(self, share: Share, plans: Sequence[Plan]) -> dict[str, Any] | None:
+        return self._run.recorded(self._run.inputs.sweep(self.source.spec, share, plans), (SWEEP,))
+
+    def _answers(self, plan: Plan, cut: Sequence[Share], *names: str) -> tuple:
+        """What a plan said to each share, in whichever round that was."""
+        found = []
+        for share in cut:
+            layers = next(layers for layers, start, stop in self._rounds if start <= share.start < stop)
+            plans = self._plans(layers)
+            said = self._said(share, plans)
+            assert said is not None
+            found.append(tuple(tuple(said[name][plans.index(plan)]) for name in names))
+        return tuple(found)
+
+    def _unscored(self, plans: Sequence[Plan], cut: Sequence[Share]) -> list[Any]:
+        missing = [plan for plan in plans if self._run.recorded(self._identity(plan, cut)) is None]
+        if self.source.name == TASKS_SOURCE:
+            spec = self.source.spec
+            return [ScoreUnit(spec, plan, tuple(cut), self._answers(plan, cut, "log_p", "greedy")) for plan in missing]
+        for plan in missing:
+            nll, kl = (
+                [value for of_share in column for value in of_share]
+                for column in zip(*self._answers(plan, cut, "nll", "kl"), strict=True)
+            )
+            result = {"scores": text_scores(nll, kl, primary=True).to_dict(), "duration_s": 0.0}
+            self._run.record(SENSITIVITY, self._identity(plan, cut), result)
+        return []
+
+    def _scores(self, plan: Plan, cut: Sequence[Share]) -> Scores:
+        recorded = self._run.recorded(self._identity(plan, cut))
+        assert recorded is not None
+        return Scores.from_dict(recorded["scores"])
+
+    def _drops(self, base: Scores, plan: Plan, cut: Sequence[Share], tasks: Sequence[str]) -> np.ndarray:
+        """(n_items,) drops, task by task as in the rounds. Within a task any order does that all plans share."""
+        by_task = item_drops(base, self._scores(plan, cut), self._run.inputs.recipe.sensitivity.score)
+        iterators = {task: iter(values) for task, values in by_task.items()}
+        return np.array([next(iterators[task]) for task in tasks])
+
+    def record(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+        """Records what a worker gave."""
+        run, about = self._run, {"duration_s": duration_s, "worker": info}
+        if isinstance(unit, CountUnit):
+            run.record(SWEEP, run.inputs.count(unit.spec), {**result, **about})
+        elif isinstance(unit, ScoreUnit):
+            run.record(SENSITIVITY, self._identity(unit.plan, unit.shares), {**result, **about})
+        else:
+            run.record(SWEEP, run.inputs.sweep(unit.spec, unit.share, unit.plans), {**result, **about})
+            items = f"{unit.share.start}-{unit.share.stop}"
+            run.progress.finish_unit(duration_s, source=self.source.name, items=items, plans=len(unit.plans))

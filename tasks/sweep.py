@@ -1,0 +1,201 @@
+"""The sensitivity sweep on a cluster: workers take shares of the items, each with all the plans.
+
+A worker that has read an item's context for one plan has read it for all, so what is shared out is items, never plans.
+How much of it fits into memory together is the worker's own affair (`LayerSweep`). What comes back are answers, not
+scores: lm-eval's metrics are worked out when all shares of a plan are there, whatever the shares were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerboost.answering import Item
+from layerboost.evaluation import QualitySpec
+from layerboost.plan import Plan
+
+from .ablation import EvaluationWorker, ModelSource, actor_maker
+from .cluster import WorkerResources
+from .units import UnitFailure, run_units
+
+
+@dataclass(frozen=True)
+class Share:
+    """Items `start` to `stop` of a spec: in the order that shares most or, with a seed, in a random one.
+
+    Items of a spec with a text and no tasks are its sequences. The random order mixes tasks so that any beginning of it
+    holds the same fraction of each.
+    """
+
+    start: int
+    stop: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class CountUnit:
+    """How many items a spec has."""
+
+    spec: QualitySpec
+
+
+@dataclass(frozen=True)
+class SweepUnit:
+    """All plans over one share of the items of a spec, which has either tasks or a text."""
+
+    spec: QualitySpec
+    share: Share
+    plans: tuple[Plan, ...]
+
+
+@dataclass(frozen=True)
+class ScoreUnit:
+    """The scores of one plan over some shares of the tasks' items, from what its sweeps gave.
+
+    Attributes:
+        shares: what was swept, together all items or some.
+        answers: of each share, `log_p` and `greedy` of the plan, as `SweepWorker.run` gave them.
+    """
+
+    spec: QualitySpec
+    plan: Plan
+    shares: tuple[Share, ...]
+    answers: tuple[tuple[tuple[float, ...], tuple[bool, ...]], ...]
+
+
+class SweepWorker(EvaluationWorker):
+    """Also sweeps. A plain class: Ray only wraps it."""
+
+    def run(self, unit: Any) -> dict[str, Any]:
+        """Does one unit.
+
+        Returns:
+            JSON-able, and `evaluation_s` in each: for a CountUnit `tasks`, the number of items of each task (`text` for
+            a text's sequences); for a SweepUnit, a list with one entry for each plan under each of `log_p` and `greedy`
+            (one value for each request of the share, in their order) or `nll` and `kl` (one for each sequence); for a
+            ScoreUnit `scores`.
+        """
+        start = time.perf_counter()
+        if isinstance(unit, CountUnit):
+            result: dict[str, Any] = {"tasks": self._count(unit.spec)}
+        elif isinstance(unit, SweepUnit):
+            result = self._sweep(unit)
+        elif isinstance(unit, ScoreUnit):
+            result = {"scores": self._score(unit)}
+        else:
+            return super().run(unit)
+        return {**result, "evaluation_s": time.perf_counter() - start}
+
+    def _count(self, spec: QualitySpec) -> dict[str, int]:
+        evaluation = self.evaluation(spec)
+        if evaluation.sequences is not None:
+            return {"text": len(evaluation.sequences)}
+        counts: dict[str, int] = defaultdict(int)
+        for item in evaluation.items:
+            counts[item.task] += 1
+        return dict(counts)
+
+    def _sweep(self, unit: SweepUnit) -> dict[str, Any]:
+        evaluation, share = self.evaluation(unit.spec), unit.share
+        if evaluation.sequences is not None:
+            order = _order(len(evaluation.sequences), share)
+            text = evaluation.read_text(unit.plans, order)
+            return {"nll": text.nll.tolist(), "kl": text.kl.tolist()}
+        items = self._items(unit.spec, share)
+        asked = _requests(items)
+        answers = evaluation.answer(unit.plans, items)
+        return {"log_p": answers.log_p[:, asked].tolist(), "greedy": answers.greedy[:, asked].tolist()}
+
+    def _score(self, unit: ScoreUnit) -> dict[str, Any]:
+        evaluation = self.evaluation(unit.spec)
+        assert evaluation.benchmarks is not None
+        n_requests = len(evaluation.benchmarks.requests)
+        log_p, greedy = torch.zeros(n_requests, dtype=torch.float64), torch.ones(n_requests, dtype=torch.bool)
+        items: list[Item] = []
+        for share, (share_log_p, share_greedy) in zip(unit.shares, unit.answers, strict=True):
+            of_share = self._items(unit.spec, share)
+            asked = _requests(of_share)
+            log_p[asked] = torch.tensor(share_log_p, dtype=torch.float64)
+            greedy[asked] = torch.tensor(share_greedy)
+            items += of_share
+        some = None if len(items) == len(evaluation.items) else items
+        return evaluation.scores(unit.plan, (log_p, greedy), None, some).to_dict()
+
+    def _items(self, spec: QualitySpec, share: Share) -> list[Item]:
+        evaluation = self.evaluation(spec)
+        if share.seed is None:
+            return evaluation.items[share.start : share.stop]
+        return mixed(evaluation.items, share.seed)[share.start : share.stop]
+
+
+def mixed(items: Sequence[Item], seed: int) -> list[Item]:
+    """Items in a random order, tasks spread evenly: any beginning holds about the same fraction of each task."""
+    draw = random.Random(seed)
+    by_task: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_task[item.task].append(item)
+    for name in sorted(by_task):
+        draw.shuffle(by_task[name])
+    iterators = {name: iter(of_task) for name, of_task in by_task.items()}
+    return [next(iterators[name]) for name in mixed_tasks({name: len(of_task) for name, of_task in by_task.items()})]
+
+
+def mixed_tasks(counts: Mapping[str, int]) -> list[str]:
+    """The task of each position of `mixed`, from the number of items of each."""
+    places = [((i + 0.5) / n, name) for name, n in counts.items() for i in range(n)]
+    return [name for _, name in sorted(places)]
+
+
+def _order(n: int, share: Share) -> torch.Tensor:
+    """Indices of the sequences of a share."""
+    order = list(range(n))
+    if share.seed is not None:
+        random.Random(share.seed).shuffle(order)
+    return torch.tensor(order[share.start : share.stop])
+
+
+def _requests(items: Sequence[Item]) -> list[int]:
+    return sorted({index for item in items for index in item.requests})
+
+
+def shares(n_items: int, n_shares: int, *, first: int = 0, seed: int | None = None) -> list[Share]:
+    """Cuts items `first` to `first + n_items` into shares of nearly the same size, none of them empty."""
+    cuts = [first + n_items * i // n_shares for i in range(n_shares + 1)]
+    return [Share(start, stop, seed) for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
+def sweep_units(
+    units: Sequence[Any],
+    source: ModelSource,
+    spec: QualitySpec,
+    resources: WorkerResources,
+    *,
+    on_result: Callable[[Any, dict, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    more_units: Callable[[], Sequence[Any]] | None = None,
+    n_workers: Callable[[], int] | None = None,
+    max_attempts: int = 3,
+) -> list[UnitFailure]:
+    """Runs units of a sweep on the cluster, one model for each worker; see `run_units`.
+
+    Args:
+        spec: what units that name none (`EvaluationUnit`) are judged by.
+        n_workers: asked now and then for how many workers there may be by now; the resources' number if None.
+    """
+    threads, activations_gib = resources.threads, resources.activations_gib
+    return run_units(
+        units,
+        actor_maker(SweepWorker, resources, source, spec, threads, activations_gib),
+        n_workers=n_workers or resources.n_workers,
+        on_result=on_result,
+        on_failure=on_failure,
+        more_units=more_units,
+        max_attempts=max_attempts,
+    )
