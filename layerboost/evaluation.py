@@ -15,6 +15,7 @@ from layerboost.convert import convert
 from layerboost.data import pack, read_documents, text_identity
 from layerboost.harness import benchmark_scores
 from layerboost.likelihood import Answers, TextScores, answer_requests, score_sequences, score_text
+from layerboost.packing import n_common
 from layerboost.plan import Plan, Treatment
 from layerboost.scores import MetricScore, QualityError, QualitySpec, Scores, mean_score, quality, retained
 from layerboost.sweep import DEFAULT_BUDGET_BYTES, LayerSweep
@@ -143,6 +144,22 @@ class PlanEvaluation:
             _check_context(model, spec)
             self.sequences = text_sequences(tokenizer, spec)
         self._base = Plan.uniform(Treatment.SOFTMAX, model.config.num_hidden_layers)
+
+    def costs(self) -> list[int]:
+        """The tokens that each item adds to the one before it; of a text, those of each sequence."""
+        if self.sequences is not None:
+            return [self.sequences.shape[1]] * len(self.sequences)
+        assert self.benchmarks is not None
+        found: list[int] = []
+        before: tuple[int, ...] = ()
+        for item in self.items:
+            cost = 0
+            for index in item.requests:
+                tokens = self.benchmarks.requests[index].tokens
+                cost += len(tokens) - n_common(before, tokens)
+                before = tokens
+            found.append(cost)
+        return found
 
     def answer(self, plans: Sequence[Plan], items: Sequence[Item] | None = None) -> Answers:
         """Answers the requests of some items (all if None); those of other items stay 0 and True.

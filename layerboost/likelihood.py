@@ -126,11 +126,13 @@ def answer_requests(sweep: LayerSweep, requests: Sequence[Request], *, batch_row
     Args:
         sweep: the model and the plans.
         requests: as lm-eval's harness would make them, cut to the model's context.
-        batch_rows: rows of the longest kind in one pass; see `pack_requests`.
+        batch_rows: rows of the longest kind in one pass (see `pack_requests`), fewer where the budget asks for it.
     """
     n_plans = len(sweep.paths)
     log_p = torch.zeros(n_plans, len(requests), dtype=torch.float64)
     greedy = torch.ones(n_plans, len(requests), dtype=torch.bool)
+    longest = max((len(request.tokens) for request in requests), default=1)
+    batch_rows = min(batch_rows, sweep.rows_at_once(longest))
     for forest in pack_requests(requests, batch_rows=batch_rows, hidden_size=sweep.model.config.hidden_size):
 
         def read(plans: list[int], states: list[torch.Tensor], forest=forest) -> None:
@@ -193,10 +195,11 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
         sweep: the model and the plans.
         sequences: token ids (n, tokens), at least two tokens long.
         base: index of the plan that the others diverge from.
-        batch_size: sequences in a pass.
+        batch_size: sequences in a pass, fewer where the sweep's budget asks for it.
     """
     n_plans = len(sweep.paths)
     nll, kl = (torch.empty(n_plans, len(sequences), dtype=torch.float64) for _ in range(2))
+    batch_size = min(batch_size, sweep.rows_at_once(sequences.shape[1]))
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
         here = slice(start, start + len(batch))
@@ -222,14 +225,15 @@ def _score_states(
     """Mean NLL and KL of each sequence by each plan, (P, B) float64."""
     targets = batch[:, 1:].reshape(-1).to(of_base.device)
     nll, kl = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(2))
-    rows, base_rows = _rows_at_once(sweep.model), of_base[:, :-1].flatten(0, 1)
-    of_plans = [of_plan[:, :-1].flatten(0, 1) for of_plan in states]
+    rows = _rows_at_once(sweep.model)
+    predicting = torch.arange(batch.numel(), device=of_base.device).view(batch.shape)[:, :-1].flatten()
     for start in range(0, len(targets), rows):
         here = slice(start, start + rows)
-        base_log_p = sweep.logits(base_rows[here]).float().log_softmax(-1)  # (rows, vocabulary)
+        positions = predicting[here]
+        base_log_p = sweep.logits(of_base.flatten(0, 1)[positions]).float().log_softmax(-1)  # (rows, vocabulary)
         base_p = base_log_p.exp()
-        for plan, plan_rows in enumerate(of_plans):
-            log_p = sweep.logits(plan_rows[here]).float().log_softmax(-1)
+        for plan, of_plan in enumerate(states):
+            log_p = sweep.logits(of_plan.flatten(0, 1)[positions]).float().log_softmax(-1)
             nll[plan, here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
             kl[plan, here] = (base_p * (base_log_p - log_p)).sum(-1).double().cpu()
     return nll.view(len(states), len(batch), -1).mean(2), kl.view(len(states), len(batch), -1).mean(2)

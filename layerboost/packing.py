@@ -65,6 +65,11 @@ class Forest:
         return Forest(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their first on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class _Row:
     """A trie under construction; requests must come sorted by their tokens."""
 
@@ -80,12 +85,7 @@ class _Row:
 
     def common(self, request: Request) -> int:
         """How many of the request's inputs are there already."""
-        n = 0
-        for node, token in zip(self.path, request.tokens[:-1], strict=False):
-            if self.tokens[node] != token:
-                break
-            n += 1
-        return n
+        return n_common([self.tokens[node] for node in self.path], request.tokens[:-1])
 
     def add(self, index: int, request: Request) -> None:
         n_common = self.common(request)

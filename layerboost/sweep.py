@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import dense_attention, softmax_attention
+from .attention import MIN_CHUNK_TOKENS, dense_attention, softmax_attention
 from .convert import convert
 from .families import decoder_layers, family_of
 from .packing import Forest
@@ -35,6 +35,7 @@ _CALL_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 """Tokens that make a call of a layer large enough: what it works with stays in a CPU's caches, a GPU has work."""
 
 _QUERY_BLOCK_TOKENS = 64
+_PATHS_AT_LEAST = 8
 
 Step = tuple[Treatment, int | None]
 """What a path does at one layer: the treatment, and its window where it has one."""
@@ -101,7 +102,12 @@ class LayerSweep:
     def room(self, n_rows: int, n_tokens: int) -> int:
         """How many paths may be in flight over so many rows of so many tokens; a fork needs two."""
         state_bytes = n_rows * n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-        return max(2, self.budget_bytes // 2 // state_bytes)
+        return max(2, self.budget_bytes // 2 // state_bytes - 1)  # beside the embedded tokens
+
+    def rows_at_once(self, n_tokens: int) -> int:
+        """Rows of so many tokens that leave room for several paths in flight, at least one row."""
+        row_bytes = n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
+        return max(1, self.budget_bytes // 2 // (_PATHS_AT_LEAST * row_bytes))
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -158,7 +164,7 @@ class LayerSweep:
     ) -> None:
         """Takes `leaves` to the end from where they stand in `frontier`, with at most `room` paths in flight."""
         for layer in range(first_layer, self.n_layers):
-            children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+            children = Counter(leaf[: layer + 1] for leaf in leaves)
             if len(children) > room and len(children) > 1:
                 trunk = Counter(leaf[:layer] for leaf in leaves).most_common(1)[0][0]
                 early = [leaf for leaf in leaves if leaf[:layer] != trunk]
@@ -166,13 +172,14 @@ class LayerSweep:
                     parted = {path: frontier.pop(path) for path in list(frontier) if path != trunk}
                     self._descend(layer, parted, early, room - 1, inputs, emit)
                 leaves = [leaf for leaf in leaves if leaf[:layer] == trunk]
-                children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+                children = Counter(leaf[: layer + 1] for leaf in leaves)
                 while len(children) > max(1, room):
-                    some = list(children)[: max(1, room - 1)]
+                    # Those that lead to the fewest plans first: the rest goes on from here without going deeper.
+                    some = [child for child, _ in children.most_common()[::-1]][: max(1, room - 1)]
                     first = [leaf for leaf in leaves if leaf[: layer + 1] in some]
                     self._descend(layer, dict(frontier), first, max(1, room - 1), inputs, emit)
                     leaves = [leaf for leaf in leaves if leaf[: layer + 1] not in some]
-                    children = dict.fromkeys(leaf[: layer + 1] for leaf in leaves)
+                    children = Counter(leaf[: layer + 1] for leaf in leaves)
             frontier = self._advance(layer, frontier, list(children), inputs)
         emit(frontier)
 
@@ -225,11 +232,15 @@ class LayerSweep:
         n_tokens = inputs.embedded.shape[1]
         mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
         linear = n_tokens * (6 * config.hidden_size + 3 * mlp) * itemsize
-        scores = 12 * config.num_attention_heads * n_tokens**2
+        treatment, window = step
         if inputs.forest is not None:
-            spelt_out = step[0] is Treatment.LINEAR_WINDOW
-            return linear + 5 * n_tokens**2 + (scores if spelt_out else 0)
-        return linear + (scores if config._attn_implementation == "eager" else 0)
+            n_pairs, is_spelt_out = n_tokens**2, treatment is Treatment.LINEAR_WINDOW
+            linear += 5 * n_pairs
+        elif window is not None:
+            n_pairs, is_spelt_out = n_tokens * (2 * window + MIN_CHUNK_TOKENS), True
+        else:
+            n_pairs, is_spelt_out = n_tokens**2, config._attn_implementation == "eager"
+        return linear + (24 * config.num_attention_heads * n_pairs if is_spelt_out else 0)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from orchestrator.context import RunContext
 from orchestrator.results import SCORE_STAGES, SWEEP, find_record
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.measure import THROUGHPUT
+from orchestrator.stages.refine import REFINE
 from orchestrator.stages.sensitivity import Sweep
 from orchestrator.tables import format_table
 from tasks.ablation import base_unit
@@ -32,10 +33,12 @@ def estimate(run: RunContext) -> str:
     healing, throughput = inputs.recipe.healing, inputs.recipe.throughput
     n_healed = healing.candidates if healing.tokens else 0
     n_finalists = n_fixed + n_healed
+    n_refined = inputs.recipe.search.refine.plans if inputs.recipe.search.refine else 0
     rows = [
         ("evaluate", 1, int(base is not None), 0),
         ("sensitivity", sweep.n_units(), sweep.n_recorded(), 0),
         ("search", n_fixed + inputs.search_spec.trials, len(folder.records("search")), 0),
+        (REFINE, n_refined, len(folder.records(REFINE)), 0),
         ("heal", n_healed, len(folder.records("heal")), inputs.healing_spec.tokens if n_healed else 0),
         ("measure", n_finalists - 1, len(folder.records("measure")), 0),
         (THROUGHPUT, n_finalists * len(throughput.concurrency), len(folder.records(THROUGHPUT)), 0),

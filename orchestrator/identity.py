@@ -24,7 +24,7 @@ from orchestrator.recipe import TEXT_SCORES, Recipe, resolve_sequence_tokens
 from tasks.ablation import EvaluationUnit, ModelSource, SpeedCondition
 from tasks.measurement import ThroughputUnit
 from tasks.search import SearchSpec
-from tasks.sweep import Share
+from tasks.sweeping import Share
 
 _WHOLE_FILE_BYTES = 1 << 30
 _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64

@@ -49,6 +49,9 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     _check_plans(recipe, facts)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
+    tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
+    for index, text in enumerate(recipe.sensitivity.texts):
+        _check_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
     _check_healing_text(recipe.healing, facts, tokenizer)
     return facts
 
@@ -60,6 +63,7 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
         for field, tokens in (
             ("quality.sequence_tokens", recipe.quality.sequence_tokens),
             ("healing.sequence_tokens", healing.sequence_tokens),
+            ("sensitivity.context_tokens", max(recipe.sensitivity.context_tokens, default=None)),
         ):
             if tokens is not None and tokens > context:
                 raise InputError(
@@ -109,6 +113,13 @@ def _check_plans(recipe: Recipe, facts: ModelFacts) -> None:
                 plan,
                 f"has {len(plan)} letters; the model has {facts.n_layers} layers, give one letter for each",
             )
+    adaptive = recipe.sensitivity.adaptive
+    if adaptive is not None and (adaptive.removed or 0) + (adaptive.middle or 0) > facts.n_layers:
+        raise InputError(
+            "sensitivity.adaptive",
+            adaptive.model_dump(include={"removed", "middle"}),
+            f"are more than the model's {facts.n_layers} layers together; make one smaller",
+        )
 
 
 def check_device(device: str, field: str = "model.device") -> None:

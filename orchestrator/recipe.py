@@ -26,6 +26,7 @@ TASK_SCORES = ("benchmark", "margin")
 DEFAULT_SEQUENCE_TOKENS = 512
 DEVICE_PATTERN = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
 _MAX_VALUE_CHARS = 160
+_TREATMENT_OF_LETTER = {"S": "softmax", "L": "linear_window", "W": "window", "N": "none"}
 
 
 class InputError(ValueError):
@@ -198,6 +199,13 @@ class AdaptiveSection(_Section):
                 self.model_dump(exclude_none=True),
                 "give either removed and middle (numbers of layers) or remove_below and keep_above (drops)",
             )
+        if self.remove_below is not None and self.keep_above is not None and self.remove_below > self.keep_above:
+            raise InputError(
+                "sensitivity.adaptive.remove_below",
+                self.remove_below,
+                f"is above keep_above {self.keep_above}; layers below the first are removed, those at or above the "
+                "second kept, so lower the first or raise the second",
+            )
         return self
 
 
@@ -226,8 +234,15 @@ class SensitivitySection(_Section):
     adaptive: AdaptiveSection | None = None
 
 
+class RefineSection(_Section):
+    """Plans with other layers treated but the same speed: how they are found, and how many are evaluated in all."""
+
+    method: Literal["greedy", "pairwise"] = "greedy"
+    plans: Count = 48
+
+
 class SearchSection(_Section):
-    """The search over the two thresholds; `plans` are tried in any case."""
+    """The search over the two thresholds; `plans` are tried in any case, and `refine` improves those to be healed."""
 
     trials: CountOrZero = 40
     middle: Literal["linear_window", "window"] = "linear_window"
@@ -237,6 +252,7 @@ class SearchSection(_Section):
     remove_below: Range | None = None
     keep_above: Range | None = None
     plans: Annotated[tuple[PlanLetters, ...], AfterValidator(_unique)] = ()
+    refine: RefineSection | None = None
 
     @model_validator(mode="after")
     def _thresholds_do_not_cross(self) -> SearchSection:
@@ -364,6 +380,20 @@ class Recipe(_Section):
             raise InputError(
                 "sensitivity.adaptive", score, "the cosine score needs no ablation to save; leave adaptive out"
             )
+        if self.search.refine is not None:
+            if score == "cosine":
+                raise InputError("search.refine", score, "plans have no cosine score; choose another sensitivity.score")
+            if self.sensitivity.adaptive is not None:
+                raise InputError(
+                    "search.refine", "adaptive", "needs all layers on the same items; leave one of them out"
+                )
+            needed = {self.search.middle, *(_TREATMENT_OF_LETTER[x] for plan in self.search.plans for x in plan)}
+            if lacking := sorted(needed - {"softmax", *self.sensitivity.treatments}):
+                raise InputError(
+                    "sensitivity.treatments",
+                    list(self.sensitivity.treatments),
+                    f"lacks {', '.join(lacking)}, whose costs search.refine needs; add it",
+                )
         if self.sensitivity.adaptive is not None and self.sensitivity.treatments != ("none",):
             raise InputError(
                 "sensitivity.treatments",
@@ -547,8 +577,12 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     if not location:
         return Recipe
     section = Recipe.model_fields[str(location[0])].annotation
-    if location[:2] == ("sensitivity", "adaptive"):
-        return AdaptiveSection
+    nested: dict[tuple[int | str, ...], type[BaseModel]] = {
+        ("sensitivity", "adaptive"): AdaptiveSection,
+        ("search", "refine"): RefineSection,
+    }
+    if tuple(location[:2]) in nested:
+        return nested[tuple(location[:2])]
     return cast("type[BaseModel]", section)
 
 

@@ -19,7 +19,7 @@ from orchestrator.recipe import InputError
 from orchestrator.run_folder import RunFolder
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
-SCORE_STAGES = ("evaluate", "sensitivity", "search", "measure")
+SCORE_STAGES = ("evaluate", "sensitivity", "search", "refine", "measure")
 """Stages whose records are scores: one that is there serves whichever stage asks."""
 
 SWEEP = "sweep"
@@ -295,12 +295,13 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
         for record in folder.records(stage)
         if record.key in of_stage
     ]
-    found += [("search", record.result) for record in folder.records("search")]
+    found += [(stage, record.result) for stage in ("search", "refine") for record in folder.records(stage)]
+    found += [("sensitivity", record.result) for record in folder.records(SWEEP)]
     for stage, result in found:
         totals[stage]["units"] += 1
         totals[stage]["worker_s"] += result["duration_s"]
         totals[stage]["tokens"] += result.get("tokens", 0)
-    order = ("evaluate", "sensitivity", "search", "heal", "measure", "throughput")
+    order = ("evaluate", "sensitivity", "search", "refine", "heal", "measure", "throughput")
     return pd.DataFrame(
         [
             {

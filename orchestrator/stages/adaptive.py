@@ -19,7 +19,7 @@ from orchestrator.context import Identity, RunContext
 from orchestrator.identity import TASKS_SOURCE
 from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
-from tasks.sweep import CountUnit, ScoreUnit, Share, SweepUnit, mixed_tasks, shares, sweep_units
+from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, mixed_tasks, shares, sweep_units
 
 SENSITIVITY = "sensitivity"
 
@@ -147,7 +147,7 @@ class Rounds:
         for first, last in pairwise(ends):
             if start <= first and last <= stop:
                 n_here = min(n_shares, -(-(last - first) // _ITEMS_OF_A_SHARE))
-                found += shares(last - first, n_here, first=first, seed=self._settings.seed)
+                found += shares([1] * (last - first), n_here, first=first, seed=self._settings.seed)
         return found
 
     # Records

@@ -18,6 +18,9 @@ from tasks.healing import heal as heal_on_cluster
 CHECKPOINTS = "healing"
 """Where Ray Train keeps the checkpoints of healing that is under way, in the run folder."""
 
+REFINED = "refined"
+"""Origin of plans that refinement found."""
+
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
 
@@ -45,8 +48,9 @@ def candidates(run: RunContext) -> list[Plan]:
     """The searched and given plans to heal: those that spread best over quality and predicted speed."""
     trials = [trial for trial in run.state.trials if trial["quality"] is not None]
     distinct = {Plan.from_dict(trial): trial for trial in reversed(trials)}
+    origins = ("search", "given", REFINED)
     pool = sorted(
-        (plan for plan, trial in distinct.items() if trial["origin"] in ("search", "given") and trial["speedup"] > 1),
+        (plan for plan, trial in distinct.items() if trial["origin"] in origins and trial["speedup"] > 1),
         key=lambda plan: (distinct[plan]["speedup"], str(plan)),
     )
     points = [(distinct[plan]["quality"], distinct[plan]["speedup"]) for plan in pool]

@@ -9,7 +9,7 @@ from layerboost.plan import Plan
 from orchestrator.context import RunContext
 from orchestrator.results import Finalist
 from orchestrator.run_folder import unit_key
-from orchestrator.stages.heal import healed_folder
+from orchestrator.stages.heal import REFINED, healed_folder
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, base_unit
 from tasks.measurement import ThroughputUnit, exclusive_worker, measure_units
@@ -38,7 +38,7 @@ def measure(run: RunContext) -> bool:
 def finalists(run: RunContext) -> list[Finalist]:
     """The rows of pareto.csv: the base, the fixed points of the search, the healed candidates."""
     origins = {Plan.from_dict(trial): trial["origin"] for trial in reversed(run.state.trials)}
-    unhealed = [Finalist(plan, origin) for plan, origin in origins.items() if origin != "search"]
+    unhealed = [Finalist(plan, origin) for plan, origin in origins.items() if origin not in ("search", REFINED)]
     order = [trial["origin"] for trial in run.state.trials]
     unhealed.sort(key=lambda finalist: order.index(finalist.origin))
     healed = [

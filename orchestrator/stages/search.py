@@ -9,6 +9,7 @@ from layerboost.plan import Plan, Treatment
 from orchestrator.context import RunContext
 from orchestrator.results import SCORE_STAGES, layer_drops
 from orchestrator.run_folder import unit_key
+from orchestrator.stages.refine import refine
 from tasks.ablation import EvaluationUnit, plan_evaluator_maker
 from tasks.search import TrialResult, fixed_points, run_search
 from tasks.units import UnitFailure
@@ -32,19 +33,25 @@ def search(run: RunContext) -> bool:
             run.failed("search", {"plan": str(failure.unit)}, failure.error)
         if not failures:
             run.record(TRIALS, identity, {"trials": trials})
-    outcomes = known_plans(run)
+    _set_trials(run, trials)
+    run.progress.end_stage()
+    _set_trials(run, [*trials, *refine(run)])
+    return True
+
+
+def _set_trials(run: RunContext, trials: list[dict[str, Any]]) -> None:
+    """Puts points into the run's state, with what is known of their plans."""
+    outcomes, spec = known_plans(run), run.inputs.search_quality_spec
     nothing = {"quality": None, "quality_stderr": None, "speedup": None}
     run.state.trials = [
         {
             **trial,
             **outcomes.get(plan.plan_id, nothing),
-            "key": unit_key(inputs.plan_scores(plan, inputs.search_quality_spec)),
+            "key": unit_key(run.inputs.plan_scores(plan, spec)),
         }
         for trial in trials
         if (plan := Plan.from_dict(trial))
     ]
-    run.progress.end_stage()
-    return True
 
 
 def _search(run: RunContext, drops: list[float]) -> tuple[list[TrialResult], list[UnitFailure]]:

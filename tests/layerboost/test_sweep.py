@@ -81,20 +81,21 @@ def test_any_memory_gives_the_same_and_bounds_what_is_in_flight(n_states, monkey
     plans = [*PLANS, *(Plan.uniform(Treatment.SOFTMAX, 4).with_layer(i, t, 3) for t in Treatment for i in range(4))]
     expected = score_text(LayerSweep(model, plans), sequences, base=0, batch_size=3)
     state_bytes = 3 * 20 * 32 * 4
-    sweep = LayerSweep(model, plans, budget_bytes=int(2 * n_states * state_bytes))
+    budget_bytes = int(2 * n_states * state_bytes)
+    sweep = LayerSweep(model, plans, budget_bytes=budget_bytes)
     most = 0
     advance = LayerSweep._advance
 
     def counted(self, layer, frontier, children, inputs):
         nonlocal most
-        most = max(most, len(children))
+        most = max(most, len(children) * inputs.embedded.nbytes)
         return advance(self, layer, frontier, children, inputs)
 
     monkeypatch.setattr(LayerSweep, "_advance", counted)
     found = score_text(sweep, sequences, base=0, batch_size=3)
     torch.testing.assert_close(found.nll, expected.nll)
     torch.testing.assert_close(found.kl, expected.kl, atol=1e-6, rtol=1e-4)
-    assert most <= max(2, n_states)
+    assert most <= max(budget_bytes / 2, 2 * state_bytes / 3), "two paths of one row are the least"
 
 
 def test_layers_are_computed_once_for_all_plans_that_share_them(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -30,8 +31,9 @@ TIMING_COLUMNS = [
 KILL_AT = {
     # A stage, and the first words of the progress line after which the driver is killed.
     "evaluate": "evaluate 0/1 start",
-    "sensitivity": "sensitivity 2/3 done",
+    "sensitivity": "sensitivity 4/9 done",
     "search": "search 2/",
+    "refine": "refine 2/",
     "heal": "heal step ",
     "report": "throughput 2/",
 }
@@ -53,10 +55,14 @@ def run(inputs, out: Path, *arguments: str, expect: int = 0) -> subprocess.Compl
     return result
 
 
-def kill_at(inputs, out: Path, line_start: str) -> None:
+def kill_at(inputs, out: Path, line_start: str, *arguments: str) -> None:
     """Starts the run and kills the driver with SIGKILL at the first progress line that starts so."""
     process = subprocess.Popen(
-        command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(inputs, out, *arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     seen = []
     assert process.stderr is not None
@@ -80,7 +86,7 @@ def table(out: Path, name: str) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def recipe_values() -> dict:
     return {
-        "search": {"trials": 3, "window": 8, "plans": ["SNL"]},
+        "search": {"trials": 3, "window": 8, "plans": ["SNL"], "refine": {"method": "greedy", "plans": 8}},
         "healing": {
             "tokens": 2048,
             "text": "heal.txt",
@@ -91,7 +97,7 @@ def recipe_values() -> dict:
             "zero_stage": 1,
         },
         "throughput": {"concurrency": [1, 2], "prompt_tokens": 16, "new_tokens": 4},
-        "sensitivity": {"score": "nll", "treatments": ["none"]},
+        "sensitivity": {"score": "nll", "treatments": ["none", "linear_window"], "shares": 4},
         "placement": {"workers": 2},
     }
 
@@ -127,7 +133,15 @@ def test_a_run_ends_with_the_front_a_report_and_checkpoints_that_load(undisturbe
     assert not list((out / "healing").glob("*")), "checkpoints of finished healing are removed"
     for name in ("pareto.png", "sensitivity.png", "report.html", "recipe.yaml", "sensitivity.csv", "candidates.csv"):
         assert (out / name).stat().st_size > 0
-    assert len(table(out, "sensitivity.csv").query("task == 'mean'")) == 3
+    assert len(table(out, "sensitivity.csv").query("task == 'mean' and metric == 'nll'")) == 2 * 3
+    rankings = table(out, "rankings.csv")
+    assert set(rankings["score"]) == {"benchmark", "margin", "nll", "kl", "cosine"}
+    assert set(rankings.query("chosen")["treatment"]) == {"none", "linear_window"}
+    assert len(table(out, "rank_correlations.csv")) == 2 * (10 + 6)
+    interactions = table(out, "interactions.csv")
+    assert {"all_none", "all_linear_window", "given"} <= set(interactions["origin"])
+    single = interactions[interactions["plan"].isin(["NSS", "SNS", "SSN"])]
+    assert single["interaction"].abs().max() < 1e-6 or single.empty
 
 
 def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
@@ -156,13 +170,13 @@ def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed)
     again = run(inputs, out)
     assert records(out) == before
     assert "duration_s=" not in again.stderr
-    victim = sorted((out / "records" / "sensitivity").glob("*.json"))[0]
+    of_scores = (path for path in (out / "records" / "sensitivity").glob("*.json") if '"scores"' in path.read_text())
+    victim = sorted(of_scores)[0]
     original = json.loads(victim.read_text())
     victim.write_text(victim.read_text()[:100])
     repaired = run(inputs, out)
     assert "is damaged" in repaired.stderr
-    finished = [line for line in repaired.stderr.splitlines() if line.startswith("sensitivity 3/3 done")]
-    assert len(finished) == repaired.stderr.count("duration_s=") == 1
+    assert "duration_s=" not in repaired.stderr, "what plans said to the items is recorded still"
     assert json.loads(victim.read_text())["result"]["scores"] == original["result"]["scores"]
 
 
@@ -206,12 +220,12 @@ def test_a_dry_run_counts_the_units_and_starts_nothing(undisturbed, tmp_path):
     assert not (tmp_path / "out").exists()
     assert "unknown" in fresh.stdout
     rows = {line.split()[0]: line.split()[1:] for line in fresh.stdout.splitlines()[1:] if line.strip()}
-    assert rows["sensitivity"][:2] == ["3", "0"]
+    assert rows["sensitivity"][:2] == ["9", "0"]
     before = records(out)
     finished = run(inputs, out, "--dry-run")
     assert records(out) == before
     rows = {line.split()[0]: line.split()[1:] for line in finished.stdout.splitlines()[1:] if line.strip()}
-    assert rows["sensitivity"][:2] == ["3", "3"]
+    assert rows["sensitivity"][:2] == ["9", "9"]
 
 
 def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, tmp_path):
@@ -222,3 +236,71 @@ def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, tmp_path):
     assert not (out / "pareto.csv").exists()
     through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
     assert "duration_s=" not in through_url.stderr
+
+
+def test_workers_killed_at_random_leave_the_same_table_and_no_unit_done_twice(undisturbed, tmp_path):
+    inputs, expected, _ = undisturbed
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(inputs, out, "--until", "sensitivity"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kills, finished = 0, []
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("sensitivity ") and " done " in line:
+            finished.append(line.split(" done ")[1].split(" duration_s=")[0])
+            workers = workers_of(process.pid)
+            if kills < 5 and workers:
+                os.kill(random.choice(workers), signal.SIGKILL)
+                kills += 1
+    assert process.wait() == 0
+    assert kills == 5
+    assert len(set(finished)) == len(finished) == 9
+    pd.testing.assert_frame_equal(table(out, "sensitivity.csv"), table(expected, "sensitivity.csv"), rtol=1e-6)
+
+
+def workers_of(driver: int) -> list[int]:
+    """Process ids of the sweep workers that a driver's own Ray started."""
+    parents, workers = {}, []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            command_line = (folder / "cmdline").read_bytes()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if command_line.startswith(b"ray::SweepWorker"):
+            workers.append(int(folder.name))
+
+    def descends(pid: int) -> bool:
+        while pid > 1 and pid != driver:
+            pid = parents.get(pid, 0)
+        return pid == driver
+
+    return [pid for pid in workers if descends(pid)]
+
+
+def test_adaptive_tiers_resume_after_a_kill_and_spend_items_where_they_matter(undisturbed, tmp_path):
+    inputs, _, _ = undisturbed
+    settings = [
+        *("--until", "sensitivity", "--set", "search.refine=null", "--set", "quality.sequences=30"),
+        *("--set", "sensitivity.treatments=[none]", "--set", "sensitivity.compare=false"),
+        *("--set", "sensitivity.adaptive={removed: 1, middle: 1, first_items: 4}"),
+    ]
+    whole = tmp_path / "whole"
+    result = run(inputs, whole, *settings)
+    assert "tiers are certain (95%)" in result.stderr
+    out = tmp_path / "out"
+    kill_at(inputs, out, "sensitivity 1/", *settings)
+    run(inputs, out, *settings)
+    for name in ("sensitivity.csv", "run.json"):
+        assert (out / name).exists()
+    pd.testing.assert_frame_equal(table(out, "sensitivity.csv"), table(whole, "sensitivity.csv"), rtol=1e-6)
+    mean = table(whole, "sensitivity.csv").query("task == 'mean'")
+    assert len(mean) == 3 and mean["n_items"].between(4, 30).all()
+    assert json.loads((whole / "run.json").read_text())["adaptive"]["tiers"].count("remove") == 1

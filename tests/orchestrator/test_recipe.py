@@ -224,3 +224,49 @@ def test_every_field_survives_the_round_trip(example):
     values = yaml.safe_load(load_recipe(example).resolved_yaml())
     assert set(values) == set(Recipe.model_fields)
     assert os.path.isabs(values["quality"]["tasks"][2])
+
+
+def test_the_score_follows_from_what_there_is_to_judge_by():
+    def score(**quality) -> str:
+        return recipe_from_dict({"model": {"path": "m"}, "quality": quality}).sensitivity.score
+
+    assert score(tasks=["t"], text="t.txt") == score(text="t.txt") == "nll"
+    assert score(tasks=["t"]) == "margin"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "remedy"),
+    [
+        (["sensitivity.adaptive={removed: 3}"], "sensitivity.adaptive", "either removed and middle"),
+        (["sensitivity.adaptive={removed: 3, middle: 2, keep_above: 1}"], "sensitivity.adaptive", "either removed"),
+        (["sensitivity.adaptive={removed: 3, midle: 2}"], "sensitivity.adaptive.midle", "did you mean middle?"),
+        (
+            ["sensitivity.adaptive={removed: 3, middle: 2}", "sensitivity.treatments=[none, window]"],
+            "sensitivity.treatments",
+            "use [none], or leave sensitivity.adaptive out",
+        ),
+        (
+            ["sensitivity.adaptive={removed: 3, middle: 2}", "sensitivity.score=cosine"],
+            "sensitivity.adaptive",
+            "needs no ablation",
+        ),
+        (
+            ["search.refine={plans: 8}"],
+            "sensitivity.treatments",
+            "lacks linear_window, whose costs",
+        ),
+        (["search.refine={metod: greedy}"], "search.refine.metod", "did you mean method?"),
+        (
+            ["search.refine={plans: 8}", "sensitivity.adaptive={removed: 3, middle: 2}"],
+            "search.refine",
+            "leave one of them out",
+        ),
+        (["sensitivity.context_tokens=[64]", "quality.text=null"], "sensitivity.context_tokens", "needs quality.text"),
+        (["placement.activations_gib=0"], "placement.activations_gib", "must be auto or a number of GiB"),
+    ],
+)
+def test_settings_of_the_sweep_that_do_not_fit_together(example, overrides, field, remedy):
+    with pytest.raises(InputError) as caught:
+        load_recipe(example, overrides)
+    assert caught.value.field == field
+    assert remedy in caught.value.remedy

@@ -7,6 +7,7 @@ scores: lm-eval's metrics are worked out when all shares of a plan are there, wh
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 import time
@@ -70,6 +71,14 @@ class ScoreUnit:
     answers: tuple[tuple[tuple[float, ...], tuple[bool, ...]], ...]
 
 
+@dataclass(frozen=True)
+class PlansUnit:
+    """Some plans judged together by all of a spec."""
+
+    spec: QualitySpec
+    plans: tuple[Plan, ...]
+
+
 class SweepWorker(EvaluationWorker):
     """Also sweeps. A plain class: Ray only wraps it."""
 
@@ -77,18 +86,22 @@ class SweepWorker(EvaluationWorker):
         """Does one unit.
 
         Returns:
-            JSON-able, and `evaluation_s` in each: for a CountUnit `tasks`, the number of items of each task (`text` for
-            a text's sequences); for a SweepUnit, a list with one entry for each plan under each of `log_p` and `greedy`
-            (one value for each request of the share, in their order) or `nll` and `kl` (one for each sequence); for a
-            ScoreUnit `scores`.
+            JSON-able, and `evaluation_s` in each. A CountUnit gives `tasks`, the number of items of each task (`text`
+            for the sequences of a text), and `costs`, the tokens that each item adds to those before it. A SweepUnit
+            gives a list with one entry for each plan under each of `log_p` and `greedy` (one value for each request of
+            the share, in their order) or `nll` and `kl` (one for each sequence). A ScoreUnit gives `scores`, a
+            PlansUnit a list of them.
         """
         start = time.perf_counter()
         if isinstance(unit, CountUnit):
-            result: dict[str, Any] = {"tasks": self._count(unit.spec)}
+            result: dict[str, Any] = {"tasks": self._count(unit.spec), "costs": self.evaluation(unit.spec).costs()}
         elif isinstance(unit, SweepUnit):
             result = self._sweep(unit)
         elif isinstance(unit, ScoreUnit):
             result = {"scores": self._score(unit)}
+        elif isinstance(unit, PlansUnit):
+            found = self.evaluation(unit.spec).run(unit.plans)
+            result = {"scores": [scores.to_dict() for scores in found]}
         else:
             return super().run(unit)
         return {**result, "evaluation_s": time.perf_counter() - start}
@@ -165,10 +178,16 @@ def _requests(items: Sequence[Item]) -> list[int]:
     return sorted({index for item in items for index in item.requests})
 
 
-def shares(n_items: int, n_shares: int, *, first: int = 0, seed: int | None = None) -> list[Share]:
-    """Cuts items `first` to `first + n_items` into shares of nearly the same size, none of them empty."""
-    cuts = [first + n_items * i // n_shares for i in range(n_shares + 1)]
-    return [Share(start, stop, seed) for start, stop in itertools.pairwise(cuts) if start < stop]
+def shares(costs: Sequence[int], n_shares: int, *, first: int = 0, seed: int | None = None) -> list[Share]:
+    """Cuts items into shares of nearly the same cost, none of them empty.
+
+    Args:
+        costs: of each item, from item `first` on.
+        n_shares: as many at most.
+    """
+    ends = list(itertools.accumulate(costs))
+    cuts = [0] + [bisect.bisect_left(ends, ends[-1] * i / n_shares) + 1 for i in range(1, n_shares + 1)] if ends else []
+    return [Share(first + start, first + stop, seed) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
 def sweep_units(

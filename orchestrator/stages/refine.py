@@ -1,0 +1,134 @@
+"""The end of stage `search`: the plans to be healed improved at the same speed, since layers are not independent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from layerboost.evaluation import QualitySpec, Scores
+from layerboost.plan import Plan, Treatment
+from layerboost.refinement import Refiner, make_refiner
+from layerboost.sensitivity import mean_drop
+from orchestrator.context import RunContext
+from orchestrator.results import sensitivity_rows
+from orchestrator.stages.heal import REFINED, candidates
+from tasks.sweeping import PlansUnit, sweep_units
+
+REFINE = "refine"
+_PLANS_OF_A_UNIT = 8
+"""Plans that one worker evaluates together: enough to share most of their layers."""
+
+
+def refine(run: RunContext) -> list[dict[str, Any]]:
+    """Points of the search that refinement adds: the improved plans of those that would be healed.
+
+    Plans are compared by the chosen score, over the items that the single layers were scored on.
+    """
+    if run.inputs.recipe.search.refine is None:
+        return []
+    rounds = _Rounds(run, candidates(run))
+    todo = rounds.next_units()
+    run.progress.start_stage(REFINE, rounds.max_plans, recorded=rounds.n_evaluated)
+    if todo:
+        spec = rounds.spec
+        failures = sweep_units(
+            todo,
+            run.inputs.source,
+            spec,
+            run.workers(),
+            on_result=rounds.record,
+            more_units=rounds.next_units,
+            n_workers=run.n_workers,
+        )
+        for failure in failures:
+            run.failed(REFINE, {"plans": " ".join(map(str, failure.unit.plans))}, failure.error)
+    for refiner in rounds.refiners:
+        plan, drop = refiner.best
+        run.progress.note("refined", start=refiner.start, plan=plan, drop=f"{drop:.4f}")
+    run.progress.end_stage()
+    nothing = {"remove_below": None, "keep_above": None, "status": "ok", "error": None}
+    improved = dict.fromkeys(refiner.best[0] for refiner in rounds.refiners if refiner.best[0] != refiner.start)
+    return [{**plan.to_dict(), "origin": REFINED, **nothing} for plan in improved]
+
+
+class _Rounds:
+    """The rounds of all refiners together, replayed from the records."""
+
+    def __init__(self, run: RunContext, starts: list[Plan]):
+        self._run, settings = run, run.inputs.recipe.search.refine
+        assert settings is not None
+        self.spec = run.inputs.sweep_sources[0].spec
+        self._score = run.inputs.recipe.sensitivity.score
+        costs = _costs(run)
+        each = max(1, settings.plans // max(1, len(starts)))
+        self.max_plans = each * len(starts)
+        self.refiners: list[Refiner] = [make_refiner(settings.method, start, costs, each) for start in starts]
+        self._base = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
+        self._handed_out: set[Plan] = set()
+        self._judged: set[Plan] = set()
+
+    @property
+    def n_evaluated(self) -> int:
+        return sum(refiner.n_evaluated for refiner in self.refiners)
+
+    def next_units(self) -> list[PlansUnit]:
+        """Plans that no record has, as units; takes in what the records have until there are some."""
+        while True:
+            proposed = {refiner: refiner.propose() for refiner in self.refiners}
+            wanted = list(dict.fromkeys(plan for plans in proposed.values() for plan in plans))
+            if not wanted:
+                return self._finish()
+            # What was handed out and is not there has failed.
+            missing = [plan for plan in wanted if self._drop(plan) is None and plan not in self._handed_out]
+            if missing:
+                self._handed_out |= set(missing)
+                return self._units(missing, self.spec)
+            for refiner, plans in proposed.items():
+                if plans:
+                    drops = {plan: drop for plan in plans if (drop := self._drop(plan)) is not None}
+                    refiner.observe(drops)
+
+    def _finish(self) -> list[PlansUnit]:
+        """The search's own judgement of what was found."""
+        spec, recorded = self._run.inputs.search_quality_spec, self._run.recorded
+        found = dict.fromkeys(refiner.best[0] for refiner in self.refiners)
+        identify = self._run.inputs.plan_scores
+        missing = [plan for plan in found if recorded(identify(plan, spec)) is None and plan not in self._judged]
+        self._judged |= set(missing)
+        return self._units(missing, spec)
+
+    def _units(self, plans: list[Plan], spec: QualitySpec) -> list[PlansUnit]:
+        # Plans that begin alike are evaluated together.
+        plans = sorted(plans, key=str)
+        return [
+            PlansUnit(spec, tuple(plans[first : first + _PLANS_OF_A_UNIT]))
+            for first in range(0, len(plans), _PLANS_OF_A_UNIT)
+        ]
+
+    def _drop(self, plan: Plan) -> float | None:
+        """What a plan loses by the chosen score; None where it is not recorded."""
+        identify, recorded = self._run.inputs.plan_scores, self._run.recorded
+        base, found = recorded(identify(self._base, self.spec)), recorded(identify(plan, self.spec))
+        if base is None or found is None:
+            return None
+        return mean_drop(Scores.from_dict(base["scores"]), Scores.from_dict(found["scores"]), self._score).drop
+
+    def record(self, unit: PlansUnit, result: dict, duration_s: float, info: dict) -> None:
+        """Records the scores of each plan of a unit."""
+        each_s = duration_s / len(unit.plans)
+        about = {"duration_s": each_s, "worker": info}
+        for plan, scores in zip(unit.plans, result["scores"], strict=True):
+            self._run.record(REFINE, self._run.inputs.plan_scores(plan, unit.spec), {"scores": scores, **about})
+            drop = self._drop(plan)
+            shown = {} if drop is None or unit.spec != self.spec else {"drop": f"{drop:.4f}"}
+            self._run.progress.finish_unit(each_s, plan=plan, **shown)
+
+
+def _costs(run: RunContext) -> dict[Treatment, list[float]]:
+    """The drop of each layer by each treatment that was measured."""
+    rows = [row for row in sensitivity_rows(run.folder, run.state) if row["task"] == "mean"]
+    costs = {Treatment(row["treatment"]): [np.inf] * run.inputs.n_layers for row in rows}
+    for row in rows:
+        costs[Treatment(row["treatment"])][row["layer"]] = row["drop"]
+    return costs
