@@ -52,7 +52,8 @@ class LayerSweep:
     Args:
         model: a causal language model of a supported family that is not converted yet.
         plans: what to run. The plan of softmax in every layer is the model as it is.
-        budget_bytes: bound on the hidden states in flight and on what a call works with, half for each.
+        budget_bytes: bound on the hidden states in flight and on what calls work with. Two paths of one row are the
+            least that it can do with.
     """
 
     def __init__(self, model: Any, plans: Sequence[Plan], *, budget_bytes: int = DEFAULT_BUDGET_BYTES):
@@ -102,12 +103,12 @@ class LayerSweep:
     def room(self, n_rows: int, n_tokens: int) -> int:
         """How many paths may be in flight over so many rows of so many tokens; a fork needs two."""
         state_bytes = n_rows * n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-        return max(2, self.budget_bytes // 2 // state_bytes - 1)  # beside the embedded tokens
+        return max(2, self._state_bytes // state_bytes - 1)  # beside the embedded tokens
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of so many tokens that leave room for several paths in flight, at least one row."""
         row_bytes = n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-        return max(1, self.budget_bytes // 2 // (_PATHS_AT_LEAST * row_bytes))
+        return max(1, self._state_bytes // (_PATHS_AT_LEAST * row_bytes))
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,7 @@ class LayerSweep:
     def _call(self, layer: int, step: Step, states: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
         """One layer over stacked states (n * B, T, d), in as many calls as the memory for working asks for."""
         module, arguments = self._layers[step][layer], inputs.arguments(layer, step)
-        rows_at_once = max(1, self._work_bytes() // self._row_work_bytes(step, inputs))
+        rows_at_once = max(1, self._work_bytes // self._row_work_bytes(step, inputs))
         outputs = []
         with _at_columns(getattr(module, "mlp", None), inputs.read_columns if layer == self.n_layers - 1 else None):
             for start in range(0, len(states), rows_at_once):
@@ -219,12 +220,19 @@ class LayerSweep:
 
     def _states_at_once(self, step: Step, inputs: _Inputs) -> int:
         n_rows, n_tokens, _ = inputs.embedded.shape
-        by_memory = self._work_bytes() // (n_rows * self._row_work_bytes(step, inputs))
+        by_memory = self._work_bytes // (n_rows * self._row_work_bytes(step, inputs))
         call_tokens = _CALL_TOKENS.get(self.model.device.type, _CALL_TOKENS["cuda"])
         return max(1, min(by_memory, call_tokens // (n_rows * n_tokens)))
 
+    # Allocators hold more than is asked of them, and the reading of results needs its share too.
+
+    @property
+    def _state_bytes(self) -> int:
+        return self.budget_bytes * 3 // 8
+
+    @property
     def _work_bytes(self) -> int:
-        return self.budget_bytes // 2
+        return self.budget_bytes // 4
 
     def _row_work_bytes(self, step: Step, inputs: _Inputs) -> int:
         """What a layer holds at once for one row, from above: MLP or attention, and scores where they are spelt out."""

@@ -29,14 +29,16 @@ def refine(run: RunContext) -> list[dict[str, Any]]:
         return []
     rounds = _Rounds(run, candidates(run))
     todo = rounds.next_units()
-    run.progress.start_stage(REFINE, rounds.max_plans, recorded=rounds.n_evaluated)
-    if todo:
-        spec = rounds.spec
+    workers = run.workers() if todo else None
+    run.progress.start_stage(
+        REFINE, rounds.max_plans, recorded=rounds.n_evaluated, workers=workers.n_workers if workers else 1
+    )
+    if workers:
         failures = sweep_units(
             todo,
             run.inputs.source,
-            spec,
-            run.workers(),
+            rounds.spec,
+            workers,
             on_result=rounds.record,
             more_units=rounds.next_units,
             n_workers=run.n_workers,
