@@ -145,6 +145,12 @@ class PlanEvaluation:
             self.sequences = text_sequences(tokenizer, spec)
         self._base = Plan.uniform(Treatment.SOFTMAX, model.config.num_hidden_layers)
 
+    @property
+    def generating(self) -> list[str]:
+        """The tasks that have the model generate, so that their items cannot be answered by likelihood."""
+        items = self.benchmarks.items if self.benchmarks else []
+        return sorted({item.task for item in items if not item.requests})
+
     def costs(self) -> list[int]:
         """The tokens that each item adds to the one before it; of a text, those of each sequence."""
         if self.sequences is not None:
@@ -206,8 +212,7 @@ class PlanEvaluation:
         found = Scores()
         if answers is not None:
             assert self.benchmarks is not None
-            generates = any(not item.requests for item in self.benchmarks.items)
-            model = convert(self.model, plan) if generates and plan != self._base else None
+            model = convert(self.model, plan) if self.generating and plan != self._base else None
             found.metrics += self.benchmarks.scores(*answers, items=items, model=model)
         if text is not None:
             nll, kl = text

@@ -48,7 +48,8 @@ def run_harness(
     Args:
         make_lm: makes (or gives again) the `lm_eval.api.model.LM` that answers.
         spec: the tasks; its text is none of lm-eval's business.
-        samples: ids of the documents to ask about, ascending, for each task that is to be asked; all if None.
+        samples: ids of the documents to ask about, ascending, for each task that is to be asked; all if None. The
+            tasks of a group then stand for themselves.
     """
     import lm_eval
 
@@ -56,7 +57,7 @@ def run_harness(
         benchmarks = _load_benchmarks(spec.tasks, tuple(map(task_identity, spec.tasks)), spec.num_fewshot)
         results = lm_eval.simple_evaluate(
             model=make_lm(),
-            tasks=[part for benchmark in benchmarks for part in benchmark.parts],
+            tasks=_parts(benchmarks, samples),
             num_fewshot=spec.num_fewshot,
             batch_size=spec.batch_size,
             limit=None if samples is not None else spec.limit,
@@ -75,6 +76,13 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     # The warning of contexts too long for the model is false here: HFLM cuts them to fit.
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return copied
+
+
+def _parts(benchmarks: Sequence[_Benchmark], samples: Mapping[str, Sequence[int]] | None) -> list[Any]:
+    """What lm-eval is to run; it would ask a task without samples about all of its documents."""
+    if samples is None:
+        return [part for benchmark in benchmarks for part in benchmark.parts]
+    return [task for benchmark in benchmarks for name, task in benchmark.tasks.items() if name in samples]
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,9 @@ def _packaged_manager() -> Any:
 
 
 def _scores_of(benchmark: _Benchmark, results: Mapping[str, Any]) -> list[MetricScore]:
-    by_task = {name: _task_scores(name, task, results) for name, task in benchmark.tasks.items()}
+    by_task = {
+        name: _task_scores(name, task, results) for name, task in benchmark.tasks.items() if name in results["results"]
+    }
     by_group = {name: _group_scores(name, by_task, results) for name in benchmark.groups}
     top = benchmark.groups[0] if benchmark.groups else None
     for owner in [by_group[top]] if top is not None and by_group[top] else by_task.values():

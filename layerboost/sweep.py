@@ -20,11 +20,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import MIN_CHUNK_TOKENS, dense_attention, softmax_attention
+from .attention import MIN_CHUNK_TOKENS
 from .convert import convert
 from .families import decoder_layers, family_of
+from .forest import (
+    CAPPED_FOREST,
+    LINEAR_WINDOW_FOREST,
+    SOFTMAX_FOREST,
+    ForestMask,
+    ForestMasks,
+    Step,
+    at_columns,
+)
 from .packing import Forest
 from .plan import Plan, Treatment
 
@@ -34,11 +42,7 @@ DEFAULT_BUDGET_BYTES = 1 << 30
 _CALL_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 """Tokens that make a call of a layer large enough: what it works with stays in a CPU's caches, a GPU has work."""
 
-_QUERY_BLOCK_TOKENS = 64
 _PATHS_AT_LEAST = 8
-
-Step = tuple[Treatment, int | None]
-"""What a path does at one layer: the treatment, and its window where it has one."""
 
 Path = tuple[Step, ...]
 Emit = Callable[[list[int], list[torch.Tensor]], None]
@@ -129,7 +133,7 @@ class LayerSweep:
             masks = [call.get("attention_mask") for call in stand_ins.calls]
             stand_ins.clear()
             decoder(input_ids=tokens, position_ids=forest.depths, use_cache=False)
-            return _Inputs(stand_ins.embedded, stand_ins.calls, forest, _ForestMasks(forest, masks))
+            return _Inputs(stand_ins.embedded, stand_ins.calls, forest, ForestMasks(forest, masks))
 
     @contextlib.contextmanager
     def _forest_attention(self, active: bool) -> Iterator[None]:
@@ -140,10 +144,10 @@ class LayerSweep:
         attention = family_of(self.model.config).attention
         # The family's own SDPA knows no cap on scores, so a model that runs on it has none.
         is_capped = self.model.config._attn_implementation != "sdpa"
-        changes = [(self.model.config, _CAPPED_FOREST if is_capped else _SOFTMAX_FOREST)]
+        changes = [(self.model.config, CAPPED_FOREST if is_capped else SOFTMAX_FOREST)]
         for (treatment, _), layers in self._layers.items():
             if treatment.needs_window:
-                name = _LINEAR_WINDOW_FOREST if treatment is Treatment.LINEAR_WINDOW else _CAPPED_FOREST
+                name = LINEAR_WINDOW_FOREST if treatment is Treatment.LINEAR_WINDOW else CAPPED_FOREST
                 changes += [(getattr(layer, attention).config, name) for layer in layers]
         before = [(config, config._attn_implementation) for config, _ in changes]
         try:
@@ -211,7 +215,7 @@ class LayerSweep:
         module, arguments = self._layers[step][layer], inputs.arguments(layer, step)
         rows_at_once = max(1, self._work_bytes // self._row_work_bytes(step, inputs))
         outputs = []
-        with _at_columns(getattr(module, "mlp", None), inputs.read_columns if layer == self.n_layers - 1 else None):
+        with at_columns(getattr(module, "mlp", None), inputs.read_columns if layer == self.n_layers - 1 else None):
             for start in range(0, len(states), rows_at_once):
                 part = states[start : start + rows_at_once]
                 output = module(part, **_of_rows(arguments, start, len(part), inputs.n_rows))
@@ -252,68 +256,13 @@ class LayerSweep:
 
 
 @dataclass
-class _ForestMask:
-    """Which keys a query sees, (B, Q, T) bool: by softmax those `inside`, through the feature map those `older`.
-
-    `columns` (Q,) are the queries that anybody needs behind this layer, None for all T of them.
-    """
-
-    inside: torch.Tensor
-    older: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
-
-    def of_rows(self, rows: torch.Tensor) -> _ForestMask:
-        return _ForestMask(self.inside[rows], None if self.older is None else self.older[rows], self.columns)
-
-
-class _ForestMasks:
-    """The masks of a forest for each layer and treatment, each made once.
-
-    Args:
-        forest: on the model's device.
-        family_masks: for each layer the family's own mask over positions, (1, 1, P, P); None where it is causal.
-    """
-
-    def __init__(self, forest: Forest, family_masks: list[torch.Tensor | None]):
-        self.forest, self._family_masks = forest, family_masks
-        self._visible = forest.visible()
-        columns = (forest.read_nodes % forest.tokens.shape[1]).unique()
-        # Gathering a few of the columns is worth it, gathering most of them not.
-        self.read_columns = columns if 2 * len(columns) <= forest.tokens.shape[1] else None
-        self._made: dict[Any, _ForestMask] = {}
-
-    def mask(self, layer: int, step: Step) -> _ForestMask:
-        is_last = layer == len(self._family_masks) - 1
-        family_mask = None if step[0].needs_window else self._family_masks[layer]
-        key = (is_last, step, None if family_mask is None else layer)
-        if key not in self._made:
-            self._made[key] = self._make(step, family_mask, self.read_columns if is_last else None)
-        return self._made[key]
-
-    def _make(self, step: Step, family_mask: torch.Tensor | None, columns: torch.Tensor | None) -> _ForestMask:
-        seen, query_depths, depths = self._visible, self.forest.depths, self.forest.depths
-        if columns is not None:
-            seen, query_depths = seen[:, columns], depths[:, columns]
-        treatment, window = step
-        if treatment.needs_window:
-            assert window is not None
-            inside = seen & (query_depths[:, :, None] - depths[:, None] < window)
-            older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
-            return _ForestMask(inside, older, columns)
-        if family_mask is not None:
-            over_positions = family_mask[0, 0] if family_mask.dtype == torch.bool else family_mask[0, 0] == 0
-            seen = seen & over_positions[query_depths[:, :, None], depths[:, None]]
-        return _ForestMask(seen, None, columns)
-
-
-@dataclass
 class _Inputs:
     """What a model's forward pass gives its layers: `embedded` (B, T, d), and the keyword arguments of each."""
 
     embedded: torch.Tensor
     calls: list[dict[str, Any]]
     forest: Forest | None = None
-    masks: _ForestMasks | None = None
+    masks: ForestMasks | None = None
 
     @property
     def n_rows(self) -> int:
@@ -337,7 +286,7 @@ def _of_rows(arguments: Any, start: int, n: int, n_rows: int) -> Any:
         return tuple(_of_rows(value, start, n, n_rows) for value in arguments)
     if n_rows == 1 or (n == n_rows and start % n_rows == 0):
         return arguments
-    if isinstance(arguments, _ForestMask):
+    if isinstance(arguments, ForestMask):
         return arguments.of_rows(_row_indices(start, n, n_rows, arguments.inside.device))
     if isinstance(arguments, torch.Tensor) and arguments.ndim and arguments.shape[0] == n_rows:
         return arguments[_row_indices(start, n, n_rows, arguments.device)]
@@ -346,32 +295,6 @@ def _of_rows(arguments: Any, start: int, n: int, n_rows: int) -> Any:
 
 def _row_indices(start: int, n: int, n_rows: int, device: torch.device) -> torch.Tensor:
     return torch.arange(start, start + n, device=device) % n_rows
-
-
-@contextlib.contextmanager
-def _at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[None]:
-    """Has an MLP, which treats each token by itself, compute some columns of (B, T, d) only; the others become zero."""
-    if mlp is None or columns is None:
-        yield
-        return
-    n_tokens = 0
-
-    def gather(module: nn.Module, args: tuple) -> tuple:
-        nonlocal n_tokens
-        n_tokens = args[0].shape[1]
-        return (args[0][:, columns], *args[1:])
-
-    def scatter(module: nn.Module, args: tuple, output: Any) -> Any:
-        some = output[0] if isinstance(output, tuple) else output
-        whole = some.new_zeros(some.shape[0], n_tokens, some.shape[-1]).index_copy(1, columns, some)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
-
-    handles = (mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _StandIns:
@@ -432,57 +355,3 @@ def _eval(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
-    """An attention function of transformers from one that takes queries (B, H, Q, D) and their `_ForestMask`."""
-
-    def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
-        columns = attention_mask.columns
-        some = query if columns is None else query[:, :, columns]
-        output = attend(module, some, key, value, attention_mask, scaling, softcap).transpose(1, 2)
-        if columns is not None:
-            whole = output.new_zeros(output.shape[0], query.shape[2], *output.shape[2:])
-            output = whole.index_copy(1, columns, output)
-        return output, None
-
-    return forward
-
-
-def _attend_softmax(module, query, key, value, mask, scaling, softcap):
-    n_groups = query.shape[1] // key.shape[1]
-    if n_groups > 1:
-        key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
-    if mask.columns is not None:
-        return softmax_attention(query, key, value, mask.inside[:, None], scaling, softcap, 0.0)
-    # No query sees a key behind it: blocks of queries need not meet the keys behind the block.
-    outputs = []
-    for start in range(0, query.shape[2], _QUERY_BLOCK_TOKENS):
-        end = min(start + _QUERY_BLOCK_TOKENS, query.shape[2])
-        inside = mask.inside[:, None, start:end, :end]
-        outputs.append(
-            softmax_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end], inside, scaling, softcap, 0.0)
-        )
-    return torch.cat(outputs, dim=2)
-
-
-def _attend_linear_window(module, query, key, value, mask, scaling, softcap):
-    feature_map = module.linear_window
-    return dense_attention(
-        query, key, value, mask.inside, mask.older, scaling=scaling, feature_map=feature_map, softcap=softcap
-    )
-
-
-def _attend_uncapped(module, query, key, value, mask, scaling, softcap):
-    return _attend_softmax(module, query, key, value, mask, scaling, None)
-
-
-_SOFTMAX_FOREST = "layerboost_softmax_forest"
-_CAPPED_FOREST = "layerboost_capped_softmax_forest"
-_LINEAR_WINDOW_FOREST = "layerboost_linear_window_forest"
-for _name, _attend in (
-    (_SOFTMAX_FOREST, _attend_uncapped),
-    (_CAPPED_FOREST, _attend_softmax),
-    (_LINEAR_WINDOW_FOREST, _attend_linear_window),
-):
-    ALL_ATTENTION_FUNCTIONS.register(_name, _forest_forward(_attend))

@@ -87,14 +87,19 @@ class SweepWorker(EvaluationWorker):
 
         Returns:
             JSON-able, and `evaluation_s` in each. A CountUnit gives `tasks`, the number of items of each task (`text`
-            for the sequences of a text), and `costs`, the tokens that each item adds to those before it. A SweepUnit
-            gives a list with one entry for each plan under each of `log_p` and `greedy` (one value for each request of
-            the share, in their order) or `nll` and `kl` (one for each sequence). A ScoreUnit gives `scores`, a
-            PlansUnit a list of them.
+            for the sequences of a text), `costs`, the tokens that each item adds to those before it, and `generating`,
+            the tasks that have the model generate. A SweepUnit gives a list with one entry for each plan under each of
+            `log_p` and `greedy` (one value for each request of the share, in their order) or `nll` and `kl` (one for
+            each sequence). A ScoreUnit gives `scores`, a PlansUnit a list of them.
         """
         start = time.perf_counter()
         if isinstance(unit, CountUnit):
-            result: dict[str, Any] = {"tasks": self._count(unit.spec), "costs": self.evaluation(unit.spec).costs()}
+            evaluation = self.evaluation(unit.spec)
+            result: dict[str, Any] = {
+                "tasks": self._count(unit.spec),
+                "costs": evaluation.costs(),
+                "generating": evaluation.generating,
+            }
         elif isinstance(unit, SweepUnit):
             result = self._sweep(unit)
         elif isinstance(unit, ScoreUnit):

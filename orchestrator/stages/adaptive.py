@@ -17,6 +17,7 @@ from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import item_drops
 from orchestrator.context import Identity, RunContext
 from orchestrator.identity import TASKS_SOURCE
+from orchestrator.recipe import InputError
 from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
 from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, mixed_tasks, shares, sweep_units
@@ -89,6 +90,12 @@ class Rounds:
         counted = run.recorded(run.inputs.count(spec), (SWEEP,))
         if counted is None:
             return [CountUnit(spec)]
+        if counted["generating"]:
+            raise InputError(
+                "sensitivity.adaptive",
+                ", ".join(counted["generating"]),
+                "has the model generate, which gives no likelihood to rank by item; leave adaptive or the task out",
+            )
         tasks = mixed_tasks(counted["tasks"])
         weights = [len(tasks) / (len(counted["tasks"]) * counted["tasks"][task]) for task in tasks]
         settings = self._settings

@@ -40,6 +40,7 @@ class Sweep:
         self._run, self._sources = run, sources
         self._plans = run.inputs.sweep_plans
         self._handed_out: set[Any] = set()
+        self._answers_read: dict[tuple[SweepSource, Share, str], dict[str, Any]] = {}
         self._has_cosine = (
             any(source.name == TEXT_SOURCE for source in sources)
             and Treatment.NONE.value in self._plans
@@ -130,8 +131,14 @@ class Sweep:
         return [treatment for treatment in self._plans if self._said(source, share, treatment) is None]
 
     def _said(self, source: SweepSource, share: Share, treatment: str) -> dict[str, Any] | None:
-        identity = self._run.inputs.sweep(source.spec, share, self._plans[treatment])
-        return self._run.recorded(identity, (SWEEP,))
+        key = source, share, treatment
+        if key not in self._answers_read:
+            identity = self._run.inputs.sweep(source.spec, share, self._plans[treatment])
+            recorded = self._run.recorded(identity, (SWEEP,))
+            if recorded is None:
+                return None
+            self._answers_read[key] = recorded
+        return self._answers_read[key]
 
     def _recorded_cosine(self) -> dict[str, Any] | None:
         return self._run.recorded(self._run.inputs.scores(cosine_unit(), self._text_source.spec))

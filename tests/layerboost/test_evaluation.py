@@ -707,6 +707,17 @@ def test_some_items_score_as_lm_eval_scores_those_samples(model, tokenizer, task
         assert found.get(task, metric).items == pytest.approx([items[i] for i in (1, 4, 5, 11)], abs=1e-5)
 
 
+def test_tasks_without_chosen_items_are_not_asked(model, tokenizer, tasks):
+    evaluation = PlanEvaluation(
+        model, tokenizer, QualitySpec(tasks=(tasks["choice"], tasks["ending"], tasks["answer"]))
+    )
+    assert evaluation.generating == ["answer"]
+    some = [item for item in evaluation.items if item.task == "choice"][:5]
+    answers = evaluation.answer([PLANS[0]], some)
+    found = evaluation.scores(PLANS[0], (answers.log_p[0], answers.greedy[0]), None, some)
+    assert {(score.task, score.n_items) for score in found.metrics} == {("choice", 5)}
+
+
 def test_contexts_too_long_for_the_model_lose_their_beginning_as_in_lm_eval(model, tokenizer, tmp_path):
     n_positions = model.config.max_position_embeddings
     path = _write_task(
