@@ -99,8 +99,11 @@ class RunContext:
         return replace(workers, activations_gib=budget if isinstance(budget, float) else None)
 
     def n_workers(self) -> int:
-        """How many workers there may be by now: with `auto`, more when the cluster has grown."""
-        return self.workers().n_workers
+        """How many workers there may be by now: with `auto`, more when the cluster has grown. Never an error."""
+        try:
+            return self.workers().n_workers
+        except InputError:
+            return 1  # nodes have left; those that are at work are replaced as far as there is room
 
 
 def placed(resolve: Callable[[], cluster.WorkerResources]) -> cluster.WorkerResources:

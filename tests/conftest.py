@@ -27,6 +27,17 @@ def shared_dir() -> Path:
     return _SHARED
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """With several threads the order of sums, and so the last bits, depends on what else is in a batch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 N_LAYERS, CONTEXT_TOKENS = 3, 64
 WORDS = [f"word{i}" for i in range(60)]
 

@@ -43,15 +43,11 @@ def _set_trials(run: RunContext, trials: list[dict[str, Any]]) -> None:
     """Puts points into the run's state, with what is known of their plans."""
     outcomes, spec = known_plans(run), run.inputs.search_quality_spec
     nothing = {"quality": None, "quality_stderr": None, "speedup": None}
-    run.state.trials = [
-        {
-            **trial,
-            **outcomes.get(plan.plan_id, nothing),
-            "key": unit_key(run.inputs.plan_scores(plan, spec)),
-        }
-        for trial in trials
-        if (plan := Plan.from_dict(trial))
-    ]
+    run.state.trials = []
+    for trial in trials:
+        plan = Plan.from_dict(trial)
+        key = unit_key(run.inputs.plan_scores(plan, spec))
+        run.state.trials.append({**trial, **outcomes.get(plan.plan_id, nothing), "key": key})
 
 
 def _search(run: RunContext, drops: list[float]) -> tuple[list[TrialResult], list[UnitFailure]]:

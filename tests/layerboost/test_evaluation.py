@@ -40,13 +40,7 @@ WORDS = TEXT.split()
 VOCABULARY = ["<unk>", "<s>", "</s>", *WORDS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With several threads the order of sums, and so the last bits, depends on what else is in a batch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

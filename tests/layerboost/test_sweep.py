@@ -11,6 +11,8 @@ from layerboost.plan import Plan, Treatment
 from layerboost.sweep import LayerSweep
 from tests.models import VARIANTS, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models gain nothing from more
+
 WINDOW = 5
 PLANS = [Plan.parse(plan, WINDOW) for plan in ("SSSS", "NSSS", "SWSS", "SSLS", "SSSN", "WLNS", "LLLL", "WWWW", "NNNN")]
 
