@@ -120,32 +120,35 @@ def correlation_rows(found: list[View]) -> Iterator[dict[str, Any]]:
 
 
 def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of interactions.csv: each plan of the search whose treatments were all measured layer by layer.
+    """Rows of interactions.csv: each plan that was tried and whose treatments were all measured layer by layer.
 
+    Plans of the search are compared by what the search judges by, the finalists that are not healed by everything.
     Plan, base and single layers are compared over the same items, so that the interaction is paired as well.
     """
-    plans = {Plan.from_dict(trial): trial for trial in reversed(state.trials)}
-    untouched = Plan.uniform(Treatment.SOFTMAX, state.n_layers)
-    base = _scores(folder, plans[untouched].get("key")) if untouched in plans else None
-    if base is None:
-        return
-    layers = _single_layers(folder, state, base)
-    for plan, trial in reversed(plans.items()):
-        scores = _scores(folder, trial.get("key"))
-        treated = {t for t in plan.treatments if t is not Treatment.SOFTMAX}
-        if scores is None or not treated or not treated <= {treatment for treatment, _ in layers}:
+    seen: set[tuple[Plan, str]] = set()
+    for base, tried in ((_search_base(state), state.trials), (state.base_key, state.finalists)):
+        base_scores = _scores(folder, base)
+        if base_scores is None:
             continue
-        for score in measured_scores(scores):
-            singles = [layers.get((t, layer)) for layer, t in enumerate(plan.treatments) if t in treated]
-            if any(single is None or score not in measured_scores(single) for single in singles):
+        layers = _single_layers(folder, state, base_scores)
+        for entry in tried:
+            plan = Plan.from_dict(entry)
+            treated = {t for t in plan.treatments if t is not Treatment.SOFTMAX}
+            scores = _scores(folder, entry.get("key") or entry.get("quality_key"))
+            if scores is None or entry.get("healed_key") or not treated:
                 continue
-            yield {
-                "plan_id": plan.plan_id,
-                **plan.to_dict(),
-                "origin": trial["origin"],
-                "score": score,
-                **_interaction(base, scores, [single for single in singles if single is not None], score),
-            }
+            for score in measured_scores(scores):
+                singles = [layers.get((t, layer, score)) for layer, t in enumerate(plan.treatments) if t in treated]
+                if (plan, score) in seen or None in singles:
+                    continue
+                seen.add((plan, score))
+                yield {
+                    "plan_id": plan.plan_id,
+                    **plan.to_dict(),
+                    "origin": entry["origin"],
+                    "score": score,
+                    **_interaction(base_scores, scores, [single for single in singles if single is not None], score),
+                }
 
 
 def tier_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
@@ -211,17 +214,23 @@ def _drops(folder: RunFolder, units: list[dict[str, Any]], n_layers: int) -> dic
     return found | cosine
 
 
-def _single_layers(folder: RunFolder, state: RunState, base: Scores) -> dict[tuple[Treatment, int], Scores]:
-    """Scores of each single treated layer over the items of the base."""
-    measured = [(score.task, score.metric, score.n_items) for score in base.metrics if score.metric != "kl"]
-    found: dict[tuple[Treatment, int], Scores] = {}
+def _search_base(state: RunState) -> str | None:
+    return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
+
+
+def _single_layers(folder: RunFolder, state: RunState, base: Scores) -> dict[tuple[Treatment, int, str], Scores]:
+    """Scores of each single treated layer, for each score that the base has over the same items."""
+    of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
+    found: dict[tuple[Treatment, int, str], Scores] = {}
     for unit in state.sensitivity:
         record = find_record(folder, unit["key"])
         if record is None or "scores" not in record:
             continue
         scores = Scores.from_dict(record["scores"])
-        if [(score.task, score.metric, score.n_items) for score in scores.metrics if score.metric != "kl"] == measured:
-            found.setdefault((Treatment(unit["treatment"]), unit["layer"]), scores)
+        # A base has no divergence from itself where nobody asked for it.
+        if all(of_base.get((s.task, s.metric)) == s.n_items for s in scores.metrics if s.metric != "kl"):
+            for score in measured_scores(scores):
+                found.setdefault((Treatment(unit["treatment"]), unit["layer"], score), scores)
     return found
 
 
