@@ -288,7 +288,7 @@ def _of_rows(arguments: Any, start: int, n: int, n_rows: int) -> Any:
         return arguments
     if isinstance(arguments, ForestMask):
         return arguments.of_rows(_row_indices(start, n, n_rows, arguments.inside.device))
-    if isinstance(arguments, torch.Tensor) and arguments.ndim and arguments.shape[0] == n_rows:
+    if isinstance(arguments, torch.Tensor) and arguments.ndim > 1 and arguments.shape[0] == n_rows:
         return arguments[_row_indices(start, n, n_rows, arguments.device)]
     return arguments
 
