@@ -197,8 +197,8 @@ def test_workers_join_a_run_that_is_under_way(ray_local, monkeypatch):
         pids.append(info["pid"])
         allowed = 2 if len(done) > 2 else 1
 
-    assert run_units(range(14), actor.remote, n_workers=lambda: allowed, on_result=take) == []
-    assert sorted(done) == list(range(14))
+    assert run_units(range(40), actor.remote, n_workers=lambda: allowed, on_result=take) == []
+    assert sorted(done) == list(range(40))
     assert len(set(pids[:3])) == 1 and len(set(pids)) == 2
 
 
