@@ -128,7 +128,7 @@ def test_a_submitted_job_uses_both_nodes(cluster, pristine_inputs, tmp_path):
     assert "succeeded" in (result.stdout + result.stderr).lower()
     nodes = {
         json.loads(path.read_text())["result"]["worker"]["node_id"]
-        for path in (out / "records" / "sensitivity").glob("*.json")
+        for path in (out / "records" / "sweep").glob("*.json")
     }
     assert len(nodes) == 2
     assert (out / "report.html").exists()

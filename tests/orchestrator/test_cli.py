@@ -181,7 +181,7 @@ WRONG = {
     ),
     "score without tasks": (
         damage_nothing,
-        ["--set", "quality.tasks=[]"],
+        ["--set", "quality.tasks=[]", "--set", "sensitivity.score=benchmark"],
         "sensitivity.score",
         "benchmark",
         "needs quality.tasks",
