@@ -79,10 +79,8 @@ def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarra
     """
     found = {}
     for before, after in _pairs(base, variant, score):
-        sign = 1.0 if after.higher_is_better else -1.0
-        base_items = [0.0] * len(after.items or ()) if before is None else before.items
-        if after.items is not None and base_items is not None:
-            found[after.task] = sign * (np.asarray(base_items) - np.asarray(after.items))
+        if (items := _paired_items(before, after)) is not None:
+            found[after.task] = np.subtract(*items)
     if not found:
         raise QualityError(f"sensitivity.score: '{score}' has no items of its own; choose another one")
     return found
@@ -141,11 +139,19 @@ def _pairs(base: Scores, variant: Scores, score: str):
         yield (None if score == "kl" else base.get(after.task, after.metric)), after
 
 
-def _drop(before: MetricScore | None, after: MetricScore) -> Difference:
-    sign = 1.0 if after.higher_is_better else -1.0
+def _paired_items(before: MetricScore | None, after: MetricScore) -> tuple[list[float], list[float]] | None:
+    """The items of base and variant, higher is better; None where one of them has none. A base that is None is 0."""
     base_items = [0.0] * len(after.items or ()) if before is None else before.items
-    if after.items is not None and base_items is not None:
-        return paired_difference([sign * x for x in base_items], [sign * x for x in after.items])
+    if after.items is None or base_items is None:
+        return None
+    sign = 1.0 if after.higher_is_better else -1.0
+    return [sign * x for x in base_items], [sign * x for x in after.items]
+
+
+def _drop(before: MetricScore | None, after: MetricScore) -> Difference:
+    if (items := _paired_items(before, after)) is not None:
+        return paired_difference(*items)
+    sign = 1.0 if after.higher_is_better else -1.0
     base_value, base_stderr = (0.0, 0.0) if before is None else (before.value, before.stderr)
     mean = sign * (base_value - after.value)
     n_items = after.n_items or 0

@@ -20,13 +20,12 @@ from layerboost.ranking import (
     split_half,
     straddles,
 )
-from layerboost.sensitivity import item_drops, mean_drop
+from layerboost.sensitivity import MEAN_TASK, item_drops, mean_drop
 from layerboost.statistics import mean_of_differences, paired_difference
 from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE
-from orchestrator.results import RunState, find_record, measured_scores, sensitivity_rows
+from orchestrator.results import RunState, find_record, measured_scores, scores_of, sensitivity_rows
 from orchestrator.run_folder import RunFolder
 
-MEAN_SOURCE = "mean"
 METHODS: tuple[Method, ...] = ("spearman", "kendall")
 
 
@@ -68,7 +67,7 @@ def views(folder: RunFolder, state: RunState) -> list[View]:
                 continue
             for task, matrix in by_task.items() if len(by_task) > 1 else ():
                 found.append(View(treatment, score, task, None, False, DropMatrix({task: matrix})))
-            name = MEAN_SOURCE if len(by_task) > 1 else next(iter(by_task))
+            name = MEAN_TASK if len(by_task) > 1 else next(iter(by_task))
             found.append(View(treatment, score, name, None, is_chosen, DropMatrix(by_task)))
     return sorted(found, key=lambda view: not view.is_chosen)
 
@@ -127,14 +126,14 @@ def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, A
     """
     seen: set[tuple[Plan, str]] = set()
     for base, tried in ((_search_base(state), state.trials), (state.base_key, state.finalists)):
-        base_scores = _scores(folder, base)
+        base_scores = scores_of(folder, base)
         if base_scores is None:
             continue
         layers = _single_layers(folder, state, base_scores)
         for entry in tried:
             plan = Plan.from_dict(entry)
             treated = {t for t in plan.treatments if t is not Treatment.SOFTMAX}
-            scores = _scores(folder, entry.get("key") or entry.get("quality_key"))
+            scores = scores_of(folder, entry.get("key") or entry.get("quality_key"))
             if scores is None or entry.get("healed_key") or not treated:
                 continue
             for score in measured_scores(scores):
@@ -156,7 +155,7 @@ def tier_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
     drops = {
         row["layer"]: row
         for row in sensitivity_rows(folder, state)
-        if row["task"] == MEAN_SOURCE and row["treatment"] == Treatment.NONE.value
+        if row["task"] == MEAN_TASK and row["treatment"] == Treatment.NONE.value
     }
     trials = {Plan.from_dict(trial): trial for trial in reversed(state.trials)}
     for entry in state.healed:
@@ -199,7 +198,7 @@ def _drops(folder: RunFolder, units: list[dict[str, Any]], n_layers: int) -> dic
     rows: dict[str, list[dict[str, np.ndarray]]] = {}
     cosine: dict[str, dict[str, np.ndarray]] = {}
     for unit in units:
-        record, base = find_record(folder, unit["key"]), _scores(folder, unit["base_key"])
+        record, base = find_record(folder, unit["key"]), scores_of(folder, unit["base_key"])
         if record is not None and "cosine" in record:
             cosine = {"cosine": {TEXT_SOURCE: np.asarray(record["cosine"])}}
         elif record is not None and base is not None:
@@ -248,8 +247,3 @@ def _interaction(base: Scores, plan: Scores, singles: list[Scores], score: str) 
         for task, drops in by_task.items()
     ]
     return {**row, "interaction_stderr": mean_of_differences(differences).stderr}
-
-
-def _scores(folder: RunFolder, key: str | None) -> Scores | None:
-    record = None if key is None else find_record(folder, key)
-    return None if record is None else Scores.from_dict(record["scores"])

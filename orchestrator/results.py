@@ -96,7 +96,7 @@ def layer_drops(folder: RunFolder, state: RunState) -> list[float]:
     rows = {
         row["layer"]: row["drop"]
         for row in sensitivity_rows(folder, state)
-        if row["treatment"] == Treatment.NONE.value and row["task"] == "mean"
+        if row["treatment"] == Treatment.NONE.value and row["task"] == MEAN_TASK
     }
     return [rows[layer] for layer in range(state.n_layers)]
 
@@ -112,7 +112,7 @@ def sensitivity_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]
     rows = []
     for unit in state.sensitivity:
         record = find_record(folder, unit["key"])
-        base = _scores(folder, unit["base_key"])
+        base = scores_of(folder, unit["base_key"])
         if record is None:
             continue
         is_chosen = (unit["source"], unit["context_tokens"]) == chosen
@@ -188,7 +188,7 @@ def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
 
 def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
     """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
-    base = _scores(folder, state.base_key)
+    base = scores_of(folder, state.base_key)
     timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
     concurrencies = list(dict.fromkeys(unit["concurrency"] for unit in state.throughput))
     rows = []
@@ -201,7 +201,7 @@ def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
             "origin": finalist.origin,
             "healed": healed,
             "heal_tokens": _healing(folder, finalist)["tokens"] if healed else 0,
-            **_quality_cells(base, _scores(folder, entry["quality_key"])),
+            **_quality_cells(base, scores_of(folder, entry["quality_key"])),
         }
         for concurrency in concurrencies:
             timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
@@ -316,7 +316,8 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
     )
 
 
-def _scores(folder: RunFolder, key: str | None) -> Scores | None:
+def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
+    """The scores of a record; None where there is none."""
     record = None if key is None else find_record(folder, key)
     return None if record is None else Scores.from_dict(record["scores"])
 

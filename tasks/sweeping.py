@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from layerboost.answering import Item
-from layerboost.evaluation import QualitySpec
+from layerboost.evaluation import QualitySpec, Scores, text_scores
 from layerboost.plan import Plan
 
 from .ablation import EvaluationWorker, ModelSource, actor_maker
@@ -193,6 +193,12 @@ def shares(costs: Sequence[int], n_shares: int, *, first: int = 0, seed: int | N
     ends = list(itertools.accumulate(costs))
     cuts = [0] + [bisect.bisect_left(ends, ends[-1] * i / n_shares) + 1 for i in range(1, n_shares + 1)] if ends else []
     return [Share(first + start, first + stop, seed) for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
+def joined_text_scores(said: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Scores:
+    """The scores of a text from the NLL and KL that a plan's shares of it gave."""
+    nll, kl = ([value for of_share in column for value in of_share] for column in zip(*said, strict=True))
+    return text_scores(nll, kl, primary=True)
 
 
 def sweep_units(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerboost.adaptive import AdaptiveTiers, TierRule
-from layerboost.evaluation import Scores, text_scores
+from layerboost.evaluation import Scores
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import item_drops
 from orchestrator.context import Identity, RunContext
@@ -20,7 +20,7 @@ from orchestrator.identity import TASKS_SOURCE
 from orchestrator.recipe import InputError
 from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
-from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, mixed_tasks, shares, sweep_units
+from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, joined_text_scores, mixed_tasks, shares, sweep_units
 
 SENSITIVITY = "sensitivity"
 
@@ -184,11 +184,7 @@ class Rounds:
             spec = self.source.spec
             return [ScoreUnit(spec, plan, tuple(cut), self._answers(plan, cut, "log_p", "greedy")) for plan in missing]
         for plan in missing:
-            nll, kl = (
-                [value for of_share in column for value in of_share]
-                for column in zip(*self._answers(plan, cut, "nll", "kl"), strict=True)
-            )
-            result = {"scores": text_scores(nll, kl, primary=True).to_dict(), "duration_s": 0.0}
+            result = {"scores": joined_text_scores(self._answers(plan, cut, "nll", "kl")).to_dict(), "duration_s": 0.0}
             self._run.record(SENSITIVITY, self._identity(plan, cut), result)
         return []
 

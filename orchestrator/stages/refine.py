@@ -9,7 +9,7 @@ import numpy as np
 from layerboost.evaluation import QualitySpec, Scores
 from layerboost.plan import Plan, Treatment
 from layerboost.refinement import Refiner, make_refiner
-from layerboost.sensitivity import mean_drop
+from layerboost.sensitivity import MEAN_TASK, mean_drop
 from orchestrator.context import RunContext
 from orchestrator.results import sensitivity_rows
 from orchestrator.stages.heal import REFINED, candidates
@@ -129,7 +129,7 @@ class _Rounds:
 
 def _costs(run: RunContext) -> dict[Treatment, list[float]]:
     """The drop of each layer by each treatment that was measured."""
-    rows = [row for row in sensitivity_rows(run.folder, run.state) if row["task"] == "mean"]
+    rows = [row for row in sensitivity_rows(run.folder, run.state) if row["task"] == MEAN_TASK]
     costs = {Treatment(row["treatment"]): [np.inf] * run.inputs.n_layers for row in rows}
     for row in rows:
         costs[Treatment(row["treatment"])][row["layer"]] = row["drop"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerboost.evaluation import text_scores
 from layerboost.plan import Plan, Treatment
 from orchestrator.context import Identity, RunContext
 from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE, SweepSource
@@ -18,7 +17,7 @@ from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.adaptive import adaptive_sensitivity
 from tasks.ablation import EvaluationUnit, cosine_unit
-from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, shares, sweep_units
+from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, joined_text_scores, shares, sweep_units
 from tasks.units import UnitFailure
 
 SENSITIVITY = "sensitivity"
@@ -174,11 +173,7 @@ class Sweep:
                 for plan in unscored
             ]
         for plan in unscored:
-            nll, kl = (
-                [value for of_share in column for value in of_share]
-                for column in zip(*self._answers(source, cut, plan, "nll", "kl"), strict=True)
-            )
-            scores = text_scores(nll, kl, primary=True)
+            scores = joined_text_scores(self._answers(source, cut, plan, "nll", "kl"))
             identity = self._run.inputs.plan_scores(plan, source.spec)
             self._run.record(SENSITIVITY, identity, {"scores": scores.to_dict(), "duration_s": 0.0})
         return []
