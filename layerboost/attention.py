@@ -98,21 +98,9 @@ def naive_attention(
     """
     if treatment is Treatment.NONE:
         return torch.zeros_like(query)
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
-        n_keys, device=query.device
-    )
-    seen = (distance >= 0)[None].expand(query.shape[0], -1, -1)
-    if valid is not None:
-        seen = seen & (valid[:, None] | (distance == 0))
-    if segments is not None:
-        seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
-    inside, older = seen, None
-    if treatment is not Treatment.SOFTMAX:
-        assert window is not None
-        inside = seen & (distance < window)
-    if treatment is Treatment.LINEAR_WINDOW:
-        older = seen & ~inside
+    assert treatment is Treatment.SOFTMAX or window is not None
+    inside, seen = _seen(query, key, None if treatment is Treatment.SOFTMAX else window, valid, segments)
+    older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
     return dense_attention(query, key, value, inside, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
 
 
@@ -152,6 +140,46 @@ def dense_attention(
         linear = query_features @ features.repeat_interleave(n_groups, dim=1).transpose(-1, -2)
         weights = weights + linear * older[:, None]
     return ((weights @ values) / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
+
+
+def single_branch_attention(
+    zeroed: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    window: int,
+    feature_map: LinearWindow,
+    valid: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`linear_window` without one of its branches, with every pair of tokens written out: shows what a branch is worth.
+
+    Arguments and result as in `naive_attention`. `zeroed` is `linear` (softmax inside the window is left) or `window`
+    (each query's own key and everything older than the window are left).
+    """
+    within, seen = _seen(query, key, window, valid, segments)
+    if zeroed == "linear":
+        return dense_attention(query, key, value, within, None, scaling=scaling, softcap=softcap)
+    own, _ = _seen(query, key, 1, valid, segments)
+    older = seen & ~within
+    return dense_attention(query, key, value, own, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
+
+
+def _seen(query, key, window, valid, segments):
+    """(B, T, S) bool each: the keys inside the window of a query, and all that it may see."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
+        n_keys, device=query.device
+    )
+    seen = (distance >= 0)[None].expand(query.shape[0], -1, -1)
+    if valid is not None:
+        seen = seen & (valid[:, None] | (distance == 0))
+    if segments is not None:
+        seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
+    return seen if window is None else seen & (distance < window), seen
 
 
 def window_attention(

@@ -1,4 +1,4 @@
-"""Text for measuring and for healing: read it, pack it to token sequences, deal the sequences out to workers."""
+"""Text for measuring and for healing: read it and pack it to token sequences."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +28,6 @@ class TextSourceError(ValueError):
 
 class TextTooShortError(ValueError):
     """A text that does not fill the sequences asked of it."""
-
-
-class BatchError(ValueError):
-    """A batch that the sequences or the workers cannot be divided into."""
 
 
 def read_documents(
@@ -135,98 +129,11 @@ def pack(
     return torch.from_numpy(stream).view(n_sequences, sequence_tokens)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, eq=False)
-class GlobalBatches:
-    """Batches that depend on the seed and the step alone, however many workers share them.
-
-    Each epoch is one permutation of the sequences; batches run on across epochs, so that every sequence is used once
-    in each epoch also where the batch does not divide their number. Any step can be asked for first, which makes
-    resuming exact.
-
-    Attributes:
-        sequences: Token ids, shape (sequences, sequence_tokens).
-        batch_sequences: Sequences in a global batch, over all workers.
-        seed: Seed of the order.
-    """
-
-    sequences: torch.Tensor
-    batch_sequences: int
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_sequences < 1:
-            raise BatchError(f"batch_sequences: {self.batch_sequences} is below 1; ask for at least one sequence")
-        if self.sequences.ndim != 2 or len(self.sequences) == 0:
-            raise BatchError(f"sequences: shape {tuple(self.sequences.shape)} is not (sequences, tokens); use pack()")
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.batch_sequences * self.sequences.shape[1]
-
-    def steps_for(self, tokens: int) -> int:
-        """Returns the steps that see at least `tokens` tokens."""
-        return -(-tokens // self.tokens_per_step)
-
-    def indices(self, step: int) -> np.ndarray:
-        """Returns the rows of `sequences` that make the global batch of `step`, shape (batch_sequences,)."""
-        n = len(self.sequences)
-        epochs, offsets = np.divmod(np.arange(step * self.batch_sequences, (step + 1) * self.batch_sequences), n)
-        rows = np.empty_like(offsets)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = _epoch_order(self.seed, int(epoch), n)[offsets[here]]
-        return rows
-
-    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> torch.Tensor:
-        """Returns a worker's share of the global batch of `step`: the rank-th of `world_size` equal slices.
-
-        Returns:
-            Token ids, shape (batch_sequences / world_size, sequence_tokens).
-
-        Raises:
-            BatchError: If the workers cannot have equal shares: averaging their gradients would then weigh the
-                sequences by the number of workers.
-        """
-        if step < 0:
-            raise BatchError(f"step: {step} is negative; steps count from 0")
-        if not 0 <= rank < world_size:
-            raise BatchError(f"rank: {rank} is not one of {world_size} workers; ranks count from 0")
-        if self.batch_sequences % world_size:
-            raise BatchError(
-                f"batch_sequences: {self.batch_sequences} cannot be shared equally by {world_size} workers; "
-                f"use a multiple of {world_size} or another number of workers"
-            )
-        share = self.batch_sequences // world_size
-        return self.sequences[torch.from_numpy(self.indices(step)[rank * share : (rank + 1) * share])]
-
-
-def token_batches(
-    sequences: torch.Tensor,
-    batch_sequences: int,
-    *,
-    steps: int,
-    start_step: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[torch.Tensor]:
-    """Yields a worker's share of the global batches of steps `start_step` to `steps - 1`; see `GlobalBatches`."""
-    batches = GlobalBatches(sequences, batch_sequences, seed)
-    for step in range(start_step, steps):
-        yield batches.batch(step, rank=rank, world_size=world_size)
-
-
 def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: it has no EOS token to end a document with; set tokenizer.eos_token")
     has_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id
     return [tokenizer.bos_token_id] if has_bos else [], [tokenizer.eos_token_id]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def _local_path(source: str | Path) -> Path | None:

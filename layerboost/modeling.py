@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import LinearWindow, linear_window_attention, window_attention
+from .attention import LinearWindow, linear_window_attention, single_branch_attention, window_attention
 from .cache import PlanCache
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
 from .plan import Plan, Treatment
@@ -39,10 +39,18 @@ class _Call:
 
 @dataclass
 class _Treated:
-    """What a treated attention module knows of its treatment."""
+    """What a treated attention module knows of its treatment.
 
-    window: int | None
+    Attributes:
+        window: what it sees now; healing shortens it for a while.
+        full_window: what its plan says.
+        zeroed: branch of linear_window that is left out, `linear` or `window`, to see what it is worth.
+    """
+
+    window: int
+    full_window: int
     call: _Call = field(repr=False)
+    zeroed: str | None = None
 
 
 class NoAttention(nn.Module):
@@ -70,6 +78,19 @@ def _window_forward(module, query, key, value, attention_mask, scaling, dropout=
 
 
 def _linear_window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    arguments = _treated_arguments(module, key)
+    if module.layerboost.zeroed is not None:
+        output = single_branch_attention(
+            module.layerboost.zeroed,
+            query,
+            key,
+            value,
+            scaling=scaling,
+            softcap=softcap,
+            feature_map=module.linear_window,
+            **arguments,
+        )
+        return output.transpose(1, 2), None
     cache = module.layerboost.call.cache
     layer_cache = None if cache is None else cache.layers[module.layer_idx]
     output, state = linear_window_attention(
@@ -81,7 +102,7 @@ def _linear_window_forward(module, query, key, value, attention_mask, scaling, d
         feature_map=module.linear_window,
         state=None if layer_cache is None else layer_cache.state,
         return_state=layer_cache is not None,
-        **_treated_arguments(module, key),
+        **arguments,
     )
     if layer_cache is not None:
         layer_cache.state = state
@@ -162,7 +183,8 @@ def install_plan(model: Any, plan: Plan) -> None:
         elif treatment.needs_window:
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = _ATTENTION_NAMES[treatment]
-            attention.layerboost = _Treated(plan.window, call)
+            assert plan.window is not None
+            attention.layerboost = _Treated(plan.window, plan.window, call)
         if treatment is Treatment.LINEAR_WINDOW:
             weight = next(attention.parameters())
             with torch.device(weight.device):

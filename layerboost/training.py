@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,14 +12,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import merge_lora
+from .batches import GlobalBatches, PackedText
 from .convert import convert
-from .data import GlobalBatches
-from .distillation import HealingSpec, Phase, make_trainee, phases_of
+from .distillation import make_trainee
+from .healing_spec import (
+    HEAL,
+    TRANSFER,
+    HealingSpec,
+    HeldOut,
+    Phase,
+    annealing_start,
+    held_out_steps,
+    last_step,
+    learning_rate_at,
+    mark_steps,
+    phases_of,
+)
 from .plan import Plan
+from .transfer import full_windows, restore_windows
 
 ADAM_BETAS = (0.9, 0.95)
-FINAL_LEARNING_RATE = 0.1
-"""Share of a phase's peak learning rate that the cosine ends at."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -47,8 +59,9 @@ class Engine(Protocol):
     """
 
     optimizer: Any
+    module: Any
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
     def backward(self, loss: torch.Tensor) -> Any: ...
 
@@ -60,8 +73,9 @@ class Engine(Protocol):
 class TorchEngine:
     """One process, plain AdamW; parameters narrower than fp32 are trained through fp32 copies."""
 
-    def __init__(self, module: nn.Module, spec: HealingSpec, accumulation: int = 1):
-        self.module, self.spec, self.accumulation = module, spec, accumulation
+    def __init__(self, module: nn.Module, spec: HealingSpec, accumulation: int = 1, gradient_clip: float = 0.0):
+        self.module, self.accumulation = module, accumulation
+        self.gradient_clip = gradient_clip or math.inf
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.masters: list[torch.Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters
@@ -70,8 +84,8 @@ class TorchEngine:
         self._rounds = 0
         self._norm: float | None = None
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.module(input_ids)
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.module(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -83,7 +97,7 @@ class TorchEngine:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-        self._norm = float(nn.utils.clip_grad_norm_(self.masters, self.spec.gradient_clip))
+        self._norm = float(nn.utils.clip_grad_norm_(self.masters, self.gradient_clip))
         if math.isfinite(self._norm):
             self.optimizer.step()
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -96,16 +110,6 @@ class TorchEngine:
         return self._norm
 
 
-def learning_rate_at(phase: Phase, step: int, warmup_fraction: float) -> float:
-    """Learning rate of a phase's step (from 0): linear warm-up, then a cosine to 10 % of the peak."""
-    warmup = int(phase.steps * warmup_fraction)
-    if step < warmup:
-        return phase.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(phase.steps - warmup - 1, 1)
-    share = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
-    return phase.learning_rate * share
-
-
 def accumulation_rounds(spec: HealingSpec, world_size: int = 1) -> int:
     """Rounds that each worker divides its share of a batch into, the same on all workers."""
     if world_size > spec.batch_sequences:
@@ -116,6 +120,22 @@ def accumulation_rounds(spec: HealingSpec, world_size: int = 1) -> int:
     return min(-(-largest // (spec.micro_batch_sequences or largest)), smallest)
 
 
+def split_held_out(text: PackedText, spec: HealingSpec) -> tuple[PackedText, PackedText | None]:
+    """The text to train on, and its last sequences where the spec wants some held out.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    if spec.stop_when_flat is None:
+        return text, None
+    if len(text) <= spec.held_out_sequences:
+        raise ValueError(
+            f"held_out_sequences: {spec.held_out_sequences} of {len(text)} sequences leave nothing to train on; "
+            "give a longer text"
+        )
+    return text[: -spec.held_out_sequences], text[-spec.held_out_sequences :]
+
+
 def run_phase(
     engine: Engine,
     phase: Phase,
@@ -123,19 +143,23 @@ def run_phase(
     spec: HealingSpec,
     *,
     start: int = 0,
+    held_out: PackedText | None = None,
+    measured: list[HeldOut] | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
     sum_over_workers: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     on_step: Callable[[CurveRow], None] = lambda row: None,
 ) -> None:
-    """Trains one phase, from its step `start` (0 is its first) to its end.
+    """Trains one phase, from its step `start` (0 is its first) to its end, or to where its curve is flat.
 
     A worker runs its slice of each global batch; the slices' losses are weighted so that loss and gradient are those
     of the whole batch on any number of workers, also one that does not divide the batch.
 
     Args:
         engine: wraps the phase's module; made with `accumulation_rounds(spec, world_size)` rounds.
+        held_out: sequences of `split_held_out`; needed with `spec.stop_when_flat`.
+        measured: what was measured on them so far; grows in place.
         sum_over_workers: adds a tensor over all workers.
         on_step: called after each step with the loss of the global batch, before the next.
 
@@ -143,25 +167,50 @@ def run_phase(
         NonFiniteLossError: on all workers; the step with a non-finite loss has moved no parameter.
     """
     rounds = accumulation_rounds(spec, world_size)
-    for local_step in range(start, phase.steps):
-        step = phase.first_step + local_step
+    measured = [] if measured is None else measured
+    to_measure = held_out_steps(spec, phase)
+    step = phase.first_step + start
+    while True:
+        if held_out is not None and step in to_measure and all(at.step != step for at in measured):
+            divergence = _held_out_divergence(engine, held_out, spec, rank, world_size, device, sum_over_workers)
+            measured.append(HeldOut(step, divergence))
+        annealed_from = annealing_start(spec, measured) if phase.name == HEAL else None
+        if step >= last_step(phase, annealed_from):
+            return
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate_at(phase, local_step, spec.warmup_fraction)
-        share = batches.batch(step).tensor_split(world_size)[rank].to(device)
+            group["lr"] = learning_rate_at(phase, step, spec.warmup_fraction, annealed_from)
+        engine.module.begin_step(step)
+        batch = batches.batch(step)
+        share = list(batch.split(world_size))[rank]
         total = torch.zeros((), device=device)
-        for number, input_ids in enumerate(share.tensor_split(rounds), start=1):
-            loss = engine(input_ids)
-            part = len(input_ids) / spec.batch_sequences
-            total += loss.detach().float() * part
+        for number, part in enumerate(share.split(rounds), start=1):
+            weight = part.n_targets / max(batch.n_targets, 1)
+            loss = engine(**part.to(device).tensors())
+            total += loss.detach().float() * weight
             if number == rounds:
                 batch_loss = float(sum_over_workers(total))
                 _check_finite("loss", batch_loss, phase, step, batches)
-            engine.backward(loss * (part * rounds * world_size))
+            engine.backward(loss * (weight * rounds * world_size))
             engine.step()
         norm = engine.get_global_grad_norm()
         if norm is not None:
             _check_finite("gradient norm", float(norm), phase, step, batches)
-        on_step(CurveRow(phase.name, step + 1, (step + 1) * spec.tokens_per_step, batch_loss))
+        step += 1
+        on_step(CurveRow(phase.name, step, step * spec.tokens_per_step, batch_loss))
+
+
+def _held_out_divergence(engine, held_out, spec, rank, world_size, device, sum_over_workers) -> float:
+    """Mean divergence over the held-out targets; all workers run equally many passes, as sharded weights need."""
+    per_pass = spec.micro_batch_sequences or max(1, spec.batch_sequences // world_size)
+    n_passes = -(-len(held_out) // (per_pass * world_size))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for number in range(n_passes):
+        first = (number * world_size + rank) * per_pass
+        part = held_out[first : first + per_pass] if first < len(held_out) else held_out[:1]
+        weight = part.n_targets / held_out.n_targets if first < len(held_out) else 0.0
+        with torch.no_grad():
+            total += engine(**part.to(device).tensors(), measure=True).double() * weight
+    return float(sum_over_workers(total))
 
 
 def _check_finite(what: str, value: float, phase: Phase, step: int, batches: GlobalBatches) -> None:
@@ -176,20 +225,26 @@ def _check_finite(what: str, value: float, phase: Phase, step: int, batches: Glo
 def heal_locally(
     model: PreTrainedModel,
     plan: Plan,
-    batches: GlobalBatches,
+    text: PackedText,
     spec: HealingSpec,
     *,
+    teacher: PreTrainedModel | None = None,
     on_step: Callable[[CurveRow], None] = lambda row: None,
+    on_mark: Callable[[float, PreTrainedModel], None] | None = None,
+    marks: Sequence[float] = (),
 ) -> PreTrainedModel:
-    """Converts `model` by `plan` and heals the result on `batches`, in this process.
+    """Converts `model` by `plan` and heals the result on `text`, in this process.
 
-    `model` is the teacher and keeps its values to the bit. Parameters that healing did not change are shared with the
-    result.
+    `model` keeps its values to the bit. Parameters that healing did not change are shared with the result.
 
     Args:
         model: the untouched parent, on the device to train on.
-        batches: of `spec.batch_sequences` sequences; as many steps as `spec` pays for are taken.
+        text: sequences of `spec.sequence_tokens`; as many steps as `spec` pays for are taken.
+        teacher: what the student learns to say; the parent itself if None. Attention is always transferred from the
+            parent.
         on_step: called with each row of the loss curve.
+        marks, on_mark: shares of the budget at which `on_mark` is given the share and the student as it is then, for
+            measuring; it must not change it.
 
     Returns:
         The healed model, plain (no adapters), in evaluation mode.
@@ -201,11 +256,21 @@ def heal_locally(
     was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training = model.training
     student = convert(model, plan)
+    text, held_out = split_held_out(text, spec)
+    batches = GlobalBatches(text, spec.batch_sequences, spec.seed)
+    at = mark_steps(spec, marks)
+
+    def after_step(row: CurveRow) -> None:
+        on_step(row)
+        if on_mark is not None and row.step in at:
+            with full_windows(student):
+                on_mark(at[row.step], student)
+
     try:
         for phase in phases_of(spec, plan, model.config.hidden_size):
-            trainee = make_trainee(phase.name, model, student, spec)
-            engine = TorchEngine(trainee, spec, accumulation_rounds(spec))
-            run_phase(engine, phase, batches, spec, device=device, on_step=on_step)
+            trainee = make_trainee(phase.name, model if phase.name == TRANSFER else teacher or model, student, spec)
+            engine = TorchEngine(trainee, spec, accumulation_rounds(spec), phase.gradient_clip)
+            run_phase(engine, phase, batches, spec, held_out=held_out, device=device, on_step=after_step)
         finish_student(student, spec)
     finally:
         model.train(was_training)
@@ -220,4 +285,5 @@ def finish_student(student: PreTrainedModel, spec: HealingSpec) -> None:
         merge_lora(student)
     if spec.activation_checkpointing:
         student.gradient_checkpointing_disable()
+    restore_windows(student)
     student.requires_grad_(True).eval()

@@ -14,8 +14,8 @@ import torch
 
 from layerboost.data import text_identity
 from layerboost.decoding import predicted_speedup
-from layerboost.distillation import HealingSpec
 from layerboost.evaluation import QualitySpec, spec_fingerprint
+from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import single_layer_plan
 from layerboost.version import __version__

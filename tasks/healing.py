@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerboost.distillation import HealingSpec
+from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan
 from layerboost.process import environment
 from layerboost.training import CurveRow, NonFiniteLossError, accumulation_rounds

@@ -17,10 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layerboost.adapters import add_lora
+from layerboost.batches import GlobalBatches, PackedText
 from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
 from layerboost.convert import convert
-from layerboost.data import GlobalBatches, pack, read_documents
-from layerboost.distillation import Phase, make_trainee, phases_of
+from layerboost.data import pack, read_documents
+from layerboost.distillation import make_trainee
+from layerboost.healing_spec import Phase, phases_of
 from layerboost.training import (
     ADAM_BETAS,
     CurveRow,
@@ -83,7 +85,7 @@ class _Worker:
         documents = read_documents(job.text, split=job.split, field=job.field)
         n_sequences = self.spec.steps * self.spec.batch_sequences
         sequences = pack(documents, self.tokenizer, self.spec.sequence_tokens, limit_sequences=n_sequences)
-        self.batches = GlobalBatches(sequences, self.spec.batch_sequences, self.spec.seed)
+        self.batches = GlobalBatches(PackedText(sequences), self.spec.batch_sequences, self.spec.seed)
 
     def _usable(self, folder: Path | None) -> Path | None:
         """The restored folder, if it is of this job; takes its curve over."""
@@ -112,7 +114,7 @@ class _Worker:
         """Trains a phase; returns what it trained, by the student's parameter names, on every worker."""
         teacher, student = self._load_pair(trained)
         trainee = make_trainee(phase.name, teacher, student, self.spec)
-        engine = self._engine(trainee)
+        engine = self._engine(trainee, phase)
         if resumes:
             engine.load_checkpoint(str(self.restored), tag=_ENGINE_TAG, load_module_strict=False)
         clock = _Clock(phase.first_step + start)
@@ -168,7 +170,7 @@ class _Worker:
     def _zero_stage(self, module: nn.Module) -> int:
         return max(self.job.zero_stage, 1) if next(module.parameters()).dtype == torch.bfloat16 else self.job.zero_stage
 
-    def _engine(self, trainee: nn.Module) -> Any:
+    def _engine(self, trainee: nn.Module, phase: Phase) -> Any:
         import deepspeed
 
         # DeepSpeed would compile this at first use, and a worker killed meanwhile leaves a lock that stops all others.
@@ -184,7 +186,7 @@ class _Worker:
             config={
                 "train_micro_batch_size_per_gpu": 1,  # for its own log only: the loop deals out the batches
                 "gradient_accumulation_steps": accumulation_rounds(self.spec, self.world_size),
-                "gradient_clipping": self.spec.gradient_clip,
+                "gradient_clipping": phase.gradient_clip,
                 "zero_optimization": {"stage": self._zero_stage(trainee), **(self.job.zero_options or {})},
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,

@@ -10,14 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from layerboost.data import (
-    BatchError,
-    GlobalBatches,
     TextSourceError,
     TextTooShortError,
     pack,
     read_documents,
     text_identity,
-    token_batches,
 )
 
 WORDS = ["<s>", "</s>", "a", "b", "c", "d"]
@@ -187,54 +184,3 @@ def test_real_llama_tokenizer_sets_bos_alone_before_each_document(shared_dir):
     first = tokenizer(documents[0], add_special_tokens=False)["input_ids"]
     assert stream[: len(first) + 2] == [1, *first, 1]
     assert 2 not in stream
-
-
-def _sequences(n: int) -> torch.Tensor:
-    return torch.arange(n).view(n, 1).expand(n, 3)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-def test_workers_share_the_same_global_batch(world_size):
-    batches = GlobalBatches(_sequences(20), 6, seed=3)
-    for step in (0, 2, 3, 11):
-        shares = [batches.batch(step, rank=rank, world_size=world_size) for rank in range(world_size)]
-        assert {share.shape for share in shares} == {(6 // world_size, 3)}
-        assert torch.equal(torch.cat(shares), batches.batch(step))
-
-
-def test_each_epoch_uses_each_sequence_once_in_another_order():
-    batches = GlobalBatches(_sequences(10), 4, seed=1)
-    order = torch.cat([batches.batch(step)[:, 0] for step in range(5)]).tolist()
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert order[:10] != order[10:]
-    assert batches.tokens_per_step == 12
-    assert [batches.steps_for(tokens) for tokens in (1, 12, 13)] == [1, 1, 2]
-
-
-def test_batch_larger_than_the_text_runs_over_several_epochs():
-    batch = GlobalBatches(_sequences(3), 7).batch(0)[:, 0].tolist()
-    assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
-
-
-def test_order_is_the_seeds_and_resuming_goes_on_where_it_stopped():
-    def run(**settings):
-        return torch.stack(list(token_batches(_sequences(20), 4, steps=8, **settings)))
-
-    assert torch.equal(run(seed=1), run(seed=1))
-    assert not torch.equal(run(seed=1), run(seed=2))
-    assert torch.equal(run(seed=1, start_step=5), run(seed=1)[5:])
-    assert torch.equal(run(seed=1, rank=1, world_size=2), run(seed=1)[:, 2:])
-
-
-def test_batches_that_cannot_be_shared_say_so():
-    batches = GlobalBatches(_sequences(20), 6)
-    with pytest.raises(BatchError, match=r"batch_sequences: 6 .* multiple of 4"):
-        batches.batch(0, world_size=4)
-    with pytest.raises(BatchError, match="rank: 2"):
-        batches.batch(0, rank=2, world_size=2)
-    with pytest.raises(BatchError, match="step: -1"):
-        batches.batch(-1)
-    with pytest.raises(BatchError, match="batch_sequences: 0"):
-        GlobalBatches(_sequences(20), 0)
-    with pytest.raises(BatchError, match="sequences: shape"):
-        GlobalBatches(torch.zeros(5), 1)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerboost.batches import PackedText
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import plan_of
-from layerboost.data import GlobalBatches, pack, read_documents
-from layerboost.distillation import HealingSpec
+from layerboost.data import pack, read_documents
+from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan
 from layerboost.training import NonFiniteLossError, heal_locally
 from tasks.healing import HealingJob, StepEvent, heal
@@ -85,7 +86,7 @@ def local(folder):
         sequences = pack(documents, load_tokenizer(str(folder / "model")), 16, limit_sequences=STEPS * 4)
         rows = []
         model = load_model(str(folder / "model"))
-        healed = heal_locally(model, PLAN, GlobalBatches(sequences, 4), spec, on_step=rows.append)
+        healed = heal_locally(model, PLAN, PackedText(sequences), spec, on_step=rows.append)
         results[method] = rows, healed.state_dict()
     return results
 

@@ -1,0 +1,125 @@
+"""Token sequences as training takes them: packed text with its documents and targets, dealt out in global batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class BatchError(ValueError):
+    """A batch that the sequences or the workers cannot be divided into."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText:
+    """Rows of tokens, and what a model must know of them. Indexing and slicing take rows.
+
+    Attributes:
+        input_ids: (B, T) token ids.
+        position_ids: (B, T) positions that start anew with each document, which attention then keeps to itself; None
+            where a row is one text to attention.
+        targets: (B, T) bool, the tokens that a model learns to predict; None for all but each row's first.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 2:
+            raise BatchError(f"sequences: shape {tuple(self.input_ids.shape)} is not (sequences, tokens); use pack()")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens to predict, over all rows."""
+        if self.targets is None:
+            return len(self) * (self.sequence_tokens - 1)
+        return int(self.targets[:, 1:].sum())
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Self:
+        return self._map(lambda x: x[rows])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there by name, as `Distillation` and `AttentionTransfer` take them."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value.long() if name != "targets" else value for name, value in found.items() if value is not None
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda x: x.to(device))
+
+    def split(self, n: int) -> Iterator[Self]:
+        """`n` slices of rows, as equal as can be."""
+        for rows in torch.arange(len(self)).tensor_split(n):
+            yield self[rows]
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        optional = (None if x is None else change(x) for x in (self.position_ids, self.targets))
+        return type(self)(change(self.input_ids), *optional)
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalBatches:
+    """Batches that depend on the seed and the step alone, however many workers share them.
+
+    Each epoch is one permutation of the sequences; batches run on across epochs, so that every sequence is used once
+    in each epoch also where the batch does not divide their number. Any step can be asked for first, which makes
+    resuming exact.
+
+    Attributes:
+        text: the sequences.
+        batch_sequences: sequences in a global batch, over all workers.
+        seed: of the order.
+    """
+
+    text: PackedText
+    batch_sequences: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_sequences < 1:
+            raise BatchError(f"batch_sequences: {self.batch_sequences} is below 1; ask for at least one sequence")
+        if len(self.text) == 0:
+            raise BatchError("sequences: there are none; give a longer text")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.batch_sequences * self.text.sequence_tokens
+
+    def indices(self, step: int) -> np.ndarray:
+        """The rows of the global batch of `step`, from 0."""
+        if step < 0:
+            raise BatchError(f"step: {step} is negative; steps count from 0")
+        n = len(self.text)
+        epochs, offsets = np.divmod(np.arange(step * self.batch_sequences, (step + 1) * self.batch_sequences), n)
+        rows = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = _epoch_order(self.seed, int(epoch), n)[offsets[here]]
+        return rows
+
+    def batch(self, step: int) -> PackedText:
+        """The global batch of `step`; workers take their slices of it."""
+        return self.text[torch.from_numpy(self.indices(step))]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)

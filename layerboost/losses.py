@@ -1,0 +1,180 @@
+"""Losses of healing over chunks of positions, so that no tensor of batch x length x vocabulary ever exists.
+
+The gradient by the logits has a closed form, so that a chunk's logits are needed once: its gradient is worked out in
+the forward pass, and the backward pass only scales it. Every loss is a mean over targets, the tokens to be predicted,
+so that a batch cut into slices gives the whole batch's loss and gradient when slices are weighted by their targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Maps hidden states (N, d) to logits (N, vocabulary)."""
+
+
+class Divergence(StrEnum):
+    """How far the student's distribution of the next token is from the teacher's."""
+
+    FORWARD_KL = "forward_kl"
+    """KL(teacher || student): covers all that the teacher finds likely."""
+    REVERSE_KL = "reverse_kl"
+    """KL(student || teacher): avoids what the teacher finds unlikely."""
+    JENSEN_SHANNON = "jensen_shannon"
+    """Mean of the KLs of both to their mean; at most ln 2."""
+
+
+def divergence_and_gradient(
+    kind: Divergence, student_logs: torch.Tensor, teacher_logs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence in nats (N,) and its gradient by the student's logits (N, V), from log-probabilities (N, V)."""
+    student = student_logs.exp()
+    if kind is Divergence.FORWARD_KL:
+        teacher = teacher_logs.exp()
+        return (teacher * (teacher_logs - student_logs)).sum(dim=-1), student - teacher
+    if kind is Divergence.REVERSE_KL:
+        ratio = student_logs - teacher_logs
+        value = (student * ratio).sum(dim=-1)
+        return value, student * (ratio - value[:, None])
+    teacher = teacher_logs.exp()
+    mixed_logs = torch.logaddexp(student_logs, teacher_logs) - torch.log(student_logs.new_tensor(2.0))
+    ratio = student_logs - mixed_logs
+    to_student = (student * ratio).sum(dim=-1)
+    to_teacher = (teacher * (teacher_logs - mixed_logs)).sum(dim=-1)
+    return 0.5 * (to_student + to_teacher), 0.5 * student * (ratio - to_student[:, None])
+
+
+def distillation_loss(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    input_ids: torch.Tensor,
+    *,
+    targets: torch.Tensor | None = None,
+    head_trains: bool = False,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    temperature: float = 1.0,
+    divergence_weight: float = 1.0,
+    cross_entropy_weight: float = 0.0,
+    chunk_tokens: int = 1024,
+) -> torch.Tensor:
+    """Divergence of the student's next token from the teacher's and cross-entropy of the text's, a mean over targets.
+
+    Args:
+        student_states, teacher_states: (B, T, d), what the heads take.
+        student_head, teacher_head: map (N, d) to logits (N, vocabulary).
+        input_ids: (B, T).
+        targets: (B, T) bool, True where a token is to be predicted; None for all but each row's first.
+        head_trains: whether parameters of `student_head` need gradients; its chunks are then worked out once more in
+            the backward pass.
+        divergence: which one.
+        temperature: both logits are divided by it and the divergence is multiplied by its square (Hinton et al., 2015).
+        chunk_tokens: positions whose logits exist at the same time.
+
+    Returns:
+        Scalar in fp32, nats per target; zero where there are no targets.
+    """
+    next_ids = input_ids[:, 1:].reshape(-1)
+    student_states, teacher_states = (x[:, :-1].flatten(0, 1) for x in (student_states, teacher_states))
+    if targets is not None:  # positions without a target cost nothing
+        kept = targets[:, 1:].reshape(-1).nonzero()[:, 0]
+        next_ids, student_states, teacher_states = next_ids[kept], student_states[kept], teacher_states[kept]
+    scale = 1.0 / max(len(next_ids), 1)
+    terms = _Terms(Divergence(divergence), temperature, divergence_weight, cross_entropy_weight)
+    arguments = (student_states, teacher_states, next_ids, scale, student_head, teacher_head, terms, chunk_tokens)
+    return _recomputed_loss(*arguments) if head_trains else _ChunkedLoss.apply(*arguments)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The weighted terms of the loss of some positions, with their gradient by the student's logits."""
+
+    divergence: Divergence
+    temperature: float
+    divergence_weight: float
+    cross_entropy_weight: float
+
+    def __call__(self, logits, teacher_logits, next_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the loss over positions, and its gradient (N, V)."""
+        total, gradient = logits.new_zeros(()), None
+        if self.divergence_weight:
+            student_logs = F.log_softmax(logits / self.temperature, dim=-1)
+            teacher_logs = F.log_softmax(teacher_logits / self.temperature, dim=-1)
+            values, gradient = divergence_and_gradient(self.divergence, student_logs, teacher_logs)
+            total = total + self.divergence_weight * self.temperature**2 * values.sum()
+            gradient = gradient.mul_(self.divergence_weight * self.temperature)
+        if self.cross_entropy_weight:
+            logs = F.log_softmax(logits, dim=-1)
+            total = total - self.cross_entropy_weight * logs.gather(1, next_ids[:, None]).sum()
+            of_text = logs.exp().scatter_add_(1, next_ids[:, None], logits.new_full((len(logits), 1), -1.0))
+            of_text = of_text.mul_(self.cross_entropy_weight)
+            gradient = of_text if gradient is None else gradient.add_(of_text)
+        return total, torch.zeros_like(logits) if gradient is None else gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss by chunks of positions; the states' gradient is worked out in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+        total = torch.zeros((), device=states.device)
+        ctx.gradient = torch.empty_like(states) if states.requires_grad else None
+        for part in _chunks(len(states), chunk_tokens):
+            chunk = states[part].detach().requires_grad_(states.requires_grad)
+            with torch.enable_grad():
+                logits = head(chunk)
+            loss, gradient = terms(logits.detach().float(), teacher_head(teacher_states[part]).float(), next_ids[part])
+            total += loss * scale
+            if ctx.gradient is not None:
+                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, gradient.mul_(scale).to(logits.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        return ctx.gradient * grad_outputs[0], *[None] * 7
+
+
+def _recomputed_loss(states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+    """The loss by chunks of positions, each of which is worked out again in the backward pass."""
+
+    def chunk_sum(chunk, teacher_chunk, ids):
+        logits = head(chunk).float()
+        with torch.no_grad():
+            loss, gradient = terms(logits, teacher_head(teacher_chunk).float(), ids)
+        # Has the value of `loss` and the gradient that belongs to it.
+        carrier = (logits * gradient).sum()
+        return loss + carrier - carrier.detach()
+
+    total = torch.zeros((), device=states.device)
+    for part in _chunks(len(states), chunk_tokens):
+        chunk = states[part], teacher_states[part], next_ids[part]
+        total = total + checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) * scale
+    return total
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def relative_error(
+    student: torch.Tensor, teacher: torch.Tensor, sequence_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared error over the teacher's variance, both within each sequence of (B, T, d), a mean over the sequences.
+
+    Args:
+        sequence_weights: (B,), of the mean; equal if None.
+    """
+    teacher = teacher.float()
+    error = (student.float() - teacher).square().mean(dim=(1, 2))
+    errors = error / teacher.var(dim=(1, 2), correction=0).clamp(min=1e-12)
+    if sequence_weights is None:
+        return errors.mean()
+    return (errors * sequence_weights).sum() / sequence_weights.sum().clamp(min=1)
