@@ -95,29 +95,32 @@ def main() -> None:
 
 
 def _task_files(args: argparse.Namespace, folder: Path) -> list[str]:
+    pairs = {"doc_to_text": "", "doc_to_choice": "{{[sentence_good, sentence_bad]}}", "doc_to_target": 0}
+    return [*cloze_task_files(args.cloze, folder), *_choice_task_files(args.minimal_pairs, pairs, folder)]
+
+
+def cloze_task_files(sources: Sequence[str], folder: Path) -> list[str]:
+    """Writes a multiple-choice task of lm-eval for each JSONL with `context`, `choices` and `gold`; their paths."""
+    fields = {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    return _choice_task_files(sources, fields, folder)
+
+
+def _choice_task_files(sources: Sequence[str], fields: dict[str, Any], folder: Path) -> list[str]:
     files = []
-    kinds = (
-        (args.cloze, {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"}),
-        (
-            args.minimal_pairs,
-            {"doc_to_text": "", "doc_to_choice": "{{[sentence_good, sentence_bad]}}", "doc_to_target": 0},
-        ),
-    )
-    for sources, fields in kinds:
-        for source in sources:
-            task = {
-                "task": Path(source).stem,
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str(Path(source).resolve())}},
-                "test_split": "test",
-                "output_type": "multiple_choice",
-                "target_delimiter": "",
-                "metric_list": [{"metric": "acc"}],
-                **fields,
-            }
-            file = folder / f"{Path(source).stem}.yaml"
-            file.write_text(yaml.safe_dump(task))
-            files.append(str(file))
+    for source in sources:
+        task = {
+            "task": Path(source).stem,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(Path(source).resolve())}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}],
+            **fields,
+        }
+        file = folder / f"{Path(source).stem}.yaml"
+        file.write_text(yaml.safe_dump(task))
+        files.append(str(file))
     return files
 
 

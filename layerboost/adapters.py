@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +43,28 @@ def unshare_parameters(model: nn.Module) -> None:
                 module._parameters[name] = copies[id(parameter)]
 
 
+def load_trained(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+    """Gives a model trained parameters by name, in place.
+
+    They become parameters of its own, so that another model that shared the old ones keeps its values.
+
+    Raises:
+        ValueError: the model has no parameter of a name and shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in trained.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"trained: the model has no parameter {name} of shape {tuple(tensor.shape)}; "
+                "take the parent, plan and method that it was trained with"
+            )
+    replaced = {id(p): nn.Parameter(trained[n].to(p.device, p.dtype)) for n, p in parameters.items() if n in trained}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in replaced:
+                module._parameters[name] = replaced[id(parameter)]
+
+
 def projection_names(model: PreTrainedModel) -> list[str]:
     """Names of the projections of attention and MLP: every `nn.Linear` but the output head."""
     head = model.get_output_embeddings()
@@ -57,14 +80,15 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
     Args:
         model: a causal language model; its own weights are frozen, also where another model shares them.
         rank: rank of each adapter.
-        alpha: scale numerator; the update is scaled by alpha / rank. None means 2 * rank.
+        alpha: scale numerator; the update is scaled by alpha / rank. None means the rank.
         seed: of the first factor's random start; the global random state is left as it was.
     """
     from peft import LoraConfig, inject_adapter_in_model  # costs 4 s
+    from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=projection_names(model),
         bias="none",
         init_lora_weights=False,
@@ -80,9 +104,53 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
             parameter.data.copy_(values)
         elif ".lora_B." in name:
             parameter.data.zero_()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _shorten_forward(module)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_A." in name or ".lora_B." in name or FEATURE_MAP in name.split("."))
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), without a pass over an (N, out) in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, a, b, scaling):
+        scaled_b = b * scaling
+        down = x @ a.T
+        ctx.save_for_backward(x, weight, a, scaled_b, down)
+        ctx.scaling = scaling
+        return F.linear(x, weight, bias).addmm_(down, scaled_b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        (grad,) = grad_outputs
+        x, weight, a, scaled_b, down = ctx.saved_tensors
+        grad_down = grad @ scaled_b
+        grad_x = (grad @ weight).addmm_(grad_down, a) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_down.T @ x, (grad.T @ down).mul_(ctx.scaling), None
+
+
+def _shorten_forward(layer: Any) -> None:
+    """Lets a peft LoRA layer on a frozen `nn.Linear` compute its output by `_LoraProduct`.
+
+    peft scales and adds whole outputs, which for narrow models costs a tenth of a training step. Weights that ZeRO-3
+    keeps in parts are gathered by the forward passes of their own modules, so peft's forward stays for them.
+    """
+    original = layer.forward
+    (adapter,) = layer.active_adapters
+    base, a, b = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if hasattr(base.weight, "ds_id") or torch.is_autocast_enabled(x.device.type):
+            return original(x, *args, **kwargs)
+        product = _LoraProduct.apply(
+            x.flatten(0, -2), base.weight, base.bias, a.weight, b.weight, layer.scaling[adapter]
+        )
+        return product.unflatten(0, x.shape[:-1])
+
+    layer.forward = forward
 
 
 @torch.no_grad()

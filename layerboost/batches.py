@@ -36,6 +36,13 @@ class PackedText:
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2:
             raise BatchError(f"sequences: shape {tuple(self.input_ids.shape)} is not (sequences, tokens); use pack()")
+        for name in ("position_ids", "targets"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.input_ids.shape:
+                raise BatchError(
+                    f"{name}: shape {tuple(value.shape)} is not that of the tokens, {tuple(self.input_ids.shape)}; "
+                    "give one for each token"
+                )
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapters import add_lora, freeze_all_but_feature_maps, unshare_parameters
 from .healing_spec import TRANSFER, HealingSpec
-from .losses import Head, distillation_loss, relative_error
+from .losses import Head, distillation_loss, positions_at_once, relative_error
 from .transfer import AttentionTransfer, draw_windows, full_windows
 
 
@@ -88,7 +88,7 @@ class Distillation(nn.Module):
             head_trains=torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()),
             divergence=self.spec.divergence,
             temperature=self.spec.temperature,
-            chunk_tokens=self.spec.chunk_tokens,
+            chunk_tokens=positions_at_once(self.student.config.vocab_size, input_ids.device),
             **weights,
         )
 

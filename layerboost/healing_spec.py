@@ -29,8 +29,8 @@ class HealingSpec:
         batch_sequences: sequences of one step over all workers.
         method: `lora` trains adapters on every projection of attention and MLP and merges them at the end, `full`
             trains every parameter on a copy; both train the feature maps.
-        rank, alpha: of the adapters; `alpha` None means 2 * rank.
-        learning_rate: peak of the healing phase; None means 1 / hidden size (lora) or 0.125 / hidden size (full).
+        rank, alpha: of the adapters; `alpha` None means the rank.
+        learning_rate: peak of the healing phase; None means 0.5 / hidden size (lora) or 0.1 / hidden size (full).
         transfer_fraction: share of the tokens that goes to attention transfer when a plan has linear_window layers.
         transfer_learning_rate: peak of the transfer phase.
         divergence: of the student's next token from the teacher's.
@@ -45,7 +45,6 @@ class HealingSpec:
             in the transfer phase, which is therefore not clipped.
         weight_decay: of AdamW.
         micro_batch_sequences: most sequences that a worker runs at once; changes memory, not results.
-        chunk_tokens: positions whose logits exist at the same time; changes memory, not results.
         activation_checkpointing: run the student's layers again in the backward pass; changes memory, not results.
         stop_when_flat: stop early once two tenths of the budget have brought less than this share of the fall of the
             held-out divergence so far; the learning rate then still comes down. None spends the whole budget.
@@ -55,12 +54,12 @@ class HealingSpec:
 
     tokens: int
     sequence_tokens: int = 512
-    batch_sequences: int = 8
+    batch_sequences: int = 4
     method: str = "lora"
-    rank: int = 16
+    rank: int = 32
     alpha: float | None = None
     learning_rate: float | None = None
-    transfer_fraction: float = 0.2
+    transfer_fraction: float = 0.05
     transfer_learning_rate: float = 5e-2
     divergence: Divergence = Divergence.FORWARD_KL
     temperature: float = 1.0
@@ -72,7 +71,6 @@ class HealingSpec:
     gradient_clip: float = 1.0
     weight_decay: float = 0.0
     micro_batch_sequences: int | None = None
-    chunk_tokens: int = 1024
     activation_checkpointing: bool = False
     stop_when_flat: float | None = None
     held_out_sequences: int = 16
@@ -84,7 +82,7 @@ class HealingSpec:
             raise ValueError(f"method: '{self.method}' is unknown; use lora or full")
         if self.sequence_tokens < 2:
             raise ValueError(f"sequence_tokens: {self.sequence_tokens} leaves nothing to predict; use at least 2")
-        for name in ("batch_sequences", "rank", "chunk_tokens", "temperature", "gradient_clip", "held_out_sequences"):
+        for name in ("batch_sequences", "rank", "temperature", "gradient_clip", "held_out_sequences"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
         weights = ("divergence_weight", "cross_entropy_weight", "hidden_weight")
@@ -145,7 +143,7 @@ def phases_of(spec: HealingSpec, plan: Plan, hidden_size: int) -> tuple[Phase, .
         transfer_steps = int(spec.tokens * spec.transfer_fraction) // spec.tokens_per_step
     learning_rate = spec.learning_rate
     if learning_rate is None:
-        learning_rate = (1.0 if spec.method == "lora" else 0.125) / hidden_size
+        learning_rate = (0.5 if spec.method == "lora" else 0.1) / hidden_size
     phases = (
         Phase(TRANSFER, 0, transfer_steps, spec.transfer_learning_rate),
         Phase(HEAL, transfer_steps, spec.steps - transfer_steps, learning_rate, spec.gradient_clip),

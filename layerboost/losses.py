@@ -7,6 +7,7 @@ so that a batch cut into slices gives the whole batch's loss and gradient when s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states (N, d) to logits (N, vocabulary)."""
+
+
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+"""Vocabulary-wide numbers that exist at once: 16 MiB in fp32 on a CPU, enough to keep a GPU busy."""
+
+
+def positions_at_once(vocabulary: int, device: torch.device) -> int:
+    """Positions whose logits are worked out together, so that their memory does not grow with the vocabulary."""
+    return max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cuda"]) // vocabulary)
 
 
 class Divergence(StrEnum):
@@ -32,23 +42,32 @@ class Divergence(StrEnum):
 
 
 def divergence_and_gradient(
-    kind: Divergence, student_logs: torch.Tensor, teacher_logs: torch.Tensor
+    kind: Divergence, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence in nats (N,) and its gradient by the student's logits (N, V), from log-probabilities (N, V)."""
-    student = student_logs.exp()
+    """Divergence in nats (N,) and its gradient by the student's logits (N, V), from both logits (N, V) in fp32."""
     if kind is Divergence.FORWARD_KL:
-        teacher = teacher_logs.exp()
-        return (teacher * (teacher_logs - student_logs)).sum(dim=-1), student - teacher
+        # Logarithms of whole rows cost more than all the rest: two for each row will do.
+        student, teacher = F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
+        value = torch.linalg.vecdot(teacher, teacher_logits - student_logits)
+        value += _log_normaliser(student_logits, student) - _log_normaliser(teacher_logits, teacher)
+        return value, student.sub_(teacher)
+    student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
+    student = student_logs.exp()
     if kind is Divergence.REVERSE_KL:
         ratio = student_logs - teacher_logs
-        value = (student * ratio).sum(dim=-1)
-        return value, student * (ratio - value[:, None])
+        value = torch.linalg.vecdot(student, ratio)
+        return value, student.mul_(ratio.sub_(value[:, None]))
     teacher = teacher_logs.exp()
-    mixed_logs = torch.logaddexp(student_logs, teacher_logs) - torch.log(student_logs.new_tensor(2.0))
+    mixed_logs = torch.logaddexp(student_logs, teacher_logs) - math.log(2)
     ratio = student_logs - mixed_logs
-    to_student = (student * ratio).sum(dim=-1)
-    to_teacher = (teacher * (teacher_logs - mixed_logs)).sum(dim=-1)
-    return 0.5 * (to_student + to_teacher), 0.5 * student * (ratio - to_student[:, None])
+    to_student = torch.linalg.vecdot(student, ratio)
+    to_teacher = torch.linalg.vecdot(teacher, teacher_logs - mixed_logs)
+    return 0.5 * (to_student + to_teacher), student.mul_(ratio.sub_(to_student[:, None])).mul_(0.5)
+
+
+def _log_normaliser(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """log sum exp of each row (N,), read off the likeliest entry."""
+    return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
 
 
 def distillation_loss(
@@ -80,7 +99,7 @@ def distillation_loss(
         chunk_tokens: positions whose logits exist at the same time.
 
     Returns:
-        Scalar in fp32, nats per target; zero where there are no targets.
+        Scalar in fp32 (fp64 for states in fp64), nats per target; zero where there are no targets.
     """
     next_ids = input_ids[:, 1:].reshape(-1)
     student_states, teacher_states = (x[:, :-1].flatten(0, 1) for x in (student_states, teacher_states))
@@ -106,9 +125,11 @@ class _Terms:
         """Sum of the loss over positions, and its gradient (N, V)."""
         total, gradient = logits.new_zeros(()), None
         if self.divergence_weight:
-            student_logs = F.log_softmax(logits / self.temperature, dim=-1)
-            teacher_logs = F.log_softmax(teacher_logits / self.temperature, dim=-1)
-            values, gradient = divergence_and_gradient(self.divergence, student_logs, teacher_logs)
+            if self.temperature == 1:
+                values, gradient = divergence_and_gradient(self.divergence, logits, teacher_logits)
+            else:
+                cooled = logits / self.temperature, teacher_logits / self.temperature
+                values, gradient = divergence_and_gradient(self.divergence, *cooled)
             total = total + self.divergence_weight * self.temperature**2 * values.sum()
             gradient = gradient.mul_(self.divergence_weight * self.temperature)
         if self.cross_entropy_weight:
@@ -125,13 +146,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
-        total = torch.zeros((), device=states.device)
+        total = torch.zeros((), device=states.device, dtype=_wide(states[:0]).dtype)
         ctx.gradient = torch.empty_like(states) if states.requires_grad else None
         for part in _chunks(len(states), chunk_tokens):
             chunk = states[part].detach().requires_grad_(states.requires_grad)
             with torch.enable_grad():
                 logits = head(chunk)
-            loss, gradient = terms(logits.detach().float(), teacher_head(teacher_states[part]).float(), next_ids[part])
+            loss, gradient = terms(_wide(logits.detach()), _wide(teacher_head(teacher_states[part])), next_ids[part])
             total += loss * scale
             if ctx.gradient is not None:
                 (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, gradient.mul_(scale).to(logits.dtype))
@@ -146,18 +167,23 @@ def _recomputed_loss(states, teacher_states, next_ids, scale, head, teacher_head
     """The loss by chunks of positions, each of which is worked out again in the backward pass."""
 
     def chunk_sum(chunk, teacher_chunk, ids):
-        logits = head(chunk).float()
+        logits = _wide(head(chunk))
         with torch.no_grad():
-            loss, gradient = terms(logits, teacher_head(teacher_chunk).float(), ids)
+            loss, gradient = terms(logits, _wide(teacher_head(teacher_chunk)), ids)
         # Has the value of `loss` and the gradient that belongs to it.
         carrier = (logits * gradient).sum()
         return loss + carrier - carrier.detach()
 
-    total = torch.zeros((), device=states.device)
+    total = torch.zeros((), device=states.device, dtype=_wide(states[:0]).dtype)
     for part in _chunks(len(states), chunk_tokens):
         chunk = states[part], teacher_states[part], next_ids[part]
         total = total + checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) * scale
     return total
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least single precision, for whatever is summed or exponentiated."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:

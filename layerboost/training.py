@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import merge_lora
+from .adapters import add_lora, load_trained, merge_lora
 from .batches import GlobalBatches, PackedText
 from .convert import convert
 from .distillation import make_trainee
@@ -287,3 +287,36 @@ def finish_student(student: PreTrainedModel, spec: HealingSpec) -> None:
         student.gradient_checkpointing_disable()
     restore_windows(student)
     student.requires_grad_(True).eval()
+
+
+def student_from(
+    model: PreTrainedModel,
+    plan: Plan,
+    spec: HealingSpec,
+    trained: Mapping[str, torch.Tensor],
+    *,
+    parent: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The plain student that a healing run had made of `model` when its trained parameters were `trained`.
+
+    Args:
+        model: the untouched parent, which keeps its values; parameters that were not trained are shared with it.
+        trained: by the student's parameter names, as in a snapshot: feature maps alone while attention is transferred,
+            then also adapters (`lora`) or all parameters (`full`). The result may take the tensors over.
+        parent, revision: for the student's configuration, as `convert` takes them.
+
+    Raises:
+        ValueError: a parameter that the student does not have.
+    """
+    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    student = convert(model, plan, parent=parent, revision=revision)
+    try:
+        if any(".lora_A." in name for name in trained):
+            add_lora(student, spec.rank, spec.alpha, spec.seed)
+        load_trained(student, trained)
+        finish_student(student, spec)
+    finally:
+        for parameter, requires_grad in was_trainable:
+            parameter.requires_grad_(requires_grad)
+    return student

@@ -1,4 +1,4 @@
-"""Attention transfer: the feature maps of linear_window layers fitted to the parent's attention, and their branches."""
+"""Attention transfer: the feature maps of linear_window layers fitted to the parent's attention."""
 
 from __future__ import annotations
 
@@ -151,23 +151,3 @@ def full_windows(student: nn.Module) -> Iterator[None]:
     finally:
         for treated, window in drawn:
             treated.window = window
-
-
-@contextmanager
-def without_branch(model: nn.Module, branch: str) -> Iterator[None]:
-    """Zeroes one branch of every linear_window layer of a converted model.
-
-    Args:
-        branch: `linear` leaves softmax inside the window alone; `window` leaves each query's own key and everything
-            older than the window. Whole sequences only, not with a cache.
-    """
-    if branch not in ("linear", "window"):
-        raise ValueError(f"branch: '{branch}' is unknown; use linear or window")
-    layers = linear_window_layers(model)
-    try:
-        for _, treated in layers:
-            treated.zeroed = branch
-        yield
-    finally:
-        for _, treated in layers:
-            treated.zeroed = None

@@ -63,6 +63,7 @@ def batches(spec: HealingSpec, n_sequences: int = 32, seed: int = 1) -> GlobalBa
 
 def spec_of(steps: int, **settings) -> HealingSpec:
     settings = {"sequence_tokens": 16, "batch_sequences": 4, "rank": 4, "learning_rate": 5e-3} | settings
+    settings = {"transfer_fraction": 0.2, "alpha": 2 * settings["rank"]} | settings
     return HealingSpec(tokens=steps * settings["sequence_tokens"] * settings["batch_sequences"], **settings)
 
 
@@ -88,7 +89,7 @@ def test_heads_of_families_give_the_models_own_logits(model_type, settings):
 
 def test_a_head_of_unknown_form_falls_back_to_whole_logits():
     teacher, student = tiny_model(seed=0), tiny_model(seed=1)
-    spec = spec_of(1, chunk_tokens=7)
+    spec = spec_of(1)
     input_ids = torch.randint(3, VOCABULARY, (2, 16))
 
     def bend(module, args, output):
@@ -353,7 +354,32 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 1 / 128), ("full", 1 / 1024)])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 0.5 / 128), ("full", 0.1 / 128)])
 def test_the_default_learning_rate_follows_the_width(method, rate):
     spec = HealingSpec(tokens=100_000, method=method)
     assert phases_of(spec, Plan.uniform(Treatment.SOFTMAX, 2), 128)[-1].learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])  # without and with biases
+def test_the_short_way_through_lora_is_peft_s_in_value_and_gradient(model_type):
+    model = tiny_model(model_type)
+    input_ids = torch.randint(3, VOCABULARY, (2, 16))
+    add_lora(model, rank=3, alpha=5, seed=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    results = []
+    for shortened in (True, False):
+        if not shortened:
+            for module in model.modules():
+                if "forward" in vars(module) and hasattr(module, "lora_A"):
+                    del module.forward
+        model.zero_grad()
+        loss = model(input_ids).logits.square().mean()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        results.append({"loss": loss.detach(), **gradients})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-7, msg=name)

@@ -39,6 +39,7 @@ def naive_loss(
     return total / max(n, 1)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("divergence", list(Divergence))
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
 @pytest.mark.parametrize("masked", [False, True])
@@ -47,11 +48,19 @@ def naive_loss(
     ("temperature", "divergence_weight", "cross_entropy_weight"), [(1, 1, 0), (2.5, 0.7, 0.3), (1, 0, 1)]
 )
 def test_value_and_gradient_are_those_of_the_definition(
-    divergence, chunk_tokens, masked, head_trains, temperature, divergence_weight, cross_entropy_weight
+    dtype,
+    tolerance,
+    divergence,
+    chunk_tokens,
+    masked,
+    head_trains,
+    temperature,
+    divergence_weight,
+    cross_entropy_weight,
 ):
     seed = torch.seed()
     student_states, teacher_states = torch.randn(2, 2, 9, 6)
-    weights = torch.randn(2, 11, 6)
+    weights = 0.5 * torch.randn(2, 11, 6)
     input_ids = torch.randint(0, 11, (2, 9))
     targets = None
     if masked:
@@ -65,14 +74,14 @@ def test_value_and_gradient_are_those_of_the_definition(
     }
     results = []
     for chunked in (True, False):
-        dtype = torch.float32 if chunked else torch.float64
-        states = student_states.to(dtype, copy=True).requires_grad_()
-        head = weights[0].to(dtype, copy=True).requires_grad_(head_trains)
-        teacher_head = weights[1].to(dtype)
+        precise = dtype if chunked else torch.float64
+        states = student_states.to(precise, copy=True).requires_grad_()
+        head = weights[0].to(precise, copy=True).requires_grad_(head_trains)
+        teacher_head = weights[1].to(precise)
         if chunked:
             loss = distillation_loss(
                 states,
-                teacher_states,
+                teacher_states.to(precise),
                 lambda x, head=head: x @ head.T,
                 lambda x, head=teacher_head: x @ head.T,
                 input_ids,
@@ -82,12 +91,31 @@ def test_value_and_gradient_are_those_of_the_definition(
                 **settings,
             )
         else:
-            teacher_logits = teacher_states.to(dtype) @ teacher_head.T
+            teacher_logits = teacher_states.to(precise) @ teacher_head.T
             loss = naive_loss(states @ head.T, teacher_logits, input_ids, targets, **settings)
         (3.0 * loss).backward()
         results.append([loss.detach(), states.grad] + ([head.grad] if head_trains else []))
     for ours, naive in zip(*results, strict=True):
-        torch.testing.assert_close(ours.double(), naive.double(), rtol=1e-5, atol=1e-6, msg=f"seed {seed}")
+        torch.testing.assert_close(ours.double(), naive.double(), rtol=tolerance, atol=tolerance, msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_chunks_are_as_close_as_the_plain_form_in_fp32(divergence):
+    student, teacher = (2 * torch.randn(1, 33, 2048) for _ in range(2))
+    input_ids = torch.randint(2048, (1, 33))
+    results = []
+    for chunked in (True, False):
+        states = student.clone().requires_grad_()
+        if chunked:
+            settings = {"divergence": divergence, "chunk_tokens": 10}
+            loss = distillation_loss(states, teacher, lambda x: x, lambda x: x, input_ids, **settings)
+        else:
+            probabilities = (x[0, :-1].softmax(-1) for x in (states, teacher))
+            loss = naive_divergence(divergence, *probabilities).mean()
+        loss.backward()
+        results.append((loss.detach(), states.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
 
 
 def test_only_chunks_of_logits_exist_and_the_students_are_worked_out_once():

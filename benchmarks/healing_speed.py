@@ -1,0 +1,238 @@
+"""Tokens per second of healing against the loop that one would write: Hugging Face's Trainer with a second model.
+
+    python benchmarks/healing_speed.py --model MODEL --plan NNNNLSLSLLSS --window 16
+    python benchmarks/healing_speed.py --shape small-llm          # random weights, a real model's share of vocabulary
+
+The other side is `transformers.Trainer` with peft's LoRA of the same rank on the same converted model, a second copy of
+the parent as teacher and the plain KL of whole logits. Both sides take the same steps on the same sequences, in turn;
+a ratio is the median of the pairs. The losses of the first step are compared, so that both compute the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from layerboost import Plan, convert
+from layerboost.adapters import add_lora
+from layerboost.batches import GlobalBatches, PackedText
+from layerboost.checkpoint import load_model
+from layerboost.decoding import hardware_name
+from layerboost.distillation import make_trainee
+from layerboost.healing_spec import HEAL, HealingSpec, Phase
+from layerboost.training import TorchEngine, run_phase
+
+SHAPES = {
+    # Layers, hidden size, heads, key/value heads, MLP, vocabulary: the head's share is that of a model of 0.1 to 0.6 B.
+    "small-llm": (12, 256, 4, 2, 704, 32_768),
+}
+COLUMNS = (
+    *("model", "plan", "window", "batch_sequences", "sequence_tokens", "rank", "steps", "pairs"),
+    *("tok_per_s", "trainer_tok_per_s", "ratio", "ratio_low", "ratio_high", "loss", "trainer_loss"),
+    *("hardware", "threads", "dtype", "torch", "transformers", "python"),
+)
+
+
+def build(shape: str, n_positions: int):
+    """A Llama of a shape with random weights."""
+    layers, hidden, heads, kv_heads, mlp, vocabulary = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        max_position_embeddings=n_positions,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+class Ours:
+    """Steps of `run_phase`; each call to `take` goes on where the last ended."""
+
+    def __init__(self, model, plan: Plan, text: PackedText, spec: HealingSpec):
+        self.spec, self.batches, self.done = spec, GlobalBatches(text, spec.batch_sequences, spec.seed), 0
+        self.engine = TorchEngine(make_trainee(HEAL, model, convert(model, plan), spec), spec, 1, spec.gradient_clip)
+        self.device = next(model.parameters()).device
+
+    def take(self, n: int) -> tuple[float, list[float]]:
+        """Seconds and losses of `n` steps."""
+        phase, losses = Phase(HEAL, 0, self.done + n, self.spec.learning_rate or 1e-3, self.spec.gradient_clip), []
+        start = time.perf_counter()
+        run_phase(
+            self.engine,
+            phase,
+            self.batches,
+            self.spec,
+            start=self.done,
+            device=self.device,
+            on_step=lambda row: losses.append(row.loss),
+        )
+        self.done += n
+        return time.perf_counter() - start, losses
+
+
+class Distiller(Trainer):
+    """What one writes on top of Trainer: the teacher's logits, the student's, their KL."""
+
+    def __init__(self, *args, teacher, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.losses = teacher, []
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        student = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        logs = [F.log_softmax(logits.float(), dim=-1).flatten(0, 1) for logits in (student, teacher)]
+        loss = F.kl_div(*logs, log_target=True, reduction="batchmean")
+        self.losses.append(loss.detach())
+        return loss
+
+
+class Timed(TrainerCallback):
+    """Seconds from the first step's beginning to the last one's end, without what Trainer does around them."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.start
+
+
+class Theirs:
+    """Steps of a Trainer with a teacher of its own."""
+
+    def __init__(self, model, teacher, plan: Plan, text: PackedText, spec: HealingSpec):
+        self.spec, self.teacher, self.batches, self.done = spec, teacher.eval(), GlobalBatches(text, 1, spec.seed), 0
+        self.student = convert(model, plan)
+        add_lora(self.student, spec.rank, spec.alpha, spec.seed)
+        self.on_cpu = next(model.parameters()).device.type == "cpu"
+
+    def take(self, n: int) -> tuple[float, list[float]]:
+        """Seconds and losses of `n` steps."""
+        each = self.spec.batch_sequences
+        rows = [
+            {"input_ids": self.batches.batch(step).input_ids[0].long()}
+            for step in range(self.done * each, (self.done + n) * each)
+        ]
+        clock = Timed()
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=each,
+                max_steps=n,
+                learning_rate=self.spec.learning_rate or 1e-3,
+                adam_beta2=0.95,
+                max_grad_norm=self.spec.gradient_clip,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                train_sampling_strategy="sequential",
+                use_cpu=self.on_cpu,
+            )
+            trainer = Distiller(self.student, arguments, train_dataset=rows, callbacks=[clock], teacher=self.teacher)
+            trainer.train()
+        self.done += n
+        return clock.seconds, [float(loss) for loss in trainer.losses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="folder of a model")
+    what.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--plan", default="NNNNLSLSLLSS")
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--batch-sequences", type=int, default=8)
+    parser.add_argument("--sequence-tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each side in a pair")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="append the row to this CSV")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    def load():
+        loaded = load_model(arguments.model) if arguments.model else build(arguments.shape, arguments.sequence_tokens)
+        return loaded.to(arguments.device)
+
+    model, plan = load(), Plan.parse(arguments.plan, arguments.window)
+    spec = HealingSpec(
+        tokens=arguments.batch_sequences * arguments.sequence_tokens,
+        sequence_tokens=arguments.sequence_tokens,
+        batch_sequences=arguments.batch_sequences,
+        learning_rate=1e-3,
+        warmup_fraction=0.0,
+    )
+    shape = (256, arguments.sequence_tokens)
+    ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    text = PackedText(ids)
+    ours, theirs = Ours(model, plan, text, spec), Theirs(load(), load(), plan, text, spec)
+    first = [side.take(2)[1][0] for side in (ours, theirs)]
+    if abs(first[0] - first[1]) > 1e-4 * max(1.0, abs(first[1])):
+        sys.exit(f"the two sides do not compute the same: {first[0]} against {first[1]}")
+    tokens = arguments.steps * spec.tokens_per_step
+    rates: list[tuple[float, float]] = []
+    for pair in range(arguments.pairs):
+        seconds = {side: side.take(arguments.steps)[0] for side in ((ours, theirs) if pair % 2 else (theirs, ours))}
+        rates.append((tokens / seconds[ours], tokens / seconds[theirs]))
+        print(
+            f"pair {pair + 1}: {rates[-1][0]:.0f} against {rates[-1][1]:.0f} tok/s, {rates[-1][0] / rates[-1][1]:.3f}x"
+        )
+    ratios = sorted(a / b for a, b in rates)
+    row = {
+        "model": (arguments.model and Path(arguments.model).name) or arguments.shape,
+        "plan": str(plan),
+        "window": plan.window,
+        "batch_sequences": spec.batch_sequences,
+        "sequence_tokens": spec.sequence_tokens,
+        "rank": spec.rank,
+        "steps": arguments.steps,
+        "pairs": arguments.pairs,
+        "tok_per_s": statistics.median(a for a, _ in rates),
+        "trainer_tok_per_s": statistics.median(b for _, b in rates),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+        "loss": first[0],
+        "trainer_loss": first[1],
+        "hardware": hardware_name(arguments.device),
+        "threads": arguments.threads,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    print(f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})")
+    if arguments.out:
+        is_new = not arguments.out.exists()
+        with arguments.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

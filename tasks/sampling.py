@@ -1,0 +1,75 @@
+"""A teacher's own text on a cluster: workers hold the teacher and sample a few documents at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layerboost.sampling import SamplingSpec, sample_documents
+
+from .ablation import ModelSource, actor_maker
+from .cluster import WorkerResources
+from .units import UnitFailure, run_units, worker_info
+
+
+@dataclass(frozen=True)
+class SampleUnit:
+    """`n_documents` documents of a set, from number `first` on."""
+
+    first: int
+    n_documents: int
+
+
+class SamplingWorker:
+    """Holds the teacher and samples from it. A plain class: Ray only wraps it.
+
+    Args:
+        source: the teacher.
+        spec: how it is sampled.
+        threads: CPU threads for torch; None leaves them.
+    """
+
+    def __init__(self, source: ModelSource, spec: SamplingSpec, threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.spec = spec
+        self.model, self.tokenizer = source.load(), source.load_tokenizer()
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def run(self, unit: SampleUnit) -> list[list[int]]:
+        """The token ids of each document of a unit."""
+        return sample_documents(
+            self.model,
+            self.tokenizer,
+            unit.n_documents,
+            self.spec.max_tokens,
+            seed=self.spec.seed,
+            first=unit.first,
+            temperature=self.spec.temperature,
+            batch_size=self.spec.batch_size,
+        )
+
+
+def sample_units(
+    units: Sequence[SampleUnit],
+    source: ModelSource,
+    spec: SamplingSpec,
+    resources: WorkerResources,
+    *,
+    on_result: Callable[[SampleUnit, list[list[int]], float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    max_attempts: int = 3,
+) -> list[UnitFailure]:
+    """Samples all units on the cluster, one teacher for each worker; see `run_units` for callbacks and failures."""
+    return run_units(
+        units,
+        actor_maker(SamplingWorker, resources, source, spec, resources.threads),
+        n_workers=resources.n_workers,
+        on_result=on_result,
+        on_failure=on_failure,
+        max_attempts=max_attempts,
+    )
