@@ -28,6 +28,7 @@ SHAPES = {
     "qwen3-4b": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936),
     "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256),
     "small": ("llama", 12, 256, 8, 2, 32, 704, 2048),
+    "wide": ("llama", 6, 1024, 16, 4, 64, 2816, 32_768),
 }
 COLUMNS = (
     *("shape", "plan", "window", "concurrency", "context", "tok_per_s", "base_tok_per_s", "speedup", "speedup_low"),

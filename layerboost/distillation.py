@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import add_lora, freeze_all_but_feature_maps, unshare_parameters
+from .fused_loss import fused_divergence, fused_heads
 from .healing_spec import TRANSFER, HealingSpec
 from .losses import Head, distillation_loss, positions_at_once, relative_error
 from .transfer import AttentionTransfer, draw_windows, full_windows
@@ -29,6 +30,9 @@ class Distillation(nn.Module):
         check_teacher(teacher, student, spec)
         self.teacher, self.student, self.spec = teacher, student, spec
         self.splits_head = all(_has_split_head(model) for model in (teacher, student))
+        can_fuse = self.splits_head and not spec.cross_entropy_weight
+        # A tuple, so that the heads are not registered as modules a second time.
+        self.fused_heads = fused_heads(teacher, student, spec.divergence, spec.temperature) if can_fuse else None
 
     def begin_step(self, step: int) -> None:
         """What the run's step (from 0) changes in the student, before its first forward pass."""
@@ -76,7 +80,21 @@ class Distillation(nn.Module):
             teacher_states, _ = self._run(self.teacher, input_ids, position_ids, False)
         return self._divergence(student_states, teacher_states, input_ids, targets)
 
-    def _divergence(self, student_states, teacher_states, input_ids, targets, **weights) -> torch.Tensor:
+    def _divergence(
+        self, student_states, teacher_states, input_ids, targets, *, divergence_weight=1.0, cross_entropy_weight=0.0
+    ) -> torch.Tensor:
+        # ZeRO-3 gathers a head's weights for its own forward pass only.
+        if self.fused_heads is not None and not any(hasattr(head.weight, "ds_id") for head in self.fused_heads):
+            return fused_divergence(
+                student_states,
+                teacher_states,
+                *self.fused_heads,
+                input_ids,
+                targets=targets,
+                divergence=self.spec.divergence,
+                temperature=self.spec.temperature,
+                divergence_weight=divergence_weight,
+            )
         head = self.student.get_output_embeddings()
         return distillation_loss(
             student_states,
@@ -88,8 +106,9 @@ class Distillation(nn.Module):
             head_trains=torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()),
             divergence=self.spec.divergence,
             temperature=self.spec.temperature,
+            divergence_weight=divergence_weight,
+            cross_entropy_weight=cross_entropy_weight,
             chunk_tokens=positions_at_once(self.student.config.vocab_size, input_ids.device),
-            **weights,
         )
 
     def _run(

@@ -1,0 +1,104 @@
+"""The divergence by a fused kernel (liger-kernel), where there is a GPU and the kernel gives what our chunks give."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .losses import Divergence, distillation_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BETA = {Divergence.FORWARD_KL: 0.0, Divergence.REVERSE_KL: 1.0, Divergence.JENSEN_SHANNON: 0.5}
+_DEVICES = ("cuda",)
+_TRIAL_POSITIONS, _TRIAL_TOLERANCE = 16, 2e-2
+
+log = logging.getLogger(__name__)
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head, where a model's logits are its product with the states and nothing else; None for any other."""
+    head, config = model.get_output_embeddings(), model.config
+    changed = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    is_plain = isinstance(head, nn.Linear) and head.bias is None
+    return head if is_plain and not any(getattr(config, name, None) for name in changed) else None
+
+
+def fused_divergence(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    student_head: nn.Linear,
+    teacher_head: nn.Linear,
+    input_ids: torch.Tensor,
+    *,
+    targets: torch.Tensor | None = None,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    temperature: float = 1.0,
+    divergence_weight: float = 1.0,
+) -> torch.Tensor:
+    """What `distillation_loss` gives without cross-entropy, by one kernel for each chunk of positions; on CUDA only.
+
+    Arguments and result as there.
+    """
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    kept = torch.ones_like(input_ids[:, 1:], dtype=torch.bool) if targets is None else targets[:, 1:]
+    student, teacher = (states[:, :-1][kept] for states in (student_states, teacher_states))
+    if not len(student):
+        return student.sum().float()
+    kernel = LigerFusedLinearJSD(jsd_beta=_BETA[divergence], temperature=temperature)
+    value = kernel(student, student_head.weight, teacher, teacher_head.weight)
+    return divergence_weight * temperature**2 * value
+
+
+@functools.cache
+def is_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def fused_heads(
+    teacher: PreTrainedModel, student: PreTrainedModel, divergence: Divergence, temperature: float
+) -> tuple[nn.Linear, nn.Linear] | None:
+    """The heads of student and teacher if `fused_divergence` can be used with them.
+
+    It can on CUDA, with plain heads, where the kernel's value and gradient agree with ours on a few random states:
+    kernels are compiled for the device at hand and their library moves on. What does not agree is said and not used.
+    """
+    heads = plain_head(student), plain_head(teacher)
+    if heads[0] is None or heads[1] is None or not is_installed():
+        return None
+    if heads[0].weight.device.type not in _DEVICES:
+        return None
+    found = heads[0], heads[1]
+    generator = torch.Generator(heads[0].weight.device).manual_seed(0)
+
+    def random(head: nn.Linear) -> torch.Tensor:
+        shape, weight = (1, _TRIAL_POSITIONS, head.in_features), head.weight
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+    states, teacher_states = random(found[0]), random(found[1])
+    input_ids = torch.zeros(1, _TRIAL_POSITIONS, dtype=torch.long, device=states.device)
+    losses: tuple[Callable[..., torch.Tensor], ...] = (fused_divergence, distillation_loss)
+    results = []
+    try:
+        for loss in losses:
+            leaf = states.clone().requires_grad_()
+            with torch.enable_grad():
+                value = loss(leaf, teacher_states, *found, input_ids, divergence=divergence, temperature=temperature)
+            (gradient,) = torch.autograd.grad(value, leaf)
+            results.append((value.detach().float(), gradient.float()))
+    except Exception as error:  # a kernel that does not compile here is no reason not to heal
+        log.warning("fused loss: not used, liger-kernel failed on this device (%s)", str(error).splitlines()[0])
+        return None
+    for fused, chunked in zip(*results, strict=True):
+        if (fused - chunked).norm() > _TRIAL_TOLERANCE * chunked.norm():
+            log.warning("fused loss: not used, liger-kernel gives another result than the plain form here")
+            return None
+    return found
