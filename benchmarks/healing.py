@@ -56,7 +56,7 @@ BASELINES = (
     *("window", "linear_window", "linear", "interleaved_1/2", "interleaved_1/4"),
     *("interleaved", "cosine", "first", "last", "random:3"),
 )
-SELECTION_SEQUENCES = 64
+SELECTION_SEQUENCES = 32
 CONTEXT_TOKENS, CONCURRENCY = 512, 32
 """Serving condition of the predicted speed-up in the tables."""
 
@@ -184,8 +184,20 @@ def perform_all(runs: Sequence[Run], setting: Setting, folder: Path, processes: 
     return [perform(run, setting, folder) for run in runs]
 
 
-def chosen_plans(setting: Setting, counts: Sequence[int], window: int, n_refined: int) -> dict[str, Plan]:
-    """The guided plans and the baselines, by name; `counts` are layers of softmax, linear_window and none."""
+def chosen_plans(args: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
+    """The guided plans and the baselines, by name; from the file of an earlier call where it is there."""
+    what = [setting.model, setting.train, args.counts, args.window, args.refined_plans, BASELINES]
+    file = args.work / f"plans-{sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    if not file.exists():
+        torch.set_num_threads(setting.threads)
+        plans = choose_plans(setting, args.counts, args.window, args.refined_plans)
+        args.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({name: plan.to_dict() for name, plan in plans.items()}))
+    return {name: Plan.from_dict(plan) for name, plan in json.loads(file.read_text()).items()}
+
+
+def choose_plans(setting: Setting, counts: Sequence[int], window: int, n_refined: int) -> dict[str, Plan]:
+    """The guided plans and the baselines; `counts` are layers of softmax, linear_window and none."""
     model = load_model(setting.model)
     n_layers, sequences = model.config.num_hidden_layers, selection_sequences(setting)
     untouched = Plan.uniform(Treatment.SOFTMAX, n_layers)
@@ -218,7 +230,7 @@ def mean_items(results: Sequence[dict[str, Any]], metric: str, share: float = 1.
 
 def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """One row for each plan: before and after healing, against the base and against the guided plan."""
-    plans = chosen_plans(setting, args.counts, args.window, args.refined_plans)
+    plans = chosen_plans(args, setting)
     untouched = Plan.uniform(Treatment.SOFTMAX, len(plans["guided"]))
     before = [Run(name, plan) for name, plan in {"base": untouched, **plans}.items()]
     healed = [Run(name, plan, replace(spec_of(args), seed=seed)) for seed in args.seeds for name, plan in plans.items()]
@@ -260,7 +272,7 @@ def against(items: np.ndarray, base: np.ndarray, label: str) -> dict[str, float 
 def curve(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """One row for each share of the budget and metric of one long healing."""
     plans = {"guided_refined": Plan.parse(args.plan, args.window)} if args.plan else None
-    name, plan = next(iter((plans or chosen_plans(setting, args.counts, args.window, args.refined_plans)).items()))
+    name, plan = next(iter((plans or chosen_plans(args, setting)).items()))
     untouched = Plan.uniform(Treatment.SOFTMAX, len(plan))
     spec = replace(spec_of(args), seed=args.seeds[0])
     runs = [Run("base", untouched), Run(name, plan), Run(name, plan, spec, marks=tuple(args.marks))]
@@ -279,7 +291,7 @@ def curve(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
 
 def windows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """One row for each window and middle treatment: linear_window against window on the same tokens."""
-    letters = args.plan or str(chosen_plans(setting, args.counts, args.window, args.refined_plans)["guided_refined"])
+    letters = args.plan or str(chosen_plans(args, setting)["guided_refined"])
     untouched = Plan.uniform(Treatment.SOFTMAX, len(letters))
     runs = [Run("base", untouched)]
     for seed in args.seeds:

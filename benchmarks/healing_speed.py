@@ -2,21 +2,28 @@
 
     python benchmarks/healing_speed.py --model MODEL --plan NNNNLSLSLLSS --window 16
     python benchmarks/healing_speed.py --shape small-llm          # random weights, a real model's share of vocabulary
+    python benchmarks/healing_speed.py --model MODEL --text TEXT --workers 2   # as a healing job runs on this machine
 
 The other side is `transformers.Trainer` with peft's LoRA of the same rank on the same converted model, a second copy of
 the parent as teacher and the plain KL of whole logits. Both sides take the same steps on the same sequences, in turn;
 a ratio is the median of the pairs. The losses of the first step are compared, so that both compute the same.
+
+With --workers our steps are those of a Ray Train job with DeepSpeed engines, one thread a worker, while Trainer has all
+threads in its one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from layerboost import Plan, convert
 from layerboost.adapters import add_lora
 from layerboost.batches import GlobalBatches, PackedText
-from layerboost.checkpoint import load_model
+from layerboost.checkpoint import load_model, load_tokenizer
+from layerboost.data import TextSource, pack, read_documents
 from layerboost.decoding import hardware_name
 from layerboost.distillation import make_trainee
 from layerboost.healing_spec import HEAL, HealingSpec, Phase
@@ -40,7 +48,7 @@ SHAPES = {
 COLUMNS = (
     *("model", "plan", "window", "batch_sequences", "sequence_tokens", "rank", "steps", "pairs"),
     *("tok_per_s", "trainer_tok_per_s", "ratio", "ratio_low", "ratio_high", "loss", "trainer_loss"),
-    *("hardware", "threads", "dtype", "torch", "transformers", "python"),
+    *("hardware", "workers", "threads", "dtype", "torch", "transformers", "python"),
 )
 
 
@@ -85,6 +93,47 @@ class Ours:
         )
         self.done += n
         return time.perf_counter() - start, losses
+
+
+class OursOnRay:
+    """Steps of healing jobs, timed in their first worker without their start and their end."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, spec: HealingSpec, folder: str):
+        import ray  # a machine with a GPU may have neither Ray nor DeepSpeed
+
+        self.args, self.plan, self.spec, self.folder, self.jobs = args, plan, spec, folder, 0
+        # Not at home in Ray's environment: the workers import this file by its name.
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        ray.init(address="local", num_cpus=args.workers, include_dashboard=False, log_to_driver=False)
+
+    def take(self, n: int) -> tuple[float, list[float]]:
+        """Seconds of `n` steps behind two that warm up, and the losses of all."""
+        from tasks.healing import HealingJob, heal
+
+        self.jobs += 1
+        times = Path(self.folder) / f"times-{self.jobs}"
+        job = HealingJob(
+            model=str(Path(self.args.model).resolve()),
+            plan=self.plan,
+            spec=replace(self.spec, tokens=(n + 2) * self.spec.tokens_per_step, transfer_fraction=0.0),
+            sources=(TextSource(str(self.args.text.resolve())),),
+            output=f"{self.folder}/healed",
+            storage_path=f"{self.folder}/storage",
+            name=f"job-{self.jobs}",
+            n_workers=self.args.workers,
+            zero_stage=1,
+            checkpoint_every_steps=10**6,
+            on_step=functools.partial(note_time, str(times)),
+        )
+        losses = [row.loss for row in heal(job).curve]
+        at = [float(line) for line in times.read_text().split()]
+        return at[1 + n] - at[1], losses
+
+
+def note_time(file: str, event) -> None:
+    if event.rank == 0:
+        with open(file, "a") as times:
+            times.write(f"{time.perf_counter()}\n")
 
 
 class Distiller(Trainer):
@@ -167,8 +216,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, help="time a healing job with so many single-threaded workers")
+    parser.add_argument("--text", type=Path, help="with --workers: what the job reads")
     parser.add_argument("--out", type=Path, help="append the row to this CSV")
     arguments = parser.parse_args()
+    if arguments.workers and not (arguments.model and arguments.text):
+        parser.error("--workers needs --model and --text")
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -188,7 +241,13 @@ def main() -> None:
     shape = (256, arguments.sequence_tokens)
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     text = PackedText(ids)
-    ours, theirs = Ours(model, plan, text, spec), Theirs(load(), load(), plan, text, spec)
+    scratch = tempfile.TemporaryDirectory()
+    ours: Ours | OursOnRay = Ours(model, plan, text, spec)
+    if arguments.workers:
+        ours = OursOnRay(arguments, plan, spec, scratch.name)
+        tokenizer, wanted = load_tokenizer(arguments.model), 4 * spec.batch_sequences  # those of our first steps
+        text = PackedText(pack(read_documents(arguments.text), tokenizer, spec.sequence_tokens, limit_sequences=wanted))
+    theirs = Theirs(load(), load(), plan, text, spec)
     first = [side.take(2)[1][0] for side in (ours, theirs)]
     if abs(first[0] - first[1]) > 1e-4 * max(1.0, abs(first[1])):
         sys.exit(f"the two sides do not compute the same: {first[0]} against {first[1]}")
@@ -218,6 +277,7 @@ def main() -> None:
         "loss": first[0],
         "trainer_loss": first[1],
         "hardware": hardware_name(arguments.device),
+        "workers": arguments.workers,
         "threads": arguments.threads,
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +13,20 @@ from typing import Any
 
 import torch
 
-from layerboost.data import text_identity
+from layerboost.data import sources_identity
 from layerboost.decoding import predicted_speedup
 from layerboost.evaluation import QualitySpec, spec_fingerprint
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
+from layerboost.sampling import SamplingSpec
 from layerboost.sensitivity import single_layer_plan
 from layerboost.version import __version__
+from orchestrator.healing_recipe import SAMPLED, HealingText
 from orchestrator.model_check import ModelFacts
-from orchestrator.recipe import TEXT_SCORES, Recipe, resolve_sequence_tokens
+from orchestrator.recipe import TEXT_SCORES, Recipe
 from tasks.ablation import EvaluationUnit, ModelSource, SpeedCondition
 from tasks.measurement import ThroughputUnit
+from tasks.sampling import SampleUnit
 from tasks.search import SearchSpec
 from tasks.sweeping import Share
 
@@ -31,6 +35,9 @@ _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64
 
 
 TASKS_SOURCE, TEXT_SOURCE = "tasks", "text"
+
+_MEMORY_ONLY = ("micro_batch_sequences", "chunk_tokens", "activation_checkpointing")
+"""Fields of a `HealingSpec` that change what healing holds at once and not its result."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,8 @@ class RunInputs:
     @cached_property
     def model(self) -> dict[str, Any]:
         """Identity of the parent: its content for a folder, its commit for a hub name."""
-        content = model_fingerprint(Path(self.facts.path)) if Path(self.facts.path).is_dir() else None
-        hub = None if content else {"name": self.facts.path, "commit": self.facts.commit or self.recipe.model.revision}
-        return {"content": content, "hub": hub, "dtype": self.recipe.model.dtype, "layerboost": __version__}
+        content = _model_content(self.facts, self.recipe.model.revision)
+        return {**content, "dtype": self.recipe.model.dtype, "layerboost": __version__}
 
     @cached_property
     def source(self) -> ModelSource:
@@ -77,6 +83,11 @@ class RunInputs:
         text = None if spec.text is None else shipped(spec.text)
         return replace(spec, tasks=tuple(shipped(task) for task in spec.tasks), text=text)
 
+    @cached_property
+    def text_spec(self) -> QualitySpec:
+        """The quality's text alone."""
+        return replace(self.full_spec, tasks=())
+
     @property
     def search_quality_spec(self) -> QualitySpec:
         """What the search judges by: the tasks, or the text where there are none."""
@@ -89,7 +100,7 @@ class RunInputs:
         by_text = sensitivity.score in TEXT_SCORES
         sources = []
         if spec.text is not None and (by_text or sensitivity.compare):
-            sources.append(SweepSource(TEXT_SOURCE, replace(spec, tasks=())))
+            sources.append(SweepSource(TEXT_SOURCE, self.text_spec))
         if spec.tasks and (not by_text or sensitivity.compare):
             sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None)))
         sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
@@ -149,20 +160,42 @@ class RunInputs:
 
     @cached_property
     def healing_spec(self) -> HealingSpec:
-        healing = self.recipe.healing
-        return HealingSpec(
-            tokens=healing.tokens,
-            sequence_tokens=resolve_sequence_tokens(healing.sequence_tokens, self.facts.context_tokens),
-            batch_sequences=healing.batch_sequences,
-            method=healing.method,
-            rank=healing.rank,
-            alpha=healing.alpha,
-            learning_rate=healing.learning_rate,
-            transfer_fraction=healing.transfer_fraction,
-            temperature=healing.temperature,
-            activation_checkpointing=healing.activation_checkpointing,
-            seed=healing.seed,
+        return self.recipe.healing.spec(self.facts.context_tokens)
+
+    @cached_property
+    def healing_texts(self) -> tuple[HealingText, ...]:
+        """What is healed on; paths as the workers see them."""
+        texts = [text for _, text in self.recipe.healing.named_sources()]
+        return tuple(
+            text if text.path is None else text.model_copy(update={"path": shipped(text.path)}) for text in texts
         )
+
+    @cached_property
+    def sampling(self) -> SamplingSpec | None:
+        """How the parent's own text is sampled to heal on; None where the recipe asks for none."""
+        sampled = next((text for text in self.healing_texts if text.format == SAMPLED), None)
+        if sampled is None:
+            return None
+        return SamplingSpec(
+            max_tokens=self.healing_spec.sequence_tokens,
+            seed=self.healing_spec.seed,
+            temperature=sampled.temperature or 1.0,
+            batch_size=self.recipe.quality.batch_size,
+        )
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that fill the sampled text's share of the budget, whatever their documents' lengths.
+
+        The mixture is at most one document ahead of a source's share, so that this text is never read twice.
+        """
+        spec = self.healing_spec
+        held_out = 0 if spec.stop_when_flat is None else spec.held_out_sequences
+        n_tokens = (spec.steps * spec.batch_sequences + held_out) * spec.sequence_tokens
+        weights = {text.format == SAMPLED: 0.0 for text in self.healing_texts}
+        for text in self.healing_texts:
+            weights[text.format == SAMPLED] += text.weight or 1.0
+        return math.ceil(n_tokens * weights[True] / sum(weights.values())) + spec.sequence_tokens
 
     # Identities of units
 
@@ -211,17 +244,37 @@ class RunInputs:
             "condition": vars(self.condition),
         }
 
-    def healing(self, plan: Plan) -> dict[str, Any]:
-        healing = self.recipe.healing
-        assert healing.text is not None
+    @cached_property
+    def _healing(self) -> dict[str, Any]:
+        """Identity of what all plans are healed on and by, so that it is read once."""
+        healing, spec = self.recipe.healing, self.healing_spec.to_dict()
+        teacher = self.facts.teacher
         return {
-            "unit": "heal",
-            "model": self.model,
-            "plan": _plan_identity(plan),
-            "spec": self.healing_spec.to_dict(),
-            "text": text_identity(healing.text, split=healing.split, field=healing.field),
-            "zero_stage": healing.zero_stage,
+            "spec": {name: value for name, value in spec.items() if name not in _MEMORY_ONLY},
+            "texts": [self._text(text) for text in self.healing_texts],
+            "documents": healing.documents,
+            "teacher": None if teacher is None else _model_content(teacher, healing.teacher_revision),
         }
+
+    def _text(self, text: HealingText) -> dict[str, Any]:
+        if text.format == SAMPLED:
+            return {"sampled": self._sampling(), "weight": text.weight}
+        return sources_identity([text.source()])[0]
+
+    def _sampling(self) -> dict[str, Any]:
+        assert self.sampling is not None
+        return {name: getattr(self.sampling, name) for name in ("max_tokens", "seed", "temperature")}
+
+    def healing(self, plan: Plan) -> dict[str, Any]:
+        """Of a healed plan; how many workers share the work, and what they hold at once, is no part of it."""
+        return {"unit": "heal", "model": self.model, "plan": _plan_identity(plan), **self._healing}
+
+    def sampled_text(self) -> dict[str, Any]:
+        """Of all text that the parent may be asked for."""
+        return {"unit": "sampled text", "model": self.model, "sampling": self._sampling()}
+
+    def sample(self, unit: SampleUnit) -> dict[str, Any]:
+        return {**self.sampled_text(), "unit": "sample", "first": unit.first, "n_documents": unit.n_documents}
 
     def throughput(self, unit: ThroughputUnit, hardware: str, healed_key: str | None) -> dict[str, Any]:
         return {
@@ -242,6 +295,12 @@ class RunInputs:
         if spec not in cache:
             cache[spec] = spec_fingerprint(spec)
         return cache[spec]
+
+
+def _model_content(facts: ModelFacts, revision: str | None) -> dict[str, Any]:
+    """A folder by its content, a hub name by its commit."""
+    content = model_fingerprint(Path(facts.path)) if Path(facts.path).is_dir() else None
+    return {"content": content, "hub": None if content else {"name": facts.path, "commit": facts.commit or revision}}
 
 
 def _plan_identity(plan: Plan | None) -> dict[str, Any] | None:

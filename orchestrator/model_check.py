@@ -28,6 +28,7 @@ class ModelFacts:
         config: the transformers config.
         n_layers: decoder layers.
         context_tokens: the longest sequence of the model; None where its config sets no limit.
+        teacher: of the larger model that healing learns from, where there is one.
     """
 
     path: str
@@ -36,6 +37,7 @@ class ModelFacts:
     config: Any
     n_layers: int
     context_tokens: int | None
+    teacher: ModelFacts | None = None
 
     @property
     def is_converted(self) -> bool:
@@ -48,8 +50,10 @@ def check_model(
     *,
     field: str = "model.path",
     revision: str | None = None,
+    revision_field: str = "model.revision",
     trust_remote_code: bool = False,
     allow_converted: bool = True,
+    any_family: bool = False,
 ) -> ModelFacts:
     """Checks that a model is there, a decoder of a family that can be converted, and in safetensors.
 
@@ -57,8 +61,10 @@ def check_model(
         path: a local folder or a hub name.
         field: how an error calls the model.
         revision: branch, tag or commit on the hub.
+        revision_field: how an error calls the revision.
         trust_remote_code: whether code that comes with the model may run.
         allow_converted: whether a model that is converted already will do.
+        any_family: whether a decoder of a family that cannot be converted will do.
 
     Raises:
         InputError: naming the model, what is wrong with it, and what to do.
@@ -69,13 +75,13 @@ def check_model(
         path = str(folder)
         _check_folder(folder, field)
     else:
-        commit, local_files_only = _check_hub(path, revision, field)
+        commit, local_files_only = _check_hub(path, revision, field, revision_field)
     config = _load_config(path, field, commit or revision, trust_remote_code, local_files_only)
     if _is_converted(config.model_type) and not allow_converted:
         parent = getattr(config, "layerboost", None) or {}
         hint = f" {parent['parent']}" if isinstance(parent, dict) and parent.get("parent") else ""
         raise InputError(field, path, f"is converted already; give its untouched parent{hint}")
-    _check_decoder(config, path, field)
+    _check_decoder(config, path, field, any_family)
     text_config = config.get_text_config()
     return ModelFacts(
         path=path,
@@ -116,6 +122,11 @@ def first_line(error: BaseException) -> str:
     """The first line that says something, of messages that often have many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def without_prefix(error: Exception, prefix: str) -> str:
+    """What an error says, without the field that it names first."""
+    return first_line(error).removeprefix(f"{prefix}: ")
 
 
 def _is_converted(model_type: str) -> bool:
@@ -181,7 +192,7 @@ def _refuse_pickles(shards: list[str], names: set[str], path: object, field: str
     raise InputError(field, path, "holds no weights (*.safetensors); give the folder of a whole checkpoint")
 
 
-def _check_hub(name: str, revision: str | None, field: str) -> tuple[str | None, bool]:
+def _check_hub(name: str, revision: str | None, field: str, revision_field: str) -> tuple[str | None, bool]:
     """The commit that the revision means, and whether only the cache can be asked."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -206,7 +217,7 @@ def _check_hub(name: str, revision: str | None, field: str) -> tuple[str | None,
         ) from None
     except RevisionNotFoundError:
         raise InputError(
-            "model.revision", revision, f"{name} has no such revision on the hub; give a branch, tag or commit"
+            revision_field, revision, f"{name} has no such revision on the hub; give a branch, tag or commit"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(
@@ -245,7 +256,7 @@ def _load_config(path: str, field: str, revision: str | None, trust_remote_code:
         raise InputError(field, path, f"its config.json does not load ({first_line(error)}); {remedy}") from error
 
 
-def _check_decoder(config: Any, path: str, field: str) -> None:
+def _check_decoder(config: Any, path: str, field: str, any_family: bool) -> None:
     from layerboost.families import UnsupportedFamilyError, check_family, supported_families
 
     architectures = getattr(config, "architectures", None) or []
@@ -257,6 +268,8 @@ def _check_decoder(config: Any, path: str, field: str) -> None:
             f"{what} is not a decoder for causal language modelling; give a *ForCausalLM model of one of "
             f"{', '.join(supported_families())}",
         )
+    if any_family:
+        return
     try:
         check_family(config)
     except UnsupportedFamilyError as error:

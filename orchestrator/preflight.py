@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from orchestrator.model_check import HUB_TIMEOUT_S, ModelFacts, check_model, check_tokenizer, first_line
+from orchestrator.model_check import ModelFacts, check_model, check_tokenizer, without_prefix
 from orchestrator.recipe import (
     DEVICE_PATTERN,
-    HealingSection,
     InputError,
     QualitySection,
     Recipe,
     resolve_sequence_tokens,
 )
 from orchestrator.run_folder import RunFolder
+from orchestrator.text_check import check_healing_texts, check_plain_text
 from tasks.cluster import ClusterError, NodeResources, ResourcesError, connect, resolve_workers
 
 __all__ = ["InputError", "ModelFacts", "preflight"]
@@ -51,9 +51,9 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     check_quality(recipe.quality, facts, tokenizer)
     tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
     for index, text in enumerate(recipe.sensitivity.texts):
-        _check_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
-    _check_healing_text(recipe.healing, facts, tokenizer)
-    return facts
+        check_plain_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
+    check_healing_texts(recipe.healing, facts, tokenizer)
+    return replace(facts, teacher=_check_teacher(recipe, facts, tokenizer))
 
 
 def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
@@ -94,15 +94,61 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def _check_shares(recipe: Recipe) -> None:
-    """Every healing worker must have an equal share of a batch, or their gradients would weigh unequally."""
+    """Every healing worker must have something to do in each step."""
     healing, workers = recipe.healing, recipe.placement.healing_workers
-    if healing.tokens and not isinstance(workers, str) and healing.batch_sequences % workers:
+    if healing.tokens and not isinstance(workers, str) and workers > healing.batch_sequences:
         raise InputError(
             "placement.healing_workers",
             workers,
-            f"does not divide healing.batch_sequences {healing.batch_sequences}; give one of "
-            f"{', '.join(str(n) for n in range(1, healing.batch_sequences + 1) if healing.batch_sequences % n == 0)}",
+            f"is more than the {healing.batch_sequences} sequences of a step (healing.batch_sequences); "
+            "give at most as many",
         )
+
+
+def _check_teacher(recipe: Recipe, facts: ModelFacts, tokenizer: Any) -> ModelFacts | None:
+    """The facts of healing's own teacher, which must read and predict the same tokens as the model."""
+    healing, code = recipe.healing, recipe.model.trust_remote_code
+    if healing.teacher is None or not healing.tokens:
+        return None
+    field, revision = "healing.teacher", healing.teacher_revision
+    teacher = check_model(
+        healing.teacher,
+        field=field,
+        revision=revision,
+        revision_field="healing.teacher_revision",
+        trust_remote_code=code,
+        any_family=True,
+    )
+    vocabularies = [of.config.get_text_config().vocab_size for of in (teacher, facts)]
+    if vocabularies[0] != vocabularies[1]:
+        raise InputError(
+            field,
+            healing.teacher,
+            f"has a vocabulary of {vocabularies[0]} tokens, the model one of {vocabularies[1]}; "
+            "take a teacher with the same tokenizer",
+        )
+    of_teacher = check_tokenizer(teacher, field=field, revision=revision, trust_remote_code=code)
+    if of_teacher.get_vocab() != tokenizer.get_vocab():
+        raise InputError(field, healing.teacher, "its tokenizer is not the model's; take a teacher with the same one")
+    shapes = [
+        (config.num_hidden_layers, config.hidden_size)
+        for config in (of.config.get_text_config() for of in (teacher, facts))
+    ]
+    if healing.hidden_weight and shapes[0] != shapes[1]:
+        raise InputError(
+            "healing.hidden_weight",
+            healing.hidden_weight,
+            f"compares layers, and the teacher has {shapes[0][0]} of width {shapes[0][1]}, the model {shapes[1][0]} of "
+            f"width {shapes[1][1]}; use 0",
+        )
+    tokens = resolve_sequence_tokens(healing.sequence_tokens, facts.context_tokens)
+    if teacher.context_tokens is not None and tokens > teacher.context_tokens:
+        raise InputError(
+            "healing.sequence_tokens",
+            tokens,
+            f"is longer than the teacher's context of {teacher.context_tokens} tokens; give at most that",
+        )
+    return teacher
 
 
 def _check_plans(recipe: Recipe, facts: ModelFacts) -> None:
@@ -154,7 +200,7 @@ def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
     try:
         return connect(address).nodes
     except ClusterError as error:
-        raise InputError("--address", address, _without_prefix(error, f"address: {address}")) from error
+        raise InputError("--address", address, without_prefix(error, f"address: {address}")) from error
 
 
 def check_placement(recipe: Recipe, nodes: Sequence[NodeResources], where: str) -> None:
@@ -180,7 +226,7 @@ def check_quality(quality: QualitySection, facts: ModelFacts, tokenizer: Any) ->
     _check_tasks(quality.tasks)
     if quality.text is not None:
         tokens = resolve_sequence_tokens(quality.sequence_tokens, facts.context_tokens)
-        _check_text("quality.text", quality.text, tokens, tokenizer, facts)
+        check_plain_text("quality.text", quality.text, tokens, tokenizer, facts)
 
 
 def _check_tasks(tasks: Sequence[str]) -> None:
@@ -190,81 +236,4 @@ def _check_tasks(tasks: Sequence[str]) -> None:
     try:
         check_tasks(tasks)
     except UnknownTaskError as error:
-        raise InputError(field, value, _without_prefix(error, "quality.tasks")) from None
-
-
-def _check_healing_text(healing: HealingSection, facts: ModelFacts, tokenizer: Any) -> None:
-    if healing.text is None or healing.tokens == 0:
-        return
-    tokens = resolve_sequence_tokens(healing.sequence_tokens, facts.context_tokens)
-    _check_text("healing.text", healing.text, tokens, tokenizer, facts, healing.split, healing.field)
-
-
-def _check_text(
-    name: str,
-    text: str,
-    sequence_tokens: int,
-    tokenizer: Any,
-    facts: ModelFacts,
-    split: str = "train",
-    field: str = "text",
-) -> None:
-    """Reads and packs one sequence, as the run will."""
-    from layerboost.data import TextSourceError, TextTooShortError, pack, read_documents
-
-    _check_dataset_reachable(name, text)
-    try:
-        documents = read_documents(text, split=split, field=field)
-        sequence = pack(documents, tokenizer, sequence_tokens, limit_sequences=1)
-    except (TextSourceError, TextTooShortError) as error:
-        raise InputError(name, text, _without_prefix(error, "text")) from None
-    except UnicodeDecodeError as error:
-        raise InputError(name, text, f"is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    except OSError as error:
-        raise InputError(name, text, f"cannot be read ({first_line(error)}); check the path and the rights") from None
-    except ValueError as error:
-        raise InputError("model.path", facts.path, _without_prefix(error, "tokenizer")) from None
-    vocabulary = facts.config.get_text_config().vocab_size
-    if int(sequence.max()) >= vocabulary:
-        raise InputError(
-            "model.path",
-            facts.path,
-            f"its tokenizer gives the token {int(sequence.max())}, its vocabulary has {vocabulary}; "
-            "give the tokenizer that the model was trained with",
-        )
-
-
-def _check_dataset_reachable(field: str, text: str) -> None:
-    """`datasets` retries for half a minute before it says that there is no connection."""
-    if Path(text).suffix or Path(text).exists() or "://" in text:
-        return
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    repository = text.partition(":")[0]
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S)
-            return
-        except HFValidationError:
-            raise InputError(field, text, "no such file, and no hub name (owner/name) either; check the path") from None
-        except RepositoryNotFoundError:
-            raise InputError(
-                field, text, "no such file, and the hub has no such dataset; check the name, or log in"
-            ) from None
-        except Exception as error:
-            reason = first_line(error)
-    import datasets
-
-    if not (Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")).is_dir():
-        raise InputError(
-            field,
-            text,
-            f"no such file, not in the cache, and the hub cannot be reached ({reason}); give a local file or connect",
-        )
-
-
-def _without_prefix(error: Exception, prefix: str) -> str:
-    return first_line(error).removeprefix(f"{prefix}: ")
+        raise InputError(field, value, without_prefix(error, "quality.tasks")) from None

@@ -1,98 +1,66 @@
 """What to run: the recipe, read once at the door, checked, and frozen after.
 
 A recipe is a YAML file of seven sections. Everything in it changes results, except `placement`, which says where the
-work runs and is never part of an identity. Every mistake becomes one `InputError` with field, value and remedy.
+work runs, and what in `healing` only memory depends on; neither is part of an identity. Every mistake becomes one
+`InputError` with field, value and remedy.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from orchestrator.healing_recipe import HealingSection, HealingText
+from orchestrator.recipe_fields import (
+    AUTO,
+    AutoCount,
+    Count,
+    CountOrZero,
+    InputError,
+    Name,
+    Number,
+    Section,
+    as_number,
+    auto_or,
+    nearest,
+    resolve_sequence_tokens,
+    unique_entries,
+)
 
 if TYPE_CHECKING:
     from layerboost.scores import QualitySpec
 
-AUTO = "auto"
+__all__ = [
+    "DEVICE_PATTERN",
+    "TEXT_SCORES",
+    "HealingSection",
+    "InputError",
+    "ModelSection",
+    "QualitySection",
+    "Recipe",
+    "load_recipe",
+    "looks_local",
+    "nearest",
+    "recipe_from_dict",
+    "resolve_sequence_tokens",
+]
+
 MIDDLE_TREATMENTS = ("linear_window", "window")
 TEXT_SCORES = ("nll", "kl", "cosine")
 TASK_SCORES = ("benchmark", "margin")
-DEFAULT_SEQUENCE_TOKENS = 512
 DEVICE_PATTERN = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
-_MAX_VALUE_CHARS = 160
 _TREATMENT_OF_LETTER = {"S": "softmax", "L": "linear_window", "W": "window", "N": "none"}
-
-
-class InputError(ValueError):
-    """An input that cannot be used.
-
-    Attributes:
-        field: where the value stands, dotted (`search.window`) or the name of an argument (`--out`).
-        value: what was given.
-        remedy: what is wrong with it and what to write instead.
-    """
-
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        self.field = field
-        self.value = value
-        self.remedy = remedy
-        super().__init__(f"{field}: {_one_line(value)}: {_one_line(remedy, limit=600)}")
-
-
-def _one_line(value: object, *, limit: int = _MAX_VALUE_CHARS) -> str:
-    """Writes any value on one line, shortened in the middle when it is long."""
-    text = " ".join(str(value).split()) if value is not None else "missing"
-    if text == "":
-        text = "(empty)"
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns `did you mean X?` for the known name nearest to `name`, or an empty string."""
-    folded = {candidate.lower(): candidate for candidate in known}
-    matches = difflib.get_close_matches(str(name).lower(), list(folded), n=1, cutoff=0.6)
-    return f"did you mean {folded[matches[0]]}?" if matches else ""
-
-
-def _number(value: Any) -> Any:
-    """YAML reads `1e7` as a text, and `true` would silently become 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def _auto_or(kind: type[int | float], minimum: float, words: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value == AUTO:
-            return AUTO
-        try:
-            number = float(_number(value))
-            if not minimum <= number < float("inf") or (kind is int and not number.is_integer()):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(f"must be auto or {words}") from None
-        return kind(number)
-
-    return check
 
 
 def _ordered_range(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError("must be [low, high] with low <= high; swap the two")
-    return value
-
-
-def _unique(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(value)) != len(value):
-        raise ValueError("names the same entry twice; keep one")
     return value
 
 
@@ -110,27 +78,11 @@ def _plan_letters(value: str) -> str:
     return value
 
 
-def _not_blank(value: str) -> str:
-    if not value.strip():
-        raise ValueError("must not be empty")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-Number = Annotated[float, BeforeValidator(_number)]
 Range = Annotated[tuple[Number, Number], AfterValidator(_ordered_range)]
-Name = Annotated[str, AfterValidator(_not_blank)]
 PlanLetters = Annotated[str, AfterValidator(_plan_letters)]
-AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(int, 1, "a whole number of at least 1"))]
 
 
-class _Section(BaseModel):
-    # `model_` is pydantic's own prefix; the recipe's first section is called `model`.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The pretrained model: a hub name or a local folder."""
 
     path: Name
@@ -146,15 +98,15 @@ class ModelSection(_Section):
         return self
 
 
-class QualitySection(_Section):
+class QualitySection(Section):
     """What the model is judged by: lm-eval tasks (names or task files), a text, or both."""
 
-    tasks: Annotated[tuple[Name, ...], AfterValidator(_unique)] = ()
+    tasks: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     limit: Count | None = None
     num_fewshot: CountOrZero | None = None
     text: Name | None = None
     sequences: Count = 64
-    sequence_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] | None = None
+    sequence_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] | None = None
     batch_size: Count = 8
 
     def spec(self, context_tokens: int | None) -> QualitySpec:
@@ -178,7 +130,7 @@ class QualitySection(_Section):
         return self
 
 
-class AdaptiveSection(_Section):
+class AdaptiveSection(Section):
     """Items only where they matter: tiers by their sizes (layers) or by thresholds, and how often they may be wrong."""
 
     removed: CountOrZero | None = None
@@ -186,7 +138,7 @@ class AdaptiveSection(_Section):
     remove_below: Number | None = None
     keep_above: Number | None = None
     error: Annotated[Number, Field(gt=0, lt=1)] = 0.05
-    first_items: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 16
+    first_items: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 16
     seed: CountOrZero = 0
 
     @model_validator(mode="after")
@@ -209,7 +161,7 @@ class AdaptiveSection(_Section):
         return self
 
 
-class SensitivitySection(_Section):
+class SensitivitySection(Section):
     """Which single-layer changes are scored, by what, and what else their ranking is compared with.
 
     Attributes:
@@ -222,26 +174,26 @@ class SensitivitySection(_Section):
     """
 
     treatments: Annotated[
-        tuple[Literal["none", "window", "linear_window"], ...], Field(min_length=1), AfterValidator(_unique)
+        tuple[Literal["none", "window", "linear_window"], ...], Field(min_length=1), AfterValidator(unique_entries)
     ] = ("none",)
     score: Literal["benchmark", "margin", "nll", "kl", "cosine"] = "nll"
     compare: bool = True
-    texts: Annotated[tuple[Name, ...], AfterValidator(_unique)] = ()
+    texts: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     context_tokens: Annotated[
-        tuple[Annotated[int, BeforeValidator(_number), Field(ge=2)], ...], AfterValidator(_unique)
+        tuple[Annotated[int, BeforeValidator(as_number), Field(ge=2)], ...], AfterValidator(unique_entries)
     ] = ()
     shares: Count = 16
     adaptive: AdaptiveSection | None = None
 
 
-class RefineSection(_Section):
+class RefineSection(Section):
     """Plans with other layers treated but the same speed: how they are found, and how many are evaluated in all."""
 
     method: Literal["greedy", "pairwise"] = "greedy"
     plans: Count = 48
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """The search over the two thresholds; `plans` are tried in any case, and `refine` improves those to be healed."""
 
     trials: CountOrZero = 40
@@ -251,7 +203,7 @@ class SearchSection(_Section):
     sampler: Literal["tpe", "nsga2"] = "tpe"
     remove_below: Range | None = None
     keep_above: Range | None = None
-    plans: Annotated[tuple[PlanLetters, ...], AfterValidator(_unique)] = ()
+    plans: Annotated[tuple[PlanLetters, ...], AfterValidator(unique_entries)] = ()
     refine: RefineSection | None = None
 
     @model_validator(mode="after")
@@ -266,43 +218,14 @@ class SearchSection(_Section):
         return self
 
 
-class HealingSection(_Section):
-    """Distillation from the untouched parent; `tokens: 0` means no healing."""
-
-    tokens: CountOrZero = 0
-    text: Name | None = None
-    split: Name = "train"
-    field: Name = "text"
-    candidates: Count = 3
-    method: Literal["lora", "full"] = "lora"
-    rank: Count = 16
-    alpha: Annotated[Number, Field(gt=0)] | None = None
-    learning_rate: Annotated[Number, Field(gt=0)] | None = None
-    batch_sequences: Count = 8
-    sequence_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] | None = None
-    zero_stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3)] = 2
-    transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.2
-    temperature: Annotated[Number, Field(gt=0)] = 1.0
-    seed: CountOrZero = 0
-    checkpoint_every_steps: Count = 50
-    max_failures: CountOrZero = 3
-    activation_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _text_to_heal_on(self) -> HealingSection:
-        if self.tokens > 0 and self.text is None:
-            raise InputError("healing.text", None, f"needed to heal on {self.tokens} tokens; give a file or a hub name")
-        return self
-
-
-class ThroughputSection(_Section):
+class ThroughputSection(Section):
     """The serving conditions under which decoding is timed."""
 
     engine: Literal["transformers"] = "transformers"
-    concurrency: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_unique)] = (1, 8)
+    concurrency: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)] = (1, 8)
     prompt_tokens: Count = 128
-    new_tokens: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 32
-    repeats: Annotated[int, BeforeValidator(_number), Field(ge=3)] = 3
+    new_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 32
+    repeats: Annotated[int, BeforeValidator(as_number), Field(ge=3)] = 3
 
     @model_validator(mode="before")
     @classmethod
@@ -312,7 +235,7 @@ class ThroughputSection(_Section):
         return data
 
 
-class PlacementSection(_Section):
+class PlacementSection(Section):
     """Where the work runs. Changes no number and no identity.
 
     `activations_gib` bounds what a pass holds beside the weights; `auto` takes half of a GPU's free memory, 1 GiB of a
@@ -321,20 +244,20 @@ class PlacementSection(_Section):
 
     workers: AutoCount = "auto"
     cpus_per_worker: Annotated[
-        float | Literal["auto"], BeforeValidator(_auto_or(float, 0, "a number of CPUs of at least 0"))
+        float | Literal["auto"], BeforeValidator(auto_or(float, 0, "a number of CPUs of at least 0"))
     ] = "auto"
     gpus_per_worker: Annotated[
         float | Literal["auto"],
-        BeforeValidator(_auto_or(float, 0, "a number of GPUs of at least 0")),
+        BeforeValidator(auto_or(float, 0, "a number of GPUs of at least 0")),
         AfterValidator(_whole_gpus_above_one),
     ] = "auto"
     healing_workers: AutoCount = "auto"
     activations_gib: Annotated[
-        float | Literal["auto"], BeforeValidator(_auto_or(float, 0.001, "a number of GiB of at least 0.001"))
+        float | Literal["auto"], BeforeValidator(auto_or(float, 0.001, "a number of GiB of at least 0.001"))
     ] = "auto"
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe, checked and frozen. `load_recipe` reads one from a file."""
 
     model: ModelSection
@@ -404,13 +327,19 @@ class Recipe(_Section):
             raise InputError(
                 "sensitivity.context_tokens", list(self.sensitivity.context_tokens), "needs quality.text; give one"
             )
-        # The quality text is read from the split that a hub dataset is read from when none is named.
-        healed_on = (self.healing.text, self.healing.split)
-        if self.healing.tokens > 0 and healed_on == (self.quality.text, "train"):
+        for name, source in self.healing.named_sources():
+            # The quality text is read from the split that a hub dataset is read from when none is named.
+            if self.healing.tokens > 0 and (source.path, source.split) == (self.quality.text, "train"):
+                raise InputError(
+                    name,
+                    source.path,
+                    "is what quality.text judges by, so the score would be of text seen; give another text or split",
+                )
+        if self.healing.tokens and "cosine" in self.healing.baselines and self.quality.text is None:
             raise InputError(
-                "healing.text",
-                self.healing.text,
-                "is what quality.text judges by, so the score would be of text seen; give another text or split",
+                "healing.baselines",
+                "cosine",
+                "ranks layers over quality.text; give one, or leave cosine out",
             )
         return self
 
@@ -421,13 +350,6 @@ class Recipe(_Section):
     def resolved_yaml(self) -> str:
         """The recipe with every default written out; loads to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def resolve_sequence_tokens(sequence_tokens: int | None, context_tokens: int | None) -> int:
-    """The tokens of a sequence: as asked, else 512 or the model's context where that is shorter."""
-    if sequence_tokens is not None:
-        return sequence_tokens
-    return min(DEFAULT_SEQUENCE_TOKENS, context_tokens or DEFAULT_SEQUENCE_TOKENS)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -509,9 +431,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     data["model"]["path"] = _local_path(data["model"]["path"], folder)
-    for section in ("quality", "healing"):
-        if data[section]["text"] is not None:
-            data[section]["text"] = _local_path(data[section]["text"], folder)
+    healing = data["healing"]
+    for place, name in ((data["quality"], "text"), (healing, "teacher"), *((text, "path") for text in healing["text"])):
+        if place[name] is not None:
+            place[name] = _local_path(place[name], folder)
     data["sensitivity"]["texts"] = [_local_path(text, folder) for text in data["sensitivity"]["texts"]]
     data["quality"]["tasks"] = [
         # A bare task name is never a path, whatever happens to lie in the current directory.
@@ -580,6 +503,7 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     nested: dict[tuple[int | str, ...], type[BaseModel]] = {
         ("sensitivity", "adaptive"): AdaptiveSection,
         ("search", "refine"): RefineSection,
+        ("healing", "text"): HealingText,
     }
     if tuple(location[:2]) in nested:
         return nested[tuple(location[:2])]
@@ -590,8 +514,8 @@ def _unknown_key(location: Sequence[int | str]) -> str:
     key = str(location[-1])
     known = list(_section_class(location[:-1]).model_fields)
     elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _section_class((name,)).model_fields]
-    if hint := nearest(key, known):
-        return f"unknown key; {hint}"
     if elsewhere:
         return f"unknown key here; did you mean {' or '.join(elsewhere)}?"
+    if hint := nearest(key, known):
+        return f"unknown key; {hint}"
     return f"unknown key; known are {', '.join(known)}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestrator.healing_results import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
 from orchestrator.rankings import correlation_rows, interaction_rows, ranking_rows, tier_rows, views
 from orchestrator.report import (
     ReportData,
+    baselines_table,
+    branches_table,
     candidates_table,
     correlations_table,
     format_front_table,
@@ -15,6 +18,7 @@ from orchestrator.report import (
     healing_table,
     interactions_table,
     pareto_table,
+    quality_curve_table,
     rankings_table,
     render,
     sensitivity_table,
@@ -25,7 +29,6 @@ from orchestrator.results import (
     RECIPE_FILE,
     candidate_rows,
     cost_table,
-    healing_rows,
     load_state,
     pareto_rows,
     sensitivity_rows,
@@ -46,6 +49,10 @@ def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
         candidates=candidates_table(candidate_rows(folder, state)),
         pareto=pareto,
         healing_curves=healing_table(healing_rows(folder, state)),
+        quality_curve=quality_curve_table(quality_curve_rows(folder, state)),
+        baselines=baselines_table(baseline_rows(folder, state)),
+        branches=branches_table(branch_rows(folder, state)),
+        early_stops=early_stops(folder, state),
         environment=state.environment,
         cost=cost_table(folder, state),
         rankings=rankings_table(ranking_rows(found)),

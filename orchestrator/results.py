@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,8 +19,14 @@ from orchestrator.recipe import InputError
 from orchestrator.run_folder import RunFolder
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
-SCORE_STAGES = ("evaluate", "sensitivity", "search", "refine", "measure")
+SCORE_STAGES = ("evaluate", "sensitivity", "search", "refine", "curve", "measure")
 """Stages whose records are scores: one that is there serves whichever stage asks."""
+
+REFINED = "refined"
+"""Origin of plans that refinement found."""
+
+CANDIDATE_ORIGINS = ("search", "given", REFINED)
+"""Origins of the plans that candidates for healing are chosen from; every other healed plan is a baseline."""
 
 SWEEP = "sweep"
 """Stage of the records that hold what plans say to shares of the items, from which their scores are made."""
@@ -52,8 +58,11 @@ class RunState:
         adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
         trials: points of the search with their plan, thresholds, origin, status, quality, predicted speed, and the
             `key` of their scores.
-        healed: `plan`, `window`, `key` of each healed candidate.
+        baselines: `plan`, `window`, `origin`, predicted `speedup` of each baseline, and the `key` of its scores.
+        healed: `plan`, `window`, `origin`, `key` of each healed plan, the `quality_key` of its checkpoint, and its
+            `curve`: `share`, `tokens` and `key` of each point before that.
         finalists: `Finalist.to_dict()` and `quality_key` of each.
+        branches: `Finalist.to_dict()` and `key` of each healed plan whose branches were checked.
         throughput: `Finalist.to_dict()`, `concurrency` and `key` of each timing.
         failures: `stage`, `name`, `error` of each unit that failed for good.
     """
@@ -66,8 +75,10 @@ class RunState:
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
     adaptive: dict[str, Any] | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
+    baselines: list[dict[str, Any]] = field(default_factory=list)
     healed: list[dict[str, Any]] = field(default_factory=list)
     finalists: list[dict[str, Any]] = field(default_factory=list)
+    branches: list[dict[str, Any]] = field(default_factory=list)
     throughput: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -157,12 +168,14 @@ def measured_scores(scores: Scores) -> list[str]:
 
 
 def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
-    """Rows of candidates.csv: the first trial of each plan.
+    """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
 
     Throughput is predicted: the base's measured one at the highest concurrency times the plan's predicted speed-up
     (nothing before the base is measured). `on_front` is of quality and predicted speed.
     """
     trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
+    searched = {Plan.from_dict(trial) for trial in trials}
+    trials += [_baseline_trial(folder, entry) for entry in state.baselines if Plan.from_dict(entry) not in searched]
     base = [
         (unit["concurrency"], record["output_throughput_tok_per_s"])
         for unit in state.throughput
@@ -186,6 +199,14 @@ def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
     ]
 
 
+def _baseline_trial(folder: RunFolder, entry: dict[str, Any]) -> dict[str, Any]:
+    """A baseline as if the search had met it."""
+    scores = scores_of(folder, entry["key"])
+    value, stderr = (None, None) if scores is None else quality(scores)
+    judged = {"quality": value, "quality_stderr": stderr, "status": "failed" if scores is None else "ok"}
+    return {**entry, **judged, "remove_below": None, "keep_above": None}
+
+
 def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
     """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
     base = scores_of(folder, state.base_key)
@@ -200,8 +221,8 @@ def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
             **plan.to_dict(),
             "origin": finalist.origin,
             "healed": healed,
-            "heal_tokens": _healing(folder, finalist)["tokens"] if healed else 0,
-            **_quality_cells(base, scores_of(folder, entry["quality_key"])),
+            "heal_tokens": healing_record(folder, entry["healed_key"])["tokens"] if healed else 0,
+            **quality_cells(base, scores_of(folder, entry["quality_key"])),
         }
         for concurrency in concurrencies:
             timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
@@ -236,7 +257,8 @@ _TIMING_COLUMNS = (
 )
 
 
-def _quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
+def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
+    """Scores, quality and quality retained of a row, with their errors; nothing where they are not recorded."""
     if base is None or scores is None:
         return {}
     value, stderr = quality(scores)
@@ -255,7 +277,7 @@ def _failed_healing(failure: dict[str, Any]) -> dict[str, Any]:
     return {
         "plan_id": plan.plan_id,
         **plan.to_dict(),
-        "origin": "search",
+        "origin": failure["name"]["origin"],
         "healed": True,
         "status": "failed",
         "error": failure["error"],
@@ -271,21 +293,15 @@ def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
     return errors[0] if errors else f"no record of {' and '.join(missing)}"
 
 
-def healing_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of healing_curves.csv: every step of every healed candidate."""
-    for entry in state.healed:
-        finalist = Finalist(Plan.from_dict(entry), "search", entry["key"])
-        for row in _healing(folder, finalist)["curve"]:
-            yield {"plan_id": finalist.plan.plan_id, **row}
-
-
 def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
     """What each stage took: units, worker seconds, healing tokens."""
     keys = {
         "evaluate": [state.base_key],
         "sensitivity": [unit["key"] for unit in state.sensitivity],
         "heal": [unit["key"] for unit in state.healed],
-        "measure": [unit["quality_key"] for unit in state.finalists],
+        "curve": [unit["key"] for unit in state.baselines]
+        + [point["key"] for unit in state.healed for point in unit["curve"]],
+        "measure": [unit["quality_key"] for unit in state.finalists] + [unit["key"] for unit in state.branches],
         "throughput": [unit["key"] for unit in state.throughput],
     }
     totals: dict[str, dict[str, float]] = defaultdict(lambda: {"units": 0, "worker_s": 0.0, "tokens": 0})
@@ -295,13 +311,13 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
         for record in folder.records(stage)
         if record.key in of_stage
     ]
-    found += [(stage, record.result) for stage in ("search", "refine") for record in folder.records(stage)]
+    found += [(stage, record.result) for stage in ("search", "refine", "sample") for record in folder.records(stage)]
     found += [("sensitivity", record.result) for record in folder.records(SWEEP)]
     for stage, result in found:
         totals[stage]["units"] += 1
         totals[stage]["worker_s"] += result["duration_s"]
-        totals[stage]["tokens"] += result.get("tokens", 0)
-    order = ("evaluate", "sensitivity", "search", "refine", "heal", "measure", "throughput")
+        totals[stage]["tokens"] += result["tokens"] if stage == "heal" else 0
+    order = ("evaluate", "sensitivity", "search", "refine", "sample", "heal", "curve", "measure", "throughput")
     return pd.DataFrame(
         [
             {
@@ -322,10 +338,15 @@ def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
     return None if record is None else Scores.from_dict(record["scores"])
 
 
-def _healing(folder: RunFolder, finalist: Finalist) -> dict[str, Any]:
-    record = find_record(folder, str(finalist.healed_key), ("heal",))
+def healing_record(folder: RunFolder, key: str) -> dict[str, Any]:
+    """What is recorded of a healing.
+
+    Raises:
+        QualityError: nothing is.
+    """
+    record = find_record(folder, key, ("heal",))
     if record is None:
-        raise QualityError(f"plan {finalist.plan}: its healing is not recorded; run the recipe again")
+        raise QualityError(f"healing {key}: is not recorded; run the recipe again")
     return record
 
 

@@ -246,6 +246,10 @@ class RunFolder:
             raise ValueError(f"{self.url} is not a local folder")
         return Path(self._join(name))
 
+    def place(self, name: str) -> str:
+        """Path or URL of an artefact, for those who read and write it on their own."""
+        return self._join(name) if self.is_local else f"{self.url}/{name}"
+
     @contextlib.contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
         """Gives an empty local folder that becomes the artefact `name` when the block ends without an error.

@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
+from layerboost.branches import branch_check
 from layerboost.checkpoint import load_model, load_tokenizer
+from layerboost.convert import convert
 from layerboost.decoding import predicted_speedup
 from layerboost.evaluation import PlanEvaluation, QualitySpec, Scores, evaluate, quality, text_sequences
+from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import cosine_scores
 from layerboost.sweep import DEFAULT_BUDGET_BYTES
+from layerboost.training import student_from
 
 from .cluster import WorkerResources
+from .storage import read_tensors
 from .units import UnitFailure, run_units, worker_info
 
 
@@ -55,18 +61,25 @@ class EvaluationUnit:
     """One thing to judge.
 
     Attributes:
-        kind: `scores` judges a model, `cosine` gives the distances that need no variant.
+        kind: `scores` judges a model, `cosine` gives the distances that need no variant, `branches` what the branches
+            of a model's linear_window layers are worth over the quality's text.
         plan: how the parent is converted before it is judged; None leaves it untouched.
         checkpoint: folder of a healed model to judge in the parent's place; no plan then, it has its own.
+        trained: file of the parameters that healing had trained so far, put into the converted parent; with a plan.
+        healing: how they were trained; with `trained`.
     """
 
-    kind: Literal["scores", "cosine"] = "scores"
+    kind: Literal["scores", "cosine", "branches"] = "scores"
     plan: Plan | None = None
     checkpoint: str | None = None
+    trained: str | None = None
+    healing: HealingSpec | None = None
 
     def __post_init__(self) -> None:
         if (self.plan is not None or self.kind == "cosine") and self.checkpoint is not None:
             raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
+        if self.trained is not None and (self.plan is None or self.healing is None):
+            raise ValueError(f"trained: {self.trained} says neither plan nor healing; give both")
 
 
 def base_unit() -> EvaluationUnit:
@@ -111,21 +124,37 @@ class EvaluationWorker:
         """Judges one unit.
 
         Returns:
-            JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`) or `cosine` (a list of each layer's distances,
-            one for each sequence). Where the quality has a text, the divergence from the parent is among the scores.
+            JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`), `cosine` (a list of each layer's distances,
+            one for each sequence) or `branches` (`BranchLoss.to_dict()` of each). Where the quality has a text, the
+            divergence from the parent is among the scores.
         """
         start = time.perf_counter()
+        result: dict[str, Any]
         if unit.kind == "cosine":
             sequences = text_sequences(self.tokenizer, self.spec)
-            distances = cosine_scores(self.base, sequences, batch_size=self.spec.batch_size)
-            return {"cosine": distances.tolist(), "evaluation_s": time.perf_counter() - start}
-        scores = self._scores(unit)
-        return {"scores": scores.to_dict(), "evaluation_s": time.perf_counter() - start}
+            result = {"cosine": cosine_scores(self.base, sequences, batch_size=self.spec.batch_size).tolist()}
+        elif unit.kind == "branches":
+            sequences = text_sequences(self.tokenizer, self.spec)
+            checked = branch_check(self._variant(unit), sequences, self.spec.batch_size)
+            result = {"branches": [branch.to_dict() for branch in checked]}
+        else:
+            result = {"scores": self._scores(unit).to_dict()}
+        return {**result, "evaluation_s": time.perf_counter() - start}
 
     def _scores(self, unit: EvaluationUnit) -> Scores:
+        if unit.checkpoint is None and unit.trained is None:
+            return self.evaluation(self.spec).run([unit.plan or self.untouched])[0]
+        return evaluate(self._variant(unit), self.tokenizer, self.spec, base=self.base)
+
+    def _variant(self, unit: EvaluationUnit) -> PreTrainedModel:
+        """The model of a unit as one of its own."""
         if unit.checkpoint is not None:
-            return evaluate(self.source.load(unit.checkpoint), self.tokenizer, self.spec, base=self.base)
-        return self.evaluation(self.spec).run([unit.plan or self.untouched])[0]
+            return self.source.load(unit.checkpoint)
+        if unit.trained is not None:
+            assert unit.plan is not None and unit.healing is not None
+            trained, _ = read_tensors(unit.trained)
+            return student_from(self.base, unit.plan, unit.healing, trained)
+        return self.base if unit.plan is None else convert(self.base, unit.plan)
 
     @property
     def untouched(self) -> Plan:

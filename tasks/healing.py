@@ -1,142 +1,83 @@
 """Healing as a Ray Train job: one worker or many, each with a DeepSpeed engine around `layerboost`'s loop.
 
 The result is a function of model, plan, text and spec alone: workers share each global batch, and their number and the
-ZeRO stage change only where parameters lie. A checkpoint holds the engine's sharded state without frozen weights and
-the loss curve so far; a worker that dies, or a driver that is started again with the same storage path and name, goes
-on from the last one.
+ZeRO stage change only where parameters lie. A checkpoint holds what is trained as whole tensors, the optimizer's state,
+the loss curve and the measured values so far; a worker that dies, or a driver that is started again with the same
+storage path and name, goes on from the last one, on as many workers as there are by then.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from layerboost.healing_spec import HealingSpec
-from layerboost.plan import Plan
+from layerboost.healing_spec import HeldOut
 from layerboost.process import environment
-from layerboost.training import CurveRow, NonFiniteLossError, accumulation_rounds
+from layerboost.training import CurveRow, NonFiniteLossError
+
+from .healing_job import HealingJob, HealingProgress, StepEvent, located
+
+__all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
 
 _POLL_S = 1.0
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """What a worker has just done: `step` counts from 1 over both phases."""
-
-    phase: str
-    step: int
-    rank: int
-
-
-@dataclass(frozen=True)
-class HealingJob:
-    """One plan to heal. What follows `output` is placement: it changes where and how safely, not the result.
-
-    Attributes:
-        model: path or hub name of the untouched parent.
-        text, split, field: source of the text, as `read_documents` takes it; every worker must reach it.
-        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it.
-        storage_path, name: where Ray Train keeps the checkpoints, a folder or URL that every host reaches. The same two
-            again go on with the run; with another plan, spec, number of workers or ZeRO stage they start over. Another
-            model or text needs another name.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; float16 is trained in float32.
-        zero_stage: DeepSpeed's ZeRO stage, 0 to 3. bfloat16 needs at least 1, which 0 is raised to: without ZeRO
-            DeepSpeed gives another loss in bfloat16.
-        zero_options: further settings of DeepSpeed's `zero_optimization`, such as offloading.
-        max_failures: worker failures to survive, -1 for any number.
-        on_step: called in every worker after each step and its checkpoint.
-        card: facts for the model card.
-    """
-
-    model: str
-    plan: Plan
-    spec: HealingSpec
-    text: str
-    output: str
-    storage_path: str
-    name: str
-    revision: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    split: str = "train"
-    field: str = "text"
-    n_workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    zero_stage: int = 2
-    zero_options: Mapping[str, Any] | None = None
-    checkpoint_every_steps: int = 50
-    max_failures: int = 3
-    on_step: Callable[[StepEvent], None] | None = None
-    card: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage: {self.zero_stage} is unknown; use 0, 1, 2 or 3")
-        for name in ("n_workers", "checkpoint_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
-        accumulation_rounds(self.spec, self.n_workers)
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies what a checkpoint can be resumed by; places of model and text are not in it, they may move."""
-        same = [self.revision, self.dtype, self.plan.plan_id, self.spec.to_dict(), self.n_workers, self.zero_stage]
-        content = json.dumps(same, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class HealingProgress:
-    """One step as the driver sees it; `remaining_s` is judged by the pace since the job (re)started its phase."""
-
-    phase: str
-    step: int
-    total_steps: int
-    tokens: int
-    loss: float
-    elapsed_s: float
-    remaining_s: float
+_POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 
 
 @dataclass(frozen=True)
 class HealingResult:
-    """A healed checkpoint: where it is, the tokens consumed exactly, the loss of each step, the last loss."""
+    """A healed checkpoint.
+
+    Attributes:
+        output: where it is.
+        tokens: consumed exactly; fewer than the budget where the run stopped early.
+        curve: the loss of each step; of a transfer by layer the sum over the layers, as of a joint one.
+        final_loss: the last of the curve.
+        wall_s: seconds since the driver's start, the latest one of a resumed run.
+        measured: divergence on the held-out sequences, where the spec wants it.
+        stopped_early: whether the budget was not spent since the curve was flat.
+        snapshots: step to URL of the trained parameters as they were then.
+    """
 
     output: str
     tokens: int
     curve: tuple[CurveRow, ...]
     final_loss: float
     wall_s: float
+    measured: tuple[HeldOut, ...] = ()
+    stopped_early: bool = False
+    snapshots: Mapping[int, str] = field(default_factory=dict)
 
 
 def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | None = None) -> HealingResult:
     """Heals one plan on the connected Ray cluster and saves the checkpoint.
 
     Args:
-        on_progress: called in the driver, on a thread, with each step that rank 0 has finished.
+        on_progress: called in the driver, on a thread, with each step that rank 0 has finished; after each layer in a
+            transfer by layer.
 
     Raises:
         NonFiniteLossError: a loss or gradient was not a number; no checkpoint was written since.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
+        ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
     """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from .healing_worker import run_healing_worker
+    from .healing_worker import Progress, run_healing_worker
+    from .transfer import fit_layers
 
     start = time.monotonic()
-    job = _located(job)
+    job = located(job)
     on_gpu = job.gpus_per_worker > 0
     resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
-    with _progress_box(on_progress) as box, _workers_keep_their_folder():
+    with _progress_box(on_progress) as box, _train_settings():
+        if job.transfer_phase is not None:
+            fit_layers(job, job.transfer_phase, lambda step: None if box is None else box.put.remote(step))
         trainer = TorchTrainer(
             run_healing_worker,  # type: ignore[arg-type]
             train_loop_config={"job": job, "progress": box},
@@ -153,39 +94,29 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     if "error" in outcome:
         raise NonFiniteLossError(outcome["error"])
-    curve = tuple(CurveRow(**row) for row in outcome["curve"])
-    return HealingResult(job.output, curve[-1].tokens, curve, curve[-1].loss, time.monotonic() - start)
-
-
-def _located(job: HealingJob) -> HealingJob:
-    """The job with paths that mean the same to driver and workers.
-
-    Relative paths of model and text stay as they are in a Ray job that ships a working directory: every node unpacks
-    it at a place of its own, which is where its workers run.
-    """
-    import ray
-
-    ships_folder = ray.is_initialized() and ray.get_runtime_context().runtime_env.get("working_dir")
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
-    def found(path: str) -> str:
-        return path if ships_folder or not Path(path).expanduser().exists() else absolute(path)
-
-    return replace(
-        job,
-        model=found(job.model),
-        text=found(job.text),
-        output=absolute(job.output),
-        storage_path=absolute(job.storage_path),
+    done = Progress.from_dict(outcome)
+    last = done.curve[-1]
+    return HealingResult(
+        output=job.output,
+        tokens=last.tokens,
+        curve=tuple(done.curve),
+        final_loss=last.loss,
+        wall_s=time.monotonic() - start,
+        measured=tuple(done.measured),
+        stopped_early=last.step < job.spec.steps,
+        snapshots=done.snapshots,
     )
 
 
 @contextmanager
-def _workers_keep_their_folder() -> Iterator[None]:
-    """Keeps Ray Train from running workers in a folder of its own, where relative paths would mean something else."""
-    with environment({"RAY_CHDIR_TO_TRIAL_DIR": "0"}):
+def _train_settings() -> Iterator[None]:
+    """Settings of Ray Train that it takes from the environment.
+
+    Workers stay out of a folder of its own, where relative paths would mean something else. And the controller, which
+    every report of a checkpoint and the end of a run wait for, looks more often than every two seconds.
+    """
+    poll_s = os.environ.get(_POLL_VARIABLE, "0.5")
+    with environment({"RAY_CHDIR_TO_TRIAL_DIR": "0", _POLL_VARIABLE: poll_s}):
         yield
 
 

@@ -11,13 +11,17 @@ import pandas as pd
 from orchestrator.report.canvas import Picture
 from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
 from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
-from orchestrator.report.figures import healing_picture, pareto_picture, sensitivity_picture, strips_picture
+from orchestrator.report.figures import pareto_picture, sensitivity_picture, strips_picture
 from orchestrator.report.front import conditions, format_front_table, headline, headline_row, marked, plan_labels
+from orchestrator.report.healing import baselines_table, branches_table, healing_table, quality_curve_table
+from orchestrator.report.healing_figures import healing_picture, quality_curve_picture
 from orchestrator.report.html import Drawings, page
-from orchestrator.report.tables import candidates_table, healing_table, pareto_table, sensitivity_table, to_csv
+from orchestrator.report.tables import candidates_table, pareto_table, sensitivity_table, to_csv
 
 __all__ = [
     "ReportData",
+    "baselines_table",
+    "branches_table",
     "candidates_table",
     "conditions",
     "correlations_table",
@@ -27,6 +31,7 @@ __all__ = [
     "healing_table",
     "interactions_table",
     "pareto_table",
+    "quality_curve_table",
     "rankings_table",
     "render",
     "sensitivity_table",
@@ -50,6 +55,11 @@ class ReportData:
     candidates: pd.DataFrame = field(default_factory=lambda: candidates_table([]))
     pareto: pd.DataFrame = field(default_factory=lambda: pareto_table([]))
     healing_curves: pd.DataFrame = field(default_factory=lambda: healing_table([]))
+    quality_curve: pd.DataFrame = field(default_factory=lambda: quality_curve_table([]))
+    baselines: pd.DataFrame = field(default_factory=lambda: baselines_table([]))
+    branches: pd.DataFrame = field(default_factory=lambda: branches_table([]))
+    early_stops: list[dict[str, Any]] = field(default_factory=list)
+    """`plan_id`, `tokens` and `budget` of each healed plan whose budget was not spent."""
     rankings: pd.DataFrame = field(default_factory=lambda: rankings_table([]))
     correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
     interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))
@@ -69,9 +79,10 @@ def render(data: ReportData) -> dict[str, bytes]:
 
     Returns:
         Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
-        pareto.csv, healing_curves.csv, rankings.csv, rank_correlations.csv, interactions.csv, tiers.csv); PNG and SVG
-        of each picture there is something to draw for (pareto at the highest concurrency, sensitivity, healing, plans,
-        rank_correlations, interactions).
+        pareto.csv, healing_curves.csv, healing_quality.csv, baselines.csv, branches.csv, rankings.csv,
+        rank_correlations.csv, interactions.csv, tiers.csv); PNG and SVG of each picture there is something to draw for
+        (pareto at the highest concurrency, sensitivity, healing, healing_quality, plans, rank_correlations,
+        interactions).
     """
     drawings = _draw(data)
     tables = {
@@ -79,6 +90,9 @@ def render(data: ReportData) -> dict[str, bytes]:
         "candidates.csv": data.candidates,
         "pareto.csv": data.pareto,
         "healing_curves.csv": data.healing_curves,
+        "healing_quality.csv": data.quality_curve,
+        "baselines.csv": data.baselines,
+        "branches.csv": data.branches,
         "rankings.csv": data.rankings,
         "rank_correlations.csv": data.correlations,
         "interactions.csv": data.interactions,
@@ -88,6 +102,7 @@ def render(data: ReportData) -> dict[str, bytes]:
         "pareto": next(iter(drawings.fronts.values()), None),
         "sensitivity": drawings.sensitivity,
         "healing": drawings.healing,
+        "healing_quality": drawings.quality_curve,
         "plans": drawings.plans,
         "rank_correlations": drawings.correlations,
         "interactions": drawings.interactions,
@@ -101,7 +116,7 @@ def render(data: ReportData) -> dict[str, bytes]:
 
 def _draw(data: ReportData) -> Drawings:
     labels = plan_labels(data.pareto, data.candidates)
-    names = {key: label if label.startswith(key) else f"{label} {key}" for key, (label, _) in labels.items()}
+    names = _names(labels, data.pareto)
     drawn = list(labels.values())[:MAX_STRIPS]
     return Drawings(
         names=names,
@@ -110,6 +125,17 @@ def _draw(data: ReportData) -> Drawings:
         n_plans=(len(drawn), len(labels)),
         sensitivity=sensitivity_picture(data.sensitivity),
         healing=healing_picture(data.healing_curves, names),
+        quality_curve=quality_curve_picture(data.quality_curve, names),
         correlations=correlation_picture(data.correlations),
         interactions=interaction_picture(data.interactions),
     )
+
+
+def _names(labels: Mapping[str, tuple[str, str]], pareto: pd.DataFrame) -> dict[str, str]:
+    """What to call each plan: its label with its id; a baseline by the name that it was healed under."""
+    names = {key: label if key in label else f"{label} {key}" for key, (label, _) in labels.items()}
+    healed = pareto[pareto["healed"].fillna(False).astype(bool)]
+    for key, origin in zip(healed["plan_id"], healed["origin"], strict=True):
+        if origin != "search" and origin not in names[key].split():
+            names[key] = f"{origin} {key}"
+    return names

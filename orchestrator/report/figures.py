@@ -1,27 +1,22 @@
-"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the healing losses, the plans."""
+"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the plans."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from layerboost.plan import Treatment
 from orchestrator.report.canvas import (
     BLUE,
     FAINT,
-    GREEN,
     INK,
-    ORANGE,
-    PURPLE,
-    SKY,
     STYLE,
     TREATMENT_COLOURS,
     VERMILION,
@@ -143,60 +138,6 @@ def sensitivity_picture(table: pd.DataFrame) -> Picture | None:
         return saved(figure, f"Drop of the score when one layer is treated, for each layer. {'; '.join(parts)}.")
 
 
-def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
-    """Draws the loss over the tokens seen, one line for each candidate, one panel for each phase.
-
-    Args:
-        curves: rows of healing_curves.csv.
-        names: what to call a plan_id in the legend.
-
-    Returns:
-        The picture; None without a finite loss.
-    """
-    curves = curves[np.isfinite(curves["loss"]) & curves["tokens"].notna()]
-    if curves.empty:
-        return None
-    phases: list[Any] = list(curves.groupby("phase", dropna=False, sort=False))
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(7.6, 0.9 + 2.9 * len(phases))
-        grid = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
-        ids = sorted(curves["plan_id"].unique())
-        looks = dict(zip(ids, cycle(_LINES), strict=False))
-        for axes, (phase, rows) in zip(grid, phases, strict=True):
-            lines: list[Any] = list(rows.groupby("plan_id"))
-            for plan_id, line in lines:
-                colour, dashes, marker = looks[plan_id]
-                axes.plot(
-                    line["tokens"].astype(float),
-                    line["loss"],
-                    color=colour,
-                    linestyle=dashes,
-                    marker=marker,
-                    markevery=max(1, len(line) // 6),
-                    markersize=4.5,
-                    linewidth=1.4,
-                    label=(names or {}).get(plan_id, plan_id),
-                )
-            axes.set_title("loss" if pd.isna(phase) else phase, loc="left")
-            axes.set_ylabel("loss")
-            axes.grid(linewidth=0.6)
-            positive = rows["loss"].min() > 0
-            if positive and rows["loss"].max() / rows["loss"].min() > 20:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-                axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        grid[-1].set_xlabel("tokens")
-        by_name: dict[str, Any] = {}
-        for axes in grid:
-            by_name |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(by_name.values()), list(by_name), loc="outside upper left", ncols=2)
-        ends = curves.groupby(["phase", "plan_id"], sort=False, dropna=False)["loss"].agg(["first", "last"])
-        spans: list[Any] = list(ends.iterrows())
-        parts = [f"{plan} {phase}: {row['first']:.3g} to {row['last']:.3g}" for (phase, plan), row in spans]
-        return saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
-
-
 def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
     """Draws each plan as a strip of lettered, coloured layers.
 
@@ -226,13 +167,6 @@ def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
         figure.legend(keys, [f"{t.letter} {t.value}" for t in Treatment], loc="outside upper left", ncols=4)
         alt = "; ".join(f"{label}: {plan} ({letter_counts(plan)})" for label, plan in plans)
         return saved(figure, f"Treatment of each layer, first layer first. {alt}.")
-
-
-_LINES = [
-    (colour, dashes, marker)
-    for dashes in ("-", "--", ":")
-    for colour, marker in zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), "os^Dv*", strict=True)
-]
 
 
 def _point_label(row: pd.Series) -> list[str]:

@@ -61,7 +61,8 @@ def marked(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
 def plan_labels(pareto: pd.DataFrame, candidates: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """What to call each plan: (label, plan string) by plan_id; base, then the front, then the rest.
 
-    A label is the plan_id or a baseline's name, and the point's number on the front at the highest concurrency.
+    A label is the plan_id or a baseline's name (both where several plans have the name), and the point's number on the
+    front at the highest concurrency.
     """
     known = pd.concat([table[["plan_id", "plan", "origin"]] for table in (pareto, candidates)], ignore_index=True)
     known = known.drop_duplicates("plan_id").set_index("plan_id")
@@ -71,11 +72,13 @@ def plan_labels(pareto: pd.DataFrame, candidates: pd.DataFrame) -> dict[str, tup
     for plan_id, point in zip(rows["plan_id"], rows["point"], strict=True):
         points.setdefault(plan_id, []).append(str(point))
     order = [*known.index[known["origin"] == "base"], *points, *known.index]
+    n_plans = known["origin"].value_counts()
     labels = {}
     for plan_id in dict.fromkeys(order):
         plan, origin = str(known.at[plan_id, "plan"]), str(known.at[plan_id, "origin"])
         point = f" (point {', '.join(points[plan_id])})" if plan_id in points else ""
-        labels[plan_id] = ((plan_id if origin == "search" else origin) + point, plan)
+        name = plan_id if origin == "search" else origin if n_plans[origin] == 1 else f"{origin} {plan_id}"
+        labels[plan_id] = (name + point, plan)
     return labels
 
 

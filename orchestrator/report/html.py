@@ -24,6 +24,14 @@ from orchestrator.report.front import (
     shown,
     shown_retained,
 )
+from orchestrator.report.healing import (
+    baseline_sentences,
+    baselines_cells,
+    branch_sentences,
+    branches_cells,
+    early_stop_sentences,
+    quality_curve_cells,
+)
 from orchestrator.report.tables import PARETO_COLUMNS
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ class Drawings:
     """Plans drawn as strips, and plans in all."""
     sensitivity: Picture | None
     healing: Picture | None
+    quality_curve: Picture | None
     correlations: Picture | None
     interactions: Picture | None
 
@@ -76,6 +85,16 @@ def page(data: ReportData, drawings: Drawings) -> bytes:
         independence=interaction_sentences(data.interactions),
         tiers=tiers_cells(data.tiers),
         uncertain=[(drawings.names.get(key, key), plan, text) for key, plan, text in tier_sentences(data.tiers)],
+        healing=[
+            *early_stop_sentences(data.early_stops, drawings.names),
+            *baseline_sentences(data.baselines, drawings.names),
+            *branch_sentences(data.branches, drawings.names),
+        ],
+        healing_tables=[
+            quality_curve_cells(data.quality_curve, drawings.names),
+            baselines_cells(data.baselines, drawings.names),
+            branches_cells(data.branches, drawings.names),
+        ],
         candidates=_candidates_table(data.pareto),
         scores=_scores_table(data.pareto),
         searched=_searched_table(data.candidates),

@@ -87,9 +87,6 @@ PARETO_COLUMNS = {
 """Columns of pareto.csv, in order: one row for each candidate and serving condition. Rows: base, baselines, search,
 each by plan_id; then unhealed before healed; then by condition."""
 
-HEALING_COLUMNS = {"plan_id": "str", "phase": "str", "step": "Int64", "tokens": "Int64", "loss": "float64"}
-"""Columns of healing_curves.csv, in order."""
-
 CONDITION_COLUMNS = ["hardware", "engine", "concurrency", "prompt_tokens", "new_tokens"]
 """What makes two rows comparable in speed."""
 
@@ -149,8 +146,8 @@ def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
     owners: dict[str, tuple[str, str]] = {}
     for row in checked:
         row.update(_counts(row["plan"]))
-        row.update(_score_cells(row.pop("scores", None) or (), owners))
-    table = frame(checked, pareto_columns(owners))
+        row.update(score_cells(row.pop("scores", None) or (), owners, PARETO_COLUMNS))
+    table = frame(checked, with_score_columns(PARETO_COLUMNS, owners))
     table["speedup"] = math.nan
     for _, group in table.groupby(CONDITION_COLUMNS, dropna=False, sort=False):
         ok = group[group["status"] == "ok"]
@@ -161,21 +158,15 @@ def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
     return table
 
 
-def healing_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Builds healing_curves.csv from rows keyed by `HEALING_COLUMNS`, sorted by plan_id, keeping the order inside."""
-    checked = checked_rows(rows, HEALING_COLUMNS, required=("plan_id",))
-    return frame(sorted(checked, key=lambda row: row["plan_id"]), HEALING_COLUMNS)
-
-
-def pareto_columns(score_columns: Iterable[str] = ()) -> dict[str, str]:
-    """Columns of pareto.csv with those of the benchmarks in their place; give the `<task>_<metric>` names."""
-    columns: dict[str, str] = {}
-    for name, dtype in PARETO_COLUMNS.items():
+def with_score_columns(columns: Mapping[str, str], scores: Iterable[str]) -> dict[str, str]:
+    """Columns with those of the benchmarks in their place, before `quality`; give the `<task>_<metric>` names."""
+    found: dict[str, str] = {}
+    for name, dtype in columns.items():
         if name == _AFTER_SCORES:
-            for score in score_columns:
-                columns |= {score: "float64", f"{score}_stderr": "float64"}
-        columns[name] = dtype
-    return columns
+            for score in scores:
+                found |= {score: "float64", f"{score}_stderr": "float64"}
+        found[name] = dtype
+    return found
 
 
 def score_column(task: str, metric: str) -> str:
@@ -253,14 +244,20 @@ def _counts(plan: str) -> dict[str, int]:
     return {f"n_{treatment.value}": parsed.count(treatment) for treatment in Treatment}
 
 
-def _score_cells(scores: Iterable[Row], owners: dict[str, tuple[str, str]]) -> dict[str, float | None]:
-    """Cells of one row; `owners` remembers, over the rows, which score each column belongs to."""
+def score_cells(
+    scores: Iterable[Row], owners: dict[str, tuple[str, str]], columns: Mapping[str, str]
+) -> dict[str, float | None]:
+    """Cells of one row; `owners` remembers, over the rows, which score each column belongs to.
+
+    Raises:
+        ValueError: two scores would share a column, or one would have a column of the table's own.
+    """
     cells: dict[str, float | None] = {}
     for score in scores:
         owner = (score["task"], score["metric"])
         column = score_column(*owner)
         others = [other for other in owners if other != column]
-        taken = {*PARETO_COLUMNS, *cells, *others, *(f"{other}_stderr" for other in others)}
+        taken = {*columns, *cells, *others, *(f"{other}_stderr" for other in others)}
         if owners.setdefault(column, owner) != owner or {column, f"{column}_stderr"} & taken:
             raise ValueError(f"task {owner[0]!r}, metric {owner[1]!r}: column '{column}' is taken; rename the task")
         cells |= {column: score["value"], f"{column}_stderr": score.get("stderr")}

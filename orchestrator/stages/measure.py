@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from layerboost.decoding import hardware_name
-from layerboost.plan import Plan
+from layerboost.plan import Plan, Treatment
 from orchestrator.context import RunContext
-from orchestrator.results import Finalist
+from orchestrator.results import REFINED, Finalist
 from orchestrator.run_folder import unit_key
-from orchestrator.stages.heal import REFINED, healed_folder
+from orchestrator.stages.heal import healed_folder, healed_unit
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, base_unit
 from tasks.measurement import ThroughputUnit, exclusive_worker, measure_units
@@ -23,11 +25,18 @@ def measure(run: RunContext) -> bool:
     found = finalists(run)
     units = {finalist: evaluation_unit(run, finalist) for finalist in found}
     spec = run.inputs.full_spec
-    names = {unit: _name(finalist) for finalist, unit in units.items()}
+    names: dict[EvaluationUnit, dict[str, Any]] = {unit: _name(finalist) for finalist, unit in units.items()}
     healed_keys = {units[finalist]: finalist.healed_key for finalist in found if finalist.healed_key is not None}
     run.state.finalists = [
         {**finalist.to_dict(), "quality_key": unit_key(run.inputs.scores(unit, spec, finalist.healed_key))}
         for finalist, unit in units.items()
+    ]
+    branches = branch_units(run)
+    names |= {unit: {**_name(finalist), "kind": "branches"} for unit, finalist in branches.items()}
+    healed_keys |= {unit: finalist.healed_key for unit, finalist in branches.items() if finalist.healed_key is not None}
+    run.state.branches = [
+        {**finalist.to_dict(), "key": unit_key(run.inputs.scores(unit, spec, finalist.healed_key))}
+        for unit, finalist in branches.items()
     ]
     run.evaluate("measure", spec, names, healed_keys)
     run.save()
@@ -41,21 +50,33 @@ def finalists(run: RunContext) -> list[Finalist]:
     unhealed = [Finalist(plan, origin) for plan, origin in origins.items() if origin not in ("search", REFINED)]
     order = [trial["origin"] for trial in run.state.trials]
     unhealed.sort(key=lambda finalist: order.index(finalist.origin))
-    healed = [
-        Finalist(plan, origins[plan], entry["key"]) for entry in run.state.healed if (plan := Plan.from_dict(entry))
-    ]
-    return unhealed + healed
+    return unhealed + _healed(run)
+
+
+def branch_units(run: RunContext) -> dict[EvaluationUnit, Finalist]:
+    """What asks the healed plans with linear_window layers for their branches' worth; nothing without a text."""
+    if run.inputs.full_spec.text is None:
+        return {}
+    return {
+        EvaluationUnit("branches", checkpoint=healed_folder(run, finalist.plan)): finalist
+        for finalist in _healed(run)
+        if finalist.plan.count(Treatment.LINEAR_WINDOW)
+    }
+
+
+def _healed(run: RunContext) -> list[Finalist]:
+    return [Finalist(Plan.from_dict(entry), entry["origin"], entry["key"]) for entry in run.state.healed]
 
 
 def evaluation_unit(run: RunContext, finalist: Finalist) -> EvaluationUnit:
     """What judges a finalist."""
     if finalist.healed_key is not None:
-        return EvaluationUnit(checkpoint=healed_folder(run, finalist.plan))
+        return healed_unit(run, finalist.plan)
     return base_unit() if finalist.origin == "base" else EvaluationUnit(plan=finalist.plan)
 
 
 def _name(finalist: Finalist) -> dict[str, str]:
-    return {"plan": str(finalist.plan), "healed": "yes" if finalist.healed_key else "no"}
+    return {"plan": str(finalist.plan), "origin": finalist.origin, "healed": "yes" if finalist.healed_key else "no"}
 
 
 def _time(run: RunContext, found: list[Finalist]) -> None:

@@ -11,8 +11,8 @@ from layerboost.plan import Plan, Treatment
 from layerboost.refinement import Refiner, make_refiner
 from layerboost.sensitivity import MEAN_TASK, mean_drop
 from orchestrator.context import RunContext
-from orchestrator.results import sensitivity_rows
-from orchestrator.stages.heal import REFINED, candidates
+from orchestrator.results import REFINED, sensitivity_rows
+from orchestrator.stages.heal import candidates
 from tasks.sweeping import PlansUnit, sweep_units
 
 REFINE = "refine"

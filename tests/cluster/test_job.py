@@ -113,7 +113,14 @@ def test_a_submitted_job_uses_both_nodes(cluster, pristine_inputs, tmp_path):
         "quality": {"text": "long.txt", "sequences": 2000, "sequence_tokens": 32, "batch_size": 1},
         "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"]},
         "search": {"trials": 1, "window": 8},
-        "healing": {"tokens": 512, "text": "heal.txt", "batch_sequences": 2, "sequence_tokens": 32, "candidates": 1},
+        "healing": {
+            "tokens": 512,
+            "text": "heal.txt",
+            "batch_sequences": 3,
+            "sequence_tokens": 32,
+            "candidates": 1,
+            "curve": [],
+        },
         "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
         "placement": {"healing_workers": 2},
     }

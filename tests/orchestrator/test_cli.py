@@ -203,12 +203,12 @@ WRONG = {
         "512",
         "ask for at most that",
     ),
-    "workers that do not divide": (
+    "more healing workers than sequences": (
         damage_nothing,
         ["--set", "placement.healing_workers=3"],
         "placement.healing_workers",
         "3",
-        "give one of 1, 2",
+        "more than the 2 sequences of a step",
     ),
     "no cluster there": (damage_nothing, ["--address", "127.0.0.1:1"], "--address", "127.0.0.1:1", "nobody answers"),
     "malformed override": (damage_nothing, ["--set", "trials=3"], "--set", "trials=3", "section.field=value"),

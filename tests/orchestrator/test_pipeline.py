@@ -28,13 +28,21 @@ TIMING_COLUMNS = [
     "speedup",
     "on_front",
 ]
+TABLES = (
+    "sensitivity.csv",
+    "candidates.csv",
+    "pareto.csv",
+    "healing_curves.csv",
+    "healing_quality.csv",
+    "branches.csv",
+)
 KILL_AT = {
     # A stage, and the first words of the progress line after which the driver is killed.
-    "evaluate": "evaluate 0/1 start",
     "sensitivity": "sensitivity 4/9 done",
     "search": "search 2/",
     "refine": "refine 2/",
     "heal": "heal step ",
+    "curve": "curve 2/",
     "report": "throughput 2/",
 }
 
@@ -89,10 +97,14 @@ def recipe_values() -> dict:
         "search": {"trials": 3, "window": 8, "plans": ["SNL"], "refine": {"method": "greedy", "plans": 8}},
         "healing": {
             "tokens": 2048,
-            "text": "heal.txt",
+            "text": [{"path": "heal.txt", "weight": 3}, {"format": "sampled", "weight": 1}],
             "batch_sequences": 2,
             "sequence_tokens": 32,
-            "candidates": 2,
+            "candidates": 1,
+            "baselines": ["linear_window"],
+            "curve": [0.5],
+            "window_dropout": 0.2,
+            "documents": "apart",
             "checkpoint_every_steps": 5,
             "zero_stage": 1,
         },
@@ -126,11 +138,22 @@ def test_a_run_ends_with_the_front_a_report_and_checkpoints_that_load(undisturbe
     healed = pareto[pareto["healed"]]
     assert healed["plan_id"].nunique() == 2
     assert set(healed["heal_tokens"]) == {2048}
+    assert "linear_window" in set(healed["origin"])
     base = pareto[pareto["origin"] == "base"].iloc[0]
     assert base["quality_retained"] == 1
     for plan_id in healed["plan_id"].unique():
         assert plan_of(load_model(str(out / "healed" / plan_id))).plan_id == plan_id
     assert not list((out / "healing").glob("*")), "checkpoints of finished healing are removed"
+    assert not list((out / "snapshots").glob("*")), "snapshots that are judged are removed"
+    assert len(list((out / "texts").glob("*/*.safetensors"))) == len(list((out / "records" / "sample").glob("*")))
+    curves = table(out, "healing_quality.csv")
+    assert set(curves["plan_id"]) == set(healed["plan_id"])
+    assert curves.groupby("plan_id")["share"].apply(list).tolist() == [[0, 0.5, 1]] * 2
+    last = curves[curves["share"] == 1].set_index("plan_id")["quality"]
+    assert last.to_dict() == healed.drop_duplicates("plan_id").set_index("plan_id")["quality"].to_dict()
+    branches = table(out, "branches.csv")
+    assert branches["branch_zeroed"].fillna("").tolist() == ["", "linear", "window"] * branches["plan_id"].nunique()
+    assert set(branches["origin"]) >= {"linear_window"}
     for name in ("pareto.png", "sensitivity.png", "report.html", "recipe.yaml", "sensitivity.csv", "candidates.csv"):
         assert (out / name).stat().st_size > 0
     assert len(table(out, "sensitivity.csv").query("task == 'mean' and metric == 'nll'")) == 2 * 3
@@ -157,7 +180,8 @@ def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(undisturbed, tm
     after = records(out)
     assert {name: after[name] for name in before} == before
     assert set(after) == set(records(expected))
-    for name in ("sensitivity.csv", "candidates.csv", "pareto.csv", "healing_curves.csv"):
+    assert not list((out / "snapshots").glob("*"))
+    for name in TABLES:
         actual, wanted = (
             table(folder, name).drop(columns=TIMING_COLUMNS, errors="ignore") for folder in (out, expected)
         )
@@ -193,7 +217,7 @@ def test_the_report_is_written_again_from_the_records_alone(undisturbed, tmp_pat
         subprocess.run([sys.executable, "-m", "orchestrator", "report", str(copy)], check=True, env=environment())
     finally:
         moved.rename(inputs.folder)
-    for name in ("pareto.csv", "candidates.csv", "sensitivity.csv", "healing_curves.csv"):
+    for name in TABLES:
         assert (copy / name).read_bytes() == (out / name).read_bytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -116,6 +117,56 @@ def test_the_hubs_own_answers_become_remedies(monkeypatch):
         with pytest.raises(InputError, match=remedy) as caught:
             check_model("some/model", revision="v9")
         assert caught.value.field == field
+
+
+def test_a_teacher_is_found_and_compared_with_the_model(inputs):
+    teacher = inputs.folder / "teacher"
+    shutil.copytree(inputs.model, teacher)
+    settings = ["healing.teacher=./teacher"]
+    assert run_preflight(inputs).teacher is None
+    found = run_preflight(inputs, *settings, "healing.hidden_weight=1").teacher
+    assert found is not None and found.path == str(teacher)
+
+    def refused(field: str, remedy: str, *more: str) -> None:
+        with pytest.raises(InputError, match=remedy) as caught:
+            run_preflight(inputs, *settings, *more)
+        assert caught.value.field == field
+
+    path = teacher / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    refused("healing.sequence_tokens", "longer than the teacher's context of 16")
+    path.write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    assert run_preflight(inputs, *settings).teacher.n_layers == 5
+    refused(
+        "healing.hidden_weight", "the teacher has 5 of width 16, the model 3 of width 16", "healing.hidden_weight=1"
+    )
+    path.write_text(json.dumps(config | {"vocab_size": 99}))
+    refused("healing.teacher", "vocabulary of 99 tokens, the model one of 63")
+    path.write_text(json.dumps(config | {"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    refused("healing.teacher", "not a decoder")
+    path.write_text(json.dumps(config))
+    tokenizer = teacher / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"word7"', '"other7"'))
+    refused("healing.teacher", "its tokenizer is not the model's")
+    shutil.rmtree(teacher)
+    refused("healing.teacher", "no such folder")
+
+
+def test_each_text_of_a_mixture_is_read(inputs):
+    texts = "healing.text=[{path: heal.txt, weight: 2}, {path: %s, format: %s}, {format: sampled, weight: 1}]"
+    chats = inputs.folder / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "word1"}]}))
+    assert run_preflight(inputs, texts % ("heal.txt", "text"))
+    for path, kind, remedy in (
+        ("none.jsonl", "text", "no file"),
+        ("heal.txt", "chat", "a .txt holds no conversations"),
+        ("chats.jsonl", "text", "no text in the field 'text'"),
+        ("chats.jsonl", "chat", "template"),
+    ):
+        with pytest.raises(InputError, match=remedy) as caught:
+            run_preflight(inputs, texts % (path, kind))
+        assert caught.value.field in ("healing.text[1].path", "model.path")
 
 
 TWO_NODES = (NodeResources("b", "10.0.0.2", 8.0, 2.0), NodeResources("a", "10.0.0.1", 4.0, 1.0))

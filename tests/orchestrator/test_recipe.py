@@ -86,7 +86,7 @@ def test_paths_beside_the_recipe_come_before_the_current_directory(tmp_path, mon
     monkeypatch.chdir(here)
     recipe = load_recipe("../recipes/r.yaml")
     assert recipe.quality.text == str(beside / "both.txt")
-    assert recipe.healing.text == str(here / "only.txt")
+    assert [text.path for text in recipe.healing.text] == [str(here / "only.txt")]
     assert recipe.model.path == str(beside / "missing")
     assert recipe.quality.tasks == ("arc_easy",), "a bare task name is no path"
 
@@ -95,7 +95,7 @@ def test_hub_names_and_urls_stay(example, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(example, ["quality.text=s3://bucket/text.jsonl"])
     assert recipe.quality.text == "s3://bucket/text.jsonl"
-    assert recipe.healing.text == "HuggingFaceFW/fineweb-edu"
+    assert recipe.healing.text[0].path == "HuggingFaceFW/fineweb-edu"
 
 
 WRONG = [
@@ -118,6 +118,34 @@ WRONG = [
     ("healing.zero_stage=4", "healing.zero_stage", "4", "less than or equal to 3"),
     ("healing.text=null", "healing.text", "missing", "give a file"),
     ("healing.text=data.txt", "healing.text", "data.txt", "give another text"),
+    ("healing.text=[{path: a.txt, wieght: 2}]", "healing.text[0].wieght", "2", "did you mean weight?"),
+    ("healing.text=[{path: a.txt}, {path: data.txt}]", "healing.text[1].path", "data.txt", "give another text"),
+    ("healing.text=[{weight: 2}]", "healing.text[0].path", "missing", "give a file or a hub name"),
+    ("healing.text=[{path: a.txt, weight: 0}]", "healing.text[0].weight", "0", "greater than 0"),
+    ("healing.text=[{path: a.txt, format: chats}]", "healing.text[0].format", "chats", "did you mean chat?"),
+    ("healing.text=[{path: a.txt, temperature: 1}]", "healing.text[0].temperature", "1", "of sampled text only"),
+    ("healing.text=[{format: sampled}]", "healing.text[0].weight", "missing", "give a number above 0"),
+    ("healing.text=[{format: sampled, weight: 1, path: b}]", "healing.text[0].path", "b", "leave the path out"),
+    ("healing.text=[{format: sampled, weight: 1, split: b}]", "healing.text[0].split", "b", "leave it out"),
+    (
+        "healing.text=[{format: sampled, weight: 1}, {format: sampled, weight: 2}]",
+        "healing.text",
+        "sampled",
+        "keep one source",
+    ),
+    ("healing.text=3", "healing.text", "3", "must be a list"),
+    ("healing.divergence=kl", "healing.divergence", "kl", "forward_kl, reverse_kl, jensen_shannon"),
+    ("healing.divergence_weight=0", "healing.divergence_weight", "0", "leaves no loss"),
+    ("healing.hidden_weight=-1", "healing.hidden_weight", "-1", "greater than or equal to 0"),
+    ("healing.window_dropout=1.5", "healing.window_dropout", "1.5", "less than or equal to 1"),
+    ("healing.stop_when_flat=1", "healing.stop_when_flat", "1", "less than 1"),
+    ("healing.curve=[0.1, 1]", "healing.curve[1]", "1", "less than 1"),
+    ("healing.curve=[0.1, 0.1]", "healing.curve", "0.1", "twice"),
+    ("healing.transfer=by_layers", "healing.transfer", "by_layers", "did you mean by_layer?"),
+    ("healing.documents=apat", "healing.documents", "apat", "did you mean apart?"),
+    ("healing.teacher_revision=v2", "healing.teacher_revision", "v2", "has no healing.teacher"),
+    ("healing.baselines=[cosin]", "healing.baselines[0]", "cosin", "is unknown; use one of window"),
+    ("healing.baselines=[last, last]", "healing.baselines", "last", "twice"),
     ("sensitivity.score=nl", "sensitivity.score", "nl", "did you mean nll?"),
     ("sensitivity.treatments=[softmax]", "sensitivity.treatments[0]", "softmax", "none, window, linear_window"),
     ("sensitivity.treatments=[]", "sensitivity.treatments", "[]", "at least 1"),
@@ -218,6 +246,63 @@ def test_sequence_tokens_follow_the_context():
     assert resolve_sequence_tokens(None, 128) == 128
     assert resolve_sequence_tokens(None, None) == 512
     assert resolve_sequence_tokens(64, 128) == 64
+
+
+def test_texts_are_a_mixture_that_survives_the_round_trip(example, tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}")
+    override = (
+        "healing.text=[{path: ./web.txt, weight: 3}, {path: chats.jsonl, format: chat, split: b},"
+        " {format: sampled, weight: 1, temperature: 0.8}]"
+    )
+    recipe = load_recipe(example, [override, "healing.split=a", "healing.field=body"])
+    found = dict(recipe.healing.named_sources())
+    web, chats, sampled = found.values()
+    assert list(found)[1] == "healing.text[1].path"
+    assert (web.path, web.weight, web.split, web.field) == (str(tmp_path / "web.txt"), 3.0, "a", "body")
+    assert (chats.path, chats.weight, chats.split) == (str(tmp_path / "chats.jsonl"), 1.0, "b")
+    assert (sampled.path, sampled.temperature) == (None, 0.8)
+    source = chats.source()
+    assert (source.path, source.weight, source.split, source.field, source.format) == (
+        chats.path,
+        1.0,
+        "b",
+        "body",
+        "chat",
+    )
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.resolved_yaml())
+    assert load_recipe(resolved) == recipe
+
+
+def test_the_healing_spec_has_what_the_recipe_says_and_the_same_defaults(example):
+    from layerboost.healing_spec import HealingSpec
+
+    plain = load_recipe(example, ["healing.rank=16"]).healing.spec(4096)
+    assert plain == HealingSpec(tokens=10_000_000)
+    changes = {
+        "divergence": "jensen_shannon",
+        "temperature": 2.0,
+        "hidden_weight": 0.5,
+        "cross_entropy_weight": 0.1,
+        "window_dropout": 0.25,
+        "transfer_learning_rate": 0.01,
+        "micro_batch_sequences": 2,
+        "activation_checkpointing": True,
+        "stop_when_flat": 0.02,
+    }
+    changed = load_recipe(example, [f"healing.{name}={value}" for name, value in changes.items()]).healing.spec(256)
+    assert changed == HealingSpec(tokens=10_000_000, sequence_tokens=256, **changes)
+
+
+def test_the_cosine_baseline_needs_a_text(example):
+    with pytest.raises(InputError, match=r"healing.baselines: cosine: .*quality.text; give one"):
+        load_recipe(example, ["quality.text=null", "healing.baselines=[last, cosine]"])
+    assert load_recipe(example, ["healing.baselines=[last, 'random:3']"]).healing.baselines == ("last", "random:3")
+
+
+def test_an_optimizer_in_host_memory_needs_zero(example):
+    with pytest.raises(InputError, match=r"healing.offload_optimizer: True: needs healing.zero_stage"):
+        load_recipe(example, ["healing.offload_optimizer=true", "healing.zero_stage=0"])
 
 
 def test_every_field_survives_the_round_trip(example):

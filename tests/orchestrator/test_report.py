@@ -26,14 +26,13 @@ from orchestrator.report.certainty import (
 )
 from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
 from orchestrator.report.figures import sensitivity_picture
-from orchestrator.report.front import conditions, format_front_table, front_rows, headline, headline_row
+from orchestrator.report.front import conditions, format_front_table, front_rows, headline, headline_row, plan_labels
+from orchestrator.report.healing import HEALING_COLUMNS, healing_table
 from orchestrator.report.tables import (
     CANDIDATE_COLUMNS,
-    HEALING_COLUMNS,
     PARETO_COLUMNS,
     SENSITIVITY_COLUMNS,
     candidates_table,
-    healing_table,
     pareto_table,
     read_csv,
     sensitivity_table,
@@ -488,6 +487,14 @@ def test_terminal_table_is_of_the_highest_concurrency():
     assert format_front_table(pareto_table([])) == "Front: nothing measured yet."
 
 
+def test_plans_of_one_name_are_told_apart():
+    rows = [pareto_row("SSSS", "base"), *(pareto_row(plan, "cosine") for plan in ("SSNN", "SNNN"))]
+    labels = plan_labels(pareto_table(rows), candidates_table([]))
+    for plan in ("SSNN", "SNNN"):
+        plan_id = Plan.parse(plan).plan_id
+        assert labels[plan_id][0].startswith(f"cosine {plan_id}")
+
+
 def test_terminal_table_shows_a_dominated_base():
     text = format_front_table(
         pareto_table([pareto_row("SSSS", "base", quality=0.5), pareto_row("SSSN", quality=0.6, tok_per_s=200.0)])
@@ -652,7 +659,7 @@ def test_builders_of_nothing_keep_their_columns():
     assert list(sensitivity_table([]).columns) == names("sensitivity")
     assert list(candidates_table([]).columns) == names("candidates")
     assert list(pareto_table([]).columns) == list(PARETO_COLUMNS)
-    assert to_csv(healing_table([])).decode() == "plan_id,phase,step,tokens,loss\n"
+    assert to_csv(healing_table([])).decode() == "plan_id,phase,step,tokens,loss,held_out_divergence\n"
     assert list(rankings_table([]).columns) == names("rankings")
     assert list(correlations_table([]).columns) == names("correlations")
     assert list(interactions_table([]).columns) == names("interactions")

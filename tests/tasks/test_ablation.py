@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+from layerboost.adapters import load_trained
+from layerboost.branches import branch_check
 from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
 from layerboost.convert import convert
+from layerboost.distillation import make_trainee
 from layerboost.evaluation import QualitySpec, Scores, evaluate, text_sequences
+from layerboost.healing_spec import HealingSpec
+from layerboost.likelihood import score_sequences
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import cosine_scores, mean_drop, single_layer_plan
+from layerboost.training import finish_student
 from tasks.ablation import (
     EvaluationUnit,
     EvaluationWorker,
@@ -19,6 +25,7 @@ from tasks.ablation import (
     evaluate_units,
 )
 from tasks.cluster import WorkerResources
+from tasks.storage import publish_tensors
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,41 @@ def test_a_healed_checkpoint_is_judged_against_the_parent(worker, source, tmp_pa
     assert healed["scores"] == worker.run(EvaluationUnit(plan=Plan.parse("SNSW", 6)))["scores"]
     with pytest.raises(ValueError, match="its own plan"):
         EvaluationUnit(plan=Plan.parse("SNSW", 6), checkpoint="x")
+
+
+def test_parameters_trained_so_far_are_judged_in_the_converted_parent(worker, source, spec, tmp_path):
+    plan, healing = Plan.parse("SLNS", 6), HealingSpec(tokens=96, sequence_tokens=24, batch_sequences=2, rank=2)
+    model = load_model(source.path)
+    sequences = text_sequences(load_tokenizer(source.path), spec)
+    student = convert(model, plan)
+    engine = make_trainee("heal", model, student, healing)
+    generator = torch.Generator().manual_seed(5)
+    trained = {
+        name: 0.1 * torch.randn(p.shape, generator=generator)
+        for name, p in student.named_parameters()
+        if p.requires_grad
+    }
+    publish_tensors(trained, str(tmp_path / "3.safetensors"))
+    load_trained(student, trained)
+    finish_student(engine.student, healing)
+    expected = score_sequences(student, sequences, base=load_model(source.path))
+    result = worker.run(EvaluationUnit(plan=plan, trained=str(tmp_path / "3.safetensors"), healing=healing))
+    assert _items(result, "nll") == pytest.approx(expected.nll, rel=1e-5)
+    assert _items(result, "kl") == pytest.approx(expected.kl, rel=1e-4)
+    assert _items(result, "nll") != pytest.approx(_items(worker.run(EvaluationUnit(plan=plan)), "nll"), rel=1e-3)
+    with pytest.raises(ValueError, match="says neither plan nor healing"):
+        EvaluationUnit(trained="x")
+
+
+def test_the_branches_of_a_checkpoint_are_checked(worker, source, spec, tmp_path):
+    model = convert(load_model(source.path), Plan.parse("SLNL", 6))
+    save_checkpoint(model, load_tokenizer(source.path), tmp_path / "healed")
+    result = worker.run(EvaluationUnit("branches", checkpoint=str(tmp_path / "healed")))
+    expected = branch_check(model, text_sequences(load_tokenizer(source.path), spec))
+    assert [row["zeroed"] for row in result["branches"]] == [None, "linear", "window"]
+    for row, branch in zip(result["branches"], expected, strict=True):
+        assert row["nll_loss"] == pytest.approx(branch.nll_loss, abs=1e-6)
+        assert row["n_items"] == 6
 
 
 def test_the_plan_evaluator_gives_both_objectives(source, spec):

@@ -1,0 +1,51 @@
+"""Plans that stage `heal` compares its candidates with: other rules, healed on the same tokens by the same spec."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from layerboost.baselines import baseline_plans, is_of_same_budget
+from layerboost.plan import Plan, Treatment
+from orchestrator.context import RunContext
+from tasks.ablation import cosine_unit
+
+COSINE = "cosine"
+
+
+def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
+    """The recipe's baselines and their names; those of the same attention budget are made for every candidate.
+
+    A plan that is a candidate, or another baseline that stands before it, is left out.
+    """
+    healing, search = run.inputs.recipe.healing, run.inputs.recipe.search
+    names = list(healing.baselines) if candidates else []
+    cosine = _cosine(run) if COSINE in names else None
+    if cosine is None:
+        names = [name for name in names if name != COSINE]
+    found: dict[Plan, str] = {}
+    for name in names:
+        for budget in candidates if is_of_same_budget(name) else (None,):
+            plans = baseline_plans(
+                name,
+                run.inputs.n_layers,
+                middle=Treatment(search.middle),
+                window=search.window,
+                budget=budget,
+                cosine=cosine,
+                seed=healing.seed,
+            )
+            for origin, plan in plans.items():
+                if plan not in candidates:
+                    found.setdefault(plan, origin)
+    return found
+
+
+def _cosine(run: RunContext) -> list[float] | None:
+    """The cosine distance of each layer, measured here where the sweep did not; None where that failed."""
+    unit, spec = cosine_unit(), run.inputs.text_spec
+    identity = run.inputs.scores(unit, spec)
+    if run.recorded(identity) is None:
+        run.evaluate("sensitivity", spec, {unit: {"score": COSINE}})
+    recorded = run.recorded(identity)
+    return None if recorded is None else [statistics.fmean(of_layer) for of_layer in recorded["cosine"]]

@@ -1,0 +1,102 @@
+"""The quality curve of stage `heal`: what each healed plan was worth before healing and at shares of its budget.
+
+Healing leaves the parameters that it trains in `snapshots/<key>/` at those shares; they are deleted when judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layerboost.healing_spec import mark_steps
+from layerboost.plan import Plan
+from orchestrator.context import RunContext
+from orchestrator.run_folder import unit_key
+from tasks.ablation import EvaluationUnit
+
+CURVE = "curve"
+"""Stage of the records that hold scores at shares of the budget."""
+
+_SNAPSHOTS = "snapshots"
+
+
+def snapshot_folder(key: str) -> str:
+    """Where a healing leaves its snapshots, in the run folder."""
+    return f"{_SNAPSHOTS}/{key}"
+
+
+def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]]) -> None:
+    """Judges plans before healing and their snapshots, then deletes these. Failed ones are named and kept.
+
+    Args:
+        healed: plans with the keys of their healing.
+    """
+    units: dict[EvaluationUnit, dict[str, Any]] = {}
+    keys: dict[EvaluationUnit, str] = {}
+    kept = {plan: _kept_points(run, plan, key) for plan, key in healed}
+    for plan, key in healed:
+        units[EvaluationUnit(plan=plan)] = {"plan": plan, "share": 0}
+        for point in kept[plan]:
+            unit = _unit(run, plan, key, point["step"])
+            keys[unit] = state_key(key, point["step"])
+            units[unit] = {"plan": plan, "share": point["share"]}
+    run.evaluate(CURVE, run.inputs.full_spec, units, keys)
+    for plan, key in healed:
+        if all(_is_judged(run, plan, key, point) for point in kept[plan]):
+            run.folder.remove(snapshot_folder(key))
+
+
+def curve_entries(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
+    """What `run.json` lists of a healed plan's curve: share, tokens and key of the scores of each point, 0 first."""
+    spec, inputs = run.inputs.healing_spec, run.inputs
+    entries = [{"share": 0.0, "tokens": 0, "key": unit_key(inputs.plan_scores(plan, inputs.full_spec))}]
+    for point in _recorded_points(run, key):
+        tokens = point["step"] * spec.tokens_per_step
+        entries.append(
+            {"share": point["share"], "tokens": tokens, "key": unit_key(_identity(run, plan, key, point["step"]))}
+        )
+    return entries
+
+
+def state_key(key: str, step: int) -> str:
+    """What identifies the parameters after a step of a healing."""
+    return f"{key}@{step}"
+
+
+def _recorded_points(run: RunContext, key: str) -> list[dict[str, Any]]:
+    recorded = run.folder.read_record("heal", key)
+    return [] if recorded is None else recorded.result["snapshots"]
+
+
+def _kept_points(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
+    """Points that are judged already or whose snapshot is there still; says which of the recipe's are not."""
+    spec, recorded = run.inputs.healing_spec, run.folder.read_record("heal", key)
+    assert recorded is not None
+    kept = [
+        point
+        for point in recorded.result["snapshots"]
+        if _is_judged(run, plan, key, point) or run.folder.exists(f"{snapshot_folder(key)}/{_file_name(point['step'])}")
+    ]
+    steps, n_steps = {point["step"] for point in kept}, recorded.result["tokens"] // spec.tokens_per_step
+    wanted = mark_steps(spec, run.inputs.recipe.healing.curve)
+    if missing := [f"{share:g}" for step, share in wanted.items() if step < n_steps and step not in steps]:
+        run.progress.note(f"healed without snapshots at shares {', '.join(missing)}: no such points", plan=plan)
+    return kept
+
+
+def _is_judged(run: RunContext, plan: Plan, key: str, point: dict[str, Any]) -> bool:
+    return run.recorded(_identity(run, plan, key, point["step"])) is not None
+
+
+def _file_name(step: int) -> str:
+    """As healing calls the snapshot after a step."""
+    return f"{step}.safetensors"
+
+
+def _unit(run: RunContext, plan: Plan, key: str, step: int) -> EvaluationUnit:
+    url = run.folder.place(f"{snapshot_folder(key)}/{_file_name(step)}")
+    return EvaluationUnit(plan=plan, trained=url, healing=run.inputs.healing_spec)
+
+
+def _identity(run: RunContext, plan: Plan, key: str, step: int) -> dict[str, Any]:
+    return run.inputs.scores(_unit(run, plan, key, step), run.inputs.full_spec, state_key(key, step))

@@ -1,0 +1,88 @@
+"""Text that the parent writes itself, for stage `heal`: documents sampled on the cluster, files in the run folder."""
+
+from __future__ import annotations
+
+import math
+
+from layerboost.data import TOKENS_SUFFIX, write_token_rows
+from orchestrator.context import RunContext
+from orchestrator.run_folder import unit_key
+from tasks.sampling import SampleUnit, sample_units
+
+SAMPLE = "sample"
+"""Stage of the records that say which documents are there, and of how many tokens."""
+
+_DOCUMENTS_OF_A_UNIT = 32
+
+
+def sample_text(run: RunContext) -> bool:
+    """Samples what the recipe's share of sampled text needs and no record has. Returns whether all of it is there."""
+    if run.inputs.sampling is None:
+        return True
+    while todo := missing_units(run):
+        workers = run.workers()
+        n_recorded = n_sample_units(run) - len(todo)
+        run.progress.start_stage(SAMPLE, n_recorded + len(todo), recorded=n_recorded, workers=workers.n_workers)
+
+        def on_result(unit: SampleUnit, documents: list[list[int]], duration_s: float, info: dict) -> None:
+            write_token_rows(f"{sampled_folder(run)}/{_file_name(unit)}", documents)
+            n_tokens = sum(map(len, documents))
+            run.record(SAMPLE, run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": duration_s, "worker": info})
+            run.progress.finish_unit(duration_s, documents=f"{unit.first}-{unit.first + unit.n_documents}")
+
+        failures = sample_units(todo, run.inputs.source, run.inputs.sampling, workers, on_result=on_result)
+        for failure in failures:
+            run.failed(SAMPLE, {"first document": failure.unit.first}, failure.error)
+        run.progress.end_stage()
+        if failures:
+            return False
+    return True
+
+
+def sampled_folder(run: RunContext) -> str:
+    """Path or URL of the files of sampled text."""
+    return run.folder.place(_folder_name(run))
+
+
+def n_sample_units(run: RunContext) -> int:
+    """Units that the recorded ones, and those that are missing after them, are together."""
+    return len(_units(run)[0])
+
+
+def missing_units(run: RunContext) -> list[SampleUnit]:
+    """What is to be sampled next; nothing where the documents there are fill their share of the budget.
+
+    Documents end where the model ends them, so that only what came back says how many are needed. That is a function of
+    the documents alone, whatever interrupted the run.
+    """
+    return _units(run)[1]
+
+
+def _units(run: RunContext) -> tuple[list[SampleUnit], list[SampleUnit]]:
+    """All units up to the next that are missing, and those."""
+    sampling, wanted = run.inputs.sampling, run.inputs.sampled_tokens
+    assert sampling is not None
+    n_units = math.ceil(wanted / (sampling.max_tokens * _DOCUMENTS_OF_A_UNIT))
+    while True:
+        units = [SampleUnit(number * _DOCUMENTS_OF_A_UNIT, _DOCUMENTS_OF_A_UNIT) for number in range(n_units)]
+        tokens = {unit: _recorded_tokens(run, unit) for unit in units}
+        missing = [unit for unit in units if tokens[unit] is None]
+        n_tokens = sum(n or 0 for n in tokens.values())
+        if missing or n_tokens >= wanted:
+            return units, missing
+        n_units += math.ceil((wanted - n_tokens) * n_units / n_tokens)
+
+
+def _recorded_tokens(run: RunContext, unit: SampleUnit) -> int | None:
+    recorded = run.recorded(run.inputs.sample(unit), (SAMPLE,))
+    if recorded is None or not run.folder.exists(f"{_folder_name(run)}/{_file_name(unit)}"):
+        return None
+    return recorded["tokens"]
+
+
+def _folder_name(run: RunContext) -> str:
+    return f"texts/{unit_key(run.inputs.sampled_text())}"
+
+
+def _file_name(unit: SampleUnit) -> str:
+    return f"{unit.first:09d}{TOKENS_SUFFIX}"
