@@ -41,13 +41,14 @@ from layerboost.batches import PackedText
 from layerboost.branches import branch_check
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
-from layerboost.data import TextSource, pack, pack_sources, read_documents
+from layerboost.data import pack, read_documents
 from layerboost.decoding import hardware_name, predicted_speedup
 from layerboost.evaluation import QualitySpec, Scores, evaluate
 from layerboost.healing_spec import HealingSpec
 from layerboost.likelihood import score_text
 from layerboost.refinement import make_refiner
 from layerboost.sensitivity import cosine_scores, single_layer_plan
+from layerboost.sources import TextSource, pack_sources
 from layerboost.statistics import paired_difference
 from layerboost.sweep import LayerSweep
 from layerboost.training import heal_locally

@@ -21,8 +21,8 @@ from orchestrator.recipe_fields import (
 )
 
 if TYPE_CHECKING:
-    from layerboost.data import TextSource
     from layerboost.healing_spec import HealingSpec
+    from layerboost.sources import TextSource
 
 SAMPLED: Final = "sampled"
 
@@ -45,7 +45,7 @@ class HealingText(Section):
 
     def source(self) -> TextSource:
         """A file or hub dataset as healing takes it."""
-        from layerboost.data import TextSource
+        from layerboost.sources import TextSource
 
         assert self.path is not None and self.format != SAMPLED
         return TextSource(self.path, self.weight or 1.0, self.split or "train", self.field, self.format)

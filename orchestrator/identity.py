@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from layerboost.data import sources_identity
 from layerboost.decoding import predicted_speedup
 from layerboost.evaluation import QualitySpec, spec_fingerprint
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from layerboost.sampling import SamplingSpec
 from layerboost.sensitivity import single_layer_plan
+from layerboost.sources import sources_identity
 from layerboost.version import __version__
 from orchestrator.healing_recipe import SAMPLED, HealingText
 from orchestrator.model_check import ModelFacts

@@ -43,7 +43,7 @@ def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: A
         assert text.path is not None
 
         def packed(text: HealingText = text) -> Any:
-            from layerboost.data import pack_sources
+            from layerboost.sources import pack_sources
 
             return pack_sources([text.source()], tokenizer, tokens, 1).input_ids
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerboost.batches import PackedText
 from layerboost.checkpoint import load_model
-from layerboost.data import TextSource, pack_sources
 from layerboost.healing_spec import TRANSFER, HealingSpec, Phase, mark_steps, phases_of
 from layerboost.plan import Plan
+from layerboost.sources import TextSource, pack_sources
 from layerboost.training import CurveRow, accumulation_rounds
 
 TOGETHER, BY_LAYER = "together", "by_layer"

@@ -6,10 +6,10 @@ import json
 import time
 from typing import Any
 
-from layerboost.data import TextSource
 from layerboost.healing_spec import mark_steps
 from layerboost.pareto import choose_spread
 from layerboost.plan import Plan
+from layerboost.sources import TextSource
 from orchestrator.context import RunContext, placed
 from orchestrator.healing_recipe import SAMPLED
 from orchestrator.identity import shipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from layerboost.data import TOKENS_SUFFIX, write_token_rows
+from layerboost.sources import TOKENS_SUFFIX, write_token_rows
 from orchestrator.context import RunContext
 from orchestrator.run_folder import unit_key
 from tasks.sampling import SampleUnit, sample_units

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from layerboost.data import write_token_rows
 from layerboost.evaluation import text_scores
 from layerboost.plan import Plan
+from layerboost.sources import write_token_rows
 from orchestrator.context import RunContext
 from orchestrator.healing_results import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
 from orchestrator.identity import RunInputs

@@ -10,10 +10,10 @@ from torch import nn
 
 from layerboost.batches import GlobalBatches, PackedText
 from layerboost.convert import convert
-from layerboost.data import TextSource
 from layerboost.distillation import make_trainee
 from layerboost.healing_spec import HEAL, HealingSpec, phases_of
 from layerboost.plan import Plan
+from layerboost.sources import TextSource
 from layerboost.training import TorchEngine, run_phase
 from tasks.deepspeed_engine import make_engine, save_state, saved_parameters, trained_parameters
 from tasks.healing import HealingJob

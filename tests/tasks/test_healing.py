@@ -20,10 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from layerboost.batches import GlobalBatches, PackedText
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert, plan_of
-from layerboost.data import TextSource, pack, pack_sources, read_documents
+from layerboost.data import pack, read_documents
 from layerboost.distillation import make_trainee
 from layerboost.healing_spec import HealingSpec, HeldOut, phases_of
 from layerboost.plan import Plan
+from layerboost.sources import TextSource, pack_sources
 from layerboost.training import (
     CurveRow,
     NonFiniteLossError,
@@ -196,7 +197,7 @@ from pathlib import Path
 
 import ray
 
-from layerboost.data import TextSource
+from layerboost.sources import TextSource
 from tasks.healing import heal
 from tests.tasks.test_healing import job_of
 

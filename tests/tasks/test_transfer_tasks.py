@@ -10,10 +10,10 @@ from layerboost.adapters import feature_map_parameters
 from layerboost.batches import GlobalBatches, PackedText
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
-from layerboost.data import TextSource, pack_sources
 from layerboost.distillation import make_trainee
 from layerboost.healing_spec import HealingSpec, phases_of
 from layerboost.plan import Plan
+from layerboost.sources import TextSource, pack_sources
 from layerboost.training import NonFiniteLossError, TorchEngine, heal_locally, run_phase
 from tasks.healing import HealingJob, StepEvent, heal
 from tasks.storage import read_tensors
