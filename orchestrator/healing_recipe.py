@@ -76,12 +76,12 @@ class HealingSection(Section):
     teacher: Name | None = None
     teacher_revision: str | None = None
     method: Literal["lora", "full"] = "lora"
-    rank: Count = 16
+    rank: Count = 32
     alpha: Annotated[Number, Field(gt=0)] | None = None
     learning_rate: Annotated[Number, Field(gt=0)] | None = None
-    batch_sequences: Count = 8
+    batch_sequences: Count = 4
     sequence_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] | None = None
-    transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.2
+    transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     transfer_learning_rate: Annotated[Number, Field(gt=0)] = 5e-2
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     temperature: Annotated[Number, Field(gt=0)] = 1.0

@@ -26,6 +26,9 @@ from tasks.healing import heal as heal_on_cluster
 CHECKPOINTS = "healing"
 """Where the checkpoints of healing that is under way are kept, in the run folder."""
 
+NARROW_HIDDEN_SIZE = 512
+"""Widest model that is healed by one single-threaded worker for each CPU."""
+
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
 
@@ -206,12 +209,19 @@ def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
 
 
 def healing_workers(run: RunContext) -> cluster.WorkerResources:
-    """As the recipe says; `auto` takes every GPU that a step has a sequence for, or one worker with a node's CPUs."""
+    """As the recipe says; `auto` takes every GPU that a step has a sequence for.
+
+    Without GPUs it takes one worker with a node's CPUs, or a worker for each CPU where the model is narrow: its
+    matrices keep one thread busy and no more.
+    """
     run.connect()
     placement, batch = run.inputs.recipe.placement, run.inputs.healing_spec.batch_sequences
     nodes = cluster.resources()
     n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
+    n_cpus = int(sum(node.cpus for node in nodes))
+    is_narrow = run.inputs.facts.config.get_text_config().hidden_size <= NARROW_HIDDEN_SIZE
+    wanted = n_gpus or (n_cpus if is_narrow else 1)
     asked = placement.healing_workers
-    n_workers = min(max(n_gpus, 1), batch) if asked == "auto" else int(asked)
-    cpus = 1.0 if n_gpus else max(1.0, min(nodes[0].cpus, sum(node.cpus for node in nodes) // n_workers))
+    n_workers = max(1, min(wanted, batch)) if asked == "auto" else int(asked)
+    cpus = 1.0 if n_gpus else max(1.0, min(nodes[0].cpus, n_cpus // n_workers))
     return placed(lambda: cluster.resolve_workers(n_workers, cpus, 1.0 if n_gpus else 0.0))

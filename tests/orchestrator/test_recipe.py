@@ -277,7 +277,7 @@ def test_texts_are_a_mixture_that_survives_the_round_trip(example, tmp_path):
 def test_the_healing_spec_has_what_the_recipe_says_and_the_same_defaults(example):
     from layerboost.healing_spec import HealingSpec
 
-    plain = load_recipe(example, ["healing.rank=16"]).healing.spec(4096)
+    plain = load_recipe(example, ["healing.rank=32"]).healing.spec(4096)
     assert plain == HealingSpec(tokens=10_000_000)
     changes = {
         "divergence": "jensen_shannon",
