@@ -291,7 +291,7 @@ def test_the_healing_spec_has_what_the_recipe_says_and_the_same_defaults(example
         "stop_when_flat": 0.02,
     }
     changed = load_recipe(example, [f"healing.{name}={value}" for name, value in changes.items()]).healing.spec(256)
-    assert changed == HealingSpec(tokens=10_000_000, sequence_tokens=256, **changes)
+    assert changed == HealingSpec(tokens=10_000_000, sequence_tokens=256, rank=16, **changes)
 
 
 def test_the_cosine_baseline_needs_a_text(example):
