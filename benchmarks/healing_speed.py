@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from decode import SHAPES, build
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layerboost import Plan, convert
 from layerboost.adapters import add_lora
@@ -42,33 +43,11 @@ from layerboost.healing_spec import HEAL, HealingSpec, Phase
 from layerboost.sources import TextSource
 from layerboost.training import TorchEngine, run_phase
 
-SHAPES = {
-    # Layers, hidden size, heads, key/value heads, MLP, vocabulary: the head's share is that of a model of 0.1 to 0.6 B.
-    "small-llm": (12, 256, 4, 2, 704, 32_768),
-}
 COLUMNS = (
     *("model", "plan", "window", "batch_sequences", "sequence_tokens", "rank", "steps", "pairs"),
     *("tok_per_s", "trainer_tok_per_s", "ratio", "ratio_low", "ratio_high", "loss", "trainer_loss"),
     *("hardware", "workers", "threads", "dtype", "torch", "transformers", "python"),
 )
-
-
-def build(shape: str, n_positions: int):
-    """A Llama of a shape with random weights."""
-    layers, hidden, heads, kv_heads, mlp, vocabulary = SHAPES[shape]
-    config = AutoConfig.for_model(
-        "llama",
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        max_position_embeddings=n_positions,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 class Ours:
@@ -228,8 +207,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
 
     def load():
-        loaded = load_model(arguments.model) if arguments.model else build(arguments.shape, arguments.sequence_tokens)
-        return loaded.to(arguments.device)
+        if arguments.model:
+            return load_model(arguments.model, device=arguments.device)
+        torch.manual_seed(0)
+        return build(arguments.shape, torch.float32, arguments.device, arguments.sequence_tokens)
 
     model, plan = load(), Plan.parse(arguments.plan, arguments.window)
     spec = HealingSpec(
