@@ -5,9 +5,9 @@
     python benchmarks/healing.py windows   ... --windows 4 16 64
 
 `baselines` heals every plan on the same tokens with the same settings for each seed. The guided plans come from the
-sensitivity on the last sequences of the first training text, which no run trains on: `guided` from the layers' own NLL,
-`guided_refined` after greedy swaps. Differences are paired item by item; an item's value is the mean over the seeds.
-Every run is a file under --work: the same command again goes on, several processes share the runs (--processes).
+sensitivity on the last sequences of the first training text, which no run on that text alone trains on: `guided` from
+the layers' own NLL, `guided_refined` after greedy swaps. Differences are paired item by item; an item's value is the
+mean over the seeds. Every run is a file under --work: the same command again goes on, several processes share the runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from layerboost.sensitivity import cosine_scores, single_layer_plan
 from layerboost.sources import TextSource, pack_sources
 from layerboost.statistics import paired_difference
 from layerboost.sweep import LayerSweep
-from layerboost.training import heal_locally
+from layerboost.training import heal_locally, student_from
 
 BASELINES = (
     *("window", "linear_window", "linear", "interleaved_1/2", "interleaved_1/4"),
@@ -107,6 +107,11 @@ def perform(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
     parent = load_model(setting.model)
     start, steps, judged = time.monotonic(), [], []
 
+    def judge_on_the_way(share: float, student) -> None:
+        trained = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
+        untouched = load_model(setting.model, dtype=getattr(torch, setting.dtype))
+        judge_at(share, student_from(untouched, run.plan, run.spec, trained).float())
+
     def judge_at(share: float, student) -> None:
         judged.append({"share": share, **judge(student, parent, setting)})
         print(f"{run.name}: {share:.1%} of {run.spec.tokens if run.spec else 0} tokens judged", file=sys.stderr)
@@ -115,10 +120,16 @@ def perform(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
     if run.spec is None:
         student = parent if run.plan.count(Treatment.SOFTMAX) == len(run.plan) else convert(parent, run.plan)
     else:
-        teacher = load_model(setting.model).to(getattr(torch, setting.dtype))
+        teacher = load_model(setting.model, dtype=getattr(torch, setting.dtype))
         text = training_text(setting, run.spec)
         student = heal_locally(
-            teacher, run.plan, text, run.spec, marks=run.marks, on_mark=judge_at, on_step=lambda row: steps.append(row)
+            teacher,
+            run.plan,
+            text,
+            run.spec,
+            marks=run.marks,
+            on_mark=judge_on_the_way,
+            on_step=lambda row: steps.append(row),
         )
         result |= {"tokens": steps[-1].tokens, "seed": run.spec.seed, "train_s": time.monotonic() - start}
         student = student.float()
@@ -127,16 +138,18 @@ def perform(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
         sequences = val_sequences(setting, setting.val[0])
         result["branches"] = [loss.to_dict() for loss in branch_check(student, sequences)]
     result["judged"] = judged
-    file.write_text(json.dumps(result))
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(result))
+    part.replace(file)
     return result
 
 
 def training_text(setting: Setting, spec: HealingSpec) -> PackedText:
-    """The first sequences of the mixture, without those that plans are chosen by."""
+    """The first sequences of the mixture; of a single text without those that plans are chosen by."""
     tokenizer = load_tokenizer(setting.model)
     sources = [TextSource(path, weight=weight) for path, weight in setting.train]
     wanted = spec.steps * spec.batch_sequences
-    if len(sources) > 1:
+    if len(sources) > 1:  # a mixture reads on as far as the budget asks for
         return pack_sources(sources, tokenizer, spec.sequence_tokens, wanted)
     text = pack_sources(sources, tokenizer, spec.sequence_tokens, wanted + SELECTION_SEQUENCES)
     return text[: min(wanted, len(text) - SELECTION_SEQUENCES)]
@@ -320,7 +333,8 @@ def windows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
         for number, zeroed in ((1, "linear"), (2, "window")):
             costs = [branch[number] for branch in branches]
             row[f"nll_loss_without_{zeroed}"] = statistics.fmean(c["nll_loss"] for c in costs) if costs else None
-            row[f"nll_loss_without_{zeroed}_stderr"] = costs[0]["nll_loss_stderr"] if costs else None
+            stderrs = [cost["nll_loss_stderr"] for cost in costs]  # over the same sequences: not independent
+            row[f"nll_loss_without_{zeroed}_stderr"] = statistics.fmean(stderrs) if costs else None
         rows.append(row)
     return rows
 

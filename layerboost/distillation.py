@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapters import add_lora, freeze_all_but_feature_maps, unshare_parameters
 from .fused_loss import fused_divergence, fused_heads
-from .healing_spec import TRANSFER, HealingSpec
+from .healing_spec import TRANSFER, HealingSpec, window_dropout_at
 from .losses import Head, distillation_loss, positions_at_once, relative_error
 from .transfer import AttentionTransfer, draw_windows, full_windows
 
@@ -34,9 +34,9 @@ class Distillation(nn.Module):
         # A tuple, so that the heads are not registered as modules a second time.
         self.fused_heads = fused_heads(teacher, student, spec.divergence, spec.temperature) if can_fuse else None
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, *, whole_windows: bool = False) -> None:
         """What the run's step (from 0) changes in the student, before its first forward pass."""
-        draw_windows(self.student, self.spec, step)
+        draw_windows(self.student, 0.0 if whole_windows else window_dropout_at(self.spec, step), self.spec.seed, step)
 
     def forward(
         self,

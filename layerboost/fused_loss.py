@@ -95,10 +95,10 @@ def fused_heads(
             (gradient,) = torch.autograd.grad(value, leaf)
             results.append((value.detach().float(), gradient.float()))
     except Exception as error:  # a kernel that does not compile here is no reason not to heal
-        log.warning("fused loss: not used, liger-kernel failed on this device (%s)", str(error).splitlines()[0])
+        log.warning("fused loss: not used, liger-kernel failed on this device (%r)", error)
         return None
     for fused, chunked in zip(*results, strict=True):
-        if (fused - chunked).norm() > _TRIAL_TOLERANCE * chunked.norm():
+        if not (fused - chunked).norm() <= _TRIAL_TOLERANCE * chunked.norm():  # NaN is no agreement
             log.warning("fused loss: not used, liger-kernel gives another result than the plain form here")
             return None
     return found

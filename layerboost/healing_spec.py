@@ -39,16 +39,17 @@ class HealingSpec:
             the squared error of every layer's hidden state relative to the teacher's variance.
         window_dropout: probability that a linear_window layer sees, for one step, only a shorter window drawn at
             random, so that its linear branch must carry what the window left out; falls linearly to 0 at
-            three quarters of the budget.
+            three quarters of the budget, and is 0 once healing that stops early brings its learning rate down.
         warmup_fraction: share of a phase's steps with linear warm-up; a cosine then falls to 10 % of the peak.
         gradient_clip: largest norm of the gradient in the healing phase. Layers are fitted independently of each other
             in the transfer phase, which is therefore not clipped.
         weight_decay: of AdamW.
-        micro_batch_sequences: most sequences that a worker runs at once; changes memory, not results.
+        micro_batch_sequences: most sequences that a worker runs at once; changes memory, not results, but for the
+            rounding of gradients in bfloat16.
         activation_checkpointing: run the student's layers again in the backward pass; changes memory, not results.
         stop_when_flat: stop early once two tenths of the budget have brought less than this share of the fall of the
             held-out divergence so far; the learning rate then still comes down. None spends the whole budget.
-        held_out_sequences: last sequences of the text that are never trained on where `stop_when_flat` is given.
+        held_out_sequences: first sequences of the text that are not trained on where `stop_when_flat` is given.
         seed: of the adapters and of the order of the text.
     """
 

@@ -150,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradient = torch.empty_like(states) if states.requires_grad else None
         for part in _chunks(len(states), chunk_tokens):
             chunk = states[part].detach().requires_grad_(states.requires_grad)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(states.requires_grad):
                 logits = head(chunk)
             loss, gradient = terms(_wide(logits.detach()), _wide(teacher_head(teacher_states[part])), next_ids[part])
             total += loss * scale

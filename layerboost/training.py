@@ -92,11 +92,12 @@ class TorchEngine:
 
     def step(self) -> None:
         self._rounds += 1
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:  # rounds are added in fp32
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         if self._rounds % self.accumulation:
             return
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         self._norm = float(nn.utils.clip_grad_norm_(self.masters, self.gradient_clip))
         if math.isfinite(self._norm):
             self.optimizer.step()
@@ -121,7 +122,7 @@ def accumulation_rounds(spec: HealingSpec, world_size: int = 1) -> int:
 
 
 def split_held_out(text: PackedText, spec: HealingSpec) -> tuple[PackedText, PackedText | None]:
-    """The text to train on, and its last sequences where the spec wants some held out.
+    """The text to train on, and its first sequences where the spec wants some held out.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -133,7 +134,8 @@ def split_held_out(text: PackedText, spec: HealingSpec) -> tuple[PackedText, Pac
             f"held_out_sequences: {spec.held_out_sequences} of {len(text)} sequences leave nothing to train on; "
             "give a longer text"
         )
-    return text[: -spec.held_out_sequences], text[-spec.held_out_sequences :]
+    # The first, since a short source of a mixture begins again further on.
+    return text[spec.held_out_sequences :], text[: spec.held_out_sequences]
 
 
 def run_phase(
@@ -179,7 +181,7 @@ def run_phase(
             return
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate_at(phase, step, spec.warmup_fraction, annealed_from)
-        engine.module.begin_step(step)
+        engine.module.begin_step(step, whole_windows=annealed_from is not None and step >= annealed_from)
         batch = batches.batch(step)
         share = list(batch.split(world_size))[rank]
         total = torch.zeros((), device=device)
@@ -207,10 +209,13 @@ def _held_out_divergence(engine, held_out, spec, rank, world_size, device, sum_o
     for number in range(n_passes):
         first = (number * world_size + rank) * per_pass
         part = held_out[first : first + per_pass] if first < len(held_out) else held_out[:1]
-        weight = part.n_targets / held_out.n_targets if first < len(held_out) else 0.0
+        weight = part.n_targets / max(held_out.n_targets, 1) if first < len(held_out) else 0.0
         with torch.no_grad():
             total += engine(**part.to(device).tensors(), measure=True).double() * weight
-    return float(sum_over_workers(total))
+    divergence = float(sum_over_workers(total))
+    if not math.isfinite(divergence):
+        raise NonFiniteLossError(f"held-out divergence: {divergence}; use a smaller learning_rate")
+    return divergence
 
 
 def _check_finite(what: str, value: float, phase: Phase, step: int, batches: GlobalBatches) -> None:
@@ -235,7 +240,8 @@ def heal_locally(
 ) -> PreTrainedModel:
     """Converts `model` by `plan` and heals the result on `text`, in this process.
 
-    `model` keeps its values to the bit. Parameters that healing did not change are shared with the result.
+    `model` and `teacher` stay as they are, to the bit. Parameters that healing did not change are shared with the
+    result.
 
     Args:
         model: the untouched parent, on the device to train on.
@@ -253,8 +259,9 @@ def heal_locally(
         NonFiniteLossError: `model` is still untouched.
     """
     device = next(model.parameters()).device
-    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    was_training = model.training
+    models = [model] if teacher is None else [model, teacher]
+    was_trainable = [(p, p.requires_grad) for m in models for p in m.parameters()]
+    was_training = [m.training for m in models]
     student = convert(model, plan)
     text, held_out = split_held_out(text, spec)
     batches = GlobalBatches(text, spec.batch_sequences, spec.seed)
@@ -273,7 +280,8 @@ def heal_locally(
             run_phase(engine, phase, batches, spec, held_out=held_out, device=device, on_step=after_step)
         finish_student(student, spec)
     finally:
-        model.train(was_training)
+        for was, m in zip(was_training, models, strict=True):
+            m.train(was)
         for parameter, requires_grad in was_trainable:
             parameter.requires_grad_(requires_grad)
     return student

@@ -36,8 +36,11 @@ _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64
 
 TASKS_SOURCE, TEXT_SOURCE = "tasks", "text"
 
-_MEMORY_ONLY = ("micro_batch_sequences", "chunk_tokens", "activation_checkpointing")
+_MEMORY_ONLY = ("micro_batch_sequences", "activation_checkpointing")
 """Fields of a `HealingSpec` that change what healing holds at once and not its result."""
+
+_LINEAR_WINDOW_ONLY = ("transfer_fraction", "transfer_learning_rate", "window_dropout")
+"""Fields of a `HealingSpec` that matter to plans with linear_window layers alone."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,12 @@ class RunInputs:
 
     def healing(self, plan: Plan) -> dict[str, Any]:
         """Of a healed plan; how many workers share the work, and what they hold at once, is no part of it."""
-        return {"unit": "heal", "model": self.model, "plan": _plan_identity(plan), **self._healing}
+        shared = self._healing
+        if not plan.count(Treatment.LINEAR_WINDOW):
+            # What only feature maps are trained by changes nothing for a plan without any.
+            spec = {name: value for name, value in shared["spec"].items() if name not in _LINEAR_WINDOW_ONLY}
+            shared = {**shared, "spec": spec}
+        return {"unit": "heal", "model": self.model, "plan": _plan_identity(plan), **shared}
 
     def sampled_text(self) -> dict[str, Any]:
         """Of all text that the parent may be asked for."""

@@ -83,7 +83,15 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
                 f"with {recipe.throughput.new_tokens} new tokens is {decoded}, more than the model's context of "
                 f"{context} tokens; lower prompt_tokens or new_tokens",
             )
-    step_tokens = healing.batch_sequences * resolve_sequence_tokens(healing.sequence_tokens, context)
+    sequence_tokens = resolve_sequence_tokens(healing.sequence_tokens, context)
+    if healing.tokens and recipe.search.window >= sequence_tokens:
+        raise InputError(
+            "search.window",
+            recipe.search.window,
+            f"covers the whole sequences of {sequence_tokens} tokens that are healed on, which would teach nothing; "
+            "give fewer, or longer healing.sequence_tokens",
+        )
+    step_tokens = healing.batch_sequences * sequence_tokens
     if 0 < healing.tokens < step_tokens:
         raise InputError(
             "healing.tokens",
@@ -206,14 +214,16 @@ def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
 def check_placement(recipe: Recipe, nodes: Sequence[NodeResources], where: str) -> None:
     """Raises InputError if the placement asks for more than the nodes have, for which Ray would wait for ever."""
     placement = recipe.placement
-    stages = [("workers", placement.workers)]
-    if recipe.healing.tokens:
-        stages.append(("healing_workers", placement.healing_workers))
-    for field, workers in stages:
+    wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
+    if recipe.healing.tokens and placement.healing_workers != "auto":
+        # Each has a whole GPU, or at least one CPU.
+        n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in nodes)
+        wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))
+    for field, workers in wanted:
         try:
-            resolve_workers(workers, placement.cpus_per_worker, placement.gpus_per_worker, nodes=nodes)
+            resolve_workers(*workers, nodes=nodes)
         except ResourcesError as error:
-            at_fault = field if error.field == "workers" else error.field
+            at_fault = field if error.field == "workers" or field == "healing_workers" else error.field
             raise InputError(f"placement.{at_fault}", error.value, f"on {where} {error.remedy}") from None
 
 

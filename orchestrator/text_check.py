@@ -42,10 +42,21 @@ def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: A
             continue
         assert text.path is not None
 
-        def packed(text: HealingText = text) -> Any:
+        def packed(name: str = name, text: HealingText = text) -> Any:
+            from layerboost.healing_spec import HealingSpec
             from layerboost.sources import pack_sources
 
-            return pack_sources([text.source()], tokenizer, tokens, 1).input_ids
+            # A text that stands alone does not begin again, and its last sequences may be held out.
+            n_held_out = HealingSpec.held_out_sequences if healing.stop_when_flat and len(healing.text) == 1 else 0
+            sequences = pack_sources([text.source()], tokenizer, tokens, 1 + n_held_out).input_ids
+            if len(sequences) <= n_held_out:
+                raise InputError(
+                    name,
+                    text.path,
+                    f"gives {len(sequences)} sequences of {tokens} tokens, of which healing.stop_when_flat holds "
+                    f"{n_held_out} out; give a longer text or leave stop_when_flat out",
+                )
+            return sequences
 
         _check_text(name, text.path, packed, facts)
 

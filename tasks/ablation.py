@@ -23,7 +23,7 @@ from layerboost.sweep import DEFAULT_BUDGET_BYTES
 from layerboost.training import student_from
 
 from .cluster import WorkerResources
-from .storage import read_tensors
+from .storage import local_folder, read_tensors
 from .units import UnitFailure, run_units, worker_info
 
 
@@ -39,13 +39,14 @@ class ModelSource:
 
     def load(self, path: str | None = None):
         """The parent, or the checkpoint at `path` held in the same way."""
-        return load_model(
-            path or self.path,
-            dtype=self.dtype,
-            device=self.resolved_device(),
-            revision=None if path else self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        with local_folder(path or self.path) as folder:
+            return load_model(
+                folder,
+                dtype=self.dtype,
+                device=self.resolved_device(),
+                revision=None if path else self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
 
     def load_tokenizer(self):
         return load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,26 +36,44 @@ def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: i
     if restored is not None:
         _copy_masters(trainee, restored)
     offload = {"offload_optimizer": {"device": "cpu"}} if job.offload_optimizer else {}
-    stage = max(job.zero_stage, 1) if in_bfloat16 else job.zero_stage
+    # Without ZeRO a gradient that is not a number goes unnoticed, and bfloat16 gives another loss.
+    stage = max(job.zero_stage, 1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own log only: the loop deals out the batches
+        "gradient_accumulation_steps": accumulation_rounds(job.spec, world_size),
+        "gradient_clipping": phase.gradient_clip,
+        "zero_optimization": {"stage": stage, **offload, **(job.zero_options or {})},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": in_bfloat16},
+        "steps_per_print": 10**9,
+    }
+    if stage == 3:
+        # Each worker keeps its part before anything moves to a GPU, which may be too small for the whole.
+        deepspeed.zero.Init(module=trainee, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(
         model=trainee,
         optimizer=torch.optim.AdamW(trainable, lr=0.0, betas=ADAM_BETAS, weight_decay=job.spec.weight_decay),
         model_parameters=trainable,
         dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": 1,  # for its own log only: the loop deals out the batches
-            "gradient_accumulation_steps": accumulation_rounds(job.spec, world_size),
-            "gradient_clipping": phase.gradient_clip,
-            "zero_optimization": {"stage": stage, **offload, **(job.zero_options or {})},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": in_bfloat16},
-            "steps_per_print": 10**9,
-        },
+        config=config,
     )
     if restored is not None:
         _restore_moments(engine, restored)
     return engine
+
+
+def release(engine: Any) -> None:
+    """Ends an engine and gives its memory back, which references in DeepSpeed would hold on to."""
+    module = engine.module
+    engine.destroy()
+    for parameter in module.parameters():
+        for held in (parameter, getattr(parameter, "ds_tensor", None)):
+            if held is not None:
+                held.data = held.data.new_empty(0)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def trained_parameters(engine: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -127,16 +146,12 @@ def _stepped(engine: Any) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return engine.optimizer.optimizer, engine.optimizer.fp32_partitioned_groups_flat
-    if stage in (1, 2):
-        return engine.optimizer.optimizer, engine.optimizer.single_partition_of_fp32_groups
-    return engine.optimizer, [parameter for _, parameter in _trainable(engine.module)]
+    return engine.optimizer.optimizer, engine.optimizer.single_partition_of_fp32_groups
 
 
 def _whole_state(engine: Any, parameter: nn.Parameter, key: str) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if engine.zero_optimization_stage() == 0:
-        return parameter.detach() if key == MASTER else engine.optimizer.state[parameter][key]
     if key == MASTER:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, key)
@@ -159,10 +174,7 @@ def _set_whole_state(engine: Any, parameter: nn.Parameter, key: str, value: torc
             safe_set_local_fp32_param(parameter, mine)
         else:
             safe_set_local_optimizer_state(parameter, mine, key)
-    elif stage == 0 and key != MASTER:
-        engine.optimizer.state[parameter][key].copy_(value)
-    elif stage in (1, 2):
-        if key == MASTER:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
+    elif key == MASTER:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)

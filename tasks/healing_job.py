@@ -80,8 +80,7 @@ class HealingJob:
         snapshots, snapshot_url: shares of the budget at which the trained parameters are written to
             `<snapshot_url>/<step>.safetensors` (a folder or fsspec URL that rank 0's host reaches), for `student_from`.
         n_workers: of the Train job; as many layers are fitted at once in a transfer by layer.
-        zero_stage: DeepSpeed's ZeRO stage, 0 to 3. bfloat16 needs at least 1, which 0 is raised to: without ZeRO
-            DeepSpeed gives another loss in bfloat16.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; 0 is run as 1, which notices gradients that are not numbers.
         zero_options: further settings of DeepSpeed's `zero_optimization`.
         offload_optimizer: keep the optimizer's state in the host's memory and step there; needs ZeRO.
         transfer: `together` fits all linear_window layers in one pass of the parent; `by_layer` gives each a Ray task

@@ -20,7 +20,7 @@ from layerboost.distillation import make_trainee
 from layerboost.healing_spec import HEAL, TRANSFER, HeldOut, Phase, annealing_start, last_step, phases_of
 from layerboost.training import CurveRow, NonFiniteLossError, run_phase, split_held_out, student_from
 
-from .deepspeed_engine import make_engine, save_state, saved_parameters, trained_parameters
+from .deepspeed_engine import make_engine, release, save_state, saved_parameters, trained_parameters
 from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
 from .storage import publish_folder, publish_tensors
 from .transfer import read_fitted_layers
@@ -157,7 +157,7 @@ class _Worker:
             on_step=on_step,
         )
         trained = trained_parameters(engine, keep=keeps)
-        engine.destroy()
+        release(engine)
         return trained
 
     def _end_of(self, phase: Phase) -> int:
@@ -171,7 +171,9 @@ class _Worker:
 
     def _load_pair(self, trained: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The parent from disk and its conversion, which shares its parameters and holds what was trained so far."""
-        parent = load_parent(self.job)
+        parent: Any = load_parent(self.job)
+        if self.job.zero_stage < 3:  # else DeepSpeed gives each GPU its part alone
+            parent = parent.to(self.device)
         student = convert(parent, self.job.plan, parent=self.job.model, revision=self.job.revision)
         load_trained(student, trained)
         return parent, student
@@ -181,7 +183,11 @@ class _Worker:
         if job.teacher is None:
             return parent
         return load_model(
-            job.teacher, dtype=parent.dtype, revision=job.teacher_revision, trust_remote_code=job.trust_remote_code
+            job.teacher,
+            dtype=parent.dtype,
+            device=parent.device,
+            revision=job.teacher_revision,
+            trust_remote_code=job.trust_remote_code,
         )
 
     def _snapshot(self, step: int, trained: dict[str, torch.Tensor]) -> None:
@@ -207,7 +213,7 @@ class _Worker:
     def _save(self, trained: dict[str, torch.Tensor]) -> None:
         job = self.job
         student = student_from(load_parent(job), job.plan, self.spec, trained, parent=job.model, revision=job.revision)
-        card = dict(job.card) if job.card is not None else None
+        card = {"healing tokens": self.done.curve[-1].tokens, **(job.card or {})}
         publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), job.output)
 
 

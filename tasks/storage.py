@@ -74,6 +74,21 @@ def read_tensors(url: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 @contextmanager
+def local_folder(url: str) -> Iterator[str]:
+    """A folder at a path or an fsspec URL as a local one, fetched for as long as it is needed; hub names stay."""
+    if "://" not in url:
+        yield url
+        return
+    filesystem, path = fsspec.core.url_to_fs(url)
+    if isinstance(filesystem, LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        filesystem.get(f"{path.rstrip('/')}/", f"{folder}/model/", recursive=True)
+        yield f"{folder}/model"
+
+
+@contextmanager
 def _local_file(url: str) -> Iterator[str]:
     filesystem, path = fsspec.core.url_to_fs(url)
     if isinstance(filesystem, LocalFileSystem):

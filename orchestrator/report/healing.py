@@ -11,6 +11,9 @@ from orchestrator.report.cells import Table, text_of, with_stderr
 from orchestrator.report.front import shown, shown_retained
 from orchestrator.report.tables import Row, candidate_order, checked_rows, frame, score_cells, with_score_columns
 
+NEGLIGIBLE_NLL = 0.01
+"""Nats per token that a branch may be worth and still be called bypassed."""
+
 HEALING_COLUMNS = {
     "plan_id": "str",
     "phase": "str",  # transfer | heal
@@ -116,13 +119,14 @@ def baseline_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterato
             parts.append(f"{_percent(row['quality_ratio'], row['quality_ratio_stderr'])} of its quality")
         if _is_above(row["nll_gain"], row["nll_gain_stderr"]):
             parts.append(f"{with_stderr(row['nll_gain'], row['nll_gain_stderr'])} nats per token less on the text")
-        if not parts:
+        is_worse = _is_above(1 - row["quality_ratio"], row["quality_ratio_stderr"])
+        if not parts or is_worse or _is_above(-row["nll_gain"], row["nll_gain_stderr"]):
             continue
         better += 1
         name, candidate = (names.get(row[key], row[key]) for key in ("plan_id", "candidate_id"))
         yield (
-            f"The baseline {name} is better than the candidate {candidate} of the same attention budget, healed on the "
-            f"same tokens: {' and '.join(parts)}."
+            f"The baseline {name} is better than the candidate {candidate} of the same attention budget, healed by "
+            f"the same settings: {' and '.join(parts)}."
         )
     if len(table) and not better:
         yield (
@@ -134,7 +138,11 @@ def baseline_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterato
 def branch_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
     """One sentence for each healed plan whose linear branch is bypassed: zeroing it costs nothing measurable."""
     for _, row in table[table["branch_zeroed"].eq("linear")].iterrows():
-        if not _is_above(row["nll_loss"], row["nll_loss_stderr"]):
+        if pd.isna(row["nll_loss_stderr"]):
+            continue
+        # Not to see a cost is not to know that there is none: the interval must leave room for a small one only.
+        at_most = row["nll_loss"] + 1.96 * row["nll_loss_stderr"]
+        if not _is_above(row["nll_loss"], row["nll_loss_stderr"]) and at_most < NEGLIGIBLE_NLL:
             name = names.get(row["plan_id"], row["plan_id"])
             yield (
                 f"The linear branch of {name} is bypassed: zeroing it costs "
@@ -175,7 +183,7 @@ def baselines_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | No
         for _, row in table.iterrows()
     ]
     header = ["baseline", "origin", "candidate", "called", "quality over the candidate's", "nats per token less"]
-    caption = "Baselines of the same attention budget, healed on the same tokens; ± is one paired standard error"
+    caption = "Baselines of the same attention budget, healed by the same settings; ± is one paired standard error"
     return _table("All baselines of the same attention budget", caption, header, rows, {0, 1, 2, 3}, {0, 2})
 
 

@@ -19,8 +19,8 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
     A plan that is a candidate, or another baseline that stands before it, is left out.
     """
     healing, search = run.inputs.recipe.healing, run.inputs.recipe.search
-    names = list(healing.baselines) if candidates else []
-    cosine = _cosine(run) if COSINE in names else None
+    names = list(healing.baselines)
+    cosine = _cosine(run) if COSINE in names and candidates else None
     if cosine is None:
         names = [name for name in names if name != COSINE]
     found: dict[Plan, str] = {}
@@ -36,7 +36,7 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
                 seed=healing.seed,
             )
             for origin, plan in plans.items():
-                if plan not in candidates:
+                if plan not in candidates and plan.count(Treatment.SOFTMAX) < len(plan):
                     found.setdefault(plan, origin)
     return found
 

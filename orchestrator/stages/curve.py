@@ -35,11 +35,11 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]]) -> None:
     keys: dict[EvaluationUnit, str] = {}
     kept = {plan: _kept_points(run, plan, key) for plan, key in healed}
     for plan, key in healed:
-        units[EvaluationUnit(plan=plan)] = {"plan": plan, "share": 0}
+        units[EvaluationUnit(plan=plan)] = {"plan": str(plan), "share": 0}
         for point in kept[plan]:
             unit = _unit(run, plan, key, point["step"])
             keys[unit] = state_key(key, point["step"])
-            units[unit] = {"plan": plan, "share": point["share"]}
+            units[unit] = {"plan": str(plan), "share": point["share"]}
     run.evaluate(CURVE, run.inputs.full_spec, units, keys)
     for plan, key in healed:
         if all(_is_judged(run, plan, key, point) for point in kept[plan]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from layerboost.healing_spec import mark_steps
@@ -12,7 +13,7 @@ from layerboost.plan import Plan
 from layerboost.sources import TextSource
 from orchestrator.context import RunContext, placed
 from orchestrator.healing_recipe import SAMPLED
-from orchestrator.identity import shipped
+from orchestrator.identity import RunInputs, shipped
 from orchestrator.results import CANDIDATE_ORIGINS
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.baselines import baselines
@@ -38,16 +39,20 @@ def heal(run: RunContext) -> bool:
     if not run.inputs.recipe.healing.tokens:
         return True
     origins = plans_to_heal(run)
-    if not sample_text(run):
-        return False
     identities = {plan: run.inputs.healing(plan) for plan in origins}
     todo = [plan for plan in origins if not is_healed(run, plan, identities[plan])]
+    if todo and not sample_text(run):
+        todo = []  # what is healed already is measured all the same
     run.progress.start_stage("heal", len(origins), recorded=len(origins) - len(todo))
     for plan in todo:
         _heal(run, plan, origins[plan], identities[plan])
     run.progress.end_stage()
     keys = {plan: unit_key(identity) for plan, identity in identities.items() if is_healed(run, plan, identity)}
     _judge_curves(run, keys)
+    for key in keys.values():  # a killed run may have left them
+        run.folder.remove(f"{CHECKPOINTS}/{key}")
+        if not run.inputs.recipe.healing.curve:
+            run.folder.remove(snapshot_folder(key))
     run.state.healed = [healed_entry(run, plan, origins[plan], key) for plan, key in keys.items()]
     return True
 
@@ -70,12 +75,12 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
 
 
 def _judge_curves(run: RunContext, keys: dict[Plan, str]) -> None:
-    """Quality before healing and on the way; without a curve only the baselines', which no search has judged."""
+    """Quality of the baselines, which no search has judged, before healing; then the curve of what is healed."""
+    if run.state.baselines:
+        units = {EvaluationUnit(plan=plan): {"plan": str(plan)} for plan in map(Plan.from_dict, run.state.baselines)}
+        run.evaluate(CURVE, run.inputs.full_spec, units)
     if run.inputs.recipe.healing.curve:
         measure_curves(run, list(keys.items()))
-    elif run.state.baselines:
-        units = {EvaluationUnit(plan=plan): {"plan": plan} for plan in map(Plan.from_dict, run.state.baselines)}
-        run.evaluate(CURVE, run.inputs.full_spec, units)
 
 
 def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def healing_job(run: RunContext, plan: Plan, key: str) -> HealingJob:
         transfer=healing.transfer,
         checkpoint_every_steps=healing.checkpoint_every_steps,
         max_failures=healing.max_failures,
-        card={"healing tokens": spec.steps * spec.tokens_per_step, "healing method": spec.method},
+        card={"healing method": spec.method},
     )
 
 
@@ -215,13 +220,23 @@ def healing_workers(run: RunContext) -> cluster.WorkerResources:
     matrices keep one thread busy and no more.
     """
     run.connect()
-    placement, batch = run.inputs.recipe.placement, run.inputs.healing_spec.batch_sequences
     nodes = cluster.resources()
+    wanted = healing_placement(run.inputs, nodes)
+    return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes))
+
+
+def healing_placement(inputs: RunInputs, nodes: Sequence[cluster.NodeResources]) -> tuple[int, float, float]:
+    """Workers, and CPUs and GPUs of each, that healing takes of some nodes; they may be more than there are."""
+    placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
     n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
     n_cpus = int(sum(node.cpus for node in nodes))
-    is_narrow = run.inputs.facts.config.get_text_config().hidden_size <= NARROW_HIDDEN_SIZE
+    is_narrow = inputs.facts.config.get_text_config().hidden_size <= NARROW_HIDDEN_SIZE
     wanted = n_gpus or (n_cpus if is_narrow else 1)
     asked = placement.healing_workers
     n_workers = max(1, min(wanted, batch)) if asked == "auto" else int(asked)
-    cpus = 1.0 if n_gpus else max(1.0, min(nodes[0].cpus, n_cpus // n_workers))
-    return placed(lambda: cluster.resolve_workers(n_workers, cpus, 1.0 if n_gpus else 0.0))
+    if n_gpus:
+        return n_workers, 1.0, 1.0
+    # As many CPUs for each as all of them can have, whatever node they come to lie on.
+    largest = int(max(node.cpus for node in nodes))
+    fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers)
+    return n_workers, float(next(fitting, 1)), 0.0

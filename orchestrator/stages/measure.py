@@ -54,13 +54,15 @@ def finalists(run: RunContext) -> list[Finalist]:
 
 
 def branch_units(run: RunContext) -> dict[EvaluationUnit, Finalist]:
-    """What asks the healed plans with linear_window layers for their branches' worth; nothing without a text."""
-    if run.inputs.full_spec.text is None:
-        return {}
+    """What asks healed plans for the worth of their branches, where a text reaches the linear one."""
+    spec = run.inputs.full_spec
     return {
         EvaluationUnit("branches", checkpoint=healed_folder(run, finalist.plan)): finalist
         for finalist in _healed(run)
+        # Sequences that a window covers never reach the linear branch.
         if finalist.plan.count(Treatment.LINEAR_WINDOW)
+        and spec.text is not None
+        and spec.sequence_tokens > (finalist.plan.window or 0)
     }
 
 

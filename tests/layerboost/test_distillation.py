@@ -264,7 +264,7 @@ def test_slices_of_a_batch_weigh_as_the_whole(world_size, micro_batch_sequences,
         data = replace(data, text=replace(data.text, targets=targets))
 
     class Embedding(torch.nn.Embedding):
-        def begin_step(self, step): ...
+        def begin_step(self, step, **settings): ...
 
     class Recorder:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))])

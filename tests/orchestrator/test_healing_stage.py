@@ -22,9 +22,16 @@ from orchestrator.run_folder import RunFolder, unit_key
 from orchestrator.stages import sampled
 from orchestrator.stages.baselines import baselines
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
-from orchestrator.stages.heal import healed_entry, healed_name, healed_unit, healing_job, plans_to_heal
+from orchestrator.stages.heal import (
+    healed_entry,
+    healed_name,
+    healed_unit,
+    healing_job,
+    healing_placement,
+    plans_to_heal,
+)
 from tasks.ablation import EvaluationUnit, cosine_unit
-from tasks.cluster import WorkerResources
+from tasks.cluster import NodeResources, WorkerResources, resolve_workers
 
 PLAN, OTHER = Plan.parse("SLN", 8), Plan.parse("NLS", 8)
 
@@ -100,6 +107,18 @@ def test_any_number_of_workers_up_to_the_sequences_of_a_step(inputs):
         context(inputs, "healing.batch_sequences=3", "placement.healing_workers=4")
 
 
+@pytest.mark.parametrize(
+    ("cpus", "expected"),
+    [([2], (2, 1)), ([8, 8, 8], (4, 4)), ([4, 4, 4], (4, 2)), ([8, 4], (4, 2)), ([64, 8], (4, 16))],
+)
+def test_the_workers_of_a_narrow_model_fit_on_the_nodes(inputs, cpus, expected):
+    run = context(inputs, "healing.batch_sequences=4")
+    nodes = [NodeResources(str(n), "", float(of_node), 0.0) for n, of_node in enumerate(cpus)]
+    wanted = healing_placement(run.inputs, nodes)
+    assert wanted == (*expected, 0.0)
+    assert resolve_workers(*wanted, nodes=nodes).n_workers == expected[0]
+
+
 def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
     run = context(inputs, "healing.baselines=[window, linear, interleaved_1/2, cosine, first, last]")
     identity = run.inputs.scores(cosine_unit(), run.inputs.text_spec)
@@ -114,7 +133,8 @@ def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
         ("NLS", 8): "first",
         ("NSS", None): "first",
     }
-    assert baselines(run, []) == {}
+    alone = baselines(run, [])  # without a candidate there is no budget to match
+    assert list(alone.values()) == ["window", "linear", "interleaved_1/2"]
 
 
 def give_tokens(run, n_tokens_of_unit) -> None:

@@ -143,7 +143,9 @@ def test_held_out_divergence_has_a_panel_of_its_own():
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"quality_ratio": 1.05}, ["105.0 ± 1.0 % of its quality"]),
+        ({"quality_ratio": 1.05, "nll_gain": 0.005}, ["105.0 ± 1.0 % of its quality"]),
+        ({"quality_ratio": 1.05}, []),  # and worse on the text
+        ({"quality_ratio": 0.9, "nll_gain": 0.02}, []),
         ({"quality_ratio": 1.019}, []),
         ({"nll_gain": 0.02}, ["0.0200 ± 0.0050 nats per token less on the text"]),
         ({"quality_ratio": 1.05, "nll_gain": 0.02}, ["105.0 ± 1.0 % of its quality and 0.0200 ± 0.0050 nats"]),
@@ -165,7 +167,8 @@ def test_a_bypassed_branch_is_told_with_its_remedy():
     (sentence,) = branch_sentences(branches_table(branch_rows()), NAMES)
     assert f"The linear branch of {NAMES[GUIDED.plan_id]} is bypassed: zeroing it costs +0.0010 ± 0.0020" in sentence
     assert "healing.window_dropout" in sentence
-    assert list(branch_sentences(branches_table(branch_rows(loss=0.01)), NAMES)) == []
+    for loss, stderr in ((0.01, 0.002), (0.004, 0.01), (0.001, None)):  # useful, unknown, unknown
+        assert list(branch_sentences(branches_table(branch_rows(loss, stderr)), NAMES)) == []
 
 
 def test_the_page_tells_of_healing():
@@ -175,7 +178,7 @@ def test_the_page_tells_of_healing():
         "",
         healing_curves=healing_table(loss_rows()),
         quality_curve=quality_curve_table(curve_rows()),
-        baselines=baselines_table([baseline_row(quality_ratio=1.05)]),
+        baselines=baselines_table([baseline_row(quality_ratio=1.05, nll_gain=0.0)]),
         branches=branches_table(branch_rows()),
         early_stops=stops,
     )

@@ -1,5 +1,6 @@
 """Evaluation workers: what they give equals the plain functions, in this process and through Ray."""
 
+import fsspec
 import pytest
 import torch
 
@@ -77,6 +78,16 @@ def test_a_healed_checkpoint_is_judged_against_the_parent(worker, source, tmp_pa
     assert healed["scores"] == worker.run(EvaluationUnit(plan=Plan.parse("SNSW", 6)))["scores"]
     with pytest.raises(ValueError, match="its own plan"):
         EvaluationUnit(plan=Plan.parse("SNSW", 6), checkpoint="x")
+
+
+def test_a_healed_checkpoint_may_lie_behind_a_url(worker, source, tmp_path):
+    save_checkpoint(convert(worker.base, Plan.parse("NSSL", window=4)), worker.tokenizer, tmp_path / "healed")
+    store = fsspec.filesystem("memory")
+    store.put(f"{tmp_path}/healed/", "/run/healed/", recursive=True)
+    by_path, by_url = (
+        worker.run(EvaluationUnit(checkpoint=where)) for where in (str(tmp_path / "healed"), "memory://run/healed")
+    )
+    assert _items(by_url, "nll") == _items(by_path, "nll")
 
 
 def test_parameters_trained_so_far_are_judged_in_the_converted_parent(worker, source, spec, tmp_path):
