@@ -245,7 +245,9 @@ def mean_items(results: Sequence[dict[str, Any]], metric: str, share: float = 1.
 def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """One row for each plan: before and after healing, against the base and against the guided plan."""
     plans = chosen_plans(args, setting)
-    untouched = Plan.uniform(Treatment.SOFTMAX, len(plans["guided"]))
+    if args.only:
+        plans = {name: plan for name, plan in plans.items() if name in {*args.only, "guided_refined"}}
+    untouched = Plan.uniform(Treatment.SOFTMAX, len(plans["guided_refined"]))
     before = [Run(name, plan) for name, plan in {"base": untouched, **plans}.items()]
     healed = [Run(name, plan, replace(spec_of(args), seed=seed)) for seed in args.seeds for name, plan in plans.items()]
     results = perform_all([*before, *healed], setting, args.work, args.processes)
@@ -361,6 +363,7 @@ def main() -> None:
     parser.add_argument("--cloze", nargs="*", default=[], help="JSONL with context, choices and gold")
     parser.add_argument("--val-sequences", type=int, default=96)
     parser.add_argument("--counts", type=int, nargs=3, default=[4, 4, 4], help="layers of softmax, linear_window, none")
+    parser.add_argument("--only", nargs="+", help="baselines: these plans, beside guided_refined")
     parser.add_argument("--plan", help="curve, windows: this plan instead of the guided one")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 16, 64])
@@ -370,9 +373,9 @@ def main() -> None:
     parser.add_argument("--marks", type=float, nargs="*", default=[0.01, 0.03, 0.1, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--alpha", type=float, default=32)
-    parser.add_argument("--learning-rate", type=float, default=8e-3)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--alpha", type=float, default=64)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--batch-sequences", type=int, default=2)
     parser.add_argument("--transfer-fraction", type=float, default=0.05)
     parser.add_argument(
