@@ -256,7 +256,7 @@ def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     config = load_model(setting.model).config
     metrics = list(base["judged"][0])
     metrics.remove("share")
-    nll = metrics[0]
+    nll = next(metric for metric in metrics if metric.startswith("nll"))
     rows = []
     for name, plan in plans.items():
         row: dict[str, Any] = {"name": name, **about(plan, config), "tokens": after[name][0]["tokens"]}
@@ -265,7 +265,7 @@ def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
             for when, found in (("before", [unhealed[name]]), ("after", after[name])):
                 row |= against(mean_items(found, metric), mean_items([base], metric), f"{metric} {when}")
         gaps = [mean_items([r], nll).mean() - mean_items([base], nll).mean() for r in after[name]]
-        row[f"{nll} after seed_sd"] = statistics.stdev(gaps) if len(gaps) > 1 else None
+        row[f"{nll} after seed_sd".replace(" ", "_")] = statistics.stdev(gaps) if len(gaps) > 1 else None
         best = mean_items(after[name], nll), mean_items(after["guided_refined"], nll)
         row |= against(*best, f"{nll} after minus guided_refined")
         rows.append(row)
