@@ -27,9 +27,6 @@ from tasks.healing import heal as heal_on_cluster
 CHECKPOINTS = "healing"
 """Where the checkpoints of healing that is under way are kept, in the run folder."""
 
-NARROW_HIDDEN_SIZE = 512
-"""Widest model that is healed by one single-threaded worker for each CPU."""
-
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
 
@@ -214,11 +211,7 @@ def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
 
 
 def healing_workers(run: RunContext) -> cluster.WorkerResources:
-    """As the recipe says; `auto` takes every GPU that a step has a sequence for.
-
-    Without GPUs it takes one worker with a node's CPUs, or a worker for each CPU where the model is narrow: its
-    matrices keep one thread busy and no more.
-    """
+    """As the recipe says; `auto` takes every GPU that a step has a sequence for, or one worker with a node's CPUs."""
     run.connect()
     nodes = cluster.resources()
     wanted = healing_placement(run.inputs, nodes)
@@ -229,11 +222,8 @@ def healing_placement(inputs: RunInputs, nodes: Sequence[cluster.NodeResources])
     """Workers, and CPUs and GPUs of each, that healing takes of some nodes; they may be more than there are."""
     placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
     n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
-    n_cpus = int(sum(node.cpus for node in nodes))
-    is_narrow = inputs.facts.config.get_text_config().hidden_size <= NARROW_HIDDEN_SIZE
-    wanted = n_gpus or (n_cpus if is_narrow else 1)
     asked = placement.healing_workers
-    n_workers = max(1, min(wanted, batch)) if asked == "auto" else int(asked)
+    n_workers = max(1, min(n_gpus, batch)) if asked == "auto" else int(asked)
     if n_gpus:
         return n_workers, 1.0, 1.0
     # As many CPUs for each as all of them can have, whatever node they come to lie on.
