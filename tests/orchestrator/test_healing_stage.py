@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -108,11 +109,20 @@ def test_any_number_of_workers_up_to_the_sequences_of_a_step(inputs):
 
 
 @pytest.mark.parametrize(
-    ("cpus", "expected"),
-    [([2], (2, 1)), ([8, 8, 8], (4, 4)), ([4, 4, 4], (4, 2)), ([8, 4], (4, 2)), ([64, 8], (4, 16))],
+    ("cpus", "asked", "expected"),
+    [
+        ([2], "auto", (1, 2)),
+        ([4, 8], "auto", (1, 8)),
+        ([8, 8, 8], 4, (4, 4)),
+        ([4, 4, 4], 4, (4, 2)),
+        ([8, 4], 4, (4, 2)),
+        ([64, 8], 4, (4, 16)),
+    ],
 )
-def test_the_workers_of_a_narrow_model_fit_on_the_nodes(inputs, cpus, expected):
+def test_workers_of_healing_fit_on_the_nodes(inputs, cpus, asked, expected):
     run = context(inputs, "healing.batch_sequences=4")
+    placement = run.inputs.recipe.placement.model_copy(update={"healing_workers": asked})
+    run.inputs = replace(run.inputs, recipe=run.inputs.recipe.model_copy(update={"placement": placement}))
     nodes = [NodeResources(str(n), "", float(of_node), 0.0) for n, of_node in enumerate(cpus)]
     wanted = healing_placement(run.inputs, nodes)
     assert wanted == (*expected, 0.0)
