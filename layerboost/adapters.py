@@ -34,13 +34,7 @@ def freeze_all_but_feature_maps(model: nn.Module) -> None:
 
 def unshare_parameters(model: nn.Module) -> None:
     """Gives `model` copies of all its parameters, in place; parameters tied inside the model stay tied."""
-    copies: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                module._parameters[name] = copies[id(parameter)]
+    _replace_parameters(model, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()})
 
 
 def load_trained(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
@@ -58,11 +52,17 @@ def load_trained(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
                 f"trained: the model has no parameter {name} of shape {tuple(tensor.shape)}; "
                 "take the parent, plan and method that it was trained with"
             )
-    replaced = {id(p): nn.Parameter(trained[n].to(p.device, p.dtype)) for n, p in parameters.items() if n in trained}
+    _replace_parameters(
+        model, {id(p): nn.Parameter(trained[n].to(p.device, p.dtype)) for n, p in parameters.items() if n in trained}
+    )
+
+
+def _replace_parameters(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> None:
+    """Puts other parameters in the place of those with the given ids, wherever they stand in the model."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in replaced:
-                module._parameters[name] = replaced[id(parameter)]
+            if id(parameter) in by_id:
+                module._parameters[name] = by_id[id(parameter)]
 
 
 def projection_names(model: PreTrainedModel) -> list[str]:

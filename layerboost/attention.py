@@ -65,9 +65,9 @@ class LinearWindow(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Query logits a (B, H, T, R) and key features b (B, K, S, R) of query (B, H, T, D) and key (B, K, S, D)."""
-        projected = _wide(query) @ _wide(self.query_weight).transpose(-1, -2)
-        logits = torch.cat([projected, -projected], dim=-1) + _wide(self.query_bias)[:, None]
-        projected = _wide(key) @ _wide(self.key_weight).transpose(-1, -2)
+        projected = wide(query) @ wide(self.query_weight).transpose(-1, -2)
+        logits = torch.cat([projected, -projected], dim=-1) + wide(self.query_bias)[:, None]
+        projected = wide(key) @ wide(self.key_weight).transpose(-1, -2)
         return logits, torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
@@ -128,8 +128,8 @@ def dense_attention(
         (B, H, T, D) in the dtype of `query`.
     """
     n_groups = query.shape[1] // key.shape[1]
-    keys, values = (_wide(x).repeat_interleave(n_groups, dim=1) for x in (key, value))
-    scores = _softcap(_wide(query) @ keys.transpose(-1, -2) * scaling, softcap)
+    keys, values = (wide(x).repeat_interleave(n_groups, dim=1) for x in (key, value))
+    scores = _softcap(wide(query) @ keys.transpose(-1, -2) * scaling, softcap)
     scores = scores.masked_fill(~inside[:, None], -math.inf)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - peak)
@@ -262,20 +262,20 @@ def linear_window_attention(
     if not return_state:
         return output, None
     n_evicted = max(key.shape[2] - (window - 1), 0)
-    features, values = _masked(features, valid)[:, :, :n_evicted], _wide(value[:, :, :n_evicted])
+    features, values = _masked(features, valid)[:, :, :n_evicted], wide(value[:, :, :n_evicted])
     return output, _add_state(state, (features.transpose(-1, -2) @ values, features.sum(dim=2)))
 
 
 def _linear_window_step(query, key, value, logits, state, scaling, valid, softcap):
     batch, n_kv_heads, n_keys, head_dim = key.shape
-    grouped = _wide(query).reshape(batch, n_kv_heads, -1, head_dim)  # (B, K, G, D)
-    scores = _softcap(grouped @ _wide(key).transpose(-1, -2) * scaling, softcap)
+    grouped = wide(query).reshape(batch, n_kv_heads, -1, head_dim)  # (B, K, G, D)
+    scores = _softcap(grouped @ wide(key).transpose(-1, -2) * scaling, softcap)
     mask = _step_mask(n_keys, valid, None)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     peak = scores.amax(dim=-1, keepdim=True).detach()
     weights = torch.exp(scores - peak)
-    numerator, denominator = weights @ _wide(value), weights.sum(dim=-1, keepdim=True)
+    numerator, denominator = weights @ wide(value), weights.sum(dim=-1, keepdim=True)
     if state is not None:
         logits = logits.reshape(batch, n_kv_heads, -1, logits.shape[-1])  # (B, K, G, R)
         query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
@@ -286,8 +286,8 @@ def _linear_window_step(query, key, value, logits, state, scaling, valid, softca
 
 def _linear_window_chunks(query, key, value, logits, features, state, scaling, window, valid, segments, softcap):
     blocks = _Blocks(query, key, window, valid, segments)
-    queries, query_logits = blocks.chunks(_wide(query)), blocks.chunks(logits)  # (B, K, G, N, C, D or R)
-    key_blocks, value_blocks = blocks.reach(_wide(key)), blocks.reach(_wide(value))  # (B, K, N, L, D)
+    queries, query_logits = blocks.chunks(wide(query)), blocks.chunks(logits)  # (B, K, G, N, C, D or R)
+    key_blocks, value_blocks = blocks.reach(wide(key)), blocks.reach(wide(value))  # (B, K, N, L, D)
     key_features = blocks.reach(_masked(features, valid))  # (B, K, N, L, R)
 
     scores = _softcap(queries @ key_blocks.unsqueeze(2).transpose(-1, -2) * scaling, softcap)
@@ -407,11 +407,11 @@ def softmax_attention(query, key, value, mask, scaling, softcap, dropout):
         key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
-    scores = _softcap(_wide(query) @ _wide(key).transpose(-1, -2) * scaling, softcap)
+    scores = _softcap(wide(query) @ wide(key).transpose(-1, -2) * scaling, softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
-    return (weights @ _wide(value)).to(query.dtype)
+    return (weights @ wide(value)).to(query.dtype)
 
 
 def _step_mask(n_keys: int, valid: torch.Tensor | None, segments: torch.Tensor | None) -> torch.Tensor | None:
@@ -438,6 +438,6 @@ def _add_state(state, addition):
     return addition if state is None else (state[0] + addition[0], state[1] + addition[1])
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """At least single precision, for whatever is summed or exponentiated."""
     return x if x.dtype == torch.float64 else x.float()

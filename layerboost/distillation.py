@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapters import add_lora, freeze_all_but_feature_maps, unshare_parameters
 from .fused_loss import fused_divergence, fused_heads
-from .healing_spec import TRANSFER, HealingSpec, window_dropout_at
+from .healing_spec import TRANSFER, HealingSpec
 from .losses import Head, distillation_loss, positions_at_once, relative_error
 from .transfer import AttentionTransfer, draw_windows, full_windows
 
@@ -36,7 +36,7 @@ class Distillation(nn.Module):
 
     def begin_step(self, step: int, *, whole_windows: bool = False) -> None:
         """What the run's step (from 0) changes in the student, before its first forward pass."""
-        draw_windows(self.student, 0.0 if whole_windows else window_dropout_at(self.spec, step), self.spec.seed, step)
+        draw_windows(self.student, self.spec, step, whole=whole_windows)
 
     def forward(
         self,

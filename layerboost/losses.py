@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .attention import wide
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states (N, d) to logits (N, vocabulary)."""
 
@@ -146,13 +148,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
-        total = torch.zeros((), device=states.device, dtype=_wide(states[:0]).dtype)
+        total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
         ctx.gradient = torch.empty_like(states) if states.requires_grad else None
         for part in _chunks(len(states), chunk_tokens):
             chunk = states[part].detach().requires_grad_(states.requires_grad)
             with torch.set_grad_enabled(states.requires_grad):
                 logits = head(chunk)
-            loss, gradient = terms(_wide(logits.detach()), _wide(teacher_head(teacher_states[part])), next_ids[part])
+            loss, gradient = terms(wide(logits.detach()), wide(teacher_head(teacher_states[part])), next_ids[part])
             total += loss * scale
             if ctx.gradient is not None:
                 (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, gradient.mul_(scale).to(logits.dtype))
@@ -167,23 +169,18 @@ def _recomputed_loss(states, teacher_states, next_ids, scale, head, teacher_head
     """The loss by chunks of positions, each of which is worked out again in the backward pass."""
 
     def chunk_sum(chunk, teacher_chunk, ids):
-        logits = _wide(head(chunk))
+        logits = wide(head(chunk))
         with torch.no_grad():
-            loss, gradient = terms(logits, _wide(teacher_head(teacher_chunk)), ids)
+            loss, gradient = terms(logits, wide(teacher_head(teacher_chunk)), ids)
         # Has the value of `loss` and the gradient that belongs to it.
         carrier = (logits * gradient).sum()
         return loss + carrier - carrier.detach()
 
-    total = torch.zeros((), device=states.device, dtype=_wide(states[:0]).dtype)
+    total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
     for part in _chunks(len(states), chunk_tokens):
         chunk = states[part], teacher_states[part], next_ids[part]
         total = total + checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) * scale
     return total
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """At least single precision, for whatever is summed or exponentiated."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -259,9 +260,6 @@ def heal_locally(
         NonFiniteLossError: `model` is still untouched.
     """
     device = next(model.parameters()).device
-    models = [model] if teacher is None else [model, teacher]
-    was_trainable = [(p, p.requires_grad) for m in models for p in m.parameters()]
-    was_training = [m.training for m in models]
     student = convert(model, plan)
     text, held_out = split_held_out(text, spec)
     batches = GlobalBatches(text, spec.batch_sequences, spec.seed)
@@ -273,18 +271,27 @@ def heal_locally(
             with full_windows(student):
                 on_mark(at[row.step], student)
 
-    try:
+    with _left_as_they_were(model, *([] if teacher is None else [teacher])):
         for phase in phases_of(spec, plan, model.config.hidden_size):
             trainee = make_trainee(phase.name, model if phase.name == TRANSFER else teacher or model, student, spec)
             engine = TorchEngine(trainee, spec, accumulation_rounds(spec), phase.gradient_clip)
             run_phase(engine, phase, batches, spec, held_out=held_out, device=device, on_step=after_step)
         finish_student(student, spec)
+    return student
+
+
+@contextmanager
+def _left_as_they_were(*models: PreTrainedModel) -> Iterator[None]:
+    """Gives models their mode and their trainable parameters back, whatever a student that shares them needed."""
+    was_training = [model.training for model in models]
+    was_trainable = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    try:
+        yield
     finally:
-        for was, m in zip(was_training, models, strict=True):
-            m.train(was)
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
         for parameter, requires_grad in was_trainable:
             parameter.requires_grad_(requires_grad)
-    return student
 
 
 def finish_student(student: PreTrainedModel, spec: HealingSpec) -> None:
@@ -317,14 +324,10 @@ def student_from(
     Raises:
         ValueError: a parameter that the student does not have.
     """
-    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     student = convert(model, plan, parent=parent, revision=revision)
-    try:
+    with _left_as_they_were(model):
         if any(".lora_A." in name for name in trained):
             add_lora(student, spec.rank, spec.alpha, spec.seed)
         load_trained(student, trained)
         finish_student(student, spec)
-    finally:
-        for parameter, requires_grad in was_trainable:
-            parameter.requires_grad_(requires_grad)
     return student

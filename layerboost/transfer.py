@@ -39,7 +39,7 @@ class AttentionTransfer(nn.Module):
             raise ValueError("student: no layer has a linear_window; there is nothing to transfer")
 
     def begin_step(self, step: int, *, whole_windows: bool = False) -> None:
-        draw_windows(self.student, 0.0 if whole_windows else window_dropout_at(self.spec, step), self.spec.seed, step)
+        draw_windows(self.student, self.spec, step, whole=whole_windows)
 
     def forward(
         self,
@@ -123,13 +123,15 @@ def linear_window_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, getattr(model.get_submodule(name), "layerboost")) for name in feature_map_layers(model)]  # noqa: B009
 
 
-def draw_windows(student: nn.Module, probability: float, seed: int, step: int) -> None:
+def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: bool = False) -> None:
     """Gives each linear_window layer the window that it sees in a step: its own, or by chance a shorter one.
 
-    The draw is a function of seed, step and layer, so it is the same in all workers and after a resume.
+    The draw is a function of seed, step and layer, so it is the same in all workers and after a resume. `whole` leaves
+    chance out.
     """
+    probability = 0.0 if whole else window_dropout_at(spec, step)
     for name, treated in linear_window_layers(student):
-        draw = random.Random(f"{seed} {step} {name}")
+        draw = random.Random(f"{spec.seed} {step} {name}")
         is_shortened = draw.random() < probability and treated.full_window > 1
         treated.window = draw.randrange(1, treated.full_window) if is_shortened else treated.full_window
 

@@ -25,13 +25,16 @@ def snapshot_folder(key: str) -> str:
     return f"{_SNAPSHOTS}/{key}"
 
 
-def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]]) -> None:
+def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed: Sequence[Plan] = ()) -> None:
     """Judges plans before healing and their snapshots, then deletes these. Failed ones are named and kept.
 
     Args:
         healed: plans with the keys of their healing.
+        unhealed: further plans, judged as they are before healing alone.
     """
-    units: dict[EvaluationUnit, dict[str, Any]] = {}
+    units: dict[EvaluationUnit, dict[str, Any]] = {
+        EvaluationUnit(plan=plan): {"plan": str(plan), "share": 0} for plan in unhealed
+    }
     keys: dict[EvaluationUnit, str] = {}
     kept = {plan: _kept_points(run, plan, key) for plan, key in healed}
     for plan, key in healed:
@@ -40,7 +43,8 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]]) -> None:
             unit = _unit(run, plan, key, point["step"])
             keys[unit] = state_key(key, point["step"])
             units[unit] = {"plan": str(plan), "share": point["share"]}
-    run.evaluate(CURVE, run.inputs.full_spec, units, keys)
+    if units:
+        run.evaluate(CURVE, run.inputs.full_spec, units, keys)
     for plan, key in healed:
         if all(_is_judged(run, plan, key, point) for point in kept[plan]):
             run.folder.remove(snapshot_folder(key))

@@ -17,7 +17,7 @@ from orchestrator.identity import RunInputs, shipped
 from orchestrator.results import CANDIDATE_ORIGINS
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.baselines import baselines
-from orchestrator.stages.curve import CURVE, curve_entries, measure_curves, snapshot_folder
+from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
 from orchestrator.stages.sampled import sample_text, sampled_folder
 from tasks import cluster
 from tasks.ablation import EvaluationUnit
@@ -73,11 +73,8 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
 
 def _judge_curves(run: RunContext, keys: dict[Plan, str]) -> None:
     """Quality of the baselines, which no search has judged, before healing; then the curve of what is healed."""
-    if run.state.baselines:
-        units = {EvaluationUnit(plan=plan): {"plan": str(plan)} for plan in map(Plan.from_dict, run.state.baselines)}
-        run.evaluate(CURVE, run.inputs.full_spec, units)
-    if run.inputs.recipe.healing.curve:
-        measure_curves(run, list(keys.items()))
+    healed = list(keys.items()) if run.inputs.recipe.healing.curve else []
+    measure_curves(run, healed, [Plan.from_dict(baseline) for baseline in run.state.baselines])
 
 
 def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from layerboost.batches import PackedText
 from layerboost.convert import convert
 from layerboost.distillation import Distillation
-from layerboost.healing_spec import HealingSpec, window_dropout_at
+from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan
 from layerboost.training import heal_locally
 from layerboost.transfer import (
@@ -30,9 +30,9 @@ def test_windows_are_drawn_by_seed_step_and_layer_and_less_often_with_time():
     student, other = (convert(tiny_model(), Plan.parse("LLSL", WINDOW)) for _ in range(2))
     drawn = []
     for step in range(1000):
-        draw_windows(student, window_dropout_at(spec, step), spec.seed, step)
+        draw_windows(student, spec, step)
         drawn.append(windows_of(student))
-        draw_windows(other, window_dropout_at(spec, step), spec.seed, step)
+        draw_windows(other, spec, step)
         assert windows_of(other) == drawn[-1]
     short = torch.tensor(drawn) < WINDOW
     assert 0.7 < short[:100].float().mean() < 0.85
@@ -40,7 +40,7 @@ def test_windows_are_drawn_by_seed_step_and_layer_and_less_often_with_time():
     assert not short[750:].any()
     assert {window for step in drawn for window in step} == set(range(1, WINDOW + 1))
     assert len({tuple(step) for step in drawn}) > 50  # layers are drawn each by themselves
-    draw_windows(student, 0.8, spec.seed, 0)
+    draw_windows(student, spec, 0)
     with full_windows(student):
         assert windows_of(student) == [WINDOW] * 3
     assert windows_of(student) == drawn[0]
