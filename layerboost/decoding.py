@@ -263,6 +263,24 @@ def predicted_speedup(config, plan: Plan, *, concurrency: int, context_tokens: i
     return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition)
 
 
+def kv_bytes_of_layers(config, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:
+    """Bytes by which each layer's cache grows for each token of one sequence, past every window, by treatment.
+
+    Args:
+        config: the untouched parent's config.
+        dtype_bytes: bytes of a cached number.
+    """
+    model = _byte_model(config)
+    found = {}
+    for treatment in Treatment:
+        layers = [model.layer(index, treatment, 1) for index in range(model.n_layers)]
+        found[treatment] = tuple(
+            0.0 if layer.window_tokens is not None else float(layer.kv_values_per_token * dtype_bytes)
+            for layer in layers
+        )
+    return found
+
+
 class _ConfigKey:
     """A config as a dictionary key: configs of equal content are equal."""
 

@@ -29,6 +29,7 @@ class QualitySpec:
         sequence_tokens: Tokens in a sequence.
         batch_size: Sequences or requests in a forward pass.
         num_fewshot: Examples in a prompt; what each task says if None.
+        retrieval: Distances in tokens over which the model must find again what the text said (`retrieval`).
     """
 
     tasks: tuple[str, ...] = ()
@@ -38,9 +39,11 @@ class QualitySpec:
     sequence_tokens: int = 512
     batch_size: int = 8
     num_fewshot: int | None = None
+    retrieval: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "retrieval", tuple(self.retrieval))
         if not self.tasks and self.text is None:
             raise QualityError("quality: neither tasks nor text; name at least one benchmark or a text")
         least = {"limit": 1, "n_sequences": 1, "sequence_tokens": 2, "batch_size": 1, "num_fewshot": 0}

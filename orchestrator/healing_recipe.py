@@ -51,6 +51,18 @@ class HealingText(Section):
         return TextSource(self.path, self.weight or 1.0, self.split or "train", self.field, self.format)
 
 
+class HalvingSection(Section):
+    """Successive halving over tokens: `plans` candidates are healed on the share `first` of the budget.
+
+    After each of the `rungs` the most promising go on with a healing of more tokens; the last, on the whole budget, is
+    that of `healing.candidates`. Shares and numbers of plans go down and up in equal ratios.
+    """
+
+    plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 12
+    first: Share = 0.1
+    rungs: Count = 2
+
+
 class HealingSection(Section):
     """Distillation from the untouched parent, or from a larger `teacher`; `tokens: 0` means no healing.
 
@@ -61,6 +73,7 @@ class HealingSection(Section):
             which needs less memory and gives the same.
         stop_when_flat: end a candidate early once its held-out divergence falls by less than this share; see
             `HealingSpec`.
+        halving: heal many plans on few tokens and the most promising on all of them; the rest is as without it.
         curve: shares of the budget at which quality is measured, beside 0 and 1; no curve where there are none.
         baselines: plans by other rules that are healed on the same tokens; see `layerboost.baselines`.
     """
@@ -71,6 +84,7 @@ class HealingSection(Section):
     field: Name | None = None
     documents: Literal["joined", "apart"] = "joined"
     candidates: Count = 3
+    halving: HalvingSection | None = None
     baselines: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     curve: Annotated[tuple[Share, ...], AfterValidator(unique_entries)] = (0.01, 0.03, 0.1, 0.3)
     teacher: Name | None = None
@@ -141,6 +155,12 @@ class HealingSection(Section):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise InputError("healing.offload_optimizer", True, "needs healing.zero_stage 1, 2 or 3; give one of them")
+        if self.halving is not None and self.halving.plans <= self.candidates:
+            raise InputError(
+                "healing.halving.plans",
+                self.halving.plans,
+                f"leaves nothing to choose for healing.candidates {self.candidates}; give more, or leave halving out",
+            )
         if self.teacher is None and self.teacher_revision is not None:
             raise InputError("healing.teacher_revision", self.teacher_revision, "has no healing.teacher; give both")
         return self

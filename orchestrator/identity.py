@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from layerboost.decoding import predicted_speedup
+from layerboost.decoding import kv_bytes_of_layers, predicted_speedup
 from layerboost.evaluation import QualitySpec, spec_fingerprint
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
+from layerboost.plan_space import Limit, PlanSpace
 from layerboost.sampling import SamplingSpec
 from layerboost.sensitivity import single_layer_plan
 from layerboost.sources import sources_identity
@@ -89,12 +90,15 @@ class RunInputs:
     @cached_property
     def text_spec(self) -> QualitySpec:
         """The quality's text alone."""
-        return replace(self.full_spec, tasks=())
+        return replace(self.full_spec, tasks=(), retrieval=())
 
     @property
     def search_quality_spec(self) -> QualitySpec:
-        """What the search judges by: the tasks, or the text where there are none."""
-        return replace(self.full_spec, text=None) if self.full_spec.tasks else self.full_spec
+        """What the search judges by: what the quality is made of, and the text where the objective is read from it."""
+        spec = replace(self.full_spec, retrieval=())
+        recipe = self.recipe
+        by_text = recipe.search.objective == "score" and recipe.sensitivity.score in TEXT_SCORES
+        return replace(spec, text=None) if spec.tasks and not by_text else spec
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:
@@ -105,16 +109,16 @@ class RunInputs:
         if spec.text is not None and (by_text or sensitivity.compare):
             sources.append(SweepSource(TEXT_SOURCE, self.text_spec))
         if spec.tasks and (not by_text or sensitivity.compare):
-            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None)))
+            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None, retrieval=())))
         sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
         for tokens in sensitivity.context_tokens:
             if tokens != spec.sequence_tokens:
                 # The same number of tokens, so that lengths differ and nothing else.
                 n_sequences = None if spec.n_sequences is None else spec.n_sequences * spec.sequence_tokens // tokens
-                of_length = replace(spec, tasks=(), sequence_tokens=tokens, n_sequences=max(1, n_sequences or 1))
+                of_length = replace(self.text_spec, sequence_tokens=tokens, n_sequences=max(1, n_sequences or 1))
                 sources.append(SweepSource(TEXT_SOURCE, of_length))
         sources += [
-            SweepSource(Path(text).name, replace(spec, tasks=(), text=shipped(text))) for text in sensitivity.texts
+            SweepSource(Path(text).name, replace(self.text_spec, text=shipped(text))) for text in sensitivity.texts
         ]
         return tuple(sources)
 
@@ -143,6 +147,27 @@ class RunInputs:
             plans=tuple(Plan.parse(plan, search.window) for plan in search.plans),
         )
 
+    @cached_property
+    def plan_space(self) -> PlanSpace:
+        """The plans that a search over whole plans may propose: treatments that were measured, pins, limits."""
+        constraints, n_layers = self.recipe.constraints, self.n_layers
+        treatments = tuple(Treatment(treatment) for treatment in self.recipe.sensitivity.treatments)
+        kv_bytes = kv_bytes_of_layers(self.facts.config, self._dtype_bytes)
+        limits = []
+        for name, bound in constraints.at_most.items():
+            counted = {t: tuple(float(name == f"n_{t.value}") for _ in range(n_layers)) for t in Treatment}
+            if name == "kv_bytes_per_token":
+                limits.append(Limit(name, kv_bytes, bound))
+            elif any(any(of_layers) for of_layers in counted.values()):
+                limits.append(Limit(name, counted, bound))
+        return PlanSpace(
+            n_layers,
+            (Treatment.SOFTMAX, *treatments),
+            self.recipe.search.window,
+            {layer: Treatment(treatment) for layer, treatment in constraints.pin.items()},
+            tuple(limits),
+        )
+
     @property
     def condition(self) -> SpeedCondition:
         """The serving condition that the search predicts speed for: the highest concurrency, the longest context."""
@@ -151,19 +176,28 @@ class RunInputs:
 
     def predicted_speedup(self, plan: Plan) -> float:
         """Decode bytes of the base over those of the plan, under `condition`."""
-        named = self.recipe.model.dtype
-        dtype = (self.facts.config.dtype or torch.float32) if named == "auto" else getattr(torch, named)
         return predicted_speedup(
             self.facts.config,
             plan,
             concurrency=self.condition.concurrency,
             context_tokens=self.condition.context_tokens,
-            dtype_bytes=dtype.itemsize,
+            dtype_bytes=self._dtype_bytes,
         )
+
+    @property
+    def _dtype_bytes(self) -> int:
+        named = self.recipe.model.dtype
+        dtype = (self.facts.config.dtype or torch.float32) if named == "auto" else getattr(torch, named)
+        return dtype.itemsize
 
     @cached_property
     def healing_spec(self) -> HealingSpec:
         return self.recipe.healing.spec(self.facts.context_tokens)
+
+    def healing_spec_at(self, share: float) -> HealingSpec:
+        """A healing of its own on a share of the budget, at least one step."""
+        spec = self.healing_spec
+        return replace(spec, tokens=max(spec.tokens_per_step, round(share * spec.tokens)))
 
     @cached_property
     def healing_texts(self) -> tuple[HealingText, ...]:
@@ -249,11 +283,9 @@ class RunInputs:
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
-        """Identity of what all plans are healed on and by, so that it is read once."""
-        healing, spec = self.recipe.healing, self.healing_spec.to_dict()
-        teacher = self.facts.teacher
+        """Identity of what all plans are healed on, so that it is read once."""
+        healing, teacher = self.recipe.healing, self.facts.teacher
         return {
-            "spec": {name: value for name, value in spec.items() if name not in _MEMORY_ONLY},
             "texts": [self._text(text) for text in self.healing_texts],
             "documents": healing.documents,
             "teacher": None if teacher is None else _model_content(teacher, healing.teacher_revision),
@@ -268,14 +300,21 @@ class RunInputs:
         assert self.sampling is not None
         return {name: getattr(self.sampling, name) for name in ("max_tokens", "seed", "temperature")}
 
-    def healing(self, plan: Plan) -> dict[str, Any]:
-        """Of a healed plan; how many workers share the work, and what they hold at once, is no part of it."""
-        shared = self._healing
-        if not plan.count(Treatment.LINEAR_WINDOW):
-            # What only feature maps are trained by changes nothing for a plan without any.
-            spec = {name: value for name, value in shared["spec"].items() if name not in _LINEAR_WINDOW_ONLY}
-            shared = {**shared, "spec": spec}
-        return {"unit": "heal", "model": self.model, "plan": _plan_identity(plan), **shared}
+    def healing(self, plan: Plan, spec: HealingSpec | None = None) -> dict[str, Any]:
+        """Of a plan healed by a spec (None: the recipe's).
+
+        How many workers share the work, and what they hold at once, is no part of it.
+        """
+        # What only feature maps are trained by changes nothing for a plan without any.
+        left_out = _MEMORY_ONLY if plan.count(Treatment.LINEAR_WINDOW) else (*_MEMORY_ONLY, *_LINEAR_WINDOW_ONLY)
+        settings = (spec or self.healing_spec).to_dict()
+        return {
+            "unit": "heal",
+            "model": self.model,
+            "plan": _plan_identity(plan),
+            "spec": {name: value for name, value in settings.items() if name not in left_out},
+            **self._healing,
+        }
 
     def sampled_text(self) -> dict[str, Any]:
         """Of all text that the parent may be asked for."""

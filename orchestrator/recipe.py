@@ -1,6 +1,6 @@
 """What to run: the recipe, read once at the door, checked, and frozen after.
 
-A recipe is a YAML file of seven sections. Everything in it changes results, except `placement`, which says where the
+A recipe is a YAML file of eight sections. Everything in it changes results, except `placement`, which says where the
 work runs, and what in `healing` only memory depends on; neither is part of an identity. Every mistake becomes one
 `InputError` with field, value and remedy.
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from orchestrator.healing_recipe import HealingSection, HealingText
+from orchestrator.constraints import ConstraintsSection
+from orchestrator.healing_recipe import HalvingSection, HealingSection, HealingText
 from orchestrator.recipe_fields import (
     AUTO,
     AutoCount,
@@ -99,7 +100,10 @@ class ModelSection(Section):
 
 
 class QualitySection(Section):
-    """What the model is judged by: lm-eval tasks (names or task files), a text, or both."""
+    """What the model is judged by: lm-eval tasks (names or task files), a text, or both.
+
+    `retrieval` are distances in tokens over which finalists must find again what the text said.
+    """
 
     tasks: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     limit: Count | None = None
@@ -107,6 +111,7 @@ class QualitySection(Section):
     text: Name | None = None
     sequences: Count = 64
     sequence_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] | None = None
+    retrieval: Annotated[tuple[Count, ...], AfterValidator(unique_entries)] = ()
     batch_size: Count = 8
 
     def spec(self, context_tokens: int | None) -> QualitySpec:
@@ -121,12 +126,15 @@ class QualitySection(Section):
             sequence_tokens=resolve_sequence_tokens(self.sequence_tokens, context_tokens),
             batch_size=self.batch_size,
             num_fewshot=self.num_fewshot,
+            retrieval=self.retrieval,
         )
 
     @model_validator(mode="after")
     def _something_to_judge_by(self) -> QualitySection:
         if not self.tasks and self.text is None:
             raise InputError("quality", None, "give quality.tasks, quality.text, or both")
+        if self.retrieval and self.text is None:
+            raise InputError("quality.retrieval", list(self.retrieval), "is asked over quality.text; give one")
         return self
 
 
@@ -194,9 +202,23 @@ class RefineSection(Section):
 
 
 class SearchSection(Section):
-    """The search over the two thresholds; `plans` are tried in any case, and `refine` improves those to be healed."""
+    """The search for plans; `plans` are tried in any case, and `refine` improves those to be healed.
 
+    Attributes:
+        method: `thresholds` moves the paper's two thresholds (by `sampler`), `knapsack` takes the exact optimum of the
+            single layers' costs at each speed, `evolution` goes on from these over whole plans, `swaps` improves their
+            front by exchanging layers.
+        trials: how many plans (of `thresholds`: pairs of thresholds) are tried.
+        objective: what is to be kept: the `score` that layers are judged by, or the `quality` of pareto.csv.
+        speed: `measured` fits the speed of all plans to the measured speed of `speed_plans` of them; `bytes` predicts
+            it from the bytes that a decode step reads, the same on every machine.
+    """
+
+    method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
     trials: CountOrZero = 40
+    objective: Literal["score", "quality"] = "score"
+    speed: Literal["measured", "bytes"] = "measured"
+    speed_plans: Count = 8
     middle: Literal["linear_window", "window"] = "linear_window"
     window: Count = 64
     seed: CountOrZero = 0
@@ -218,6 +240,13 @@ class SearchSection(Section):
         return self
 
 
+class LengthsSection(Section):
+    """Prompt lengths over which decode latency and memory are measured, beside the serving conditions."""
+
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)]
+    concurrency: Count = 16
+
+
 class ThroughputSection(Section):
     """The serving conditions under which decoding is timed."""
 
@@ -226,6 +255,7 @@ class ThroughputSection(Section):
     prompt_tokens: Count = 128
     new_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 32
     repeats: Annotated[int, BeforeValidator(as_number), Field(ge=3)] = 3
+    lengths: LengthsSection | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -264,9 +294,22 @@ class Recipe(Section):
     quality: QualitySection
     sensitivity: SensitivitySection = SensitivitySection()
     search: SearchSection = SearchSection()
+    constraints: ConstraintsSection = ConstraintsSection()
     healing: HealingSection = HealingSection()
     throughput: ThroughputSection = ThroughputSection()
     placement: PlacementSection = PlacementSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_from_score(cls, data: Any) -> Any:
+        """Plans have no cosine score, so the search has to go by the quality."""
+        if not isinstance(data, dict):
+            return data
+        sensitivity, search = data.get("sensitivity") or {}, data.get("search") or {}
+        is_cosine = isinstance(sensitivity, dict) and sensitivity.get("score") == "cosine"
+        if is_cosine and isinstance(search, dict) and search.get("objective") is None:
+            return {**data, "search": {**search, "objective": "quality"}}
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -303,6 +346,8 @@ class Recipe(Section):
             raise InputError(
                 "sensitivity.adaptive", score, "the cosine score needs no ablation to save; leave adaptive out"
             )
+        if score == "cosine" and self.search.objective == "score":
+            raise InputError("search.objective", "score", "plans have no cosine score; use quality")
         if self.search.refine is not None:
             if score == "cosine":
                 raise InputError("search.refine", score, "plans have no cosine score; choose another sensitivity.score")
@@ -503,6 +548,8 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     nested: dict[tuple[int | str, ...], type[BaseModel]] = {
         ("sensitivity", "adaptive"): AdaptiveSection,
         ("search", "refine"): RefineSection,
+        ("throughput", "lengths"): LengthsSection,
+        ("healing", "halving"): HalvingSection,
         ("healing", "text"): HealingText,
     }
     if tuple(location[:2]) in nested:

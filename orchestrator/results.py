@@ -64,6 +64,12 @@ class RunState:
         finalists: `Finalist.to_dict()` and `quality_key` of each.
         branches: `Finalist.to_dict()` and `key` of each healed plan whose branches were checked.
         throughput: `Finalist.to_dict()`, `concurrency` and `key` of each timing.
+        speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
+        lengths: `Finalist.to_dict()`, `prompt_tokens` and `key` of each timing over lengths.
+        halving: `plan`, `window`, `origin`, `rung`, `share`, `tokens`, predicted `speedup`, `survived`, `key` (of the
+            healing) and `quality_key` of each plan in each rung.
+        estimates: what each stage was expected to cost before the run; see `orchestrator.estimate`.
+        stage_s: seconds that each stage took, all calls of the command together.
         failures: `stage`, `name`, `error` of each unit that failed for good.
     """
 
@@ -80,6 +86,11 @@ class RunState:
     finalists: list[dict[str, Any]] = field(default_factory=list)
     branches: list[dict[str, Any]] = field(default_factory=list)
     throughput: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, Any] | None = None
+    lengths: list[dict[str, Any]] = field(default_factory=list)
+    halving: list[dict[str, Any]] = field(default_factory=list)
+    estimates: list[dict[str, Any]] = field(default_factory=list)
+    stage_s: dict[str, float] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

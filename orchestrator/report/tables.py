@@ -46,9 +46,12 @@ CANDIDATE_COLUMNS = {
     "keep_above": "float64",
     "quality": "float64",
     "quality_stderr": "float64",
-    "output_throughput_tok_per_s": "float64",
+    "output_throughput_tok_per_s": "float64",  # measured; empty where it was not
     "on_front": "boolean",
     "status": "str",  # ok | failed
+    "objective": "float64",  # what the search keeps, larger is better: minus the drop of the score, or the quality
+    "predicted_throughput_tok_per_s": "float64",
+    "predicted_throughput_stderr": "float64",
 }
 """Columns of candidates.csv, in order: one row for each distinct plan that was tried. Rows: base, baselines, search."""
 
@@ -83,6 +86,10 @@ PARETO_COLUMNS = {
     "on_front": "boolean",  # among the ok rows of the same condition: (quality, output throughput)
     "status": "str",
     "error": "str",
+    "predicted_throughput_tok_per_s": "float64",  # from the plans measured before the search
+    "predicted_throughput_stderr": "float64",
+    "feasible": "boolean",  # holds the recipe's constraints; empty where there are none
+    "flags": "str",  # what a candidate lost although its accuracy held: generation, retrieval, calibration
 }
 """Columns of pareto.csv, in order: one row for each candidate and serving condition. Rows: base, baselines, search,
 each by plan_id; then unhealed before healed; then by condition."""
