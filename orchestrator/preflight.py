@@ -47,6 +47,7 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     )
     _check_lengths(recipe, facts)
     _check_plans(recipe, facts)
+    _check_constraints(recipe, facts)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
     tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
@@ -75,11 +76,17 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
                 recipe.search.window,
                 f"covers the model's whole context of {context} tokens, so it would change nothing; give fewer",
             )
-        decoded = recipe.throughput.prompt_tokens + recipe.throughput.new_tokens
-        if decoded > context:
+        lengths = recipe.throughput.lengths
+        for field, prompt_tokens in (
+            ("throughput.prompt_tokens", recipe.throughput.prompt_tokens),
+            ("throughput.lengths.prompt_tokens", max(lengths.prompt_tokens) if lengths else 0),
+        ):
+            decoded = prompt_tokens + recipe.throughput.new_tokens
+            if decoded <= context:
+                continue
             raise InputError(
-                "throughput.prompt_tokens",
-                recipe.throughput.prompt_tokens,
+                field,
+                prompt_tokens,
                 f"with {recipe.throughput.new_tokens} new tokens is {decoded}, more than the model's context of "
                 f"{context} tokens; lower prompt_tokens or new_tokens",
             )
@@ -174,6 +181,31 @@ def _check_plans(recipe: Recipe, facts: ModelFacts) -> None:
             adaptive.model_dump(include={"removed", "middle"}),
             f"are more than the model's {facts.n_layers} layers together; make one smaller",
         )
+
+
+def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:
+    """Some plan must hold pins and limits; one without attention wherever nothing is pinned holds them if any does."""
+    pins = recipe.constraints.pin
+    if outside := sorted(layer for layer in pins if layer >= facts.n_layers):
+        raise InputError(
+            f"constraints.pin.{outside[0]}",
+            pins[outside[0]],
+            f"the model has layers 0 to {facts.n_layers - 1}; pin one of these",
+        )
+    if not recipe.constraints.at_most:
+        return
+    from layerboost.plan import Treatment
+    from orchestrator.identity import RunInputs
+
+    space = RunInputs(recipe, facts).plan_space
+    least = space.plan([Treatment.NONE] * facts.n_layers)
+    for limit in space.limits:
+        if not limit.holds(least):
+            raise InputError(
+                f"constraints.at_most.{limit.name}",
+                limit.at_most,
+                f"the pinned layers alone come to {limit.value(least):g}; give at least that, or pin fewer",
+            )
 
 
 def check_device(device: str, field: str = "model.device") -> None:

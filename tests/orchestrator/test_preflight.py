@@ -244,3 +244,31 @@ def test_the_resources_of_a_live_cluster(inputs, monkeypatch):
 def test_messages_of_many_lines_become_one():
     assert model_check.first_line(ValueError("\n\n  first.\nsecond")) == "first"
     assert model_check.first_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["constraints.pin={3: softmax}"], r"constraints\.pin\.3: softmax: the model has layers 0 to 2"),
+        (
+            ["constraints.pin={0: softmax, 2: softmax}", "constraints.at_most={n_softmax: 1}"],
+            r"constraints\.at_most\.n_softmax: 1\.0: the pinned layers alone come to 2",
+        ),
+        (
+            ["constraints.pin={0: softmax}", "constraints.at_most={kv_bytes_per_token: 1}"],
+            r"constraints\.at_most\.kv_bytes_per_token: 1\.0: the pinned layers alone come to",
+        ),
+        (
+            ["throughput.lengths={prompt_tokens: [8, 64]}"],
+            r"throughput\.lengths\.prompt_tokens: 64: with \d+ new tokens is \d+, more than the model's context",
+        ),
+    ],
+)
+def test_constraints_and_lengths_that_no_plan_can_hold(inputs, overrides, message):
+    with pytest.raises(InputError, match=message):
+        run_preflight(inputs, *overrides)
+
+
+def test_constraints_that_some_plan_holds(inputs):
+    pins = ["constraints.pin={0: softmax, 2: none}", "constraints.at_most={n_softmax: 1}"]
+    assert run_preflight(inputs, *pins).n_layers == 3
