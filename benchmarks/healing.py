@@ -73,6 +73,7 @@ class Setting:
     val_sequences: int
     dtype: str
     threads: int
+    sequence_tokens: int = CONTEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,13 @@ def training_text(setting: Setting, spec: HealingSpec) -> PackedText:
 
 def selection_sequences(setting: Setting) -> torch.Tensor:
     """The last sequences of the first training text: what plans are chosen by."""
-    sequences = pack(read_documents(setting.train[0][0]), load_tokenizer(setting.model), CONTEXT_TOKENS)
+    sequences = pack(read_documents(setting.train[0][0]), load_tokenizer(setting.model), setting.sequence_tokens)
     return sequences[-SELECTION_SEQUENCES:]
 
 
 def val_sequences(setting: Setting, text: str) -> torch.Tensor:
-    documents = read_documents(text)
-    return pack(documents, load_tokenizer(setting.model), CONTEXT_TOKENS, limit_sequences=setting.val_sequences)
+    tokenizer, documents = load_tokenizer(setting.model), read_documents(text)
+    return pack(documents, tokenizer, setting.sequence_tokens, limit_sequences=setting.val_sequences)
 
 
 def judge(student, parent, setting: Setting) -> dict[str, list[float]]:
@@ -173,7 +174,12 @@ def judge(student, parent, setting: Setting) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         tasks = tuple(cloze_task_files(setting.cloze, Path(folder)))
         for number, text in enumerate(setting.val):
-            spec = QualitySpec(tasks=() if number else tasks, text=text, n_sequences=setting.val_sequences)
+            spec = QualitySpec(
+                tasks=() if number else tasks,
+                text=text,
+                n_sequences=setting.val_sequences,
+                sequence_tokens=setting.sequence_tokens,
+            )
             scores: Scores = evaluate(student, tokenizer, spec, base=parent)
             for score in scores.metrics:
                 if score.task == "text":
@@ -212,28 +218,47 @@ def chosen_plans(args: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
 
 def choose_plans(setting: Setting, counts: Sequence[int], window: int, n_refined: int) -> dict[str, Plan]:
     """The guided plans and the baselines; `counts` are layers of softmax, linear_window and none."""
-    model = load_model(setting.model)
-    n_layers, sequences = model.config.num_hidden_layers, selection_sequences(setting)
-    untouched = Plan.uniform(Treatment.SOFTMAX, n_layers)
-    costs, base = {}, 0.0
-    for treatment in (Treatment.NONE, Treatment.LINEAR_WINDOW):
-        single = [single_layer_plan(n_layers, layer, treatment, window) for layer in range(n_layers)]
-        nll = score_text(LayerSweep(model, [untouched, *single]), sequences, base=0).nll.mean(dim=1)
-        base, costs[treatment] = float(nll[0]), (nll[1:] - nll[0]).tolist()
-    order = sorted(range(n_layers), key=lambda layer: costs[Treatment.NONE][layer])
-    dealt = (Treatment.NONE,) * counts[2] + (Treatment.LINEAR_WINDOW,) * counts[1] + (Treatment.SOFTMAX,) * counts[0]
-    by_layer = dict(zip(order, dealt, strict=True))
-    guided = Plan(tuple(by_layer[layer] for layer in range(n_layers)), window)
-    refiner = make_refiner("greedy", guided, costs, n_refined)
-    while not refiner.finished:
-        proposed = refiner.propose()
-        nll = score_text(LayerSweep(model, [untouched, *proposed]), sequences, base=0).nll.mean(dim=1)
-        refiner.observe({plan: float(loss) - base for plan, loss in zip(proposed, nll[1:], strict=True)})
-    plans = {"guided": guided, "guided_refined": refiner.best[0]}
+    model, sequences = load_model(setting.model), selection_sequences(setting)
+    base, costs = single_layer_costs(model, sequences, window)
+    guided = plan_by_scores(costs[Treatment.NONE], counts, window)
+    n_layers = len(guided)
+    plans = {"guided": guided, "guided_refined": refined(model, sequences, guided, base, costs, n_refined)}
     cosine = cosine_scores(model, sequences).mean(dim=1).tolist()
     for name in BASELINES:
         plans |= baseline_plans(name, n_layers, window=window, budget=guided, cosine=cosine)
     return plans
+
+
+def single_layer_costs(model, sequences: torch.Tensor, window: int) -> tuple[float, dict[Treatment, list[float]]]:
+    """The base's NLL, and what it rises by when one layer alone is treated, for removal and linear_window."""
+    n_layers = model.config.num_hidden_layers
+    untouched, costs, base = Plan.uniform(Treatment.SOFTMAX, n_layers), {}, 0.0
+    for treatment in (Treatment.NONE, Treatment.LINEAR_WINDOW):
+        single = [single_layer_plan(n_layers, layer, treatment, window) for layer in range(n_layers)]
+        nll = score_text(LayerSweep(model, [untouched, *single]), sequences, base=0).nll.mean(dim=1)
+        base, costs[treatment] = float(nll[0]), (nll[1:] - nll[0]).tolist()
+    return base, costs
+
+
+def plan_by_scores(scores: Sequence[float], counts: Sequence[int], window: int) -> Plan:
+    """Layers of softmax, linear_window and none as `counts` has them, the layers with the smallest score removed."""
+    order = sorted(range(len(scores)), key=lambda layer: scores[layer])
+    dealt = (Treatment.NONE,) * counts[2] + (Treatment.LINEAR_WINDOW,) * counts[1] + (Treatment.SOFTMAX,) * counts[0]
+    by_layer = dict(zip(order, dealt, strict=True))
+    return Plan(tuple(by_layer[layer] for layer in range(len(scores))), window)
+
+
+def refined(
+    model, sequences: torch.Tensor, start: Plan, base: float, costs: dict[Treatment, list[float]], n_plans: int
+) -> Plan:
+    """The best plan that `n_plans` evaluations of greedy swaps find from `start`."""
+    untouched = Plan.uniform(Treatment.SOFTMAX, len(start))
+    refiner = make_refiner("greedy", start, costs, n_plans)
+    while not refiner.finished:
+        proposed = refiner.propose()
+        nll = score_text(LayerSweep(model, [untouched, *proposed]), sequences, base=0).nll.mean(dim=1)
+        refiner.observe({plan: float(loss) - base for plan, loss in zip(proposed, nll[1:], strict=True)})
+    return refiner.best[0]
 
 
 def mean_items(results: Sequence[dict[str, Any]], metric: str, share: float = 1.0) -> np.ndarray:
@@ -272,8 +297,8 @@ def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def about(plan: Plan, config) -> dict[str, Any]:
-    speedup = predicted_speedup(config, plan, concurrency=CONCURRENCY, context_tokens=CONTEXT_TOKENS, dtype_bytes=2)
+def about(plan: Plan, config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, Any]:
+    speedup = predicted_speedup(config, plan, concurrency=CONCURRENCY, context_tokens=context_tokens, dtype_bytes=2)
     counts = {f"n_{treatment.value}": plan.count(treatment) for treatment in Treatment}
     return {"plan": str(plan), "window": plan.window, **counts, "predicted_speedup": speedup}
 

@@ -9,12 +9,13 @@ import inspect
 import math
 import os
 import platform
-import statistics
+import random
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import torch
 
 from .cache import cache_bytes
@@ -35,13 +36,13 @@ class DecodeMeasurement:
 
     Attributes:
         threads: torch's CPU threads.
-        output_throughput_tok_per_s: median over the repeats of concurrency x decode steps / decode seconds. Prefill,
-            which gives each sequence its first token, is not in it.
+        output_throughput_tok_per_s: concurrency x decode steps / decode seconds, where each step counts with its median
+            over the repeats. Prefill, which gives each sequence its first token, is not in it.
         output_throughput_stderr: standard error of the mean of the repeats.
         ttft_ms_p50: median over the repeats of the prefill's milliseconds (time to first token).
         tpot_ms_p50: median over all decode steps of all repeats (time per output token, the first left out).
-        peak_memory_mib: on CUDA the allocator's peak, weights included; on CPU the bytes of the weights plus the growth
-            of the process's resident memory over a whole untimed pass, sampled each 2 ms.
+        peak_memory_mib: the bytes of the model's weights plus the growth over a whole untimed pass: on CUDA of what the
+            allocator holds, on CPU of the process's resident memory, sampled each 2 ms.
         kv_bytes_per_token: bytes by which the live cache grows for each token of one sequence, past every window.
     """
 
@@ -69,8 +70,20 @@ class DecodeMeasurement:
     def from_dict(cls, data: dict) -> DecodeMeasurement:
         return cls(**data)
 
+    def scaled(self, factor: float) -> DecodeMeasurement:
+        """As it would have been on a machine `factor` times as fast."""
+        return replace(
+            self,
+            output_throughput_tok_per_s=self.output_throughput_tok_per_s * factor,
+            output_throughput_stderr=self.output_throughput_stderr * factor,
+            ttft_ms_p50=self.ttft_ms_p50 / factor,
+            tpot_ms_p50=self.tpot_ms_p50 / factor,
+            prefill_s=[seconds / factor for seconds in self.prefill_s],
+            decode_s=[seconds / factor for seconds in self.decode_s],
+            repeats_tok_per_s=[speed * factor for speed in self.repeats_tok_per_s],
+        )
 
-@torch.inference_mode()
+
 def measure_decode(
     model, *, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int = 3, seed: int = 0
 ) -> DecodeMeasurement:
@@ -90,33 +103,85 @@ def measure_decode(
     Raises:
         DecodeSettingError: a setting that is too small, or more tokens than the model has positions.
     """
-    _check_settings(model, concurrency, prompt_tokens, new_tokens, repeats)
-    model.eval()
-    prompts = _random_tokens(model, concurrency, prompt_tokens, seed)
-    kv_bytes = kv_bytes_per_token(model, seed=seed)
-    with _PeakMemory(model) as memory:
-        _generate(model, prompts, new_tokens)
-    passes = [_generate(model, prompts, new_tokens) for _ in range(repeats)]
-    decode_s = [sum(steps_s) for _, steps_s, _ in passes]
-    throughput = [concurrency * (new_tokens - 1) / seconds for seconds in decode_s]
-    return DecodeMeasurement(
-        engine="transformers",
-        hardware=hardware_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
+    return measure_together(
+        [model],
         concurrency=concurrency,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        output_throughput_tok_per_s=statistics.median(throughput),
-        output_throughput_stderr=statistics.stdev(throughput) / math.sqrt(repeats),
-        ttft_ms_p50=1e3 * statistics.median(prefill_s for prefill_s, _, _ in passes),
-        tpot_ms_p50=1e3 * statistics.median(step_s for _, steps_s, _ in passes for step_s in steps_s),
-        peak_memory_mib=memory.peak_mib,
-        kv_bytes_per_token=kv_bytes,
-        prefill_s=[prefill_s for prefill_s, _, _ in passes],
-        decode_s=decode_s,
-        repeats_tok_per_s=throughput,
-    )
+        repeats=repeats,
+        seed=seed,
+    )[0]
+
+
+@torch.inference_mode()
+def measure_together(
+    models: Sequence, *, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int = 3, seed: int = 0
+) -> list[DecodeMeasurement]:
+    """Times models of one vocabulary on one device side by side, so that a machine that drifts is fair to all of them.
+
+    Each of the `repeats` rounds has one pass of every model, in an order drawn anew. By how much a round was slower
+    than the others, all models together tell; it is taken out of each pass. See `measure_decode` for the arguments.
+
+    Returns:
+        One measurement for each model, in order.
+    """
+    for model in models:
+        _check_settings(model, concurrency, prompt_tokens, new_tokens, repeats)
+        model.eval()
+    prompts = _random_tokens(models[0], concurrency, prompt_tokens, seed)
+    kv_bytes = [kv_bytes_per_token(model, seed=seed) for model in models]
+    peaks_mib = []
+    for model in models:
+        with _PeakMemory(model) as memory:
+            _generate(model, prompts, new_tokens)
+        peaks_mib.append(memory.peak_mib)
+    prefill_s = np.empty((len(models), repeats))
+    steps_s = np.empty((len(models), repeats, new_tokens - 1))
+    order = random.Random(seed)
+    for repeat in range(repeats):
+        for index in order.sample(range(len(models)), len(models)):
+            prefill_s[index, repeat], steps_s[index, repeat], _ = _generate(models[index], prompts, new_tokens)
+    slowness = _slowness_of_rounds(steps_s.sum(axis=2))
+    prefill_s /= slowness
+    steps_s /= slowness[:, None]
+    # What is taken out was read off the same passes, which then scatter less than they did.
+    spread = math.sqrt(len(models) / (len(models) - 1)) if len(models) > 1 else 1.0
+    found = []
+    for model, prefills_s, passes_s, kv, peak_mib in zip(models, prefill_s, steps_s, kv_bytes, peaks_mib, strict=True):
+        decode_s = passes_s.sum(axis=1)
+        throughput = concurrency * (new_tokens - 1) / decode_s
+        found.append(
+            DecodeMeasurement(
+                engine="transformers",
+                hardware=hardware_name(model.device),
+                dtype=str(model.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+                concurrency=concurrency,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                # Step by step: another process that gets in between hits other steps in each pass, what is slow by
+                # itself the same ones.
+                output_throughput_tok_per_s=float(concurrency * (new_tokens - 1) / np.median(passes_s, axis=0).sum()),
+                output_throughput_stderr=float(spread * throughput.std(ddof=1) / math.sqrt(repeats)),
+                ttft_ms_p50=float(1e3 * np.median(prefills_s)),
+                tpot_ms_p50=float(1e3 * np.median(passes_s)),
+                peak_memory_mib=peak_mib,
+                kv_bytes_per_token=kv,
+                prefill_s=prefills_s.tolist(),
+                decode_s=decode_s.tolist(),
+                repeats_tok_per_s=throughput.tolist(),
+            )
+        )
+    return found
+
+
+def _slowness_of_rounds(passes_s: np.ndarray) -> np.ndarray:
+    """(rounds,) by how much each round was slower than the middle one, from seconds (models, rounds)."""
+    if len(passes_s) == 1:  # one model cannot tell the machine's slowness from its own scatter
+        return np.ones(passes_s.shape[1])
+    logs = np.log(passes_s)
+    slowness = np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
+    return np.exp(slowness - np.median(slowness))
 
 
 @torch.inference_mode()
@@ -190,7 +255,7 @@ class ByteModel:
         self.hidden_size = base.config.get_text_config().hidden_size
         text_config = base.config.get_text_config()
         self._kv_values = 2 * kv_heads(text_config) * head_dim(text_config)
-        self._native_windows = _native_windows(base.config, self.n_layers)
+        self._native_windows = native_windows(base.config)
         self._parameters: dict[Treatment, list[int]] = {}
         self._states: list[int] = []
         for treatment in Treatment:
@@ -312,17 +377,18 @@ def _state_values(attention) -> int:
     return feature_map.n_kv_heads * feature_map.n_features * (feature_map.head_dim + 1)
 
 
-def _native_windows(config, n_layers: int) -> list[int | None]:
+def native_windows(config) -> tuple[int | None, ...]:
     """The window that the parent itself gives each layer, as transformers' own cache understands the config."""
     from transformers import DynamicCache
 
     layers = DynamicCache(config=config).layers
-    return [getattr(layer, "sliding_window", None) for layer in layers[:n_layers]]
+    n_layers = config.get_text_config().num_hidden_layers
+    return tuple(getattr(layer, "sliding_window", None) for layer in layers[:n_layers])
 
 
 def _largest_window(config) -> int:
     """The largest window of a model's own sliding layers and of its plan, at least 1."""
-    native = _native_windows(config, config.get_text_config().num_hidden_layers)
+    native = native_windows(config)
     plan_window = (getattr(config, "layerboost", None) or {}).get("window")
     return max(window or 1 for window in (*native, plan_window))
 
@@ -400,6 +466,7 @@ class _PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
             return self
         import psutil
 
@@ -417,10 +484,10 @@ class _PeakMemory:
 
     def __exit__(self, *exception) -> None:
         if self.device.type == "cuda":
-            self.peak_mib = torch.cuda.max_memory_allocated(self.device) / MIB
-            return
-        self._stop.set()
-        self._thread.join()
+            self._peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._stop.set()
+            self._thread.join()
         self.peak_mib = (self._weight_bytes + self._peak - self._before) / MIB
 
 

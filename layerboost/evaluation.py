@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from layerboost.answering import Benchmarks, Item
+from layerboost.calibration import calibration_score
 from layerboost.convert import convert
 from layerboost.data import pack, read_documents, text_identity
 from layerboost.harness import benchmark_scores
 from layerboost.likelihood import Answers, TextScores, answer_requests, score_sequences, score_text
 from layerboost.packing import n_common
 from layerboost.plan import Plan, Treatment
+from layerboost.retrieval import (
+    check_retrieval_context,
+    plans_retrieval_scores,
+    retrieval_items,
+    retrieval_scores,
+)
 from layerboost.scores import MetricScore, QualityError, QualitySpec, Scores, mean_score, quality, retained
 from layerboost.sweep import DEFAULT_BUDGET_BYTES, LayerSweep
 from layerboost.task_files import TaskFileError, UnknownTaskError, check_tasks, task_identity
@@ -53,8 +60,9 @@ def evaluate(
 
     Benchmarks are lm-eval's own: values and standard errors equal `lm_eval.simple_evaluate` on `HFLM(pretrained=model)`
     with the same batch size. A multiple-choice task also gets `margin`, the log-probability of the best right answer
-    minus that of the best wrong one, which tells models apart with far fewer items than accuracy does. Code that a task
-    would run or download is never allowed. The model, the tokenizer and the random generators stay as they were.
+    minus that of the best wrong one, which tells models apart with far fewer items than accuracy does, and `ece`, its
+    expected calibration error; the text gets one too, and `retrieval@<distance>` for each distance asked. Code that a
+    task would run or download is never allowed. The model, the tokenizer and the random generators stay as they were.
 
     Args:
         model: The model to judge, on the device that it is to be judged on.
@@ -73,14 +81,19 @@ def evaluate(
         _check_context(model, spec)
         sequences = text_sequences(tokenizer, spec)
         measured = score_sequences(model, sequences, base=base, batch_size=spec.batch_size)
-        scores.metrics += text_scores(measured.nll, measured.kl, primary=not spec.tasks).metrics
+        scores.metrics += text_scores(measured.nll, measured.kl, measured.gaps, primary=not spec.tasks).metrics
+        scores.metrics += retrieval_scores(model, retrieval_items(tokenizer, spec), batch_tokens=_batch_tokens(spec))
     return scores
 
 
-def text_scores(nll: list[float], kl: list[float] | None, *, primary: bool) -> Scores:
+def text_scores(nll: list[float], kl: list[float] | None, gaps: torch.Tensor | None = None, *, primary: bool) -> Scores:
     """The scores of a text from those of its sequences; `primary` where the text makes the quality."""
     metrics = [mean_score("text", "nll", nll, False, primary=primary)]
-    return Scores(metrics if kl is None else [*metrics, mean_score("text", "kl", kl, False)])
+    if kl is not None:
+        metrics.append(mean_score("text", "kl", kl, False))
+    if gaps is not None:
+        metrics.append(calibration_score("text", gaps))
+    return Scores(metrics)
 
 
 def text_sequences(tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> torch.Tensor:
@@ -143,6 +156,7 @@ class PlanEvaluation:
         if spec.text is not None:
             _check_context(model, spec)
             self.sequences = text_sequences(tokenizer, spec)
+        self._retrieval = retrieval_items(tokenizer, spec)
         self._base = Plan.uniform(Treatment.SOFTMAX, model.config.num_hidden_layers)
 
     @property
@@ -192,21 +206,21 @@ class PlanEvaluation:
         sequences = self.sequences if indices is None else self.sequences[indices]
         sweep = LayerSweep(self.model, [*plans, self._base], budget_bytes=self.budget_bytes)
         found = score_text(sweep, sequences, base=len(plans), batch_size=self.spec.batch_size)
-        return TextScores(found.nll[: len(plans)], found.kl[: len(plans)])
+        return TextScores(found.nll[: len(plans)], found.kl[: len(plans)], found.gaps[: len(plans)])
 
     def scores(
         self,
         plan: Plan,
         answers: tuple[torch.Tensor, torch.Tensor] | None,
-        text: tuple[torch.Tensor, torch.Tensor] | None,
+        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         items: Sequence[Item] | None = None,
     ) -> Scores:
-        """The scores of a plan from its answers (log_p and greedy), and its NLL and KL of each sequence.
+        """The scores of a plan from its answers (log_p and greedy), and its NLL, KL and gaps of each sequence.
 
         Args:
             plan: what was answered for; only asked where a task has the model generate.
             answers: (n_requests,) both; None where the tasks were not asked.
-            text: (n_sequences,) both; None where the text was not read.
+            text: (n_sequences,) twice and (n_sequences, 15); None where the text was not read.
             items: what was answered, all if None.
         """
         found = Scores()
@@ -215,22 +229,28 @@ class PlanEvaluation:
             model = convert(self.model, plan) if self.generating and plan != self._base else None
             found.metrics += self.benchmarks.scores(*answers, items=items, model=model)
         if text is not None:
-            nll, kl = text
-            found.metrics += text_scores(nll.tolist(), kl.tolist(), primary=not self.spec.tasks).metrics
+            nll, kl, gaps = text
+            found.metrics += text_scores(nll.tolist(), kl.tolist(), gaps, primary=not self.spec.tasks).metrics
         return found
 
     def run(self, plans: Sequence[Plan]) -> list[Scores]:
         """Judges plans by everything in the spec."""
         answers = self.answer(plans) if self.benchmarks else None
         text = self.read_text(plans) if self.sequences is not None else None
-        return [
+        judged = [
             self.scores(
                 plan,
                 None if answers is None else (answers.log_p[i], answers.greedy[i]),
-                None if text is None else (text.nll[i], text.kl[i]),
+                None if text is None else (text.nll[i], text.kl[i], text.gaps[i]),
             )
             for i, plan in enumerate(plans)
         ]
+        if self._retrieval:
+            sweep = LayerSweep(self.model, plans, budget_bytes=self.budget_bytes)
+            found = plans_retrieval_scores(sweep, self._retrieval, batch_tokens=_batch_tokens(self.spec))
+            for scores, of_plan in zip(judged, found, strict=True):
+                scores.metrics += of_plan
+        return judged
 
 
 def _check_context(model: PreTrainedModel, spec: QualitySpec) -> None:
@@ -240,3 +260,8 @@ def _check_context(model: PreTrainedModel, spec: QualitySpec) -> None:
             f"quality.sequence_tokens: {spec.sequence_tokens} is more than the model's context; "
             f"give at most {context_tokens}"
         )
+    check_retrieval_context(spec, context_tokens)
+
+
+def _batch_tokens(spec: QualitySpec) -> int:
+    return spec.batch_size * spec.sequence_tokens

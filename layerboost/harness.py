@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from layerboost.calibration import bin_gaps, calibration_score, dense_gaps
 from layerboost.process import environment
 from layerboost.scores import AS_PROBABILITY, MetricScore, QualityError, QualitySpec, mean_score
 from layerboost.task_files import is_task_file, packaged_names, read_task_file, task_identity
@@ -163,7 +164,7 @@ def _primary_of(scores: Sequence[MetricScore]) -> MetricScore:
         metric = score.metric.partition("@")[0]
         if metric == "acc":
             return 0
-        if metric == "margin":
+        if metric in ("margin", "ece"):
             return 4
         return 1 if score.higher_is_better else 2 if metric in AS_PROBABILITY else 3
 
@@ -184,11 +185,15 @@ def _task_scores(name: str, task: Any, results: Mapping[str, Any]) -> list[Metri
                 bool(results["higher_is_better"][name].get(metric, True)),
                 _items_of_mean(items, value),
                 n_items=len(items),
+                generated=task.OUTPUT_TYPE == "generate_until",
             )
         )
-    margins = _margins(task, samples)
-    if margins:
-        scores.append(mean_score(name, "margin", margins, True))
+    choices = _choices(task, samples)
+    if choices:
+        margins, confidences, correct = zip(*choices, strict=True)
+        scores.append(mean_score(name, "margin", list(margins), True))
+        gaps = bin_gaps(torch.tensor(confidences, dtype=torch.float64)[:, None], torch.tensor(correct)[:, None])
+        scores.append(calibration_score(name, gaps))
     return scores
 
 
@@ -210,8 +215,12 @@ def _group_scores(name: str, by_task: Mapping[str, list[MetricScore]], results: 
                 direction,
                 _items_of_mean(items, value),
                 n_items=sum(part.n_items or 0 for part in parts),
+                generated=any(part.generated for part in parts),
             )
         )
+    calibrations = [score.gaps for task_scores in by_task.values() for score in task_scores if score.gaps is not None]
+    if scores and len(calibrations) > 1:
+        scores.append(calibration_score(name, dense_gaps([item for gaps in calibrations for item in gaps])))
     return scores
 
 
@@ -237,11 +246,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating | np.bool_)
 
 
-def _margins(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Returns the margin of each item of a multiple-choice task; items without a right or a wrong answer have none."""
+def _choices(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, bool]]:
+    """Returns margin, confidence and correctness of the chosen answer for each item of a multiple-choice task.
+
+    Items without a right or a wrong answer are left out. The confidence is the probability of the likeliest choice
+    among the choices alone.
+    """
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return []
-    margins = []
+    found = []
     for sample in samples:
         if sample["filter"] != samples[0]["filter"]:
             continue
@@ -255,8 +268,9 @@ def _margins(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[float]:
         of_right = [p for i, p in enumerate(log_p) if i in right]
         of_wrong = [p for i, p in enumerate(log_p) if i not in right]
         if of_right and of_wrong:
-            margins.append(max(of_right) - max(of_wrong))
-    return margins
+            confidence = 1 / math.fsum(math.exp(p - max(log_p)) for p in log_p)
+            found.append((max(of_right) - max(of_wrong), confidence, log_p.index(max(log_p)) in right))
+    return found
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .calibration import N_BINS, bin_gaps
 from .packing import Request, pack_requests
 from .sweep import LayerSweep
 
@@ -26,10 +27,12 @@ class SequenceScores:
     Attributes:
         nll: Nats per predicted token.
         kl: KL(base || model) in nats per predicted token; None without a base.
+        gaps: (n, 15), calibration of the likeliest tokens (`calibration.bin_gaps`).
     """
 
     nll: list[float]
     kl: list[float] | None
+    gaps: torch.Tensor
 
 
 @torch.no_grad()
@@ -39,7 +42,7 @@ def score_sequences(
     """Scores each token of each sequence but the first, given those before it.
 
     The vocabulary-wide numbers are worked out in float32 for a few positions at a time; what is kept of each position
-    is one float64.
+    is a few numbers.
 
     Args:
         model: A causal language model.
@@ -52,37 +55,46 @@ def score_sequences(
     for m in models:
         m.eval()
     try:
-        read = _reader(model, sequences[:1, :2])
-        read_base = None if base is None else _reader(base, sequences[:1, :2])
+        read = reader(model, sequences[:1, :2])
+        read_base = None if base is None else reader(base, sequences[:1, :2])
         rows = _rows_at_once(model)
         scores = [_score_batch(batch, read, read_base, rows) for batch in sequences.split(batch_size)]
     finally:
         for m, was_training in zip(models, training, strict=True):
             m.train(was_training)
-    nll = torch.cat([nll for nll, _ in scores]).tolist()
-    return SequenceScores(nll, None if base is None else torch.cat([kl for _, kl in scores]).tolist())
+    nll, kl, gaps = (torch.cat(parts) for parts in zip(*scores, strict=True))
+    return SequenceScores(nll.tolist(), None if base is None else kl.tolist(), gaps)
 
 
 def _score_batch(
     batch: torch.Tensor, read: _Reader, read_base: _Reader | None, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the mean NLL and KL of each sequence, float64; `rows` positions have their logits worked out at once."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns mean NLL, mean KL and gaps of each sequence; `rows` positions have their logits worked out at once."""
     states, logits_of = read(batch)
     base_states, base_logits_of = (states, logits_of) if read_base is None else read_base(batch)
     targets = batch[:, 1:].reshape(-1).to(states.device)
-    nll = torch.empty(len(targets), dtype=torch.float64)
+    nll, confidence = (torch.empty(len(targets), dtype=torch.float64) for _ in range(2))
     kl = torch.zeros(len(targets), dtype=torch.float64)
+    correct = torch.empty(len(targets), dtype=torch.bool)
     for start in range(0, len(targets), rows):
         here = slice(start, start + rows)
         log_p = logits_of(states[here]).float().log_softmax(-1)  # (rows, vocabulary)
         nll[here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
+        confidence[here], correct[here] = _likeliest(log_p, targets[here])
         if read_base is not None:
             base_log_p = base_logits_of(base_states[here]).float().log_softmax(-1).to(log_p.device)
             kl[here] = (base_log_p.exp() * (base_log_p - log_p)).sum(-1).double().cpu()
-    return nll.view(len(batch), -1).mean(1), kl.view(len(batch), -1).mean(1)
+    by_sequence = (values.view(len(batch), -1) for values in (confidence, correct))
+    return nll.view(len(batch), -1).mean(1), kl.view(len(batch), -1).mean(1), bin_gaps(*by_sequence)
 
 
-def _reader(model: nn.Module, sample: torch.Tensor) -> _Reader:
+def _likeliest(log_p: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability of the likeliest token and whether it is the target, from (rows, vocabulary); on the CPU."""
+    highest, token = log_p.max(-1)
+    return highest.double().exp().cpu(), (token == targets).cpu()
+
+
+def reader(model: nn.Module, sample: torch.Tensor) -> _Reader:
     """Returns how to read a model: to the last hidden state where its head is all that follows, else to the logits.
 
     Some families scale or cap the logits after the head. Instead of listing them, both ways are tried on `sample`.
@@ -181,10 +193,12 @@ class TextScores:
     Attributes:
         nll: (P, n) float64, nats per predicted token.
         kl: (P, n) float64, KL(base || plan) in nats per predicted token.
+        gaps: (P, n, 15) float64, calibration of the likeliest tokens (`calibration.bin_gaps`).
     """
 
     nll: torch.Tensor
     kl: torch.Tensor
+    gaps: torch.Tensor
 
 
 @torch.inference_mode()
@@ -199,6 +213,7 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
     """
     n_plans = len(sweep.paths)
     nll, kl = (torch.empty(n_plans, len(sequences), dtype=torch.float64) for _ in range(2))
+    gaps = torch.empty(n_plans, len(sequences), N_BINS, dtype=torch.float64)
     batch_size = min(batch_size, sweep.rows_at_once(sequences.shape[1]))
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
@@ -210,21 +225,22 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
 
         def read(plans: list[int], states: list[torch.Tensor], batch=batch, here=here, kept=base_states) -> None:
             of_base = kept[0] if kept else states[plans.index(base)]
-            nll[plans, here], kl[plans, here] = _score_states(sweep, batch, states, of_base)
+            nll[plans, here], kl[plans, here], gaps[plans, here] = _score_states(sweep, batch, states, of_base)
 
         # What the others diverge from must be there with each of them; where not all fit together it runs first.
         if len(set(sweep.paths)) > sweep.room(*batch.shape):
             sweep.run(batch, keep_base, plans=[base])
         sweep.run(batch, read)
-    return TextScores(nll, kl)
+    return TextScores(nll, kl, gaps)
 
 
 def _score_states(
     sweep: LayerSweep, batch: torch.Tensor, states: list[torch.Tensor], of_base: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean NLL and KL of each sequence by each plan, (P, B) float64."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean NLL and KL of each sequence by each plan, (P, B) float64, and the gaps, (P, B, 15)."""
     targets = batch[:, 1:].reshape(-1).to(of_base.device)
-    nll, kl = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(2))
+    nll, kl, confidence = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(3))
+    correct = torch.empty(len(states), len(targets), dtype=torch.bool)
     rows = _rows_at_once(sweep.model)
     predicting = torch.arange(batch.numel(), device=of_base.device).view(batch.shape)[:, :-1].flatten()
     for start in range(0, len(targets), rows):
@@ -236,7 +252,10 @@ def _score_states(
             log_p = sweep.logits(of_plan.flatten(0, 1)[positions]).float().log_softmax(-1)
             nll[plan, here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
             kl[plan, here] = (base_p * (base_log_p - log_p)).sum(-1).double().cpu()
-    return nll.view(len(states), len(batch), -1).mean(2), kl.view(len(states), len(batch), -1).mean(2)
+            confidence[plan, here], correct[plan, here] = _likeliest(log_p, targets[here])
+    shape = (len(states), len(batch))
+    gaps = bin_gaps(*(values.view(len(states) * len(batch), -1) for values in (confidence, correct)))
+    return nll.view(*shape, -1).mean(2), kl.view(*shape, -1).mean(2), gaps.view(*shape, N_BINS)
 
 
 def _rows_at_once(model: nn.Module) -> int:

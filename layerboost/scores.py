@@ -60,13 +60,15 @@ class MetricScore:
     Attributes:
         task: lm-eval's name of the task or group, or `text`.
         metric: lm-eval's name of the metric, with `@filter` behind it where the filter is not the default one;
-            `margin`, `nll` or `kl` for ours.
+            `margin`, `ece`, `nll`, `kl` or `retrieval@<distance>` for ours.
         value: The task's score.
         stderr: Its standard error; None where lm-eval gives none.
         higher_is_better: Direction of the metric.
         items: Score of each item in the task's order, whose mean is `value`; None where the value is no mean of items.
         n_items: Items scored.
         primary: Whether the metric stands for its task in the quality.
+        generated: Whether the model wrote the answers itself instead of reading given ones.
+        gaps: Of `ece`, what its error and paired comparisons are worked out from (`calibration`).
     """
 
     task: str
@@ -77,6 +79,8 @@ class MetricScore:
     items: list[float] | None = None
     n_items: int | None = None
     primary: bool = False
+    generated: bool = False
+    gaps: list[list[list[float]]] | None = None
 
     def __post_init__(self) -> None:
         if self.n_items is None and self.items is not None:

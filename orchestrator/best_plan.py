@@ -22,6 +22,14 @@ def verdict(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[str]:
     return [_sentence(under(pareto, condition), constraints, str(condition)) for condition in conditions(pareto)]
 
 
+def best_rows(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[int]:
+    """Index labels of the rows that are best under the constraints, at most one for each serving condition."""
+    if not constraints.bounds():
+        return []
+    found = [best_row(under(pareto, condition), constraints) for condition in conditions(pareto)]
+    return [row.name for row in found if row is not None]  # type: ignore[misc]
+
+
 def _sentence(rows: pd.DataFrame, constraints: ConstraintsSection, condition: str) -> str:
     held = ", ".join(map(str, constraints.bounds()))
     if (best := best_row(rows, constraints)) is not None:

@@ -79,8 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the units, their cost and what is already recorded")
     _add_address(run)
 
-    report = add("report", "write CSVs, pictures and HTML again from a run's records, computing nothing")
-    report.add_argument("folder", metavar="DIR", help="a run folder, local or any fsspec URL")
+    report = add("report", "write CSVs, pictures and HTML again from a run's records, or compare several runs")
+    report.add_argument("folders", metavar="DIR", nargs="+", help="run folders, local or any fsspec URL")
+    report.add_argument("--out", metavar="DIR", help="folder of the comparison of several runs (default: comparison)")
 
     convert = add("convert", "apply a plan to a model by hand", model)
     convert.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
@@ -205,12 +206,19 @@ def report_command(arguments: argparse.Namespace) -> int:
     from orchestrator.recipe import InputError
     from orchestrator.run_folder import RECORDS, RunFolder
 
-    folder = RunFolder(arguments.folder)
-    if not folder.exists(RECORDS):
-        raise InputError("DIR", arguments.folder, "holds no records of a run; give the --out of an earlier run")
+    folders = [RunFolder(folder) for folder in arguments.folders]
+    for folder in folders:
+        if not folder.exists(RECORDS):
+            raise InputError("DIR", folder.url, "holds no records of a run; give the --out of an earlier run")
+    if len(folders) > 1:
+        from orchestrator.comparison import compare
+
+        return compare(folders, RunFolder(arguments.out or "comparison"))
+    if arguments.out is not None:
+        raise InputError("--out", arguments.out, "is for several runs; the report of one goes into its own folder")
     from orchestrator import pipeline
 
-    return pipeline.report(folder)
+    return pipeline.report(folders[0])
 
 
 def _same_command(argv: Sequence[str] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from layerboost.version import __version__
 from orchestrator.healing_recipe import SAMPLED, HealingText
 from orchestrator.model_check import ModelFacts
 from orchestrator.recipe import TEXT_SCORES, Recipe
-from tasks.ablation import EvaluationUnit, ModelSource, SpeedCondition
+from tasks.ablation import EvaluationUnit, ModelSource
 from tasks.measurement import ThroughputUnit
 from tasks.sampling import SampleUnit
 from tasks.search import SearchSpec
@@ -42,6 +42,14 @@ _MEMORY_ONLY = ("micro_batch_sequences", "activation_checkpointing")
 
 _LINEAR_WINDOW_ONLY = ("transfer_fraction", "transfer_learning_rate", "window_dropout")
 """Fields of a `HealingSpec` that matter to plans with linear_window layers alone."""
+
+
+@dataclass(frozen=True)
+class SpeedCondition:
+    """The serving condition that a plan's speed is predicted for."""
+
+    concurrency: int
+    context_tokens: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,12 @@ class RunInputs:
         return replace(spec, tasks=tuple(shipped(task) for task in spec.tasks), text=text)
 
     @cached_property
+    def _searched_spec(self) -> QualitySpec:
+        """What many plans are judged by: nothing that only finalists are asked."""
+        n_tasks = len(self.recipe.quality.tasks)
+        return replace(self.full_spec, tasks=self.full_spec.tasks[:n_tasks], retrieval=())
+
+    @cached_property
     def text_spec(self) -> QualitySpec:
         """The quality's text alone."""
         return replace(self.full_spec, tasks=(), retrieval=())
@@ -95,21 +109,20 @@ class RunInputs:
     @property
     def search_quality_spec(self) -> QualitySpec:
         """What the search judges by: what the quality is made of, and the text where the objective is read from it."""
-        spec = replace(self.full_spec, retrieval=())
-        recipe = self.recipe
+        spec, recipe = self._searched_spec, self.recipe
         by_text = recipe.search.objective == "score" and recipe.sensitivity.score in TEXT_SCORES
         return replace(spec, text=None) if spec.tasks and not by_text else spec
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:
         """What single layers are judged by, what the chosen score needs first; each has either tasks or a text."""
-        sensitivity, spec = self.recipe.sensitivity, self.full_spec
+        sensitivity, spec = self.recipe.sensitivity, self._searched_spec
         by_text = sensitivity.score in TEXT_SCORES
         sources = []
         if spec.text is not None and (by_text or sensitivity.compare):
             sources.append(SweepSource(TEXT_SOURCE, self.text_spec))
         if spec.tasks and (not by_text or sensitivity.compare):
-            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None, retrieval=())))
+            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None)))
         sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
         for tokens in sensitivity.context_tokens:
             if tokens != spec.sequence_tokens:
@@ -137,9 +150,10 @@ class RunInputs:
     def search_spec(self) -> SearchSpec:
         search = self.recipe.search
         return SearchSpec(
+            self.plan_space,
+            method=search.method,
             trials=search.trials,
             middle=Treatment(search.middle),
-            window=search.window,
             seed=search.seed,
             sampler=search.sampler,
             remove_below=search.remove_below,
@@ -264,21 +278,31 @@ class RunInputs:
             "plans": [plan.to_dict() for plan in plans],
         }
 
-    def search(self, drops: list[float]) -> dict[str, Any]:
-        spec = self.search_spec
+    def search(
+        self, costs: Mapping[Treatment, Sequence[float]], speed_models: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Of the trials of a search, by what each layer costs and by what speed is predicted from beside bytes."""
+        spec, space, recipe = self.search_spec, self.plan_space, self.recipe
         return {
             "unit": "search",
             "model": self.model,
             "quality": self._fingerprint(self.search_quality_spec),
-            "drops": drops,
+            "objective": recipe.sensitivity.score if recipe.search.objective == "score" else "quality",
+            "costs": {treatment.value: list(of_layers) for treatment, of_layers in costs.items()},
+            "speed": {"models": list(speed_models), "condition": vars(self.condition)},
+            "space": {
+                "treatments": [treatment.value for treatment in space.treatments],
+                "window": space.window,
+                "pinned": {str(layer): treatment.value for layer, treatment in sorted(space.pinned.items())},
+                "limits": {limit.name: limit.at_most for limit in space.limits},
+            },
             "spec": {
-                **{name: getattr(spec, name) for name in ("trials", "window", "seed", "sampler", "lag")},
+                **{name: getattr(spec, name) for name in ("method", "trials", "seed", "sampler", "lag")},
                 "middle": spec.middle.value,
                 "remove_below": spec.remove_below and list(spec.remove_below),
                 "keep_above": spec.keep_above and list(spec.keep_above),
                 "plans": [str(plan) for plan in spec.plans],
             },
-            "condition": vars(self.condition),
         }
 
     @cached_property

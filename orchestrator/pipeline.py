@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import sys
 
+import yaml
+
 from orchestrator.context import RunContext
 from orchestrator.environment import environment
 from orchestrator.identity import RunInputs
@@ -19,10 +21,14 @@ from orchestrator.model_check import ModelFacts
 from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
 from orchestrator.reporting import report_files
-from orchestrator.results import RECIPE_FILE, RunState
+from orchestrator.results import RECIPE_FILE, RUN_FILE, RunState, load_state
 from orchestrator.run_folder import RunFolder
+from orchestrator.run_lock import RunFolderLockedError
 from orchestrator.stages import STAGES
 from tasks import cluster
+
+REPORT = "report"
+"""What the clock calls the writing of the report."""
 
 
 def run(
@@ -34,17 +40,36 @@ def run(
         0, or 1 where units failed: each is named on stderr, and the rest is recorded.
     """
     with folder.lock():
-        folder.write_text(RECIPE_FILE, recipe.resolved_yaml())
         context = _context(recipe, folder, facts, progress, address)
+        earlier_s = _go_on_counting(context)
+        folder.write_text(RECIPE_FILE, recipe.resolved_yaml())
+
+        def save() -> None:
+            spent = progress.stage_s
+            context.state.stage_s = {
+                stage: earlier_s.get(stage, 0.0) + spent.get(stage, 0.0) for stage in {**earlier_s, **spent}
+            }
+            context.save()
+
         try:
+            _estimate(context)
             for name, stage in STAGES.items():
                 can_go_on = stage(context)
-                context.save()
+                save()
                 if name == until or not can_go_on:
                     break
+            cluster.shutdown()
+            _write_report(folder)
+            progress.stop_clock(REPORT)
+            save()
+        except RunFolderLockedError:
+            raise  # another run's by now
+        except BaseException:
+            progress.stop_clock(REPORT)
+            save()
+            raise
         finally:
             cluster.shutdown()
-        _write_report(folder)
     for failure in context.state.failures:
         named = " ".join(f"{label}={value}" for label, value in failure["name"].items())
         print(f"failed: {failure['stage']} {named}: {failure['error'].splitlines()[0]}", file=sys.stderr)
@@ -62,10 +87,44 @@ def report(folder: RunFolder) -> int:
 
 def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
     """Prints each stage's units, how many are recorded, and what the rest will cost. Starts and writes nothing."""
-    from orchestrator.estimate import estimate
+    from orchestrator.calibration import costs_of
+    from orchestrator.estimate import device_mib, estimate_stages, estimate_table, expected_line
 
-    print(estimate(_context(recipe, folder, facts, Progress(), None)))
+    context = _context(recipe, folder, facts, Progress(), None)
+    stages = estimate_stages(context, costs_of(context, record=False))
+    print(f"{estimate_table(stages, device_mib())}\n{expected_line(stages)}")
     return 0
+
+
+def _go_on_counting(context: RunContext) -> dict[str, float]:
+    """The seconds that earlier calls of the same recipe took on this folder; takes over their estimate."""
+    if not context.folder.exists(RUN_FILE) or not context.folder.exists(RECIPE_FILE):
+        return {}
+    before = yaml.safe_load(context.folder.read_text(RECIPE_FILE))
+    now = context.inputs.recipe.model_dump(mode="json")
+    if any(before.get(section) != now[section] for section in now if section != "placement"):
+        return {}
+    state = load_state(context.folder)
+    context.state.estimates = state.estimates
+    return state.stage_s
+
+
+def _estimate(context: RunContext) -> None:
+    """Estimates what the run will cost before its first call, and says so."""
+    from orchestrator.calibration import costs_of
+    from orchestrator.estimate import estimate_stages, expected_line
+
+    if context.state.estimates:
+        return
+    try:
+        costs = costs_of(context, record=True)
+    except Exception as error:  # a run can do without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        context.progress.note("no estimate: the calibration failed", because=reason)
+        return
+    stages = estimate_stages(context, costs)
+    context.state.estimates = [stage.to_dict() for stage in stages]
+    context.progress.note(expected_line(stages))
 
 
 def _context(

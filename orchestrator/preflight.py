@@ -265,10 +265,25 @@ def check_quality(quality: QualitySection, facts: ModelFacts, tokenizer: Any) ->
     Raises:
         InputError: for the first that is not.
     """
-    _check_tasks(quality.tasks)
+    _check_tasks((*quality.tasks, *quality.final_tasks))
     if quality.text is not None:
         tokens = resolve_sequence_tokens(quality.sequence_tokens, facts.context_tokens)
         check_plain_text("quality.text", quality.text, tokens, tokenizer, facts)
+    if quality.retrieval:
+        _check_retrieval(quality, facts, tokenizer)
+
+
+def _check_retrieval(quality: QualitySection, facts: ModelFacts, tokenizer: Any) -> None:
+    from layerboost.evaluation import QualityError
+    from layerboost.retrieval import check_retrieval_context, retrieval_items
+
+    spec = quality.spec(facts.context_tokens)
+    try:
+        check_retrieval_context(spec, facts.context_tokens)
+        retrieval_items(tokenizer, spec)
+    except QualityError as error:
+        field = "quality.retrieval"
+        raise InputError(field, list(quality.retrieval), without_prefix(error, field)) from None
 
 
 def _check_tasks(tasks: Sequence[str]) -> None:

@@ -18,6 +18,9 @@ class Progress:
 
     Args:
         stream: where lines go; stderr if None.
+
+    Attributes:
+        stage_s: wall seconds of each stage so far, together the whole time since this was made.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -30,6 +33,8 @@ class Progress:
         self._workers = 1
         self._durations_s: list[float] = []
         self._started_at = time.monotonic()
+        self.stage_s: dict[str, float] = {}
+        self._clocked_at, self._clocked_stage = time.monotonic(), ""
 
     def start_stage(self, stage: str, total: int, *, recorded: int = 0, workers: int = 1) -> None:
         """Begins a stage.
@@ -41,6 +46,9 @@ class Progress:
             workers: units that run at the same time.
         """
         with self._mutex:
+            # What went on since the last stage was made ready for this one.
+            self._clock(self._clocked_stage or stage)
+            self._clocked_stage = stage
             self._stage, self._total, self._recorded, self._finished = stage, total, recorded, recorded
             self._workers, self._failed, self._durations_s = max(1, workers), 0, []
             self._started_at = time.monotonic()
@@ -70,8 +78,19 @@ class Progress:
     def end_stage(self) -> None:
         """Says how the stage went."""
         with self._mutex:
+            self.stop_clock(self._stage)
             wall_s = round(time.monotonic() - self._started_at, 1)
             self._write(self._text("end", recorded=self._recorded, failed=self._failed, wall_s=wall_s), keep=True)
+
+    def stop_clock(self, stage: str) -> None:
+        """Adds the seconds since the last stage to `stage`, or to the stage that never ended because it failed."""
+        self._clock(self._clocked_stage or stage)
+        self._clocked_stage = ""
+
+    def _clock(self, stage: str) -> None:
+        now = time.monotonic()
+        self.stage_s[stage] = self.stage_s.get(stage, 0.0) + now - self._clocked_at
+        self._clocked_at = now
 
     def note(self, text: str, **fields: object) -> None:
         """Writes a line that is no unit's, and that stays."""

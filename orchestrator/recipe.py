@@ -102,10 +102,13 @@ class ModelSection(Section):
 class QualitySection(Section):
     """What the model is judged by: lm-eval tasks (names or task files), a text, or both.
 
-    `retrieval` are distances in tokens over which finalists must find again what the text said.
+    Attributes:
+        final_tasks: further tasks, of finalists alone: having the model generate is too slow for each layer and plan.
+        retrieval: distances in tokens over which finalists must find again what the text said.
     """
 
     tasks: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
+    final_tasks: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     limit: Count | None = None
     num_fewshot: CountOrZero | None = None
     text: Name | None = None
@@ -119,7 +122,7 @@ class QualitySection(Section):
         from layerboost.scores import QualitySpec
 
         return QualitySpec(
-            tasks=self.tasks,
+            tasks=(*self.tasks, *self.final_tasks),
             limit=self.limit,
             text=self.text,
             n_sequences=self.sequences,
@@ -133,6 +136,8 @@ class QualitySection(Section):
     def _something_to_judge_by(self) -> QualitySection:
         if not self.tasks and self.text is None:
             raise InputError("quality", None, "give quality.tasks, quality.text, or both")
+        if twice := [task for task in self.final_tasks if task in self.tasks]:
+            raise InputError("quality.final_tasks", twice[0], "is in quality.tasks too; keep one")
         if self.retrieval and self.text is None:
             raise InputError("quality.retrieval", list(self.retrieval), "is asked over quality.text; give one")
         return self
@@ -481,11 +486,12 @@ def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if place[name] is not None:
             place[name] = _local_path(place[name], folder)
     data["sensitivity"]["texts"] = [_local_path(text, folder) for text in data["sensitivity"]["texts"]]
-    data["quality"]["tasks"] = [
-        # A bare task name is never a path, whatever happens to lie in the current directory.
-        _local_path(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
-        for task in data["quality"]["tasks"]
-    ]
+    for name in ("tasks", "final_tasks"):
+        data["quality"][name] = [
+            # A bare task name is never a path, whatever happens to lie in the current directory.
+            _local_path(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
+            for task in data["quality"][name]
+        ]
     return data
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from layerboost.evaluation import QualityError, Scores, quality, retained
 from layerboost.pareto import front
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import MEAN_TASK, SCORES, cosine_drops, drops
+from layerboost.verdict import flag_text, flags
 from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE
 from orchestrator.recipe import InputError
 from orchestrator.run_folder import RunFolder
@@ -56,16 +58,16 @@ class RunState:
         sensitivity: `source`, `context_tokens`, `layer`, `treatment`, `key` and `base_key` of each ablation; the rows
             of the source that the chosen score needs come first.
         adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
-        trials: points of the search with their plan, thresholds, origin, status, quality, predicted speed, and the
-            `key` of their scores.
+        trials: points of the search with their plan, thresholds, origin, status, quality, both objectives of the
+            search (`objective`, and `speedup`, which is predicted), and the `key` of their scores.
         baselines: `plan`, `window`, `origin`, predicted `speedup` of each baseline, and the `key` of its scores.
         healed: `plan`, `window`, `origin`, `key` of each healed plan, the `quality_key` of its checkpoint, and its
             `curve`: `share`, `tokens` and `key` of each point before that.
         finalists: `Finalist.to_dict()` and `quality_key` of each.
         branches: `Finalist.to_dict()` and `key` of each healed plan whose branches were checked.
-        throughput: `Finalist.to_dict()`, `concurrency` and `key` of each timing.
+        throughput: `Finalist.to_dict()`, `concurrency`, `prompt_tokens`, `new_tokens` and `key` of each timing.
         speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
-        lengths: `Finalist.to_dict()`, `prompt_tokens` and `key` of each timing over lengths.
+        lengths: the same of each timing over lengths.
         halving: `plan`, `window`, `origin`, `rung`, `share`, `tokens`, predicted `speedup`, `survived`, `key` (of the
             healing) and `quality_key` of each plan in each rung.
         estimates: what each stage was expected to cost before the run; see `orchestrator.estimate`.
@@ -109,18 +111,13 @@ def load_state(folder: RunFolder) -> RunState:
         raise InputError("DIR", folder, f"has no {RUN_FILE}; give the --out of an earlier run") from None
 
 
-def layer_drops(folder: RunFolder, state: RunState) -> list[float]:
-    """The sensitivity of each layer to the removal of its attention, first layer first.
-
-    Raises:
-        KeyError: a layer's record is not there.
-    """
-    rows = {
-        row["layer"]: row["drop"]
-        for row in sensitivity_rows(folder, state)
-        if row["treatment"] == Treatment.NONE.value and row["task"] == MEAN_TASK
-    }
-    return [rows[layer] for layer in range(state.n_layers)]
+def cost_matrix(folder: RunFolder, state: RunState) -> dict[Treatment, list[float]]:
+    """The drop of each layer by each treatment that was measured, first layer first; infinite where none is there."""
+    rows = [row for row in sensitivity_rows(folder, state) if row["task"] == MEAN_TASK]
+    costs = {Treatment(row["treatment"]): [math.inf] * state.n_layers for row in rows}
+    for row in rows:
+        costs[Treatment(row["treatment"])][row["layer"]] = row["drop"]
+    return costs
 
 
 def sensitivity_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
@@ -178,36 +175,49 @@ def measured_scores(scores: Scores) -> list[str]:
     ]
 
 
-def candidate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+Predictor = Callable[[Plan, int], tuple[float, float] | None]
+"""Output throughput (tok/s) of a plan at a concurrency, and its standard error; None where nothing predicts it."""
+
+
+def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
 
-    Throughput is predicted: the base's measured one at the highest concurrency times the plan's predicted speed-up
-    (nothing before the base is measured). `on_front` is of quality and predicted speed.
+    Throughput is that at the highest concurrency; where no plan's speed was fitted, it is predicted as the base's times
+    the plan's gain in bytes. `on_front` is of quality and predicted speed.
     """
     trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
     searched = {Plan.from_dict(trial) for trial in trials}
     trials += [_baseline_trial(folder, entry) for entry in state.baselines if Plan.from_dict(entry) not in searched]
-    base = [
-        (unit["concurrency"], record["output_throughput_tok_per_s"])
-        for unit in state.throughput
-        if unit["origin"] == "base" and (record := find_record(folder, unit["key"], ("throughput",))) is not None
-    ]
-    base_tok_per_s = max(base)[1] if base else None
+    concurrency = max((unit["concurrency"] for unit in state.throughput), default=0)
+    measured, base_tok_per_s = {}, None
+    for unit in state.throughput:
+        record = find_record(folder, unit["key"], ("throughput",))
+        if record is None or unit["concurrency"] != concurrency:
+            continue
+        measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
+        if unit["origin"] == "base":
+            base_tok_per_s = record["output_throughput_tok_per_s"]
     nan = float("nan")
     points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
-    return [
-        {
-            "plan_id": Plan.from_dict(trial).plan_id,
-            **{name: trial[name] for name in ("plan", "window", "origin", "remove_below", "keep_above", "status")},
-            "quality": trial["quality"],
-            "quality_stderr": trial["quality_stderr"],
-            "output_throughput_tok_per_s": (
-                None if base_tok_per_s is None or trial["speedup"] is None else base_tok_per_s * trial["speedup"]
-            ),
-            "on_front": on_front,
-        }
-        for trial, on_front in zip(trials, front(points), strict=True)
-    ]
+    rows = []
+    for trial, on_front in zip(trials, front(points), strict=True):
+        plan = Plan.from_dict(trial)
+        predicted = predict(plan, concurrency)
+        if predicted is None and base_tok_per_s is not None and trial["speedup"] is not None:
+            predicted = base_tok_per_s * trial["speedup"], float("nan")
+        tok_per_s, stderr = predicted or (None, None)
+        rows.append(
+            {
+                "plan_id": plan.plan_id,
+                **{name: trial[name] for name in ("plan", "window", "origin", "remove_below", "keep_above", "status")},
+                **{name: trial[name] for name in ("quality", "quality_stderr", "objective")},
+                "predicted_throughput_tok_per_s": tok_per_s,
+                "predicted_throughput_stderr": stderr,
+                "output_throughput_tok_per_s": measured.get(plan),
+                "on_front": on_front,
+            }
+        )
+    return rows
 
 
 def _baseline_trial(folder: RunFolder, entry: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +225,10 @@ def _baseline_trial(folder: RunFolder, entry: dict[str, Any]) -> dict[str, Any]:
     scores = scores_of(folder, entry["key"])
     value, stderr = (None, None) if scores is None else quality(scores)
     judged = {"quality": value, "quality_stderr": stderr, "status": "failed" if scores is None else "ok"}
-    return {**entry, **judged, "remove_below": None, "keep_above": None}
+    return {**entry, **judged, "objective": None, "remove_below": None, "keep_above": None}
 
 
-def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+def pareto_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
     base = scores_of(folder, state.base_key)
     timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
@@ -234,9 +244,11 @@ def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
             "healed": healed,
             "heal_tokens": healing_record(folder, entry["healed_key"])["tokens"] if healed else 0,
             **quality_cells(base, scores_of(folder, entry["quality_key"])),
+            "flags": _flags(base, scores_of(folder, entry["quality_key"])),
         }
         for concurrency in concurrencies:
             timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
+            tok_per_s, stderr = predict(plan, concurrency) or (None, None)
             missing = [
                 what
                 for what, there in (("quality", "quality" in about), ("throughput", timing is not None))
@@ -247,6 +259,8 @@ def pareto_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
                     **about,
                     "concurrency": concurrency,
                     **{name: value for name, value in (timing or {}).items() if name in _TIMING_COLUMNS},
+                    "predicted_throughput_tok_per_s": tok_per_s,
+                    "predicted_throughput_stderr": stderr,
                     "status": "failed" if missing else "ok",
                     "error": _error(state, finalist, missing) if missing else None,
                 }
@@ -283,6 +297,11 @@ def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
     }
 
 
+def _flags(base: Scores | None, scores: Scores | None) -> str | None:
+    """What a model lost although its accuracy held; None where nothing is lost or known."""
+    return None if base is None or scores is None else flag_text(flags(base, scores)) or None
+
+
 def _failed_healing(failure: dict[str, Any]) -> dict[str, Any]:
     plan = Plan.parse(failure["name"]["plan"], failure["name"].get("window"))
     return {
@@ -299,7 +318,7 @@ def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
     errors = [
         failure["error"]
         for failure in state.failures
-        if failure["stage"] in ("measure", "throughput") and failure["name"].get("plan") == str(finalist.plan)
+        if failure["stage"] in ("measure", "speed", "throughput") and failure["name"].get("plan") == str(finalist.plan)
     ]
     return errors[0] if errors else f"no record of {' and '.join(missing)}"
 
@@ -309,11 +328,14 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
     keys = {
         "evaluate": [state.base_key],
         "sensitivity": [unit["key"] for unit in state.sensitivity],
-        "heal": [unit["key"] for unit in state.healed],
+        "heal": [unit["key"] for unit in (*state.healed, *state.halving)],
         "curve": [unit["key"] for unit in state.baselines]
+        + [unit["quality_key"] for unit in state.halving]
         + [point["key"] for unit in state.healed for point in unit["curve"]],
         "measure": [unit["quality_key"] for unit in state.finalists] + [unit["key"] for unit in state.branches],
-        "throughput": [unit["key"] for unit in state.throughput],
+        "throughput": [
+            unit["key"] for unit in (*state.throughput, *state.lengths, *(state.speed or {"measured": []})["measured"])
+        ],
     }
     totals: dict[str, dict[str, float]] = defaultdict(lambda: {"units": 0, "worker_s": 0.0, "tokens": 0})
     found = [

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from layerboost.branches import branch_check
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
-from layerboost.decoding import predicted_speedup
 from layerboost.evaluation import PlanEvaluation, QualitySpec, Scores, evaluate, quality, text_sequences
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
@@ -207,49 +206,28 @@ def actor_maker(worker_class: type, resources: WorkerResources, *args) -> Callab
     return make
 
 
-@dataclass(frozen=True)
-class SpeedCondition:
-    """The serving condition that a plan's speed is predicted for."""
-
-    concurrency: int
-    context_tokens: int
-
-
 class PlanEvaluator:
-    """Quality and predicted speed-up of plans: the two objectives of the search."""
+    """Scores and quality of plans: what the search judges them by."""
 
     def __init__(
         self,
         source: ModelSource,
         spec: QualitySpec,
-        condition: SpeedCondition,
         threads: int | None = None,
         activations_gib: float | None = None,
     ):
         self._worker = EvaluationWorker(source, spec, threads, activations_gib)
-        self._condition = condition
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
-        """`quality`, `quality_stderr`, `speedup` (decode bytes of the base / of the plan), `scores`, `evaluation_s`.
-
-        The all-softmax plan is the base itself.
-        """
+        """`quality`, `quality_stderr`, `scores`, `evaluation_s`. The all-softmax plan is the base itself."""
         untouched = plan.count(Treatment.SOFTMAX) == len(plan)
         result = self._worker.run(EvaluationUnit(plan=None if untouched else plan))
         value, stderr = quality(Scores.from_dict(result["scores"]))
-        base = self._worker.base
-        speedup = predicted_speedup(
-            base.config,
-            plan,
-            concurrency=self._condition.concurrency,
-            context_tokens=self._condition.context_tokens,
-            dtype_bytes=base.dtype.itemsize,
-        )
-        return {"quality": value, "quality_stderr": stderr, "speedup": speedup, **result}
+        return {"quality": value, "quality_stderr": stderr, **result}
 
 
 def plan_evaluator_maker(
-    source: ModelSource, spec: QualitySpec, condition: SpeedCondition, resources: WorkerResources
+    source: ModelSource, spec: QualitySpec, resources: WorkerResources
 ) -> Callable[[], PlanEvaluator]:
     """What `run_search` needs: called once in each trial process, it loads the model there."""
-    return functools.partial(PlanEvaluator, source, spec, condition, resources.threads, resources.activations_gib)
+    return functools.partial(PlanEvaluator, source, spec, resources.threads, resources.activations_gib)

@@ -30,10 +30,10 @@ _POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 
 @dataclass(frozen=True)
 class HealingResult:
-    """A healed checkpoint.
+    """A healed model.
 
     Attributes:
-        output: where it is.
+        output: where its checkpoint is; None where none was asked for.
         tokens: consumed exactly; fewer than the budget where the run stopped early.
         curve: the loss of each step; of a transfer by layer the sum over the layers, as of a joint one.
         final_loss: the last of the curve.
@@ -43,7 +43,7 @@ class HealingResult:
         snapshots: step to URL of the trained parameters as they were then.
     """
 
-    output: str
+    output: str | None
     tokens: int
     curve: tuple[CurveRow, ...]
     final_loss: float
@@ -54,7 +54,7 @@ class HealingResult:
 
 
 def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | None = None) -> HealingResult:
-    """Heals one plan on the connected Ray cluster and saves the checkpoint.
+    """Heals one plan on the connected Ray cluster and saves the checkpoint, or what was trained.
 
     Args:
         on_progress: called in the driver, on a thread, with each step that rank 0 has finished; after each layer in a

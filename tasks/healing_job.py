@@ -72,7 +72,8 @@ class HealingJob:
         sources, apart: the text, as `pack_sources` takes it; every worker must reach it.
         teacher, teacher_revision: another model of the same vocabulary that the healed one learns from; the parent if
             None. Attention is always transferred from the parent.
-        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it.
+        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. None saves none, but a
+            snapshot of what was trained after the last step.
         storage_path, name: where the checkpoints are kept, a folder or URL that every host reaches. The same two again
             go on with the run, on any number of workers and in any ZeRO stage; with another plan, spec, mixture of
             texts or way of transfer they start over. Another model, teacher or text needs another name.
@@ -94,7 +95,7 @@ class HealingJob:
     plan: Plan
     spec: HealingSpec
     sources: tuple[TextSource, ...]
-    output: str
+    output: str | None
     storage_path: str
     name: str
     revision: str | None = None
@@ -126,7 +127,7 @@ class HealingJob:
             raise ValueError(f"offload_optimizer: {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
         if self.transfer not in (TOGETHER, BY_LAYER):
             raise ValueError(f"transfer: '{self.transfer}' is unknown; use {TOGETHER} or {BY_LAYER}")
-        if self.snapshots and self.snapshot_url is None:
+        if (self.snapshots or self.output is None) and self.snapshot_url is None:
             raise ValueError("snapshot_url: None leaves no place for the snapshots; give a folder or URL")
         for name in ("n_workers", "checkpoint_every_steps"):
             if getattr(self, name) < 1:
@@ -175,7 +176,7 @@ def located(job: HealingJob) -> HealingJob:
         model=found(job.model),
         teacher=None if job.teacher is None else found(job.teacher),
         sources=tuple(replace(source, path=found(str(source.path))) for source in job.sources),
-        output=absolute(job.output),
+        output=None if job.output is None else absolute(job.output),
         storage_path=absolute(job.storage_path),
         snapshot_url=None if job.snapshot_url is None else absolute(job.snapshot_url),
     )

@@ -103,8 +103,10 @@ class _Worker:
             resumes = self.restored is not None and self.done.curve[-1].phase == phase.name
             if resumes or len(self.done.curve) <= phase.first_step:  # else the run is past it
                 trained = self._run_phase(phase, trained, resumes)
-        if self.rank == 0:
-            self._save(trained)
+        if self.job.output is None:
+            self._snapshot(self.done.curve[-1].step, trained)
+        elif self.rank == 0:
+            self._save(trained, self.job.output)
         return asdict(self.done)
 
     def _take_over_layers(self, phase: Phase) -> dict[str, torch.Tensor]:
@@ -210,11 +212,11 @@ class _Worker:
             (Path(folder) / _PROGRESS_FILE).write_text(json.dumps(state))
             train.report(row.to_dict(), checkpoint=train.Checkpoint.from_directory(folder))
 
-    def _save(self, trained: dict[str, torch.Tensor]) -> None:
+    def _save(self, trained: dict[str, torch.Tensor], output: str) -> None:
         job = self.job
         student = student_from(load_parent(job), job.plan, self.spec, trained, parent=job.model, revision=job.revision)
         card = {"healing tokens": self.done.curve[-1].tokens, **(job.card or {})}
-        publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), job.output)
+        publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), output)
 
 
 def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:

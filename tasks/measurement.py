@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerboost.convert import convert
-from layerboost.decoding import DecodeMeasurement, measure_decode
+from layerboost.decoding import DecodeMeasurement, measure_together
 from layerboost.plan import Plan
 
 from .ablation import ModelSource, actor_maker
 from .cluster import NodeResources, WorkerResources, resources
 from .units import UnitFailure, run_units, worker_info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,60 +42,66 @@ class ThroughputUnit:
         if self.plan is not None and self.checkpoint is not None:
             raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
 
+    @property
+    def condition(self) -> dict[str, int]:
+        """How `measure_together` is asked for it."""
+        names = ("concurrency", "prompt_tokens", "new_tokens", "repeats", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+Group = tuple[ThroughputUnit, ...]
+"""Models that are timed side by side under one condition."""
+
 
 class MeasurementWorker:
-    """Measures one model after the other and holds one at a time: weights that a plan removed must really be gone."""
+    """Times groups of models; holds the checkpoints that the group at hand is made of, and no others."""
 
     def __init__(self, source: ModelSource, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
         self.source = source
-        self._key: tuple | None = None
-        self._model: torch.nn.Module | None = None
+        self._loaded: dict[str | None, PreTrainedModel] = {}
 
     def info(self) -> dict:
         return worker_info()
 
-    def run(self, unit: ThroughputUnit) -> dict:
-        """`DecodeMeasurement.to_dict()` of one unit."""
-        return self.measure(unit).to_dict()
+    def run(self, group: Group) -> list[dict]:
+        """`DecodeMeasurement.to_dict()` of each unit."""
+        return [measured.to_dict() for measured in self.measure(group)]
 
-    def measure(self, unit: ThroughputUnit) -> DecodeMeasurement:
-        return measure_decode(
-            self._load(unit),
-            concurrency=unit.concurrency,
-            prompt_tokens=unit.prompt_tokens,
-            new_tokens=unit.new_tokens,
-            repeats=unit.repeats,
-            seed=unit.seed,
-        )
-
-    def _load(self, unit: ThroughputUnit) -> torch.nn.Module:
-        key = (unit.plan, unit.checkpoint)
-        if self._model is None or key != self._key:
-            self._model = None
-            gc.collect()
-            model = self.source.load(unit.checkpoint)
-            self._key, self._model = key, model if unit.plan is None else convert(model, unit.plan)
-        return self._model
+    def measure(self, group: Group) -> list[DecodeMeasurement]:
+        if any(unit.condition != group[0].condition for unit in group):
+            raise ValueError("group: models that are timed side by side need one condition")
+        wanted = dict.fromkeys(unit.checkpoint for unit in group)
+        self._loaded = {path: model for path, model in self._loaded.items() if path in wanted}
+        gc.collect()
+        for path in wanted:
+            if path not in self._loaded:
+                self._loaded[path] = self.source.load(path)
+        # Conversions share the parent's weights, so that a group of plans holds them once.
+        models = [
+            self._loaded[unit.checkpoint] if unit.plan is None else convert(self._loaded[None], unit.plan)
+            for unit in group
+        ]
+        return measure_together(models, **group[0].condition)
 
 
-def measure_units(
-    units: Sequence[ThroughputUnit],
+def measure_groups(
+    groups: Sequence[Group],
     source: ModelSource,
     *,
-    on_result: Callable[[ThroughputUnit, dict, float, dict], None],
+    on_result: Callable[[Group, list[dict], float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int = 3,
 ) -> list[UnitFailure]:
-    """Measures all units one after the other on one worker, so that all stand on the same hardware.
+    """Times all groups one after the other on one worker, so that all stand on the same hardware.
 
     The worker takes every CPU of the largest node, and one whole GPU where there are GPUs: nothing that asks Ray for
     room runs beside it. See `run_units` for the callbacks and failures.
     """
     alone = exclusive_worker(resources())
     return run_units(
-        units,
+        groups,
         actor_maker(MeasurementWorker, alone, source, measuring_threads(alone)),
         n_workers=1,
         on_result=on_result,

@@ -13,24 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import optuna
 from ray import tune
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from layerboost.plan import Plan
 from layerboost.process import environment
 
 from .cluster import WorkerResources
-from .search import (
-    MIDDLE_FRACTION,
-    OBJECTIVES,
-    REMOVED_FRACTION,
-    Evaluator,
-    SearchSpec,
-    SearchState,
-    check_values,
-)
+from .search import Evaluator, SearchState, check_values
 from .units import Interrupt, UnitFailure, worker_info
 
 _QUIET_ENVIRONMENT = {
@@ -42,24 +32,6 @@ _QUIET_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a job are those of its working directory
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
 }
-
-
-def make_sampler(spec: SearchSpec) -> OptunaSearch:
-    """Tune's Optuna search over the two fractions, both objectives maximised."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler: optuna.samplers.BaseSampler
-    if spec.sampler == "nsga2":
-        # The default population of 50 would leave no room for a second generation.
-        sampler = optuna.samplers.NSGAIISampler(seed=spec.seed, population_size=max(4, spec.trials // 5))
-    else:
-        sampler = optuna.samplers.TPESampler(seed=spec.seed)
-    unit_interval = optuna.distributions.FloatDistribution(0.0, 1.0)
-    return OptunaSearch(
-        space={REMOVED_FRACTION: unit_interval, MIDDLE_FRACTION: unit_interval},
-        metric=list(OBJECTIVES),
-        mode=["max"] * len(OBJECTIVES),
-        sampler=sampler,
-    )
 
 
 class PlanTrial(tune.Trainable):

@@ -1,8 +1,9 @@
-"""Multiple-choice tasks about the small world, as JSON lines and lm-eval task files.
+"""Tasks about the small world, as JSON lines and lm-eval task files: multiple choice, and one to write on from.
 
 In `smallworld_recall` the context holds every wrong choice too, and the right one is equally often the first, second,
 third and fourth of the choices to be mentioned last. In `smallworld_holder` it holds only the right one. Without
-attention nothing but chance is left: 1/4 for these two, 1/2 for `smallworld_agreement`.
+attention nothing but chance is left: 1/4 for these two, 1/2 for `smallworld_agreement`, about nothing for
+`smallworld_naming`, where the model itself writes whose thing it is and goes on to the place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,30 @@ TASKS = {
     "smallworld_recall": "a person's second name at a distance",
     "smallworld_agreement": "number of the verb across a distractor",
 }
-_FIRST_INDEX = {name: number * 1_000_000 for number, name in enumerate(TASKS)}
+GENERATION_TASKS = {"smallworld_naming": "writing on from the first name of a thing's owner"}
+_FIRST_INDEX = {name: number * 1_000_000 for number, name in enumerate({**TASKS, **GENERATION_TASKS})}
+
+_CHOOSES = """\
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+_WRITES = """\
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: answer
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 6
+  do_sample: false
+filter_list:
+  - name: sentence
+    filter:
+      - function: regex
+        regex_pattern: "^ *(.* in the)"
+      - function: take_first
+"""
 
 Item = dict[str, Any]
 
@@ -32,8 +56,14 @@ def items(task: str, n_items: int = N_ITEMS) -> list[Item]:
 
     Each has `context`, `choices` (with their leading space), `gold` (index of the right one) and `distance_tokens`:
     words and punctuation marks between the last evidence and the answer, each one token of the model's tokenizer.
+    Where the model writes, `answer` stands in place of choices.
     """
-    make = {"smallworld_holder": _holder, "smallworld_recall": _recall, "smallworld_agreement": _agreement}[task]
+    make = {
+        "smallworld_holder": _holder,
+        "smallworld_recall": _recall,
+        "smallworld_agreement": _agreement,
+        "smallworld_naming": _naming,
+    }[task]
     made: list[Item] = []
     for index in count(_FIRST_INDEX[task]):
         drawn = scene("tasks", index)
@@ -48,22 +78,20 @@ def items(task: str, n_items: int = N_ITEMS) -> list[Item]:
 
 def task_yaml(task: str) -> str:
     """The lm-eval task file; its data path is relative to the file's own folder."""
+    kind, metric = (_WRITES, "exact_match") if task in GENERATION_TASKS else (_CHOOSES, "acc")
     return (
-        f"# LayerBoost small world: {TASKS[task]}.\n"
+        f"# LayerBoost small world: {(TASKS | GENERATION_TASKS)[task]}.\n"
         f"task: {task}\n"
         "dataset_path: json\n"
         "dataset_kwargs:\n"
         "  data_files:\n"
         f"    test: {task}.jsonl\n"
         "test_split: test\n"
-        "output_type: multiple_choice\n"
-        'doc_to_text: "{{context}}"\n'
-        "doc_to_choice: choices\n"
-        "doc_to_target: gold\n"
+        f"{kind}"
         'target_delimiter: ""\n'
         "num_fewshot: 0\n"
         "metric_list:\n"
-        "  - metric: acc\n"
+        f"  - metric: {metric}\n"
         "    aggregation: mean\n"
         "    higher_is_better: true\n"
         "metadata:\n"
@@ -105,6 +133,17 @@ def _recall(drawn: Scene, number: int) -> Item | None:
         return None
     wrong = sorted(word for word in mentioned if word != right)
     return _item(f"{text} {first}", right, wrong, (number // N_CHOICES) % N_CHOICES, distance, drawn.rng)
+
+
+def _naming(drawn: Scene, number: int) -> Item | None:
+    """The owner's second name and the way to the place, behind the thing and the first name."""
+    name = drawn.rng.choice(sorted(drawn.owner))
+    text, owner, prompt = drawn.text(), drawn.owner[name], f"The {name} of {drawn.owner[name]}"
+    evidence = drawn.person(owner)
+    if evidence not in text or (distance := _distance(text, evidence, prompt)) < MIN_DISTANCE_TOKENS:
+        return None
+    answer = f"{drawn.second_name[owner]} is in the"
+    return {"context": f"{text} {prompt}", "answer": answer, "distance_tokens": distance}
 
 
 def _distance(text: str, evidence: str, prompt: str) -> int:

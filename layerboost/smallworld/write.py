@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layerboost.smallworld.benchmarks import TASKS, task_jsonl, task_yaml
+from layerboost.smallworld.benchmarks import GENERATION_TASKS, TASKS, task_jsonl, task_yaml
 from layerboost.smallworld.world import corpus
 
 DATA_DIR = Path(__file__).parent / "data"
@@ -21,7 +21,7 @@ VALIDATION_BYTES = 120_000
 def render(train_bytes: int = TRAIN_BYTES, validation_bytes: int = VALIDATION_BYTES) -> dict[str, str]:
     """All files as text, by path relative to the data folder."""
     files = {"train.txt": corpus("train", train_bytes), "val.txt": corpus("validation", validation_bytes)}
-    for task in TASKS:
+    for task in (*TASKS, *GENERATION_TASKS):
         files[f"tasks/{task}.yaml"] = task_yaml(task)
         files[f"tasks/{task}.jsonl"] = task_jsonl(task)
     return files

@@ -11,6 +11,14 @@ import pandas as pd
 from orchestrator.report.canvas import Picture
 from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
 from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
+from orchestrator.report.choice import (
+    estimates_table,
+    fidelity_table,
+    halving_table,
+    lengths_table,
+    speed_table,
+)
+from orchestrator.report.choice_figures import halving_picture, lengths_picture, speed_picture
 from orchestrator.report.figures import pareto_picture, sensitivity_picture, strips_picture
 from orchestrator.report.front import conditions, format_front_table, headline, headline_row, marked, plan_labels
 from orchestrator.report.healing import baselines_table, branches_table, healing_table, quality_curve_table
@@ -25,23 +33,28 @@ __all__ = [
     "candidates_table",
     "conditions",
     "correlations_table",
+    "estimates_table",
+    "fidelity_table",
     "format_front_table",
+    "halving_table",
     "headline",
     "headline_row",
     "healing_table",
     "interactions_table",
+    "lengths_table",
     "pareto_table",
     "quality_curve_table",
     "rankings_table",
     "render",
     "sensitivity_table",
+    "speed_table",
     "tiers_table",
     "to_csv",
 ]
 
 
 MAX_STRIPS = 40
-"""Plans drawn as strips, those on the front first; the page says how many there are, the tables list all."""
+"""Plans drawn as strips in a picture, those on the front first; the tables list all."""
 
 
 @dataclass
@@ -64,6 +77,15 @@ class ReportData:
     correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
     interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))
     tiers: pd.DataFrame = field(default_factory=lambda: tiers_table([]))
+    lengths: pd.DataFrame = field(default_factory=lambda: lengths_table([]))
+    halving: pd.DataFrame = field(default_factory=lambda: halving_table([]))
+    fidelity: pd.DataFrame = field(default_factory=lambda: fidelity_table([]))
+    speed: pd.DataFrame = field(default_factory=lambda: speed_table([]))
+    estimates: pd.DataFrame = field(default_factory=lambda: estimates_table([]))
+    verdict: list[str] = field(default_factory=list)
+    """Which plan is the best under the recipe's constraints, or which of them to loosen: whole sentences."""
+    best: list[int] = field(default_factory=list)
+    """Index labels of the rows of `pareto` that are best under the constraints, at most one for each condition."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions and hardware by name; mappings inside are flattened for the page."""
     cost: pd.DataFrame | None = None
@@ -75,14 +97,14 @@ def render(data: ReportData) -> dict[str, bytes]:
     """Renders a report without touching a disk; equal data gives equal bytes.
 
     Args:
-        data: tables as the builders of `orchestrator.report.tables` and `orchestrator.report.certainty` make them.
+        data: tables as the builders of `tables`, `certainty`, `healing` and `choice` make them.
 
     Returns:
         Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
         pareto.csv, healing_curves.csv, healing_quality.csv, baselines.csv, branches.csv, rankings.csv,
-        rank_correlations.csv, interactions.csv, tiers.csv); PNG and SVG of each picture there is something to draw for
-        (pareto at the highest concurrency, sensitivity, healing, healing_quality, plans, rank_correlations,
-        interactions).
+        rank_correlations.csv, interactions.csv, tiers.csv, lengths.csv, halving.csv, fidelity.csv, speed.csv,
+        estimates.csv); PNG and SVG of each picture there is something to draw for (pareto at the highest concurrency,
+        sensitivity, healing, healing_quality, plans, rank_correlations, interactions, lengths, halving, speed).
     """
     drawings = _draw(data)
     tables = {
@@ -97,15 +119,23 @@ def render(data: ReportData) -> dict[str, bytes]:
         "rank_correlations.csv": data.correlations,
         "interactions.csv": data.interactions,
         "tiers.csv": data.tiers,
+        "lengths.csv": data.lengths,
+        "halving.csv": data.halving,
+        "fidelity.csv": data.fidelity,
+        "speed.csv": data.speed,
+        "estimates.csv": data.estimates,
     }
     pictures: dict[str, Picture | None] = {
-        "pareto": next(iter(drawings.fronts.values()), None),
+        "pareto": drawings.front,
         "sensitivity": drawings.sensitivity,
         "healing": drawings.healing,
         "healing_quality": drawings.quality_curve,
         "plans": drawings.plans,
         "rank_correlations": drawings.correlations,
         "interactions": drawings.interactions,
+        "lengths": drawings.lengths,
+        "halving": drawings.halving,
+        "speed": drawings.speed,
     }
     files = {name: to_csv(table) for name, table in tables.items() if len(table)}
     for name, picture in pictures.items():
@@ -117,17 +147,19 @@ def render(data: ReportData) -> dict[str, bytes]:
 def _draw(data: ReportData) -> Drawings:
     labels = plan_labels(data.pareto, data.candidates)
     names = _names(labels, data.pareto)
-    drawn = list(labels.values())[:MAX_STRIPS]
+    found = conditions(data.pareto)
     return Drawings(
         names=names,
-        fronts={c: pareto_picture(marked(data.pareto, c)) for c in conditions(data.pareto)},
-        plans=strips_picture(drawn),
-        n_plans=(len(drawn), len(labels)),
+        front=pareto_picture(marked(data.pareto, found[0])) if found else None,
+        plans=strips_picture(list(labels.values())[:MAX_STRIPS]),
         sensitivity=sensitivity_picture(data.sensitivity),
         healing=healing_picture(data.healing_curves, names),
         quality_curve=quality_curve_picture(data.quality_curve, names),
         correlations=correlation_picture(data.correlations),
         interactions=interaction_picture(data.interactions),
+        lengths=lengths_picture(data.lengths, names),
+        halving=halving_picture(data.halving, names),
+        speed=speed_picture(data.speed),
     )
 
 

@@ -22,6 +22,8 @@ class Table:
     text_columns: frozenset[int] = frozenset({0})
     """Columns aligned as text; the others are numbers."""
     code_columns: frozenset[int] = frozenset()
+    strip_columns: frozenset[int] = frozenset()
+    """Columns of plans that are drawn as strips of coloured letters."""
 
 
 def with_stderr(value: float, stderr: float, sign: str = "") -> str:

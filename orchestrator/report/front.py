@@ -98,11 +98,15 @@ def headline_row(pareto: pd.DataFrame, condition: Condition, *, min_retained: fl
 
 
 def headline(row: Row | pd.Series) -> str:
-    """One sentence on a pareto row, such as `1.52x throughput at 99.1 % of the quality (concurrency 100, ...)`."""
-    retained = row["quality_retained"]
-    quality: str = "unknown quality" if pd.isna(retained) else f"{100 * retained:.1f} % of the quality"
+    """One sentence on a pareto row: `1.52x throughput at 99.1 ± 0.4 % of the quality (concurrency 100, ...)`."""
+    return f"{trade(row)} ({Condition(*(row[name] for name in CONDITION_COLUMNS))})"
+
+
+def trade(row: Row | pd.Series) -> str:
+    """The headline without its serving condition."""
+    quality: str = "unknown quality" if pd.isna(row["quality_retained"]) else f"{shown_retained(row)} of the quality"
     speed: str = "unknown" if pd.isna(row["speedup"]) else f"{row['speedup']:.2f}x"
-    return f"{speed} throughput at {quality} ({Condition(*(row[name] for name in CONDITION_COLUMNS))})"
+    return f"{speed} throughput at {quality}"
 
 
 def letter_counts(plan: str) -> str:
@@ -115,11 +119,15 @@ FRONT_HEADER = ("point", "plan", "layers", "origin", "healed", "quality retained
 """Headings of the cells that `front_cells` gives."""
 
 
-def front_cells(pareto: pd.DataFrame, condition: Condition) -> list[tuple[str, ...]]:
-    """The front of one condition as rounded text under `FRONT_HEADER`; base comes first, even where it is dominated."""
+def front_and_base(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
+    """The rows that a table of the front shows: base first where it is dominated (no `point`), then the front."""
     rows = front_rows(pareto, condition)
     base = under(pareto, condition)
-    base = base[(base["origin"] == "base") & ~base.index.isin(rows.index)]
+    return pd.concat([base[(base["origin"] == "base") & ~base.index.isin(rows.index)], rows])
+
+
+def front_cells(rows: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Rows of `front_and_base` as rounded text under `FRONT_HEADER`."""
     return [
         (
             shown(row.get("point"), "d"),
@@ -132,7 +140,7 @@ def front_cells(pareto: pd.DataFrame, condition: Condition) -> list[tuple[str, .
             shown(row["speedup"], ".2f", "x"),
             shown(row["kv_bytes_per_token"], ",.0f"),
         )
-        for _, row in pd.concat([base, rows]).iterrows()
+        for _, row in rows.iterrows()
     ]
 
 
@@ -141,7 +149,7 @@ def format_front_table(pareto: pd.DataFrame) -> str:
     found = conditions(pareto)
     blocks = []
     for condition in (c for c in found if c.concurrency == found[0].concurrency):
-        cells = [FRONT_HEADER, *front_cells(pareto, condition)]
+        cells = [FRONT_HEADER, *front_cells(front_and_base(pareto, condition))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(

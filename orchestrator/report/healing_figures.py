@@ -49,7 +49,7 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
         figure = new_figure(7.6, 0.9 + 2.9 * len(phases))
         grid = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
         ids = sorted(curves["plan_id"].unique())
-        looks = _looks(ids)
+        looks = line_looks(ids)
         for axes, (phase, rows) in zip(grid, phases, strict=True):
             lines: list[Any] = list(rows.groupby("plan_id"))
             for plan_id, line in lines:
@@ -102,7 +102,7 @@ def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None =
     with matplotlib.rc_context(STYLE):
         figure = new_figure(7.6, 4.2)
         axes = figure.subplots()
-        looks = _looks([plan_id for plan_id, _ in lines])
+        looks = line_looks([plan_id for plan_id, _ in lines])
         parts = []
         for plan_id, line in lines:
             colour, dashes, marker = looks[plan_id]
@@ -136,7 +136,7 @@ def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None =
         return saved(figure, f"Quality retained over tokens of healing, first to last point. {'; '.join(parts)}.")
 
 
-def _looks(plan_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+def line_looks(plan_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, dashes and marker of each plan."""
     return dict(zip(plan_ids, cycle(_LINES), strict=False))
 

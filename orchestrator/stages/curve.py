@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.healing_spec import mark_steps
+from layerboost.healing_spec import HealingSpec, mark_steps
 from layerboost.plan import Plan
 from orchestrator.context import RunContext
 from orchestrator.run_folder import unit_key
@@ -23,6 +23,11 @@ _SNAPSHOTS = "snapshots"
 def snapshot_folder(key: str) -> str:
     """Where a healing leaves its snapshots, in the run folder."""
     return f"{_SNAPSHOTS}/{key}"
+
+
+def snapshot_name(key: str, step: int) -> str:
+    """The file that healing leaves after a step, in the run folder."""
+    return f"{snapshot_folder(key)}/{step}.safetensors"
 
 
 def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed: Sequence[Plan] = ()) -> None:
@@ -40,7 +45,7 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed
     for plan, key in healed:
         units[EvaluationUnit(plan=plan)] = {"plan": str(plan), "share": 0}
         for point in kept[plan]:
-            unit = _unit(run, plan, key, point["step"])
+            unit = snapshot_unit(run, plan, key, point["step"], run.inputs.healing_spec)
             keys[unit] = state_key(key, point["step"])
             units[unit] = {"plan": str(plan), "share": point["share"]}
     if units:
@@ -79,7 +84,7 @@ def _kept_points(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
     kept = [
         point
         for point in recorded.result["snapshots"]
-        if _is_judged(run, plan, key, point) or run.folder.exists(f"{snapshot_folder(key)}/{_file_name(point['step'])}")
+        if _is_judged(run, plan, key, point) or run.folder.exists(snapshot_name(key, point["step"]))
     ]
     steps, n_steps = {point["step"] for point in kept}, recorded.result["tokens"] // spec.tokens_per_step
     wanted = mark_steps(spec, run.inputs.recipe.healing.curve)
@@ -92,15 +97,11 @@ def _is_judged(run: RunContext, plan: Plan, key: str, point: dict[str, Any]) -> 
     return run.recorded(_identity(run, plan, key, point["step"])) is not None
 
 
-def _file_name(step: int) -> str:
-    """As healing calls the snapshot after a step."""
-    return f"{step}.safetensors"
-
-
-def _unit(run: RunContext, plan: Plan, key: str, step: int) -> EvaluationUnit:
-    url = run.folder.place(f"{snapshot_folder(key)}/{_file_name(step)}")
-    return EvaluationUnit(plan=plan, trained=url, healing=run.inputs.healing_spec)
+def snapshot_unit(run: RunContext, plan: Plan, key: str, step: int, spec: HealingSpec) -> EvaluationUnit:
+    """What judges a plan as it was after a step of a healing by `spec`."""
+    return EvaluationUnit(plan=plan, trained=run.folder.place(snapshot_name(key, step)), healing=spec)
 
 
 def _identity(run: RunContext, plan: Plan, key: str, step: int) -> dict[str, Any]:
-    return run.inputs.scores(_unit(run, plan, key, step), run.inputs.full_spec, state_key(key, step))
+    unit = snapshot_unit(run, plan, key, step, run.inputs.healing_spec)
+    return run.inputs.scores(unit, run.inputs.full_spec, state_key(key, step))

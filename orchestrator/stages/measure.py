@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from layerboost.decoding import hardware_name
 from layerboost.plan import Plan, Treatment
 from orchestrator.context import RunContext
 from orchestrator.results import REFINED, Finalist
 from orchestrator.run_folder import unit_key
-from orchestrator.stages.heal import healed_folder, healed_unit
-from tasks import cluster
+from orchestrator.stages.heal import healed_unit
+from orchestrator.stages.healing_jobs import healed_folder
+from orchestrator.stages.timing import THROUGHPUT, measuring_hardware, throughput_unit, time_models
 from tasks.ablation import EvaluationUnit, base_unit
-from tasks.measurement import ThroughputUnit, exclusive_worker, measure_units
 
-THROUGHPUT = "throughput"
-"""Stage of the records that hold timings."""
+LENGTHS = "lengths"
+"""What progress and failures call the timings over prompt lengths."""
 
 
 def measure(run: RunContext) -> bool:
@@ -82,51 +79,37 @@ def _name(finalist: Finalist) -> dict[str, str]:
 
 
 def _time(run: RunContext, found: list[Finalist]) -> None:
-    recipe, hardware = run.inputs.recipe.throughput, _hardware(run)
+    """Times the finalists under every serving condition, then over lengths."""
+    recipe = run.inputs.recipe.throughput
+    conditions = [(concurrency, recipe.prompt_tokens) for concurrency in recipe.concurrency]
+    hardware = measuring_hardware(run)
+    run.state.throughput = _timings(run, THROUGHPUT, found, conditions, hardware)
+    if recipe.lengths is not None:
+        conditions = [(recipe.lengths.concurrency, tokens) for tokens in recipe.lengths.prompt_tokens]
+        run.state.lengths = _timings(run, LENGTHS, found, conditions, hardware)
+
+
+def _timings(
+    run: RunContext, stage: str, found: list[Finalist], conditions: list[tuple[int, int]], hardware: str
+) -> list[dict[str, Any]]:
+    """What `run.json` lists of the timings of finalists under pairs of concurrency and prompt tokens."""
     units = {}
     for finalist in found:
         judged = evaluation_unit(run, finalist)
-        for concurrency in recipe.concurrency:
-            unit = ThroughputUnit(
-                concurrency=concurrency,
-                prompt_tokens=recipe.prompt_tokens,
-                new_tokens=recipe.new_tokens,
-                plan=judged.plan,
-                checkpoint=judged.checkpoint,
-                repeats=recipe.repeats,
+        for concurrency, prompt_tokens in conditions:
+            unit = throughput_unit(
+                run, judged.plan, concurrency, prompt_tokens=prompt_tokens, checkpoint=judged.checkpoint
             )
             units[unit] = finalist
-    identities = {unit: run.inputs.throughput(unit, hardware, finalist.healed_key) for unit, finalist in units.items()}
-    run.state.throughput = [
-        {**finalist.to_dict(), "concurrency": unit.concurrency, "key": unit_key(identities[unit])}
+    named = {unit: (_name(finalist), finalist.healed_key) for unit, finalist in units.items()}
+    keys = time_models(run, stage, named, hardware)
+    return [
+        {
+            **finalist.to_dict(),
+            "concurrency": unit.concurrency,
+            "prompt_tokens": unit.prompt_tokens,
+            "new_tokens": unit.new_tokens,
+            "key": keys[unit],
+        }
         for unit, finalist in units.items()
     ]
-    todo = [unit for unit in units if run.recorded(identities[unit], (THROUGHPUT,)) is None]
-    run.progress.start_stage(THROUGHPUT, len(units), recorded=len(units) - len(todo))
-
-    def on_result(unit: ThroughputUnit, result: dict, duration_s: float, info: dict) -> None:
-        run.record(THROUGHPUT, identities[unit], {**result, "duration_s": duration_s, "worker": info})
-        tok_per_s = round(result["output_throughput_tok_per_s"], 1)
-        run.progress.finish_unit(duration_s, **_name(units[unit]), concurrency=unit.concurrency, tok_per_s=tok_per_s)
-
-    if todo:
-        run.connect()
-        for failure in measure_units(todo, run.inputs.source, on_result=on_result):
-            name = {**_name(units[failure.unit]), "concurrency": failure.unit.concurrency}
-            run.failed(THROUGHPUT, name, failure.error)
-    run.progress.end_stage()
-
-
-def _hardware(run: RunContext) -> str:
-    """What the measuring worker runs on: this machine, or what a cluster says."""
-    if run.address is None:
-        return _device_name()
-    run.connect()
-    import ray
-
-    worker = exclusive_worker(cluster.resources())
-    return ray.get(ray.remote(_device_name).options(**worker.actor_options()).remote())
-
-
-def _device_name() -> str:
-    return hardware_name("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from layerboost.evaluation import QualitySpec, Scores
 from layerboost.plan import Plan, Treatment
 from layerboost.refinement import Refiner, make_refiner
-from layerboost.sensitivity import MEAN_TASK, mean_drop
+from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
-from orchestrator.results import REFINED, sensitivity_rows
+from orchestrator.results import REFINED, cost_matrix
 from orchestrator.stages.heal import candidates
 from tasks.sweeping import PlansUnit, sweep_units
 
@@ -62,7 +60,7 @@ class _Rounds:
         assert settings is not None
         self.spec = run.inputs.sweep_sources[0].spec
         self._score = run.inputs.recipe.sensitivity.score
-        costs = _costs(run)
+        costs = cost_matrix(run.folder, run.state)
         each = max(1, settings.plans // max(1, len(starts)))
         self.max_plans = each * len(starts)
         self.refiners: list[Refiner] = [make_refiner(settings.method, start, costs, each) for start in starts]
@@ -125,12 +123,3 @@ class _Rounds:
             drop = self._drop(plan)
             shown = {} if drop is None or unit.spec != self.spec else {"drop": f"{drop:.4f}"}
             self._run.progress.finish_unit(each_s, plan=plan, **shown)
-
-
-def _costs(run: RunContext) -> dict[Treatment, list[float]]:
-    """The drop of each layer by each treatment that was measured."""
-    rows = [row for row in sensitivity_rows(run.folder, run.state) if row["task"] == MEAN_TASK]
-    costs = {Treatment(row["treatment"]): [np.inf] * run.inputs.n_layers for row in rows}
-    for row in rows:
-        costs[Treatment(row["treatment"])][row["layer"]] = row["drop"]
-    return costs

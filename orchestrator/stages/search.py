@@ -1,4 +1,4 @@
-"""Stage `search`: plans from pairs of thresholds, quality against predicted speed."""
+"""Stage `search`: plans by the recipe's method, what they keep against predicted speed."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ from typing import Any
 
 from layerboost.evaluation import Scores, quality
 from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
-from orchestrator.results import SCORE_STAGES, layer_drops
+from orchestrator.results import SCORE_STAGES, cost_matrix
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.refine import refine
+from orchestrator.stages.speed import layer_times, measure_speed, speedup
 from tasks.ablation import EvaluationUnit, plan_evaluator_maker
-from tasks.search import TrialResult, fixed_points, run_search
+from tasks.proposers import make_proposer
+from tasks.search import Outcome, SearchState, TrialResult, Values, run_search
 from tasks.units import UnitFailure
 
 TRIALS = "search-trials"
-"""Stage of the record that holds which thresholds were tried, and which plan each pair gave."""
+"""Stage of the record that holds which plans were proposed, and by which thresholds where there were some."""
 
 
 def search(run: RunContext) -> bool:
     """Evaluates the fixed points and the searched plans. Failed ones are named; the rest goes on."""
-    inputs = run.inputs
-    identity = inputs.search(layer_drops(run.folder, run.state))
+    measure_speed(run)
+    costs = cost_matrix(run.folder, run.state)
+    identity = run.inputs.search(costs, (run.state.speed or {"models": []})["models"])
     recorded = run.folder.read_record(TRIALS, unit_key(identity))
     if recorded is not None:
         trials = recorded.result["trials"]
         run.progress.start_stage("search", len(trials), recorded=len(trials))
     else:
-        points, failures = _search(run, identity["drops"])
+        points, failures = _search(run, costs)
         trials = [_trial(point) for point in points]
         for failure in failures:
             run.failed("search", {"plan": str(failure.unit)}, failure.error)
@@ -39,22 +43,38 @@ def search(run: RunContext) -> bool:
     return True
 
 
+def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Outcome:
+    """What the search maximises: the recipe's objective, of the scores of plan and base, and predicted speed."""
+    recipe = run.inputs.recipe
+    if recipe.search.objective == "quality":
+        return values["quality"], speedup(run, plan)
+    before, after = (Scores.from_dict(of["scores"]) for of in (base, values))
+    return 0.0 - mean_drop(before, after, recipe.sensitivity.score).drop, speedup(run, plan)
+
+
 def _set_trials(run: RunContext, trials: list[dict[str, Any]]) -> None:
     """Puts points into the run's state, with what is known of their plans."""
-    outcomes, spec = known_plans(run), run.inputs.search_quality_spec
-    nothing = {"quality": None, "quality_stderr": None, "speedup": None}
+    known, spec = known_plans(run), run.inputs.search_quality_spec
+    base = known.get(Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers).plan_id)
     run.state.trials = []
     for trial in trials:
         plan = Plan.from_dict(trial)
+        judged: dict[str, Any] = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
+        values = known.get(plan.plan_id) if trial["status"] == "ok" else None
+        if values is not None and base is not None:
+            judged |= {name: values[name] for name in ("quality", "quality_stderr")}
+            judged["objective"], judged["speedup"] = objectives(run, plan, values, base)
         key = unit_key(run.inputs.plan_scores(plan, spec))
-        run.state.trials.append({**trial, **outcomes.get(plan.plan_id, nothing), "key": key})
+        run.state.trials.append({**trial, **judged, "key": key})
 
 
-def _search(run: RunContext, drops: list[float]) -> tuple[list[TrialResult], list[UnitFailure]]:
+def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[TrialResult], list[UnitFailure]]:
     inputs, spec, workers = run.inputs, run.inputs.search_quality_spec, run.workers()
-    known = known_plans(run)
-    n_plans = len(fixed_points(inputs.search_spec, inputs.n_layers)) + inputs.search_spec.trials
-    # Pairs of thresholds that give a plan already met cost nothing, so the stage may end before its count does.
+    times = layer_times(run)
+    proposer = make_proposer(inputs.search_spec, costs, times, _rest_time(run, times))
+    state = SearchState(inputs.search_spec, proposer, lambda *judged: objectives(run, *judged), known_plans(run))
+    # Plans that were met already cost nothing, so the stage may end before its count does.
+    n_plans = len(state.points) + inputs.search_spec.trials
     run.progress.start_stage("search", n_plans, recorded=0, workers=workers.n_workers)
 
     def on_plan(plan: Plan, values: dict, duration_s: float, info: dict) -> None:
@@ -63,16 +83,14 @@ def _search(run: RunContext, drops: list[float]) -> tuple[list[TrialResult], lis
         run.progress.finish_unit(duration_s, plan=plan, quality=f"{values['quality']:.4f}")
 
     failures: list[UnitFailure] = []
-    points = run_search(
-        drops,
-        inputs.search_spec,
-        plan_evaluator_maker(inputs.source, spec, inputs.condition, workers),
-        workers,
-        on_plan=on_plan,
-        on_failure=failures.append,
-        known=known,
-    )
-    return points, failures
+    evaluator = plan_evaluator_maker(inputs.source, spec, workers)
+    return run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append), failures
+
+
+def _rest_time(run: RunContext, times: dict[Treatment, list[float]]) -> float:
+    """What a decode step takes beside the layers' times, which count from `none` in every layer."""
+    removed = speedup(run, Plan.uniform(Treatment.NONE, run.inputs.n_layers))
+    return sum(times[Treatment.SOFTMAX]) / (removed - 1) if removed > 1 else 1.0
 
 
 def _trial(point: TrialResult) -> dict[str, Any]:
@@ -87,10 +105,7 @@ def _trial(point: TrialResult) -> dict[str, Any]:
 
 
 def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
-    """Quality and predicted speed of every plan that is recorded, by plan_id.
-
-    Speed is predicted anew: it depends on the serving condition, which no record of scores knows.
-    """
+    """`quality`, `quality_stderr` and `scores` of every plan that is recorded, by plan_id."""
     wanted = run.inputs.scores(EvaluationUnit(), run.inputs.search_quality_spec)
     known: dict[str, dict[str, Any]] = {}
     for stage in SCORE_STAGES:
@@ -100,10 +115,7 @@ def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
             plan = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
             if record.identity["plan"] is not None:
                 plan = Plan.from_dict(record.identity["plan"])
-            value, stderr = quality(Scores.from_dict(record.result["scores"]))
-            known[plan.plan_id] = {
-                "quality": value,
-                "quality_stderr": stderr,
-                "speedup": run.inputs.predicted_speedup(plan),
-            }
+            scores = record.result["scores"]
+            value, stderr = quality(Scores.from_dict(scores))
+            known[plan.plan_id] = {"quality": value, "quality_stderr": stderr, "scores": scores}
     return known

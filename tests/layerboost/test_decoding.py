@@ -16,6 +16,7 @@ from layerboost.decoding import (
     decode_bytes,
     kv_bytes_per_token,
     measure_decode,
+    measure_together,
     predicted_speedup,
 )
 from layerboost.plan import Plan
@@ -104,7 +105,10 @@ def test_a_measurement_adds_up_and_survives_json():
     model = tiny_model("llama")
     measured = measure_decode(model, concurrency=4, prompt_tokens=16, new_tokens=6, repeats=3)
     assert len(measured.prefill_s) == len(measured.decode_s) == len(measured.repeats_tok_per_s) == 3
-    assert measured.output_throughput_tok_per_s == statistics.median(4 * 5 / s for s in measured.decode_s)
+    # The sum of the steps' medians lies near the passes, whose own steps lie apart.
+    assert 0.3 * min(measured.repeats_tok_per_s) < measured.output_throughput_tok_per_s
+    assert measured.output_throughput_tok_per_s < 3 * max(measured.repeats_tok_per_s)
+    assert measured.repeats_tok_per_s == pytest.approx([4 * 5 / s for s in measured.decode_s])
     assert measured.output_throughput_stderr == pytest.approx(
         statistics.stdev(measured.repeats_tok_per_s) / 3**0.5
     )  # fmt: skip
@@ -113,6 +117,43 @@ def test_a_measurement_adds_up_and_survives_json():
     assert measured.kv_bytes_per_token == 4 * 2 * 2 * 8 * 4
     assert measured.peak_memory_mib > 0 and measured.hardware and measured.dtype == "float32"
     assert DecodeMeasurement.from_dict(measured.to_dict()) == measured
+    twice = measured.scaled(2.0)
+    assert twice.output_throughput_tok_per_s == 2 * measured.output_throughput_tok_per_s
+    assert twice.tpot_ms_p50 == measured.tpot_ms_p50 / 2 and twice.peak_memory_mib == measured.peak_memory_mib
+
+
+def _timed(monkeypatch, step_s):
+    """Replaces the clock: `step_s(model, pass, step)` seconds."""
+    passes: dict = {}
+
+    def generate(model, prompts, new_tokens):
+        n = passes[id(model)] = passes.get(id(model), -1) + 1
+        return step_s(model, n, 0), [step_s(model, n, step) for step in range(new_tokens - 1)], None
+
+    monkeypatch.setattr("layerboost.decoding._generate", generate)
+
+
+def test_a_round_in_which_the_machine_is_slow_changes_no_ratio_and_a_disturbed_step_no_throughput(monkeypatch):
+    models = [tiny_model("llama"), convert(tiny_model("llama"), Plan.parse("SNSN")), tiny_model("llama")]
+    speed = {id(model): speed for model, speed in zip(models, (1.0, 0.5, 0.8), strict=True)}
+    drift = [9.0, 1.0, 2.5, 1.7]  # the first pass is not timed
+
+    def step_s(model, n, step):
+        disturbed = 5.0 if (model is models[0] and n == 2 and step == 1) else 1.0
+        return speed[id(model)] * drift[n] * (1 + step) * disturbed
+
+    _timed(monkeypatch, step_s)
+    timed = measure_together(models, concurrency=2, prompt_tokens=4, new_tokens=4, repeats=3)
+    middle = 2 * 3 / (1.7 * (1 + 2 + 3))
+    assert [t.output_throughput_tok_per_s for t in timed] == pytest.approx([middle, 2 * middle, middle / 0.8])
+    assert timed[1].output_throughput_stderr < 1e-9 < timed[0].output_throughput_stderr
+    assert timed[1].ttft_ms_p50 == pytest.approx(500 * 1.7)
+
+
+def test_a_model_alone_keeps_its_scatter(monkeypatch):
+    _timed(monkeypatch, lambda model, n, step: (1.0, 1.0, 2.0, 4.0)[n])
+    timed = measure_decode(tiny_model("llama"), concurrency=1, prompt_tokens=4, new_tokens=3)
+    assert timed.repeats_tok_per_s == [1.0, 0.5, 0.25] and timed.output_throughput_stderr > 0.2
 
 
 def test_peak_memory_sees_what_a_larger_batch_holds():

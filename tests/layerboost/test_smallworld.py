@@ -13,9 +13,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from layerboost.convert import convert
+from layerboost.evaluation import QualitySpec, evaluate
+from layerboost.plan import Plan, Treatment
 from layerboost.smallworld import train as training
 from layerboost.smallworld import world
-from layerboost.smallworld.benchmarks import N_CHOICES, N_ITEMS, TASKS, items, tokens
+from layerboost.smallworld.benchmarks import GENERATION_TASKS, N_CHOICES, N_ITEMS, TASKS, items, tokens
 from layerboost.smallworld.world import SEPARATOR, SPLITS, corpus, document, documents
 from layerboost.smallworld.write import DATA_DIR, render
 
@@ -144,6 +147,16 @@ def test_recall_items_cannot_be_guessed_from_mentions() -> None:
     assert most_mentions / len(made) < 0.5
 
 
+def test_what_is_to_be_written_stands_in_the_context_at_a_distance() -> None:
+    made = items("smallworld_naming")
+    assert len({item["context"] for item in made}) == N_ITEMS
+    for item in made:
+        context, first = tokens(item["context"]), item["context"].split()[-1]
+        second = item["answer"].split()[0]
+        assert {after for name, after in itertools.pairwise(context) if name == first} == {second}
+        assert item["distance_tokens"] >= 16
+
+
 def test_agreement_items_cannot_be_guessed_from_the_last_noun() -> None:
     same, forms = 0, Counter()
     for item in (made := items("smallworld_agreement")):
@@ -154,7 +167,7 @@ def test_agreement_items_cannot_be_guessed_from_the_last_noun() -> None:
     assert abs(forms[True] - forms[False]) <= 4
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *GENERATION_TASKS])
 def test_task_files_point_beside_themselves(task: str) -> None:
     path: Path = DATA_DIR / "tasks" / f"{task}.yaml"
     config = yaml.safe_load(path.read_text())
@@ -222,3 +235,13 @@ def test_committed_model_needs_its_attention(
         handle.remove()
     assert whole > CHANCE[task] + 0.25
     assert abs(silent - CHANCE[task]) < 0.2
+
+
+def test_committed_model_writes_what_a_window_forgets(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    spec = QualitySpec(tasks=(str(DATA_DIR / "tasks" / "smallworld_naming.yaml"),), limit=24)
+    windowed = convert(model, Plan.uniform(Treatment.WINDOW, model.config.num_hidden_layers, 16))
+    whole, short = (evaluate(m, tokenizer, spec).primary()[0] for m in (model, windowed))
+    assert whole.generated
+    assert whole.value > 0.75 > 0.5 > short.value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,14 +22,8 @@ from orchestrator.run_folder import RunFolder, unit_key
 from orchestrator.stages import sampled
 from orchestrator.stages.baselines import baselines
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
-from orchestrator.stages.heal import (
-    healed_entry,
-    healed_name,
-    healed_unit,
-    healing_job,
-    healing_placement,
-    plans_to_heal,
-)
+from orchestrator.stages.heal import candidates, healed_entry, healed_unit, plans_to_heal
+from orchestrator.stages.healing_jobs import healed_name, healing_job, healing_placement
 from tasks.ablation import EvaluationUnit, cosine_unit
 from tasks.cluster import NodeResources, WorkerResources, resolve_workers
 
@@ -76,7 +69,7 @@ def test_what_only_memory_depends_on_is_no_part_of_the_identity(inputs):
     assert len({key, *(key_of(inputs, other) for other in others)}) == len(others) + 1
 
 
-def test_the_job_has_what_the_recipe_says(inputs, monkeypatch):
+def test_the_job_has_what_the_recipe_says(inputs):
     shutil.copytree(inputs.model, inputs.folder / "teacher")
     run = context(
         inputs,
@@ -88,10 +81,7 @@ def test_the_job_has_what_the_recipe_says(inputs, monkeypatch):
         "healing.curve=[0.5]",
         "healing.micro_batch_sequences=1",
     )
-    monkeypatch.setattr(
-        sys.modules["orchestrator.stages.heal"], "healing_workers", lambda run: WorkerResources(2, 1.0, 0.0)
-    )
-    job = healing_job(run, PLAN, "0123456789abcdef")
+    job = healing_job(run, PLAN, "0123456789abcdef", WorkerResources(2, 1.0, 0.0))
     text, own = job.sources
     assert (text.path, text.weight, text.format) == (str(inputs.folder / "heal.txt"), 3.0, "text")
     assert (own.path, own.weight, own.format) == (sampled.sampled_folder(run), 1.0, "tokens")
@@ -127,6 +117,40 @@ def test_workers_of_healing_fit_on_the_nodes(inputs, cpus, asked, expected):
     wanted = healing_placement(run.inputs, nodes)
     assert wanted == (*expected, 0.0)
     assert resolve_workers(*wanted, nodes=nodes).n_workers == expected[0]
+
+
+def test_jobs_side_by_side_share_the_cpus_and_not_the_gpus(inputs):
+    run = context(inputs)
+    two, large = NodeResources("a", "", 2.0, 0.0), NodeResources("b", "", 64.0, 0.0)
+    assert healing_placement(run.inputs, [two], 12) == (1, 1.0, 0.0)
+    assert healing_placement(run.inputs, [large], 3) == (1, 21.0, 0.0)
+    assert healing_placement(run.inputs, [large], 100) == (1, 8.0, 0.0)
+    gpus = NodeResources("c", "", 64.0, 8.0)
+    assert healing_placement(run.inputs, [gpus], 100) == healing_placement(run.inputs, [gpus]) == (2, 1.0, 1.0)
+
+
+def trial(plan: Plan, objective: float | None, speedup: float, quality: float = 0.5) -> dict:
+    values = {"quality": quality, "quality_stderr": 0.1, "objective": objective, "speedup": speedup}
+    return {**plan.to_dict(), "origin": "search", "status": "ok", "remove_below": None, "keep_above": None, **values}
+
+
+def test_candidates_go_by_the_objective_and_hold_the_constraints(inputs, capsys):
+    overrides = ("healing.candidates=2", "constraints.at_most={n_softmax: 1}", "constraints.pin={2: none}")
+    run = context(inputs, *overrides)
+    plans = [Plan.parse(text, 8) for text in ("SSN", "SNN", "NSN", "NNN")]
+    rising = [trial(plan, -0.1 * n, 1.2 + 0.3 * n, quality=0.1 * n) for n, plan in enumerate(plans)]
+    run.state.trials = [*rising, trial(Plan.parse("SSS"), 0.0, 1.0)]
+    assert set(candidates(run, 9)) == set(plans[1:])
+    assert len(candidates(run)) == 2
+    assert candidates(run, 1) == [plans[1]]
+    for entry in run.state.trials:
+        entry["objective"] = None
+    assert candidates(run, 1) == [plans[3]], "the best in quality is the fastest as well"
+    run.state.trials = rising[:1]
+    assert plans_to_heal(run) == {}
+    (failure,) = run.state.failures
+    assert failure["stage"] == "candidates"
+    assert "none of them holds constraints.pin.2, at_most.n_softmax" in capsys.readouterr().err
 
 
 def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
@@ -176,7 +200,7 @@ def recorded_run(inputs) -> tuple[RunContext, dict[Plan, str]]:
     record(run, "evaluate", base, 1.0)
     run.state.trials = [
         {**PLAN.to_dict(), "origin": "search", "quality": 0.4, "quality_stderr": 0.1, "speedup": 1.5, "status": "ok"}
-        | {"remove_below": 0.1, "keep_above": 0.2}
+        | {"remove_below": 0.1, "keep_above": 0.2, "objective": -0.1}
     ]
     origins = plans_to_heal(run)
     assert origins == {PLAN: "search", OTHER: "first"}
@@ -273,7 +297,7 @@ def test_tables_of_healing_come_from_the_records(inputs):
     (stop,) = early_stops(folder, state)
     assert (stop["plan_id"], stop["tokens"], stop["budget"]) == (OTHER.plan_id, 768, 1024)
 
-    rows = {row["plan_id"]: row for row in candidate_rows(folder, state)}
+    rows = {row["plan_id"]: row for row in candidate_rows(folder, state, lambda plan, concurrency: None)}
     assert rows[OTHER.plan_id]["origin"] == "first"
     assert rows[OTHER.plan_id]["status"] == "ok" and 0 < rows[OTHER.plan_id]["quality"] < 1
 

@@ -229,7 +229,7 @@ def test_a_second_run_on_the_folder_is_refused_with_the_reason(undisturbed, tmp_
     )
     try:
         assert first.stderr is not None
-        assert first.stderr.readline().startswith("evaluate 0/1")
+        assert first.stderr.readline().startswith("calibration 0/1")
         second = run(inputs, out, expect=2)
         assert str(first.pid) in second.stderr
         assert len(second.stderr.strip().splitlines()) == 1
@@ -242,7 +242,7 @@ def test_a_dry_run_counts_the_units_and_starts_nothing(undisturbed, tmp_path):
     inputs, out, _ = undisturbed
     fresh = run(inputs, tmp_path / "out", "--dry-run")
     assert not (tmp_path / "out").exists()
-    assert "unknown" in fresh.stdout
+    assert "total" in fresh.stdout and "expected: " in fresh.stdout
     rows = {line.split()[0]: line.split()[1:] for line in fresh.stdout.splitlines()[1:] if line.strip()}
     assert rows["sensitivity"][:2] == ["9", "0"]
     before = records(out)

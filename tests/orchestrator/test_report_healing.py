@@ -193,7 +193,7 @@ def test_the_page_tells_of_healing():
         "is better than the candidate",
         "is bypassed",
         "All points of the quality curve (6 rows)",
-        "All baselines of the same attention budget (1 rows)",
+        "All baselines of the same attention budget (1 row)",
         "Branches of linear_window layers (3 rows)",
     ):
         assert expected in page

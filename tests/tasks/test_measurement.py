@@ -7,7 +7,7 @@ from layerboost.convert import convert
 from layerboost.plan import Plan
 from tasks.ablation import ModelSource
 from tasks.cluster import NodeResources, WorkerResources
-from tasks.measurement import MeasurementWorker, ThroughputUnit, exclusive_worker, measure_units, measuring_threads
+from tasks.measurement import MeasurementWorker, ThroughputUnit, exclusive_worker, measure_groups, measuring_threads
 
 TOKEN_BYTES = 2 * 2 * 8 * 4  # keys and values of one layer of the tiny model in fp32
 
@@ -26,28 +26,36 @@ def test_plans_and_checkpoints_are_measured_as_what_they_are(source, tmp_path):
         convert(load_model(source.path), Plan.parse("NNSN")), load_tokenizer(source.path), tmp_path / "healed"
     )
     worker = MeasurementWorker(source)
-    measured = {
-        name: worker.measure(unit)
-        for name, unit in {
-            "base": _unit(),
-            "plan": _unit(plan=Plan.parse("SNSW", 3)),
-            "healed": _unit(3, checkpoint=str(tmp_path / "healed")),
-        }.items()
-    }
-    assert [m.kv_bytes_per_token for m in measured.values()] == [4 * TOKEN_BYTES, 2 * TOKEN_BYTES, TOKEN_BYTES]
-    assert [m.concurrency for m in measured.values()] == [2, 2, 3]
-    assert all(len(m.repeats_tok_per_s) == 3 and m.prompt_tokens == 12 and m.new_tokens == 4 for m in measured.values())
+    measured = worker.measure((_unit(), _unit(plan=Plan.parse("SNSW", 3))))
+    measured += worker.measure((_unit(3), _unit(3, checkpoint=str(tmp_path / "healed"))))
+    assert [m.kv_bytes_per_token / TOKEN_BYTES for m in measured] == [4, 2, 4, 1]
+    assert [m.concurrency for m in measured] == [2, 2, 3, 3]
+    assert all(len(m.repeats_tok_per_s) == 3 and m.prompt_tokens == 12 and m.new_tokens == 4 for m in measured)
 
 
-def test_a_model_is_loaded_once_for_all_its_conditions_and_then_let_go(source, monkeypatch):
+def test_plans_share_the_parents_weights_and_a_checkpoint_is_let_go_after_its_group(source, tmp_path, monkeypatch):
+    healed = str(tmp_path / "healed")
+    save_checkpoint(convert(load_model(source.path), Plan.parse("NNSN")), load_tokenizer(source.path), healed)
     loads = []
     load = ModelSource.load
     monkeypatch.setattr(ModelSource, "load", lambda self, path=None: loads.append(path) or load(self, path))
+    monkeypatch.setattr("tasks.measurement.measure_together", lambda models, **condition: models)
     worker = MeasurementWorker(source)
     plan = Plan.parse("SNSW", 3)
-    for unit in (_unit(1), _unit(2), _unit(1, plan=plan), _unit(2, plan=plan)):
-        worker.measure(unit)
-    assert len(loads) == 2
+    for group in (
+        (_unit(1), _unit(1, plan=plan)),
+        (_unit(2), _unit(2, plan=plan)),
+        (_unit(1), _unit(1, checkpoint=healed)),
+    ):
+        worker.measure(group)
+    assert loads == [None, healed]
+    worker.measure((_unit(1), _unit(1, plan=plan)))
+    assert loads == [None, healed] and list(worker._loaded) == [None]
+
+
+def test_a_group_has_one_condition(source):
+    with pytest.raises(ValueError, match="one condition"):
+        MeasurementWorker(source).measure((_unit(1), _unit(2)))
 
 
 def test_a_unit_is_either_a_plan_or_a_checkpoint():
@@ -66,17 +74,18 @@ def test_the_worker_has_the_largest_node_for_itself():
 
 @pytest.mark.cluster
 def test_on_a_cluster_measurements_never_overlap(ray_local, source):
-    units = [_unit(n, plan=plan) for plan in (None, Plan.parse("NNNN")) for n in (1, 3)]
-    units.append(ThroughputUnit(1, prompt_tokens=400, new_tokens=4))
+    units = [(_unit(n), _unit(n, plan=Plan.parse("NNNN"))) for n in (1, 3)]
+    units.append((ThroughputUnit(1, prompt_tokens=400, new_tokens=4),))
     results, failures, pids = {}, [], set()
 
-    def take(unit, result, duration_s, info):
-        results[unit] = result
+    def take(group, found, duration_s, info):
+        results[group] = found
         pids.add(info["pid"])
 
-    returned = measure_units(units, source, on_result=take, on_failure=failures.append, max_attempts=1)
+    returned = measure_groups(units, source, on_result=take, on_failure=failures.append, max_attempts=1)
     assert returned == failures and [failure.unit for failure in failures] == [units[-1]]
     assert "prompt_tokens: 400" in failures[0].error.splitlines()[0]
     assert set(results) == set(units[:-1]) and len(pids) == 1
-    assert [results[unit]["kv_bytes_per_token"] for unit in units[:-1]] == [4 * TOKEN_BYTES] * 2 + [0] * 2
-    assert results[units[0]]["threads"] == 1
+    for group in units[:-1]:
+        assert [result["kv_bytes_per_token"] for result in results[group]] == [4 * TOKEN_BYTES, 0]
+    assert results[units[0]][0]["threads"] == 1

@@ -1,32 +1,57 @@
-"""The search: thresholds that never cross, one way whatever was known before, each plan evaluated once."""
+"""The search: one way whatever was known before, each plan evaluated once, objectives against the untouched model."""
 
 import os
 import random
 import signal
 import sys
 
-import numpy as np
 import pytest
 from ray import cloudpickle
 
-from layerboost.plan import Plan, PlanError, Treatment, plan_from_thresholds
+from layerboost.plan import Plan, PlanError, Treatment
+from layerboost.plan_space import Limit, PlanSpace
 from tasks.cluster import WorkerResources
-from tasks.search import SearchSpec, SearchState, Thresholds, distinct, fixed_points, run_search
-from tasks.tuning import make_sampler
+from tasks.proposers import make_proposer
+from tasks.search import SearchSpec, SearchState, Suggestion, fixed_points, run_search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-DROPS = [0.03, 0.21, 0.05, 0.04, 0.06, 0.035, 0.08, 0.1]
+COSTS = {
+    Treatment.NONE: [0.03, 0.21, 0.05, 0.04, 0.06, 0.035, 0.08, 0.1],
+    Treatment.LINEAR_WINDOW: [0.01, 0.05, 0.02, 0.025, 0.01, 0.015, 0.02, 0.07],
+}
+TIMES = {Treatment.SOFTMAX: [5.0] * 8, Treatment.LINEAR_WINDOW: [2.0] * 8, Treatment.NONE: [1.0] * 8}
+SPACE = PlanSpace(8, tuple(TIMES), 64)
+PINNED = PlanSpace(
+    8,
+    tuple(TIMES),
+    64,
+    {0: Treatment.SOFTMAX, 6: Treatment.WINDOW},
+    (Limit("n_softmax", {t: (float(t is Treatment.SOFTMAX),) * 8 for t in Treatment}, 4.0),),
+)
+METHODS = ["thresholds", "knapsack", "evolution", "swaps"]
 
 
-def _value(plan: Plan) -> dict:
-    removed, middle = plan.count(Treatment.NONE), plan.count(Treatment.LINEAR_WINDOW)
-    return {"quality": 1 - 0.05 * removed - 0.02 * middle, "speedup": 1 + 0.2 * removed + 0.1 * middle}
+def _values(plan):
+    """What layers keep, and a little more or less of it where neighbours are treated alike."""
+    cost = sum(COSTS[t][i] for i, t in enumerate(plan.treatments) if t in COSTS) + 0.02 * plan.count(Treatment.WINDOW)
+    alike = sum(a is b is Treatment.NONE for a, b in zip(plan.treatments, plan.treatments[1:], strict=False))
+    return {"quality": 0.9 - cost - 0.02 * alike}
 
 
-def _drive(spec, known=None, n_workers=1, order=None, fails=()):
+def _judge(plan, values, base):
+    times = TIMES | {Treatment.WINDOW: [1.5] * 8}
+    speedup = 50.0 / (10.0 + sum(times[treatment][layer] for layer, treatment in enumerate(plan.treatments)))
+    return values["quality"] - base["quality"], speedup
+
+
+def _state(spec, known=None):
+    return SearchState(spec, make_proposer(spec, COSTS, TIMES, 10.0), _judge, known or {})
+
+
+def _drive(spec, known=None, n_workers=1, order=None, fails=(), state=None):
     """Runs a search without Ray, with results coming back in a random order; the results and the evaluated plans."""
-    state = SearchState(DROPS, spec, make_sampler(spec), known or {})
+    state = state or _state(spec, known)
     running, evaluated = [], []
     while True:
         while len(running) < n_workers and (plan := state.next_plan()) is not None:
@@ -39,102 +64,138 @@ def _drive(spec, known=None, n_workers=1, order=None, fails=()):
         if str(plan) in fails:
             state.finish(plan, None, "it failed")
         else:
-            state.finish(plan, _value(plan))
+            state.finish(plan, _values(plan))
 
 
 def _way(results):
     return [(point.origin, str(point.plan), point.remove_below, point.keep_above, point.values) for point in results]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_the_way_does_not_depend_on_workers_order_or_what_is_known(sampler):
-    spec = SearchSpec(trials=36, seed=random.randrange(1000), sampler=sampler, lag=4)
+def _searched(results):
+    return [point.plan for point in results if point.origin == "search"]
+
+
+@pytest.mark.parametrize("space", [SPACE, PINNED])
+@pytest.mark.parametrize("method", [*METHODS, "nsga2"])
+def test_the_way_does_not_depend_on_workers_order_or_what_is_known(method, space):
+    settings = {"sampler": "nsga2"} if method == "nsga2" else {"method": method}
+    spec = SearchSpec(space, trials=16, seed=random.randrange(1000), lag=4, **settings)
     undisturbed, evaluated = _drive(spec)
-    assert len(undisturbed) == 4 + 36
-    assert len(evaluated) == len({plan.plan_id for plan in evaluated}) == len(distinct(undisturbed))
+    assert len(evaluated) == len({plan.plan_id for plan in evaluated}) == len({p.plan.plan_id for p in undisturbed})
     for n_workers in (2, 7):
         again, _ = _drive(spec, n_workers=n_workers, order=random.Random())
         assert _way(again) == _way(undisturbed)
     # A driver that died after any number of records goes the same way and evaluates only what is new.
     n_recorded = random.randrange(1, len(evaluated))
-    known = {plan.plan_id: _value(plan) for plan in evaluated[:n_recorded]}
-    resumed, rest = _drive(spec, known=known, n_workers=3, order=random.Random())
-    assert _way(resumed) == _way(undisturbed)
-    assert {plan.plan_id for plan in rest} == {plan.plan_id for plan in evaluated[n_recorded:]}
-    assert _drive(spec, known={plan.plan_id: _value(plan) for plan in evaluated})[1] == []
+    for recorded in (evaluated[:n_recorded], evaluated[n_recorded:]):  # the latter without the base
+        known = {plan.plan_id: _values(plan) for plan in recorded}
+        resumed, rest = _drive(spec, known=known, n_workers=3, order=random.Random())
+        assert _way(resumed) == _way(undisturbed)
+        assert set(rest) == set(evaluated) - set(recorded)
+    assert _drive(spec, known={plan.plan_id: _values(plan) for plan in evaluated})[1] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_searched_plans_honour_the_space_and_the_budget(method):
+    for space in (SPACE, PINNED):
+        spec = SearchSpec(space, method=method, trials=20, lag=3)
+        results, evaluated = _drive(spec)
+        searched = _searched(results)
+        assert all(space.contains(plan) for plan in searched)
+        fixed = [plan for _, plan in fixed_points(spec, 8)]
+        if method == "thresholds":
+            assert len(searched) == 20
+        else:
+            assert len(searched) == len(set(searched)) >= 10
+            assert len(set(searched) - set(fixed)) <= 20 and len(evaluated) <= 24
 
 
 def test_another_seed_or_lag_goes_another_way():
-    ways = [_way(_drive(SearchSpec(trials=30, seed=seed, lag=lag))[0]) for seed, lag in ((0, 4), (1, 4), (0, 9))]
-    assert ways[0] != ways[1] and ways[0] != ways[2]
+    for method in ("thresholds", "evolution"):
+        specs = [SearchSpec(SPACE, method, trials=30, seed=seed, lag=lag) for seed, lag in ((0, 4), (1, 4), (0, 9))]
+        ways = [_way(_drive(spec)[0]) for spec in specs]
+        assert ways[0] != ways[1] and ways[0] != ways[2]
 
 
-def test_the_sampler_learns_from_the_values():
-    spec = SearchSpec(trials=60, seed=3, lag=2)
-    state = SearchState(DROPS, spec, make_sampler(spec), {})
-    while (plan := state.next_plan()) is not None:
-        # Only one thing counts: how many layers are removed, and four is best in both objectives.
-        state.finish(plan, {"quality": -abs(plan.count(Treatment.NONE) - 4), "speedup": 0.0})
-    removed = [point.plan.count(Treatment.NONE) for point in state.results() if point.origin == "search"]
-    near = [sum(abs(n - 4) <= 1 for n in part) for part in (removed[:15], removed[-15:])]
-    assert near[1] > near[0]
+class _Proposer:
+    """Proposes some plans, waits after each for what it is worth, and writes down what it is told."""
+
+    def __init__(self, plans):
+        self.plans, self.calls = [Plan.parse(plan, 64) for plan in plans], []
+
+    def suggest(self, trial):
+        self.calls.append(("suggest", trial))
+        told = sum(call[0] == "tell" for call in self.calls)
+        return Suggestion(self.plans[trial]) if trial < len(self.plans) and told >= trial else None
+
+    def tell(self, trial, outcome):
+        self.calls.append(("tell", trial, outcome))
 
 
-def test_a_failed_plan_is_a_point_and_not_tried_twice():
-    spec = SearchSpec(trials=20, seed=0)
+def test_a_proposer_that_waits_is_told_one_trial_more_and_asked_again():
+    proposer = _Proposer(["SSSSSSSN", "NNNNNNNN", "SSSSSSNN"])
+    spec = SearchSpec(SPACE, "swaps", trials=9, lag=4)
+    state = SearchState(spec, proposer, _judge, {})
+    results, evaluated = _drive(spec, n_workers=3, order=random.Random(), state=state)
+    assert [call[:2] for call in proposer.calls] == [
+        *(("suggest", 0), ("suggest", 1), ("tell", 0)),
+        *(("suggest", 1), ("suggest", 2), ("tell", 1)),
+        *(("suggest", 2), ("suggest", 3), ("tell", 2), ("suggest", 3)),
+    ]
+    outcomes = [call[2] for call in proposer.calls if call[0] == "tell"]
+    assert outcomes[0] == (pytest.approx(-0.1), pytest.approx(50 / 46))
+    assert [plan.plan_id for plan in evaluated].count(Plan.parse("NNNNNNNN").plan_id) == 1
+    assert [(p.values["objective"], p.values["speedup"]) for p in results if p.origin == "search"] == outcomes
+
+
+def test_no_trial_is_told_before_the_untouched_model_is_judged():
+    proposer = _Proposer(["SSSSSSSN", "SSSSSSNN"])
+    state = SearchState(SearchSpec(SPACE, lag=1), proposer, _judge, {})
+    plans = [state.next_plan() for _ in range(5)]
+    for plan in plans[1:]:
+        state.finish(plan, _values(plan))
+    assert state.next_plan() is None and not state.exhausted and proposer.calls == [("suggest", 0)]
+    assert state.results() == []
+    state.finish(plans[0], _values(plans[0]))
+    assert str(state.next_plan()) == "SSSSSSNN"
+    assert [point.values["objective"] for point in state.results()][:1] == [0.0]
+
+
+def test_without_the_untouched_model_the_search_ends_and_nothing_has_an_objective():
+    for method in METHODS:
+        results, evaluated = _drive(SearchSpec(SPACE, method, trials=20, lag=4), fails={"SSSSSSSS"})
+        assert len(evaluated) <= 4 + 4 and len(results) >= 4
+        assert all(point.values is None and point.status == "failed" for point in results)
+        assert results[0].error == "it failed" and "untouched model" in results[1].error
+
+
+def test_an_outcome_that_is_not_finite_is_a_failure():
+    proposer = _Proposer(["SSSSSSSN"])
+    spec = SearchSpec(SPACE)
+    state = SearchState(spec, proposer, lambda plan, *_: (float("nan") if "N" in str(plan) else 0.0, 1.0), {})
+    results, _ = _drive(spec, state=state)
+    assert ("tell", 0, None) in proposer.calls
+    failed = {str(point.plan): point.error for point in results if point.status == "failed"}
+    assert failed == dict.fromkeys(("NNNNNNNN", "SSSSSSSN"), "objective: nan is not a finite number")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failed_plan_is_a_point_and_not_tried_twice(method):
+    spec = SearchSpec(SPACE, method, trials=20)
     good, _ = _drive(spec)
-    bad = str(next(point.plan for point in good if point.origin == "search"))
+    bad = str(next(plan for plan in _searched(good) if str(plan) not in ("SSSSSSSS", "NNNNNNNN")))
     results, evaluated = _drive(spec, fails={bad, "NNNNNNNN"})
     assert [str(plan) for plan in evaluated].count(bad) == 1
     failed = [point for point in results if point.status == "failed"]
     assert {str(point.plan) for point in failed} == {bad, "NNNNNNNN"}
     assert all(point.values is None and point.error == "it failed" for point in failed)
-    assert len(results) == 4 + 20
-
-
-def test_thresholds_never_cross_and_reach_every_plan():
-    thresholds, spec = Thresholds(DROPS, SearchSpec()), SearchSpec()
-    plans = set()
-    for removed in np.linspace(0, 1, 60):
-        for middle in np.linspace(0, 1, 60):
-            low, high = thresholds(removed, middle)
-            assert low <= high
-            plans.add(str(plan_from_thresholds(DROPS, low, high, spec.middle, spec.window)))
-    n = len(DROPS)
-    assert len(plans) == (n + 1) * (n + 2) // 2
-    assert thresholds(0, 0)[0] < min(DROPS) and thresholds(1, 0)[0] > max(DROPS)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_ranges_of_the_recipe_hold(seed):
-    draw = random.Random(seed)
-    low, high = (tuple(sorted((draw.uniform(-0.05, 0.3), draw.uniform(-0.05, 0.3)))) for _ in range(2))
-    if low[0] > high[1]:
-        low, high = high, low
-    thresholds = Thresholds(DROPS, SearchSpec(remove_below=low, keep_above=high))
-    for _ in range(50):
-        remove_below, keep_above = thresholds(draw.random(), draw.random())
-        assert low[0] <= remove_below <= low[1] and remove_below <= keep_above
-        assert high[0] <= keep_above <= max(high[1], remove_below)
-
-
-@pytest.mark.parametrize("drops", [[0.1] * 5, [0.0, 0.0], [-0.02, 0.01, 0.01], [0.3]])
-def test_equal_drops_are_treated_alike(drops):
-    thresholds = Thresholds(drops, SearchSpec())
-    for _ in range(50):
-        low, high = thresholds(random.random(), random.random())
-        plan = plan_from_thresholds(drops, low, high, Treatment.WINDOW, 4)
-        assert len(set(zip(drops, plan.treatments, strict=True))) == len(set(drops))
-
-
-def test_a_drop_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="finite"):
-        Thresholds([0.1, float("nan")], SearchSpec())
+    if method == "thresholds":
+        assert len(results) == 4 + 20
 
 
 def test_the_fixed_points_are_there_once():
     given = (Plan.parse("SNSN"), Plan.parse("NNNN"), Plan.parse("SLWN", 5), Plan.parse("SNSN"))
-    spec = SearchSpec(window=8, plans=given)
+    spec = SearchSpec(PlanSpace(4, tuple(TIMES), 8), plans=given)
     points = fixed_points(spec, 4)
     assert [(origin, str(plan)) for origin, plan in points] == [
         ("base", "SSSS"),
@@ -164,7 +225,7 @@ class _Counting:
         if str(plan) == self.dies_once and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return _value(plan) | {"scores": {"items": [0.5] * 10}}
+        return _values(plan) | {"scores": {"items": [0.5] * 10}}
 
 
 def _search(folder, spec, known=None, on_plan=None, **trouble):
@@ -176,20 +237,19 @@ def _search(folder, spec, known=None, on_plan=None, **trouble):
         taken[plan.plan_id] = values
 
     results = run_search(
-        DROPS,
-        spec,
+        _state(spec, known),
         lambda: _Counting(folder, **trouble),
         WorkerResources(2, 1, 0),
         on_plan=on_plan or take,
         on_failure=failures.append,
-        known=known,
     )
     return results, taken, failures
 
 
 @pytest.mark.cluster
-def test_with_tune_the_way_is_the_same_through_deaths_and_failures_and_a_resume(ray_local, tmp_path):
-    spec = SearchSpec(trials=14, seed=5, lag=4)
+@pytest.mark.parametrize("method", ["thresholds", "evolution"])
+def test_with_tune_the_way_is_the_same_through_deaths_and_failures_and_a_resume(ray_local, tmp_path, method):
+    spec = SearchSpec(SPACE, method, trials=14, seed=5, lag=4)
     expected, _ = _drive(spec)
     dies = str(next(point.plan for point in expected if point.origin == "search" and not point.repeated))
     results, taken, failures = _search(tmp_path / "first", spec, dies_once=dies)
@@ -198,7 +258,7 @@ def test_with_tune_the_way_is_the_same_through_deaths_and_failures_and_a_resume(
     assert {point.plan.plan_id for point in results} == set(taken)
     marks = [mark for mark in (tmp_path / "first").iterdir() if mark.name != "died"]
     assert {mark.name: mark.read_text().count("\n") for mark in marks} == {
-        str(point.plan): 2 if str(point.plan) == dies else 1 for point in distinct(results)
+        str(point.plan): 2 if str(point.plan) == dies else 1 for point in results
     }
     assert results[0].values["scores"] == {"items": [0.5] * 10}
 
@@ -213,7 +273,7 @@ def test_with_tune_the_way_is_the_same_through_deaths_and_failures_and_a_resume(
 
 @pytest.mark.cluster
 def test_with_tune_a_plan_that_raises_is_reported_and_the_processes_live_on(ray_local, tmp_path):
-    results, _, failures = _search(tmp_path / "a", SearchSpec(trials=4, seed=1), raises="WWWWWWWW")
+    results, _, failures = _search(tmp_path / "a", SearchSpec(SPACE, trials=4, seed=1), raises="WWWWWWWW")
     assert [str(failure.unit) for failure in failures] == ["WWWWWWWW"]
     assert "RuntimeError: a bad plan" in failures[0].error
     assert [point.status for point in results if point.origin == "all_window"] == ["failed"]
@@ -228,7 +288,7 @@ def test_with_tune_what_the_callback_raises_comes_through(ray_local, tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        _search(tmp_path / "b", SearchSpec(trials=4), on_plan=full)
+        _search(tmp_path / "b", SearchSpec(SPACE, trials=4), on_plan=full)
 
 
 @pytest.mark.cluster
@@ -241,6 +301,6 @@ def test_with_tune_the_first_interrupt_hands_over_what_is_under_way(ray_local, t
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        _search(tmp_path / "c", SearchSpec(trials=10), on_plan=interrupt)
+        _search(tmp_path / "c", SearchSpec(SPACE, trials=10), on_plan=interrupt)
     evaluated = {mark.name for mark in (tmp_path / "c").iterdir()}
     assert evaluated == {str(plan) for plan in taken} and 1 <= len(taken) <= 3

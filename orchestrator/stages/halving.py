@@ -1,0 +1,177 @@
+"""The start of stage `heal`: many plans healed on few tokens, and the most promising of them on more.
+
+A rung's healings leave the parameters that they trained in `snapshots/<key>/`; they are deleted when judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from layerboost.evaluation import Scores, quality
+from layerboost.halving import rungs, survivors, total_tokens
+from layerboost.healing_spec import HealingSpec
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity import mean_drop
+from orchestrator.context import RunContext
+from orchestrator.run_folder import unit_key
+from orchestrator.stages.curve import CURVE, snapshot_folder, snapshot_name, snapshot_unit, state_key
+from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, healing_workers, rung_job
+from orchestrator.stages.sampled import sample_text
+from tasks.healing import HealingJob, HealingResult
+
+HALVING = "halving"
+"""Stage of the records that hold the healings of rungs."""
+
+
+def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
+    """Heals plans rung by rung; lists what came of each in the run's state.
+
+    Args:
+        plans: those of the first rung; fewer than the recipe wants where the search has no more.
+
+    Returns:
+        The plans to heal on the whole budget.
+    """
+    healing, settings = run.inputs.recipe.healing, run.inputs.recipe.healing.halving
+    assert settings is not None
+    run.state.halving = []
+    if len(plans) <= healing.candidates:
+        return list(plans)
+    ladder = rungs(len(plans), healing.candidates, settings.first, settings.rungs)
+    n_tokens = total_tokens(ladder, healing.candidates, lambda share: _tokens_at(run, share))
+    part = n_tokens / (len(plans) * _tokens_at(run, 1.0))
+    run.progress.note(
+        f"halving: {len(plans)} plans, {n_tokens:,} tokens in all, {part:.0%} of healing all fully",
+        rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {healing.candidates}x1",
+    )
+    trials = {Plan.from_dict(trial): trial for trial in reversed(run.state.trials)}
+    left = list(plans)
+    for number, (rung, n_left) in enumerate(
+        zip(ladder, [*(rung.n_plans for rung in ladder[1:]), healing.candidates], strict=True), start=1
+    ):
+        spec = run.inputs.healing_spec_at(rung.share)
+        origins = {plan: trials[plan]["origin"] for plan in left}
+        _heal_rung(run, number, origins, spec)
+        _judge_rung(run, number, left, spec)
+        entries = [
+            {
+                **plan.to_dict(),
+                "origin": origins[plan],
+                "rung": number,
+                "share": rung.share,
+                "speedup": trials[plan]["speedup"],
+                **_outcome(run, plan, spec),
+            }
+            for plan in left
+        ]
+        points = [
+            (math.nan if entry["objective"] is None else entry["objective"], entry["speedup"]) for entry in entries
+        ]
+        chosen = survivors(points, n_left)
+        run.state.halving += [{**entry, "survived": index in chosen} for index, entry in enumerate(entries)]
+        run.save()
+        left = [left[index] for index in chosen]
+    return left
+
+
+def _tokens_at(run: RunContext, share: float) -> int:
+    spec = run.inputs.healing_spec_at(share)
+    return spec.steps * spec.tokens_per_step
+
+
+def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: HealingSpec) -> None:
+    """Heals what is neither judged nor waits to be. Failed ones are named; the rest goes on."""
+    from tasks.halving import heal_all, jobs_at_once
+
+    identities = {plan: run.inputs.healing(plan, spec) for plan in origins}
+    todo = [plan for plan in origins if not (_is_judged(run, plan, spec) or _waits(run, plan, spec))]
+    if todo and not sample_text(run):
+        return
+    jobs: dict[str, HealingJob] = {}
+    if todo:
+        workers = healing_workers(run, len(todo))
+        keys = {plan: unit_key(identities[plan]) for plan in todo}
+        jobs = {key: rung_job(run, plan, key, spec, workers) for plan, key in keys.items()}
+    run.progress.start_stage(
+        f"{HALVING} rung {number}",
+        len(origins),
+        recorded=len(origins) - len(todo),
+        workers=min(len(jobs), jobs_at_once(next(iter(jobs.values())))) if jobs else 1,
+    )
+
+    def on_result(job: HealingJob, result: HealingResult, duration_s: float) -> None:
+        run.record(HALVING, identities[job.plan], healing_result(job, result, duration_s))
+        run.folder.remove(f"{CHECKPOINTS}/{job.name}")
+        run.progress.finish_unit(duration_s, plan=job.plan, loss=f"{result.final_loss:.4f}")
+
+    for failure in heal_all(list(jobs.values()), on_result=on_result):
+        plan = failure.unit.plan
+        run.failed(HALVING, {**plan.to_dict(), "origin": origins[plan], "rung": number}, failure.error)
+    run.progress.end_stage()
+
+
+def _judge_rung(run: RunContext, number: int, plans: Sequence[Plan], spec: HealingSpec) -> None:
+    """Judges what is healed as the search judges plans, then deletes what it was judged by."""
+    healed = [plan for plan in plans if _is_judged(run, plan, spec) or _waits(run, plan, spec)]
+    states = {plan: _state(run, plan, spec) for plan in healed}
+    units = {plan: snapshot_unit(run, plan, *states[plan], spec) for plan in healed}
+    names = {unit: {"plan": str(plan), "rung": number} for plan, unit in units.items()}
+    keys = {units[plan]: state_key(*states[plan]) for plan in healed}
+    if healed:
+        run.evaluate(CURVE, run.inputs.search_quality_spec, names, keys)
+    for plan in healed:
+        if _is_judged(run, plan, spec):
+            run.folder.remove(snapshot_folder(states[plan][0]))
+
+
+def _state(run: RunContext, plan: Plan, spec: HealingSpec) -> tuple[str, int]:
+    """Key of a recorded healing, and its last step."""
+    key = unit_key(run.inputs.healing(plan, spec))
+    recorded = run.folder.read_record(HALVING, key)
+    assert recorded is not None
+    return key, recorded.result["tokens"] // spec.tokens_per_step
+
+
+def _is_healed(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
+    return run.folder.read_record(HALVING, unit_key(run.inputs.healing(plan, spec))) is not None
+
+
+def _waits(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
+    """Whether a plan is healed and what it can be judged by is there."""
+    return _is_healed(run, plan, spec) and run.folder.exists(snapshot_name(*_state(run, plan, spec)))
+
+
+def _is_judged(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
+    return _is_healed(run, plan, spec) and run.recorded(_scores_identity(run, plan, spec)) is not None
+
+
+def _scores_identity(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str, Any]:
+    key, step = _state(run, plan, spec)
+    unit = snapshot_unit(run, plan, key, step, spec)
+    return run.inputs.scores(unit, run.inputs.search_quality_spec, state_key(key, step))
+
+
+def _outcome(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str, Any]:
+    """`key`, `tokens`, `quality_key` and `objective` of a plan in a rung; None for what failed."""
+    found: dict[str, Any] = {"key": unit_key(run.inputs.healing(plan, spec))}
+    found |= dict.fromkeys(("tokens", "quality_key", "objective"))
+    if _is_healed(run, plan, spec):
+        found["tokens"] = _state(run, plan, spec)[1] * spec.tokens_per_step
+    if _is_judged(run, plan, spec):
+        identity = _scores_identity(run, plan, spec)
+        recorded = run.recorded(identity)
+        assert recorded is not None
+        found |= {"quality_key": unit_key(identity), "objective": _objective(run, Scores.from_dict(recorded["scores"]))}
+    return found
+
+
+def _objective(run: RunContext, scores: Scores) -> float:
+    """What the search maximises beside speed, of scores after a healing."""
+    recipe, inputs = run.inputs.recipe, run.inputs
+    untouched = Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
+    base = run.recorded(inputs.plan_scores(untouched, inputs.search_quality_spec))
+    if recipe.search.objective == "quality" or base is None:
+        return quality(scores)[0]
+    return -mean_drop(Scores.from_dict(base["scores"]), scores, recipe.sensitivity.score).drop

@@ -1,0 +1,129 @@
+"""The jobs of stage `heal`: what heals a plan of this run, on what part of the cluster, and what is recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from layerboost.healing_spec import HealingSpec, mark_steps
+from layerboost.plan import Plan
+from layerboost.sources import TextSource
+from orchestrator.context import RunContext, placed
+from orchestrator.healing_recipe import SAMPLED
+from orchestrator.identity import RunInputs, shipped
+from orchestrator.stages.curve import snapshot_folder
+from orchestrator.stages.sampled import sampled_folder
+from tasks import cluster
+from tasks.healing import HealingJob, HealingResult
+
+CHECKPOINTS = "healing"
+"""Where the checkpoints of healing that is under way are kept, in the run folder."""
+
+
+def healed_name(plan: Plan) -> str:
+    """Name of a healed checkpoint in the run folder."""
+    return f"healed/{plan.plan_id}"
+
+
+def healed_folder(run: RunContext, plan: Plan) -> str:
+    """Path or URL of a healed checkpoint."""
+    return run.folder.place(healed_name(plan))
+
+
+def healing_result(job: HealingJob, result: HealingResult, duration_s: float) -> dict[str, Any]:
+    """What is recorded of a healing."""
+    shares = mark_steps(job.spec, job.snapshots)
+    return {
+        "tokens": result.tokens,
+        "budget": job.spec.steps * job.spec.tokens_per_step,
+        "final_loss": result.final_loss,
+        "curve": [row.to_dict() for row in result.curve],
+        "held_out": [{"step": at.step, "divergence": at.divergence} for at in result.measured],
+        "stopped_early": result.stopped_early,
+        "snapshots": [
+            {"step": step, "share": shares.get(step, step / job.spec.steps)} for step in sorted(result.snapshots)
+        ],
+        "duration_s": duration_s,
+        "n_workers": job.n_workers,
+    }
+
+
+def healing_job(run: RunContext, plan: Plan, key: str, workers: cluster.WorkerResources) -> HealingJob:
+    """The job that heals a plan; its name is the unit's key, so that it resumes from its own checkpoints."""
+    inputs, folder = run.inputs, run.folder
+    healing, spec, teacher = inputs.recipe.healing, inputs.healing_spec, inputs.facts.teacher
+    return HealingJob(
+        model=inputs.source.path,
+        plan=plan,
+        spec=spec,
+        sources=healing_sources(run),
+        apart=healing.documents == "apart",
+        output=healed_folder(run, plan),
+        storage_path=folder.place(CHECKPOINTS),
+        name=key,
+        revision=inputs.source.revision,
+        teacher=None if teacher is None else shipped(teacher.path),
+        teacher_revision=None if teacher is None else teacher.commit or healing.teacher_revision,
+        dtype=inputs.source.dtype,
+        trust_remote_code=inputs.source.trust_remote_code,
+        snapshots=healing.curve,
+        snapshot_url=folder.place(snapshot_folder(key)),
+        n_workers=workers.n_workers,
+        cpus_per_worker=workers.cpus,
+        gpus_per_worker=workers.gpus,
+        zero_stage=healing.zero_stage,
+        offload_optimizer=healing.offload_optimizer,
+        transfer=healing.transfer,
+        checkpoint_every_steps=healing.checkpoint_every_steps,
+        max_failures=healing.max_failures,
+        card={"healing method": spec.method},
+    )
+
+
+def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: cluster.WorkerResources) -> HealingJob:
+    """The job that heals a plan by another spec, and keeps what it trained instead of a checkpoint."""
+    return replace(healing_job(run, plan, key, workers), spec=spec, output=None, snapshots=())
+
+
+def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
+    """The recipe's texts as healing reads them; sampled text is where `sample_text` has left it."""
+    return tuple(
+        TextSource(sampled_folder(run), weight=text.weight or 1.0, format="tokens")
+        if text.format == SAMPLED
+        else text.source()
+        for text in run.inputs.healing_texts
+    )
+
+
+def healing_workers(run: RunContext, n_jobs: int = 1) -> cluster.WorkerResources:
+    """As the recipe says; `auto` takes every GPU that a step has a sequence for, or one worker with a node's CPUs.
+
+    Args:
+        n_jobs: jobs that may run side by side.
+    """
+    run.connect()
+    nodes = cluster.resources()
+    wanted = healing_placement(run.inputs, nodes, n_jobs)
+    return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes))
+
+
+def healing_placement(
+    inputs: RunInputs, nodes: Sequence[cluster.NodeResources], n_jobs: int = 1
+) -> tuple[int, float, float]:
+    """Workers of one job, and CPUs and GPUs of each, that healing takes of some nodes; they may be more than there are.
+
+    Jobs side by side share the CPUs, since starting a job keeps one CPU busy however many it has. They do not share the
+    GPUs: fewer for each would have to hold more.
+    """
+    placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
+    n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
+    asked = placement.healing_workers
+    n_workers = max(1, min(n_gpus, batch)) if asked == "auto" else int(asked)
+    if n_gpus:
+        return n_workers, 1.0, 1.0
+    # As many CPUs for each as all of them can have, whatever node they come to lie on.
+    largest = int(max(node.cpus for node in nodes))
+    n_jobs = min(n_jobs, max(1, cluster.MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
+    fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers * n_jobs)
+    return n_workers, float(next(fitting, 1)), 0.0
