@@ -1,8 +1,8 @@
 """Successive halving over healing tokens: which plans are healed on what share of the budget, and which of them go on.
 
 Quality before healing does not always order plans as quality after it, so many plans are healed on few tokens and few
-on all (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). A rung is a healing of its own: a part of a long
-one stands at a high learning rate and orders plans worse than a short one that was brought to its end.
+on all (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). A rung is a healing of its own, with its own
+transfer, warm-up and decay: it orders plans no worse than the first part of a long one, of which nothing must be kept.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
-
-from .pareto import Point, choose_spread
-
-_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,28 +64,6 @@ def total_tokens(rungs: Sequence[Rung], candidates: int, tokens_at: Callable[[fl
         tokens_at: tokens that one healing takes of a share of the budget, in whole steps.
     """
     return sum(rung.n_plans * tokens_at(rung.share) for rung in rungs) + candidates * tokens_at(1.0)
-
-
-def survivors(points: Sequence[Point], n: int) -> list[int]:
-    """Chooses the plans of a rung that go on: those that spread best over what they keep and their speed.
-
-    Areas are measured from a corner a little below the worst of them and the slowest, so that the ends of the front
-    count, and count for no more than what lies between.
-
-    Args:
-        points: (objective after the rung, predicted speed) of each plan, larger is better; a NaN never goes on.
-        n: how many go on at most.
-
-    Returns:
-        Indices, the best first.
-    """
-    usable = [point for point in points if not any(map(math.isnan, point))]
-    if not usable:
-        return []
-    ends = [(min(values), max(values)) for values in zip(*usable, strict=True)]
-    # Where all are equal, any corner below them will do.
-    corner = [low - _MARGIN * ((high - low) or 1.0) for low, high in ends]
-    return choose_spread(points, n, (corner[0], corner[1]))
 
 
 def agreement(early: Sequence[float], late: Sequence[float]) -> Agreement:

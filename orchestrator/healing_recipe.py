@@ -58,9 +58,9 @@ class HalvingSection(Section):
     that of `healing.candidates`. Shares and numbers of plans go down and up in equal ratios.
     """
 
-    plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 12
+    plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 18
     first: Share = 0.1
-    rungs: Count = 2
+    rungs: Count = 1
 
 
 class HealingSection(Section):

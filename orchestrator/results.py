@@ -328,7 +328,8 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
     keys = {
         "evaluate": [state.base_key],
         "sensitivity": [unit["key"] for unit in state.sensitivity],
-        "heal": [unit["key"] for unit in (*state.healed, *state.halving)],
+        "halving": [unit["key"] for unit in state.halving],
+        "heal": [unit["key"] for unit in state.healed],
         "curve": [unit["key"] for unit in state.baselines]
         + [unit["quality_key"] for unit in state.halving]
         + [point["key"] for unit in state.healed for point in unit["curve"]],
@@ -349,8 +350,19 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
     for stage, result in found:
         totals[stage]["units"] += 1
         totals[stage]["worker_s"] += result["duration_s"]
-        totals[stage]["tokens"] += result["tokens"] if stage == "heal" else 0
-    order = ("evaluate", "sensitivity", "search", "refine", "sample", "heal", "curve", "measure", "throughput")
+        totals[stage]["tokens"] += result["tokens"] if stage in ("halving", "heal") else 0
+    order = (
+        "evaluate",
+        "sensitivity",
+        "search",
+        "refine",
+        "sample",
+        "halving",
+        "heal",
+        "curve",
+        "measure",
+        "throughput",
+    )
     return pd.DataFrame(
         [
             {

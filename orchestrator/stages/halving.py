@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerboost.evaluation import Scores, quality
-from layerboost.halving import rungs, survivors, total_tokens
+from layerboost.halving import rungs, total_tokens
 from layerboost.healing_spec import HealingSpec
+from layerboost.pareto import choose_spread
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
@@ -47,7 +48,7 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
         rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {healing.candidates}x1",
     )
     trials = {Plan.from_dict(trial): trial for trial in reversed(run.state.trials)}
-    left = list(plans)
+    left, worst = list(plans), math.inf
     for number, (rung, n_left) in enumerate(
         zip(ladder, [*(rung.n_plans for rung in ladder[1:]), healing.candidates], strict=True), start=1
     ):
@@ -69,7 +70,9 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
         points = [
             (math.nan if entry["objective"] is None else entry["objective"], entry["speedup"]) for entry in entries
         ]
-        chosen = survivors(points, n_left)
+        # One corner for all rungs: from the worst of those left, the fastest plan of their front would add no area.
+        worst = min([worst, *(objective for objective, _ in points if not math.isnan(objective))])
+        chosen = choose_spread(points, n_left, (worst, 1.0))
         run.state.halving += [{**entry, "survived": index in chosen} for index, entry in enumerate(entries)]
         run.save()
         left = [left[index] for index in chosen]

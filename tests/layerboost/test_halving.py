@@ -9,8 +9,7 @@ from itertools import pairwise
 import pytest
 from scipy import stats
 
-from layerboost.halving import Agreement, Rung, agreement, rungs, survivors, total_tokens
-from layerboost.pareto import choose_spread
+from layerboost.halving import Agreement, Rung, agreement, rungs, total_tokens
 
 
 def test_shares_rise_and_numbers_fall_in_equal_ratios_to_the_last_healings():
@@ -37,16 +36,6 @@ def test_every_rung_drops_plans():
 def test_tokens_are_those_of_all_healings_in_whole_steps():
     ladder = [Rung(0.1, 9), Rung(0.3, 3)]
     assert total_tokens(ladder, 1, lambda share: int(share * 100) // 8 * 8) == 9 * 8 + 3 * 24 + 96
-
-
-def test_the_ends_of_the_front_count_for_no_more_than_its_middle():
-    # The fastest is far the worst; seen from far below it would come first whatever it lost.
-    points = [(-0.01, 1.2), (-0.1, 2.4), (-1.0, 9.0), (-0.3, 2.0), (math.nan, 9.0)]
-    assert choose_spread(points, 1, (-3.0, 1.0)) == [2]
-    assert survivors(points, 1) == [1]
-    assert survivors(points, 4) == survivors(points, 9) == [1, 2, 0, 3]
-    assert survivors([(math.nan, 1.0)], 2) == []
-    assert survivors([(0.5, 2.0), (0.5, 2.0)], 1) == [0]
 
 
 def test_agreement_of_ranks_and_its_interval():
