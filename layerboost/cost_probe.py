@@ -192,11 +192,8 @@ def evaluation_costs(
         answers = judge.answer([some])
         said = answers.log_p[0], answers.greedy[0]
         judge.scores(some, said, None)  # warms up
-        least = list({item.task: item for item in judge.items}.values())
-        # So short that a pause of the machine would be scaled up: the faster of a few.
-        least_s = min(_timed(lambda: judge.scores(some, said, None, least)) for _ in range(3))
-        few_s = min(_timed(lambda: judge.scores(some, said, None)) for _ in range(3))
-        score_s = _scaled_s(least_s, len(least), few_s, items, scale)
+        # Of how many documents hardly matters; so short that a pause of the machine shows: the faster of a few.
+        score_s = min(_timed(lambda: judge.scores(some, said, None)) for _ in range(3))
         sweep_s["tasks"] = scale * weight * _timed(lambda: judge.answer(single))
         # lm-eval itself takes its time however few documents there are.
         evaluate(student, tokenizer, replace(few, limit=1))

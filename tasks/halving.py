@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from . import cluster
 from .healing import HealingJob, HealingResult, heal
 from .healing_job import located
-from .tuning import _folder, _quiet
+from .tuning import quiet, temporary_folder
 from .units import Interrupt, UnitFailure, finish_on_interrupt
 
 _NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
@@ -53,7 +53,7 @@ def heal_all(
     jobs = [located(job) for job in jobs]
     with finish_on_interrupt() as interrupt:
         searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts)
-        with _quiet(max_pending=searcher.n_at_once), _folder(None) as folder:
+        with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder:
             _tuner(jobs, searcher, folder, max_attempts).fit()
         if searcher.raised is not None:
             raise searcher.raised

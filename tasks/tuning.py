@@ -152,7 +152,7 @@ def run_trials(
         tune.with_parameters(PlanTrial, make_evaluator=make_evaluator),
         tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
     )
-    with _quiet(max_pending=resources.n_workers), _folder(storage_path) as folder:
+    with quiet(max_pending=resources.n_workers), temporary_folder(storage_path) as folder:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -175,7 +175,8 @@ def run_trials(
 
 
 @contextlib.contextmanager
-def _folder(storage_path: str | None) -> Iterator[str]:
+def temporary_folder(storage_path: str | None) -> Iterator[str]:
+    """A folder for Tune's own files: the one that is given, or one that is removed again."""
     if storage_path is not None:
         yield storage_path
         return
@@ -187,7 +188,7 @@ def _folder(storage_path: str | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _quiet(max_pending: int) -> Iterator[None]:
+def quiet(max_pending: int) -> Iterator[None]:
     """Silences Tune's own progress, keeps its bookkeeping off, and lets all trial processes start together."""
     settings = {**_QUIET_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(max_pending)}
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air")]

@@ -5,20 +5,19 @@ A rung's healings leave the parameters that they trained in `snapshots/<key>/`; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from layerboost.evaluation import Scores, quality
 from layerboost.halving import rungs, total_tokens
 from layerboost.healing_spec import HealingSpec
-from layerboost.pareto import choose_spread
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.curve import CURVE, snapshot_folder, snapshot_name, snapshot_unit, state_key
 from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, healing_workers, rung_job
+from orchestrator.stages.promise import most_promising
 from orchestrator.stages.sampled import sample_text
 from tasks.healing import HealingJob, HealingResult
 
@@ -48,7 +47,7 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
         rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {healing.candidates}x1",
     )
     trials = {Plan.from_dict(trial): trial for trial in reversed(run.state.trials)}
-    left, worst = list(plans), math.inf
+    left = list(plans)
     for number, (rung, n_left) in enumerate(
         zip(ladder, [*(rung.n_plans for rung in ladder[1:]), healing.candidates], strict=True), start=1
     ):
@@ -67,12 +66,7 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
             }
             for plan in left
         ]
-        points = [
-            (math.nan if entry["objective"] is None else entry["objective"], entry["speedup"]) for entry in entries
-        ]
-        # One corner for all rungs: from the worst of those left, the fastest plan of their front would add no area.
-        worst = min([worst, *(objective for objective, _ in points if not math.isnan(objective))])
-        chosen = choose_spread(points, n_left, (worst, 1.0))
+        chosen = most_promising(run, entries, n_left)
         run.state.halving += [{**entry, "survived": index in chosen} for index, entry in enumerate(entries)]
         run.save()
         left = [left[index] for index in chosen]

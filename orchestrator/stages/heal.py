@@ -6,7 +6,6 @@ import json
 import time
 from typing import Any
 
-from layerboost.pareto import choose_spread
 from layerboost.plan import Plan
 from orchestrator.context import RunContext
 from orchestrator.results import CANDIDATE_ORIGINS
@@ -22,6 +21,7 @@ from orchestrator.stages.healing_jobs import (
     healing_result,
     healing_workers,
 )
+from orchestrator.stages.promise import most_promising
 from orchestrator.stages.sampled import sample_text
 from orchestrator.stages.speed import speedup
 from tasks.ablation import EvaluationUnit
@@ -95,20 +95,15 @@ def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> dict[str
 
 
 def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
-    """The searched and given plans to heal: those that spread best over what the search keeps and predicted speed.
-
-    Plans that do not hold the recipe's pins and limits are left out.
+    """The searched and given plans to heal: the most promising that hold the recipe's pins and limits.
 
     Args:
         n: how many at most; the recipe's number if None.
     """
-    trials = [trial for trial in run.state.trials if trial["quality"] is not None]
-    value = "quality" if any(trial.get("objective") is None for trial in trials) else "objective"
-    points = {plan: (trial[value], trial["speedup"]) for plan, trial in _faster_plans(run).items()}
-    pool = [plan for plan in points if run.inputs.plan_space.holds(plan)]
-    worst = min((trial[value] for trial in trials), default=0.0)
+    trials = {plan: trial for plan, trial in _faster_plans(run).items() if run.inputs.plan_space.holds(plan)}
     n = run.inputs.recipe.healing.candidates if n is None else n
-    return [pool[index] for index in choose_spread([points[plan] for plan in pool], n, (worst, 1.0))]
+    plans = list(trials)
+    return [plans[index] for index in most_promising(run, list(trials.values()), n)]
 
 
 def _faster_plans(run: RunContext) -> dict[Plan, dict[str, Any]]:
