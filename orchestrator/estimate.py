@@ -145,11 +145,15 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
 
     `ratio` is actual over expected seconds. A stage that nothing was expected of has no ratio.
     """
-    healed = sum(record.result["tokens"] for record in folder.records("heal"))
+    healed = {stage: sum(record.result["tokens"] for record in folder.records(stage)) for stage in ("heal", HALVING)}
     expected = {entry["stage"]: entry for entry in state.estimates}
+    spent: dict[str, float] = {}
+    for name, seconds in state.stage_s.items():
+        stage = HALVING if name.startswith(HALVING) else name  # each rung is a stage of its own to progress
+        spent[stage] = spent.get(stage, 0.0) + seconds
     rows = []
-    for stage in [*expected, *(stage for stage in state.stage_s if stage not in expected)]:
-        entry, actual_s = expected.get(stage, {}), state.stage_s.get(stage)
+    for stage in [*expected, *(stage for stage in spent if stage not in expected)]:
+        entry, actual_s = expected.get(stage, {}), spent.get(stage)
         estimated_s, gpus = entry.get("seconds"), entry.get("gpus", 0.0)
         rows.append(
             {
@@ -159,7 +163,7 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
                 "actual_s": actual_s,
                 "ratio": actual_s / estimated_s if estimated_s and actual_s is not None else None,
                 "estimated_tokens": entry.get("tokens") or None,
-                "actual_tokens": (healed or None) if stage == "heal" else None,
+                "actual_tokens": healed.get(stage) or None,
                 "estimated_gpu_hours": None if estimated_s is None else estimated_s * gpus / 3600,
                 "actual_gpu_hours": None if actual_s is None else actual_s * gpus / 3600,
                 "memory_mib": entry.get("memory_mib"),
@@ -315,9 +319,10 @@ class _Estimator:
         n_branches = n_healed if self.inputs.full_spec.text is not None else 0
         n_fixed = 0 if self._search_judges_fully() else len(self.fixed) - 1
         n = n_healed + n_branches + n_fixed
-        return self._judging(
-            "measure", n, len(self.run.folder.records("measure")), self._direct_s() + self.costs.load_s, copies=2
-        )
+        # Branches are read with both, and with either zeroed.
+        branches_s = 3 * mixed(self.costs.evaluation.text_s, None)
+        all_s = (n_healed + n_fixed) * self._direct_s() + n_branches * branches_s + n * self.costs.load_s
+        return self._judging("measure", n, len(self.run.folder.records("measure")), all_s / max(1, n), copies=2)
 
     def _throughput(self) -> list[StageEstimate]:
         lengths = self.inputs.recipe.throughput.lengths

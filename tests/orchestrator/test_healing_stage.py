@@ -145,7 +145,7 @@ def test_candidates_go_by_the_objective_and_hold_the_constraints(inputs, capsys)
     assert candidates(run, 1) == [plans[1]]
     for entry in run.state.trials:
         entry["objective"] = None
-    assert candidates(run, 1) == [plans[3]], "the best in quality is the fastest as well"
+    assert candidates(run, 1) == [], "nothing is known of what they keep"
     run.state.trials = rising[:1]
     assert plans_to_heal(run) == {}
     (failure,) = run.state.failures
@@ -314,3 +314,25 @@ def test_branches_come_from_the_records(inputs):
     assert first["window"] == 8 and first["n_items"] == 4
     run.state.branches[0]["key"] = "0" * 16
     assert list(branch_rows(run.folder, run.state)) == []
+
+
+def test_candidates_are_plans_that_may_hold_the_target_after_healing(inputs):
+    plans = {text: Plan.parse(text, 8) for text in ("SSN", "SNS", "SNN", "NNN")}
+    # The fastest covers by far the most, seen from a plan that keeps nothing, and is of no use.
+    found = [("SSN", -0.03, 1.2), ("SNS", -0.2, 1.5), ("SNN", -0.9, 2.5), ("NNN", -3.0, 9.0)]
+
+    def chosen(*overrides: str, n: int = 4) -> list[str]:
+        run = context(inputs, *overrides)
+        run.state.trials = [trial(plans[text], loss, speedup) for text, loss, speedup in found]
+        return [str(plan) for plan in candidates(run, n)]
+
+    assert chosen() == ["SSN", "SNS", "SNN", "NNN"], "what lies below the floor comes last, the slowest first"
+    assert chosen("constraints.at_least={quality_retained: 0.9}", n=1) == ["SNN"]
+    assert chosen("constraints.at_least={quality_retained: 0.5}", n=1) == ["NNN"]
+
+
+def test_a_quality_as_objective_is_set_against_that_of_the_base(inputs):
+    run = context(inputs, "search.objective=quality")
+    base = {**trial(Plan.parse("SSS"), 0.8, 1.0, quality=0.8), "origin": "base"}
+    run.state.trials = [base, trial(Plan.parse("SSN"), 0.78, 1.2), trial(Plan.parse("NNN"), 0.1, 9.0)]
+    assert [str(plan) for plan in candidates(run, 1)] == ["SSN"]
