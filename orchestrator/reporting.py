@@ -49,12 +49,13 @@ from orchestrator.speed_results import length_rows, predictions, speed_rows
 
 
 def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
-    """The report's files by name, and what the terminal says: the headline and the front."""
+    """The report's files by name, and what the terminal says: the front, and the best plan of it."""
     data = report_data(folder)
     summary = ""
     if serving := conditions(data.pareto):
         row = headline_row(data.pareto, serving[0])
-        summary = "\n\n".join([format_front_table(data.pareto), *([] if row is None else [headline(row)])]) + "\n"
+        said = data.verdict[:1] or ([] if row is None else [headline(row)])
+        summary = "\n\n".join([format_front_table(data.pareto), *said]) + "\n"
     return render(data), summary
 
 

@@ -130,7 +130,7 @@ def test_the_plan_evaluator_gives_scores_and_quality(source, spec, worker):
     assert untouched["scores"] == worker.run(base_unit())["scores"]
     assert removed["quality"] != untouched["quality"]
     assert 0 < removed["quality"] < 1 and removed["quality_stderr"] > 0
-    assert [metric["metric"] for metric in untouched["scores"]["metrics"]] == ["nll", "kl"]
+    assert [metric["metric"] for metric in untouched["scores"]["metrics"]] == ["nll", "kl", "ece"]
 
 
 @pytest.mark.cluster
