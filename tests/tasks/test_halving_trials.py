@@ -64,6 +64,23 @@ def test_a_job_that_keeps_neither_checkpoint_nor_snapshot_is_refused(tmp_path):
 
 
 @pytest.mark.cluster
+def test_the_first_interrupt_hands_over_what_is_under_way(ray_local, tiny_checkpoint, tmp_path):
+    done = []
+
+    def interrupt(job, result, duration_s) -> None:
+        done.append(job.name)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        heal_all(
+            [job_of(tiny_checkpoint, tmp_path, plan, cpus_per_worker=2) for plan in ("SNSS", "SNNS")],
+            on_result=interrupt,
+        )
+    assert done == ["SNSS"]
+    assert not (tmp_path / "snapshots" / "SNNS").exists()
+
+
+@pytest.mark.cluster
 def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray_local, tiny_checkpoint, tmp_path):
     mark = tmp_path / "killed"
 
@@ -92,20 +109,3 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
         assert (result.output, result.tokens) == (None, SPEC.tokens)
         assert result.snapshots == {STEPS: str(tmp_path / "snapshots" / name / f"{STEPS}.safetensors")}
         assert load_file(result.snapshots[STEPS])
-
-
-@pytest.mark.cluster
-def test_the_first_interrupt_hands_over_what_is_under_way(ray_local, tiny_checkpoint, tmp_path):
-    done = []
-
-    def interrupt(job, result, duration_s) -> None:
-        done.append(job.name)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        heal_all(
-            [job_of(tiny_checkpoint, tmp_path, plan, cpus_per_worker=2) for plan in ("SNSS", "SNNS")],
-            on_result=interrupt,
-        )
-    assert done == ["SNSS"]
-    assert not (tmp_path / "snapshots" / "SNNS").exists()
