@@ -325,6 +325,7 @@ def test_packaged_task_is_loaded_from_its_own_file(model, tokenizer, monkeypatch
         ("acc", 2, True),
         ("acc_norm", 2, False),
         ("margin", 2, False),
+        ("ece", 2, False),
     ]
 
 
@@ -459,7 +460,11 @@ def test_likelihood_of_a_text_is_over_its_first_packed_sequences(model, other, t
     spec = QualitySpec(text=text, n_sequences=5, sequence_tokens=24, batch_size=2)
     scores = evaluate(other, tokenizer, spec, base=model)
     sequences = pack(read_documents(text), tokenizer, 24)
-    assert [(score.task, score.metric) for score in scores.metrics] == [("text", "nll"), ("text", "kl")]
+    assert [(score.task, score.metric) for score in scores.metrics] == [
+        ("text", "nll"),
+        ("text", "kl"),
+        ("text", "ece"),
+    ]
     assert scores.get("text", "nll").items == pytest.approx(_naive_nll(other, sequences[:5]), abs=1e-5)
     assert scores.get("text", "kl").items == pytest.approx(_naive_kl(model, other, sequences[:5]), abs=1e-5)
     assert scores.get("text", "nll").value == pytest.approx(np.mean(_naive_nll(other, sequences[:5])), abs=1e-5)
