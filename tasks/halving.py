@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from . import cluster
 from .healing import HealingJob, HealingResult, heal
 from .healing_job import located
+from .leftovers import free_resources
 from .tuning import quiet, temporary_folder
 from .units import Interrupt, UnitFailure, finish_on_interrupt
 
@@ -156,6 +157,7 @@ class _JobSearcher(Searcher):
         raise NotImplementedError("restore: heal the jobs that are not recorded again")
 
     def _fail(self, job: HealingJob, error: str, n_attempts: int) -> None:
+        free_resources(job)
         self.failures.append(UnitFailure(job, error, n_attempts))
         if self._on_failure is not None:
             self._on_failure(self.failures[-1])

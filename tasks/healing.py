@@ -69,10 +69,12 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from .healing_worker import Progress, run_healing_worker
+    from .leftovers import free_resources
     from .transfer import fit_layers
 
     start = time.monotonic()
     job = located(job)
+    free_resources(job)
     on_gpu = job.gpus_per_worker > 0
     resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
     with _progress_box(on_progress) as box, _train_settings():

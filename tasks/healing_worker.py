@@ -22,6 +22,7 @@ from layerboost.training import CurveRow, NonFiniteLossError, run_phase, split_h
 
 from .deepspeed_engine import make_engine, release, save_state, saved_parameters, trained_parameters
 from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
+from .leftovers import note_resources
 from .storage import publish_folder, publish_tensors
 from .transfer import read_fitted_layers
 
@@ -43,6 +44,7 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ray import train
 
     prepare_process(config["job"])
+    note_resources(config["job"])
     checkpoint = train.get_checkpoint()
     try:
         if checkpoint is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,7 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
         assert (result.output, result.tokens) == (None, SPEC.tokens)
         assert result.snapshots == {STEPS: str(tmp_path / "snapshots" / name / f"{STEPS}.safetensors")}
         assert load_file(result.snapshots[STEPS])
+    deadline = time.monotonic() + 20
+    while ray_local.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray_local.available_resources().get("CPU") == 2, "the killed trial's job keeps its CPUs"
