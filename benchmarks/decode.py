@@ -21,7 +21,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost import Plan, Treatment, convert
-from layerboost.decoding import hardware_name, measure_decode, predicted_speedup
+from layerboost.byte_model import predicted_speedup
+from layerboost.decoding import measure_decode
+from layerboost.hardware import hardware_name
 
 SHAPES = {
     # Published shapes: layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary.

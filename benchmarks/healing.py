@@ -39,11 +39,12 @@ from layerboost import Plan, Treatment
 from layerboost.baselines import baseline_plans
 from layerboost.batches import PackedText
 from layerboost.branches import branch_check
+from layerboost.byte_model import predicted_speedup
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
 from layerboost.data import pack, read_documents
-from layerboost.decoding import hardware_name, predicted_speedup
 from layerboost.evaluation import QualitySpec, Scores, evaluate
+from layerboost.hardware import hardware_name
 from layerboost.healing_spec import HealingSpec
 from layerboost.likelihood import score_text
 from layerboost.refinement import make_refiner

@@ -33,8 +33,8 @@ from decode import SHAPES, build
 
 from layerboost import Plan, Treatment, convert
 from layerboost.batches import GlobalBatches, PackedText
-from layerboost.decoding import hardware_name
 from layerboost.distillation import make_trainee
+from layerboost.hardware import hardware_name
 from layerboost.healing_spec import HEAL, HealingSpec, Phase
 from layerboost.losses import distillation_loss, positions_at_once
 from layerboost.training import TorchEngine, run_phase

@@ -38,8 +38,8 @@ from layerboost.adapters import add_lora
 from layerboost.batches import GlobalBatches, PackedText
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.data import pack, read_documents
-from layerboost.decoding import hardware_name
 from layerboost.distillation import make_trainee
+from layerboost.hardware import hardware_name
 from layerboost.healing_spec import HEAL, HealingSpec, Phase
 from layerboost.sources import TextSource
 from layerboost.training import TorchEngine, run_phase

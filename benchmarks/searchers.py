@@ -28,10 +28,10 @@ import optuna
 import torch
 import transformers
 
+from layerboost.byte_model import decode_bytes, predicted_speedup
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
 from layerboost.data import pack, read_documents
-from layerboost.decoding import decode_bytes, predicted_speedup
 from layerboost.front_search import FrontSwaps
 from layerboost.knapsack import knapsack_front, spread_order
 from layerboost.likelihood import score_sequences, score_text

@@ -39,8 +39,8 @@ from decode import SHAPES, build
 import layerboost
 from layerboost import Plan, Treatment, convert
 from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.decoding import hardware_name
 from layerboost.evaluation import PlanEvaluation, QualitySpec
+from layerboost.hardware import hardware_name
 from layerboost.likelihood import answer_requests
 from layerboost.packing import Request
 from layerboost.sensitivity import single_layer_plan

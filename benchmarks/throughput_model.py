@@ -24,8 +24,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost import Plan, Treatment, convert
+from layerboost.byte_model import native_windows
 from layerboost.checkpoint import load_model
-from layerboost.decoding import DecodeMeasurement, measure_together, native_windows
+from layerboost.decoding import DecodeMeasurement, measure_together
 from layerboost.speed_model import SpeedModel, counts, design_plans
 
 SHAPES = {

@@ -65,10 +65,17 @@ class LinearWindow(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Query logits a (B, H, T, R) and key features b (B, K, S, R) of query (B, H, T, D) and key (B, K, S, D)."""
+        return self.query_logits(query), self.key_features(key)
+
+    def query_logits(self, query: torch.Tensor) -> torch.Tensor:
+        """a (B, H, T, R) of query (B, H, T, D)."""
         projected = wide(query) @ wide(self.query_weight).transpose(-1, -2)
-        logits = torch.cat([projected, -projected], dim=-1) + wide(self.query_bias)[:, None]
+        return torch.cat([projected, -projected], dim=-1) + wide(self.query_bias)[:, None]
+
+    def key_features(self, key: torch.Tensor) -> torch.Tensor:
+        """b (B, K, S, R) of key (B, K, S, D)."""
         projected = wide(key) @ wide(self.key_weight).transpose(-1, -2)
-        return logits, torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
+        return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
 def naive_attention(
@@ -252,32 +259,56 @@ def linear_window_attention(
         raise ValueError("segments: packed documents cannot go on from a cache; pass them without past_key_values")
     if key.shape[2] - query.shape[2] > window - 1:
         raise ValueError(f"key: {key.shape[2]} keys reach past the window; give the older ones as state")
-    logits, features = feature_map(query, key)
+    n_evicted = max(key.shape[2] - (window - 1), 0) if return_state else 0
     if query.shape[2] == 1:
-        output = _linear_window_step(query, key, value, logits, state, scaling, valid, softcap)
+        visible = _step_mask(key.shape[2], valid, None)
+        output = linear_window_step(
+            query, key, value, scaling=scaling, feature_map=feature_map, state=state, visible=visible, softcap=softcap
+        )
+        features = feature_map.key_features(key[:, :, :n_evicted])
     else:
+        logits, features = feature_map(query, key)
         output = _linear_window_chunks(
             query, key, value, logits, features, state, scaling, window, valid, segments, softcap
         )
     if not return_state:
         return output, None
-    n_evicted = max(key.shape[2] - (window - 1), 0)
-    features, values = _masked(features, valid)[:, :, :n_evicted], wide(value[:, :, :n_evicted])
-    return output, _add_state(state, (features.transpose(-1, -2) @ values, features.sum(dim=2)))
+    left = None if valid is None else valid[:, :n_evicted]
+    return output, add_to_state(state, features[:, :, :n_evicted], value[:, :, :n_evicted], left)
 
 
-def _linear_window_step(query, key, value, logits, state, scaling, valid, softcap):
-    batch, n_kv_heads, n_keys, head_dim = key.shape
+def linear_window_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    feature_map: LinearWindow,
+    state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """One query of each sequence: softmax over the keys of its window, in any order, and the state.
+
+    Args:
+        query: (B, H, 1, D).
+        key, value: (B, K, at most window, D), the query's own among them.
+        state: as in `linear_window_attention`, over everything older.
+        visible: bool, broadcasts to (B, 1, 1, keys): False where there is padding; None where all are seen.
+
+    Returns:
+        (B, H, 1, D) in the dtype of `query`.
+    """
+    batch, n_kv_heads, _, head_dim = key.shape
     grouped = wide(query).reshape(batch, n_kv_heads, -1, head_dim)  # (B, K, G, D)
     scores = _softcap(grouped @ wide(key).transpose(-1, -2) * scaling, softcap)
-    mask = _step_mask(n_keys, valid, None)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
     peak = scores.amax(dim=-1, keepdim=True).detach()
     weights = torch.exp(scores - peak)
     numerator, denominator = weights @ wide(value), weights.sum(dim=-1, keepdim=True)
     if state is not None:
-        logits = logits.reshape(batch, n_kv_heads, -1, logits.shape[-1])  # (B, K, G, R)
+        logits = feature_map.query_logits(query).reshape(batch, n_kv_heads, -1, feature_map.n_features)  # (B, K, G, R)
         query_features = torch.exp((logits - peak).clamp(max=FEATURE_LOGIT_CAP))
         numerator = numerator + query_features @ state[0]
         denominator = denominator + query_features @ state[1].unsqueeze(-1)
@@ -403,6 +434,9 @@ def _carry_within_document(sums, norms, own):
 def softmax_attention(query, key, value, mask, scaling, softcap, dropout):
     """(B, H, T, D) from any keys; `mask` is bool and broadcasts to (B, H, T, S), or None."""
     n_groups = query.shape[1] // key.shape[1]
+    if n_groups > 1 and query.shape[2] == 1 and softcap is None:  # a group's queries meet the same keys
+        grouped = query.reshape(query.shape[0], key.shape[1], n_groups, -1)
+        return softmax_attention(grouped, key, value, mask, scaling, softcap, dropout).reshape(query.shape)
     if n_groups > 1:
         key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
     if softcap is None:
@@ -434,8 +468,29 @@ def _masked(features: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     return features if valid is None else features * valid[:, None, :, None]
 
 
-def _add_state(state, addition):
-    return addition if state is None else (state[0] + addition[0], state[1] + addition[1])
+def add_to_state(
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    features: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of `linear_window_attention` over more tokens: in place, unless gradients may be wanted.
+
+    Args:
+        features: b (B, K, n, R) of the keys of n tokens.
+        value: their values (B, K, n, D).
+        valid: (B, n) bool, False for padding.
+    """
+    features, value = _masked(features, valid), wide(value)
+    if state is None or torch.is_grad_enabled():
+        sums, norms = features.transpose(-1, -2) @ value, features.sum(dim=2)
+        return (sums, norms) if state is None else (state[0] + sums, state[1] + norms)
+    if features.shape[2] == 1:
+        state[0].addcmul_(features.transpose(-1, -2), value)
+    else:
+        state[0].add_(features.transpose(-1, -2) @ value)
+    state[1].add_(features.sum(dim=2))
+    return state
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

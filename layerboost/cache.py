@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
 
-from .families import head_dim, kv_heads
 from .plan import Plan, Treatment
 
 
 class WindowLayer(CacheLayerMixin):
-    """Keys and values (B, K, at most window - 1, D): with the token at hand they fill the window."""
+    """Keys and values of the last `window` tokens, (B, K, window, D): token t is kept at slot t modulo window.
+
+    A step writes one slot in place and costs the same at any length. Softmax does not ask for the order of its keys.
+    """
 
     is_sliding = False  # sized by the plan, not by the masks that the family makes for its own sliding layers
     supports_early_init = False
@@ -18,26 +20,60 @@ class WindowLayer(CacheLayerMixin):
     def __init__(self, window: int):
         super().__init__()
         self.window = window
+        self.seen_tokens = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        batch, n_kv_heads, _, key_dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, n_kv_heads, self.window, key_dim)
+        self.values = value_states.new_zeros(batch, n_kv_heads, self.window, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Keeps the last window - 1 tokens, and gives the kept ones before them together with the new ones."""
+        """Keeps the new tokens; gives what they may see: for one token the window's slots, as they lie, for more up
+        to window - 1 older tokens and the new ones, in order."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[2] == 1:
+            return self._step(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        # A clone, lest a view of the window keep the whole prompt alive.
-        first = max(keys.shape[2] - (self.window - 1), 0)
-        self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
+        before = self._slots(self.seen_tokens - min(self.seen_tokens, self.window - 1), self.seen_tokens)
+        keys = torch.cat([self.keys[:, :, before], key_states], dim=2)
+        values = torch.cat([self.values[:, :, before], value_states], dim=2)
+        self.seen_tokens += key_states.shape[2]
+        n_kept = min(keys.shape[2], self.window)
+        kept = self._slots(self.seen_tokens - n_kept, self.seen_tokens)
+        self._own_tensors()
+        self.keys[:, :, kept], self.values[:, :, kept] = keys[:, :, -n_kept:], values[:, :, -n_kept:]
         return keys, values
 
+    def _step(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._own_tensors()
+        assert self.keys is not None
+        assert self.values is not None
+        slot = self.seen_tokens % self.window
+        self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
+        self.seen_tokens += 1
+        n_filled = min(self.seen_tokens, self.window)
+        return self.keys[:, :, :n_filled], self.values[:, :, :n_filled]
+
+    def _own_tensors(self) -> None:
+        """Where gradients are wanted, earlier tokens' graphs keep the tensors that they saw."""
+        if torch.is_grad_enabled() and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    def _slots(self, first: int, stop: int) -> torch.Tensor:
+        """Slots of the tokens first .. stop - 1."""
+        return torch.arange(first, stop, device=self.device) % self.window
+
+    def tokens_of_slots(self) -> torch.Tensor:
+        """The token that each filled slot holds."""
+        newest, n_filled = self.seen_tokens - 1, min(self.seen_tokens, self.window)
+        return newest - (newest - torch.arange(n_filled, device=self.device)) % self.window
+
     def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self.seen_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -52,6 +88,7 @@ class WindowLayer(CacheLayerMixin):
     def reset(self) -> None:
         for name in self.tensors():
             setattr(self, name, None)
+        self.seen_tokens = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -74,7 +111,10 @@ class WindowLayer(CacheLayerMixin):
 
 
 class LinearWindowLayer(WindowLayer):
-    """A window, and the sums over everything older: `sums` (B, K, R, D) and `norms` (B, K, R), at least fp32."""
+    """A window, and the sums over what the next token's window leaves out: `sums` (B, K, R, D) and `norms` (B, K, R).
+
+    Both are at least fp32. They are there once a token has left the window.
+    """
 
     def __init__(self, window: int):
         super().__init__(window)
@@ -89,9 +129,60 @@ class LinearWindowLayer(WindowLayer):
     def state(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.sums, self.norms = state
 
+    def leaving(self) -> tuple[int, torch.Tensor, torch.Tensor] | None:
+        """Index, key and value (B, K, 1, D) of the token that is in the newest token's window and not in the next's.
+
+        None while the window is not full.
+        """
+        first = self.seen_tokens - self.window
+        if first < 0 or self.keys is None or self.values is None:
+            return None
+        slot = slice(first % self.window, first % self.window + 1)
+        return first, self.keys[:, :, slot], self.values[:, :, slot]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         state = {} if self.state is None else {"sums": self.state[0], "norms": self.state[1]}
         return super().tensors() | state
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of up to `n_tokens` tokens, written in place: no step copies those before it."""
+
+    is_croppable = False
+
+    def __init__(self, n_tokens: int):
+        super().__init__()
+        self.n_tokens = n_tokens
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, n_kv_heads, _, key_dim = key_states.shape
+        # Zeros, not whatever lies there: their pages are touched when they are written, not in the middle of a step.
+        self.keys = key_states.new_zeros(batch, n_kv_heads, self.n_tokens, key_dim)
+        self.values = value_states.new_zeros(batch, n_kv_heads, self.n_tokens, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        first, stop = self.cumulative_length, self.cumulative_length + key_states.shape[2]
+        if stop > self.n_tokens:
+            raise ValueError(f"n_tokens: {self.n_tokens} is too small for {stop} tokens; make a larger cache")
+        self.keys[:, :, first:stop], self.values[:, :, first:stop] = key_states, value_states
+        self.cumulative_length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return self.n_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.cumulative_length -= abs(tokens_to_remove)
 
 
 class PlanCache(Cache):
@@ -152,24 +243,15 @@ def cache_bytes(cache: Cache) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
 
 
-def expected_cache_bytes(config, n_tokens: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes that the plan of a converted model's config promises after `n_tokens` tokens of `batch` sequences.
+def preallocated_cache(config, n_tokens: int) -> Cache:
+    """A cache of any model, converted or not, that never grows: room for `n_tokens` tokens where all are kept.
 
-    A `softmax` layer holds 2 K D per token (up to its own window - 1 where the family has one), `window` the same for
-    the last window - 1 tokens, `linear_window` also 2 D K (D + 1) sums in fp32 once a token left its window.
+    Args:
+        config: of the model.
+        n_tokens: of the longest sequence, those to be generated among them.
     """
-    plan = Plan.from_dict(config.layerboost)
-    n_kv_heads, dim = kv_heads(config), head_dim(config)
-    token_bytes = 2 * n_kv_heads * dim * dtype.itemsize
-    native = DynamicCache(config=config).layers
-    total = 0
-    for treatment, layer in zip(plan.treatments, native, strict=True):
-        if treatment is Treatment.SOFTMAX:
-            own_window = getattr(layer, "sliding_window", None)
-            total += token_bytes * (n_tokens if own_window is None else min(n_tokens, own_window - 1))
-        elif treatment.needs_window:
-            assert plan.window is not None
-            total += token_bytes * min(n_tokens, plan.window - 1)
-            if treatment is Treatment.LINEAR_WINDOW:
-                total += n_kv_heads * 2 * dim * (dim + 1) * torch.float32.itemsize
-    return total * batch
+    cache = PlanCache(config) if getattr(config, "layerboost", None) else DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = PreallocatedLayer(n_tokens)
+    return cache

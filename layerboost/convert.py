@@ -81,11 +81,18 @@ def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None)
     if plan is None:
         raise ConversionError("model: is not a converted one; there is nothing to restore")
     parent_type = parent_class(model.config.model_type.removeprefix(CONVERTED_PREFIX))
-    values = model.config.to_dict()
+    config = parent_config(model.config)
+    return _sharing(parent_type, config, model, [] if parent_model is None else [parent_model])
+
+
+def parent_config(config: Any) -> Any:
+    """The configuration of the untouched parent, from that of a converted model or its own."""
+    if not getattr(config, "layerboost", None):
+        return config
+    values = config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "layerboost"):
         values.pop(key, None)
-    config = parent_type.config_class.from_dict(values)
-    return _sharing(parent_type, config, model, [] if parent_model is None else [parent_model])
+    return parent_class(config.model_type.removeprefix(CONVERTED_PREFIX)).config_class.from_dict(values)
 
 
 def _sharing(model_type: Any, config: Any, source: PreTrainedModel, more: list[PreTrainedModel]) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .batches import PackedText
 from .convert import convert
+from .decoding import timed_generation
 from .evaluation import PlanEvaluation, QualitySpec, evaluate
 from .families import decoder_layers
 from .healing_spec import HEAL, TRANSFER, HealingSpec
@@ -31,6 +32,7 @@ DOCUMENTS = 8
 _LOOP_S = 0.055
 """What `loop_s` gives on the machine that fixed costs were measured on."""
 
+_UNKNOWN_PLAN = (0.4, 0.4, 0.2)
 _DECODE_STEPS = 3
 _HEALING_STEPS = 2
 _SWEPT_LAYERS = 4
@@ -109,10 +111,13 @@ class Costs:
 
 
 def mixed(costs: ByTreatment, plan: Plan | None = None) -> float:
-    """The cost of a plan from those of the uniform ones; of one that is not known yet, the mean of the first three."""
+    """The cost of a plan from those of the uniform ones.
+
+    One that is not known yet has softmax and none in two fifths of its layers each, the middle treatment in the rest:
+    about what searches propose.
+    """
     if plan is None:
-        first = list(costs.values())[:3]
-        return sum(first) / len(first)
+        return sum(share * cost for share, cost in zip(_UNKNOWN_PLAN, costs.values()))
     return sum(costs[treatment.value] for treatment in plan.treatments) / len(plan)
 
 
@@ -280,16 +285,9 @@ def decode_costs(
     for treatment in treatments:
         plan = Plan.uniform(treatment, n_layers, window)
         variant = model if treatment is Treatment.SOFTMAX else convert(model, plan).eval()
-        seconds, cache, tokens = [], None, prompts
-        variant(input_ids=prompts[:1, :8], use_cache=True)  # warms up
-        for _ in range(1 + _DECODE_STEPS):
-            _synchronize(model)
-            start = time.perf_counter()
-            output = variant(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, tokens = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-            _synchronize(model)
-            seconds.append(time.perf_counter() - start)
-        prefill_s[treatment.value], step_s[treatment.value] = seconds[0], sum(seconds[1:]) / _DECODE_STEPS
+        timed_generation(variant, prompts[:1, :8], 2)  # warms up
+        prefill_s[treatment.value], steps_s, _ = timed_generation(variant, prompts, 1 + _DECODE_STEPS)
+        step_s[treatment.value] = sum(steps_s) / _DECODE_STEPS
     return DecodeCosts(concurrency, prompt_tokens, prefill_s, step_s)
 
 

@@ -19,7 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import LinearWindow, linear_window_attention, single_branch_attention, window_attention
+from .attention import (
+    LinearWindow,
+    add_to_state,
+    linear_window_attention,
+    linear_window_step,
+    single_branch_attention,
+    softmax_attention,
+    window_attention,
+)
 from .cache import PlanCache
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
 from .plan import Plan, Treatment
@@ -60,6 +68,21 @@ class NoAttention(nn.Module):
         return hidden_states.new_zeros(()), None
 
 
+def _layer_cache(module) -> Any:
+    """What the cache of the call at hand keeps for a layer; None where there is no cache."""
+    cache = module.layerboost.call.cache
+    return None if cache is None else cache.layers[module.layer_idx]
+
+
+def _visible(module, layer_cache) -> torch.Tensor | None:
+    """(B, 1, 1, slots) of what the newest token sees of its window's slots; None where that is all."""
+    valid = module.layerboost.call.valid
+    if valid is None:
+        return None
+    tokens = layer_cache.tokens_of_slots()
+    return (valid[:, tokens] | (tokens == layer_cache.seen_tokens - 1))[:, None, None]
+
+
 def _treated_arguments(module, key):
     treated = module.layerboost
     valid, segments = treated.call.valid, treated.call.segments
@@ -71,41 +94,45 @@ def _treated_arguments(module, key):
 
 
 def _window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
-    output = window_attention(
-        query, key, value, scaling=scaling, softcap=softcap, dropout=dropout, **_treated_arguments(module, key)
-    )
+    layer_cache = _layer_cache(module)
+    if layer_cache is not None and query.shape[2] == 1:
+        output = softmax_attention(query, key, value, _visible(module, layer_cache), scaling, softcap, dropout)
+    else:
+        output = window_attention(
+            query, key, value, scaling=scaling, softcap=softcap, dropout=dropout, **_treated_arguments(module, key)
+        )
     return output.transpose(1, 2), None
 
 
 def _linear_window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
-    arguments = _treated_arguments(module, key)
+    layer_cache, feature_map = _layer_cache(module), module.linear_window
+    settings = {"scaling": scaling, "softcap": softcap, "feature_map": feature_map}
+    is_step = layer_cache is not None and query.shape[2] == 1
     if module.layerboost.zeroed is not None:
-        output = single_branch_attention(
-            module.layerboost.zeroed,
+        if is_step:
+            raise ValueError("use_cache: a branch is zeroed in whole passes only; pass use_cache=False")
+        arguments = settings | _treated_arguments(module, key)
+        output = single_branch_attention(module.layerboost.zeroed, query, key, value, **arguments)
+    elif is_step:
+        visible = _visible(module, layer_cache)
+        output = linear_window_step(query, key, value, state=layer_cache.state, visible=visible, **settings)
+        if (leaving := layer_cache.leaving()) is not None:
+            token, key, value = leaving
+            valid = module.layerboost.call.valid
+            valid = None if valid is None else valid[:, token : token + 1]
+            layer_cache.state = add_to_state(layer_cache.state, feature_map.key_features(key), value, valid)
+    else:
+        output, state = linear_window_attention(
             query,
             key,
             value,
-            scaling=scaling,
-            softcap=softcap,
-            feature_map=module.linear_window,
-            **arguments,
+            state=None if layer_cache is None else layer_cache.state,
+            return_state=layer_cache is not None,
+            **settings,
+            **_treated_arguments(module, key),
         )
-        return output.transpose(1, 2), None
-    cache = module.layerboost.call.cache
-    layer_cache = None if cache is None else cache.layers[module.layer_idx]
-    output, state = linear_window_attention(
-        query,
-        key,
-        value,
-        scaling=scaling,
-        softcap=softcap,
-        feature_map=module.linear_window,
-        state=None if layer_cache is None else layer_cache.state,
-        return_state=layer_cache is not None,
-        **arguments,
-    )
-    if layer_cache is not None:
-        layer_cache.state = state
+        if layer_cache is not None:
+            layer_cache.state = state
     return output.transpose(1, 2), None
 
 

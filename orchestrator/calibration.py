@@ -17,7 +17,7 @@ from layerboost.cost_probe import (
     slowness,
     threads,
 )
-from layerboost.decoding import hardware_name
+from layerboost.hardware import hardware_name
 from layerboost.plan import Treatment
 from orchestrator.context import RunContext
 from orchestrator.identity import RunInputs

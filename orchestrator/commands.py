@@ -122,40 +122,59 @@ def bench(arguments: argparse.Namespace) -> int:
                 f"with {arguments.new_tokens} new tokens is {total}, more than the context of {facts.path}, "
                 f"{facts.context_tokens} tokens; lower --prompt-tokens or --new-tokens",
             )
-    from layerboost.decoding import hardware_name, measure_decode
+    from layerboost.byte_model import decode_bytes, predicted_speedup
+    from layerboost.convert import parent_config, plan_of
+    from layerboost.decoding import measure_together
+    from layerboost.hardware import copy_bandwidth_bytes_per_s, hardware_name
 
+    bandwidth = copy_bandwidth_bytes_per_s(device)
     rows: list[dict[str, Any]] = []
-    base: dict[int, float] = {}
-    for facts in every_facts:
-        model = _load(facts, arguments, device)
+    base = _load(every_facts[0], arguments, device)
+    for facts in every_facts[1:] or every_facts:
+        # Side by side, so that a machine whose speed drifts is fair to both.
+        models = [base] if len(every_facts) == 1 else [base, _load(facts, arguments, device)]
         for concurrency in arguments.concurrency:
-            measured = measure_decode(
-                model,
-                concurrency=concurrency,
-                prompt_tokens=arguments.prompt_tokens,
-                new_tokens=arguments.new_tokens,
-                repeats=arguments.repeats,
-                seed=arguments.seed,
+            setting = {
+                "concurrency": concurrency,
+                "prompt_tokens": arguments.prompt_tokens,
+                "new_tokens": arguments.new_tokens,
+            }
+            timed = measure_together(
+                models, **setting, repeats=arguments.repeats, seed=arguments.seed, read_prompts=not arguments.no_prefill
             )
-            throughput = measured.output_throughput_tok_per_s
-            rows.append(
-                {
-                    "model": facts.path,
-                    "hardware": hardware_name(device),
+            for model, path, measured in zip(models, (every_facts[0].path, facts.path), timed):
+                if model is base and facts not in every_facts[:2]:
+                    continue  # its row is there already
+                config, plan = parent_config(model.config), plan_of(model)
+                condition = {
                     "concurrency": concurrency,
-                    "prompt_tokens": arguments.prompt_tokens,
-                    "new_tokens": arguments.new_tokens,
-                    "output_throughput_tok_per_s": throughput,
-                    "output_throughput_stderr": measured.output_throughput_stderr,
-                    "ttft_ms_p50": measured.ttft_ms_p50,
-                    "tpot_ms_p50": measured.tpot_ms_p50,
-                    "peak_memory_mib": measured.peak_memory_mib,
-                    "kv_bytes_per_token": measured.kv_bytes_per_token,
-                    "speedup": throughput / base.setdefault(concurrency, throughput),
+                    "context_tokens": arguments.prompt_tokens + arguments.new_tokens // 2,
+                    "dtype_bytes": model.dtype.itemsize,
                 }
-            )
+                speed = measured.output_throughput_tok_per_s
+                speedup = speed / timed[0].output_throughput_tok_per_s
+                possible = predicted_speedup(config, plan, **condition) if plan is not None else 1.0
+                limit = concurrency * bandwidth / decode_bytes(config, plan, **condition)
+                rows.append(
+                    {
+                        "model": path,
+                        "hardware": hardware_name(device),
+                        **setting,
+                        "output_throughput_tok_per_s": speed,
+                        "output_throughput_stderr": measured.output_throughput_stderr,
+                        "limit_tok_per_s": limit,
+                        "ttft_ms_p50": measured.ttft_ms_p50,
+                        "tpot_ms_p50": measured.tpot_ms_p50,
+                        "peak_memory_mib": measured.peak_memory_mib,
+                        "kv_bytes_per_token": measured.kv_bytes_per_token,
+                        "speedup": speedup,
+                        "possible_speedup": possible,
+                        "share_of_possible_gain": (speedup - 1) / (possible - 1) if possible > 1 else None,
+                    }
+                )
             print(f"bench {facts.path} concurrency={concurrency} done", file=sys.stderr)
-        del model
+    in_order = [facts.path for facts in every_facts]
+    rows.sort(key=lambda row: in_order.index(row["model"]))
     print_rows(rows, arguments.form)
     return 0
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerboost.baselines import is_of_same_budget, n_baseline_plans
+from layerboost.byte_model import decode_bytes
 from layerboost.cost_probe import ByTreatment, Costs, DecodeCosts, mixed
-from layerboost.decoding import decode_bytes
 from layerboost.halving import Rung, rungs, total_tokens
 from layerboost.healing_spec import HealingSpec, mark_steps
 from layerboost.plan import Plan, Treatment
@@ -37,9 +37,10 @@ from tasks.search import fixed_points
 LENGTHS, HALVING = "lengths", "halving"
 
 # Seconds that no model changes, on the machine that `layerboost.cost_probe` calls the reference; times `slowness`.
-_WORKER_START_S = 3.0  # a process, its imports
-_HARNESS_IMPORT_S = 1.2  # lm-eval, in each worker that asks tasks
+_WORKER_START_S = 6.0  # a process, its imports, what only its first unit does
+_HARNESS_IMPORT_S = 3.0  # lm-eval, in each worker that asks tasks
 _TUNE_S = 4.0
+_CHECKPOINT_S = 2.0  # a healed model, loaded for each condition that it is timed under
 _HEALING_JOB_S = 7.0  # the Train job and its process, the text, the checkpoints, the healed model's folder
 _HEALING_PHASE_S = 1.5  # an engine and what it compiles
 _STEP_S = 0.01  # DeepSpeed's part of a step
@@ -315,10 +316,18 @@ class _Estimator:
         )
 
     def _measure(self) -> StageEstimate:
-        n_healed = self._n_healed() if self.healing.tokens else 0
-        n_branches = n_healed if self.inputs.full_spec.text is not None else 0
+        n_healed, n_branches = 0, 0.0
+        uniform = {self.inputs.recipe.search.middle} & set(self.healing.baselines) if self.healing.tokens else set()
+        if self.healing.tokens:
+            n_healed = self._n_healed()
+            # Of the candidates, which are not known yet, about half have a layer with branches.
+            n_branches = len(uniform & {Treatment.LINEAR_WINDOW.value}) + self.healing.candidates / 2
+        if self.inputs.full_spec.text is None:
+            n_branches = 0.0
         n_fixed = 0 if self._search_judges_fully() else len(self.fixed) - 1
-        n = n_healed + n_branches + n_fixed
+        if n_fixed and self.healing.curve:  # a quality curve begins with the plan before it is healed
+            n_fixed -= len(uniform)
+        n = n_healed + round(n_branches) + n_fixed
         # Branches are read with both, and with either zeroed.
         branches_s = 3 * mixed(self.costs.evaluation.text_s, None)
         all_s = (n_healed + n_fixed) * self._direct_s() + n_branches * branches_s + n * self.costs.load_s
@@ -391,7 +400,8 @@ class _Estimator:
         base = self._uniform(Treatment.SOFTMAX)
         pairs = [(plan, condition) for plan in plans for condition in conditions]
         seconds = sum(self._timing_s(plan, *at) for plan, at in pairs)
-        seconds += sum(self._timing_s(base, *at) + self.costs.load_s for plan, at in pairs if plan is None)
+        loaded_s = self.costs.load_s + _CHECKPOINT_S * self.costs.slowness
+        seconds += sum(self._timing_s(base, *at) + loaded_s for plan, at in pairs if plan is None)
         recorded_s = None if stage == LENGTHS else self._recorded_s(THROUGHPUT)
         if recorded_s is not None:
             seconds = recorded_s * n_units

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from layerboost.decoding import kv_bytes_of_layers, predicted_speedup
+from layerboost.byte_model import kv_bytes_of_layers, predicted_speedup
 from layerboost.evaluation import QualitySpec, spec_fingerprint
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment

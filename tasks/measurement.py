@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,7 +43,7 @@ class ThroughputUnit:
             raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
 
     @property
-    def condition(self) -> dict[str, int]:
+    def condition(self) -> dict[str, Any]:
         """How `measure_together` is asked for it."""
         names = ("concurrency", "prompt_tokens", "new_tokens", "repeats", "seed")
         return {name: getattr(self, name) for name in names}

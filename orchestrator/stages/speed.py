@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.decoding import native_windows
+from layerboost.byte_model import native_windows
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity import single_layer_plan
 from layerboost.speed_model import SpeedFitError, SpeedModel, counts, design_plans

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from layerboost.decoding import DecodeMeasurement, hardware_name
+from layerboost.decoding import DecodeMeasurement
+from layerboost.hardware import hardware_name
 from layerboost.plan import Plan
 from orchestrator.context import Identity, RunContext
 from orchestrator.run_folder import unit_key

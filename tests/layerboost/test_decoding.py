@@ -6,18 +6,16 @@ import statistics
 import pytest
 import torch
 
+from layerboost.byte_model import ByteModel, decode_bytes, predicted_speedup
 from layerboost.cache import cache_bytes
 from layerboost.convert import convert
 from layerboost.decoding import (
-    ByteModel,
     DecodeMeasurement,
     DecodeSettingError,
-    _generate,
-    decode_bytes,
     kv_bytes_per_token,
     measure_decode,
     measure_together,
-    predicted_speedup,
+    timed_generation,
 )
 from layerboost.plan import Plan
 from tests.models import tiny_config, tiny_model
@@ -94,7 +92,7 @@ def test_the_timed_loop_generates_the_greedy_tokens(plan):
     model = model if plan is None else convert(model, Plan.parse(plan, window=5))
     prompts = torch.randint(3, 90, (3, 12))
     with torch.inference_mode():
-        _, steps_s, tokens = _generate(model, prompts, 9)
+        _, steps_s, tokens = timed_generation(model, prompts, 9)
         expected = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False, eos_token_id=None
         )
@@ -126,11 +124,11 @@ def _timed(monkeypatch, step_s):
     """Replaces the clock: `step_s(model, pass, step)` seconds."""
     passes: dict = {}
 
-    def generate(model, prompts, new_tokens):
+    def generate(model, prompts, new_tokens, read_prompts):
         n = passes[id(model)] = passes.get(id(model), -1) + 1
         return step_s(model, n, 0), [step_s(model, n, step) for step in range(new_tokens - 1)], None
 
-    monkeypatch.setattr("layerboost.decoding._generate", generate)
+    monkeypatch.setattr("layerboost.decoding.timed_generation", generate)
 
 
 def test_a_round_in_which_the_machine_is_slow_changes_no_ratio_and_a_disturbed_step_no_throughput(monkeypatch):
