@@ -1,10 +1,18 @@
-"""Decode speed of plans against the untouched model, beside the limit that the bytes of a step set.
+"""Decode speed and memory of plans against the untouched model, beside the limits that bytes set.
 
-    python benchmarks/decode.py --shape qwen3-4b --concurrency 16 50 100 200 --context 512 2048 8192
-    python benchmarks/decode.py --shape small --concurrency 1 8 --context 256        # seconds, on a CPU
+    python benchmarks/decode.py gain --shape wide-12 --concurrency 4 --context 512 2048 8192
+    python benchmarks/decode.py gain --shape smallworld --concurrency 32 --context 512 2048 8192
+    python benchmarks/decode.py constant --shape wide-12 --context 1024 32768
+    python benchmarks/decode.py memory --shape wide-12 --concurrency 4 --context 2048
+    python benchmarks/decode.py gain --shape qwen3-4b --dtype bfloat16 --concurrency 16 50 100 200 --context 512 8192
 
-Weights are random: a shape decodes at its real speed whatever they are. Base and plan are timed in turn and each ratio
-is the median of the pairs, since machines drift. `limit` is the ratio of bytes that one step must read.
+`gain`: base and plans are timed side by side in rounds. `limit` is the ratio of the bytes that one step must read,
+`share` the measured gain over the gain that the limit allows; both sides' bytes are set against the machine's copy
+bandwidth. `constant`: one step at each length of a plan whose layers all have a constant state, in turn. `memory`: the
+peak while prompts are read and continued, against the weights and the cache by the formula.
+
+Weights are random: a shape decodes at its real speed whatever they are. Contexts are random numbers in the cache,
+except for `memory`, which reads its prompts.
 """
 
 from __future__ import annotations
@@ -14,127 +22,190 @@ import csv
 import platform
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import layerboost
 from layerboost import Plan, Treatment, convert
-from layerboost.byte_model import predicted_speedup
-from layerboost.decoding import measure_decode
-from layerboost.hardware import hardware_name
+from layerboost.byte_model import decode_bytes, held_bytes, predicted_speedup
+from layerboost.decoding import measure_decode, measure_together
+from layerboost.hardware import MIB, copy_bandwidth_bytes_per_s, hardware_name
 
+SMALLWORLD = Path(layerboost.__file__).parent / "smallworld" / "model"
 SHAPES = {
     # Published shapes: layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary.
     "qwen3-4b": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936),
     "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256),
     "small": ("llama", 12, 256, 8, 2, 32, 704, 2048),
-    "small-llm": ("llama", 12, 256, 4, 2, 64, 704, 32_768),  # a head's share as in models of 0.1 to 0.6 B
-    "wide": ("llama", 6, 1024, 16, 4, 64, 2816, 32_768),
+    "wide-12": ("llama", 12, 1024, 16, 16, 64, 2816, 8192),  # memory-bound on a CPU too
 }
-COLUMNS = (
-    *("shape", "plan", "window", "concurrency", "context", "tok_per_s", "base_tok_per_s", "speedup", "speedup_low"),
-    *("speedup_high", "limit", "tpot_ms_p50", "peak_memory_mib", "base_peak_memory_mib", "pairs"),
-    *("hardware", "dtype", "python", "torch", "transformers"),
-)
 
 
 def build(shape: str, dtype: torch.dtype, device: str, n_positions: int):
-    """A model of a published shape with random weights."""
-    model_type, layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary = SHAPES[shape]
-    config = AutoConfig.for_model(
-        model_type,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        max_position_embeddings=n_positions,
-    )
+    """A model of a published shape, or of the embedded default's, with random weights."""
+    if shape == "smallworld":
+        config = AutoConfig.from_pretrained(SMALLWORLD, max_position_embeddings=n_positions)
+    else:
+        model_type, layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary = SHAPES[shape]
+        config = AutoConfig.for_model(
+            model_type,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=mlp,
+            vocab_size=vocabulary,
+            max_position_embeddings=n_positions,
+        )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def plans(n_layers: int, window: int) -> dict[str, Plan]:
-    """Removing every fourth and every second layer's attention, without and with windows in a further quarter."""
-    quarter = [Treatment.NONE if i % 4 == 1 else Treatment.SOFTMAX for i in range(n_layers)]
-    half = [Treatment.NONE if i % 2 else Treatment.SOFTMAX for i in range(n_layers)]
-    half_windows = [Treatment.WINDOW if i % 4 == 2 else treatment for i, treatment in enumerate(half)]
-    half_linear = [Treatment.LINEAR_WINDOW if i % 4 == 2 else treatment for i, treatment in enumerate(half)]
-    chosen = {"none 25 %": quarter, "none 50 %": half, "+ window 25 %": half_windows, "+ linear 25 %": half_linear}
-    return {name: Plan(tuple(treatments), window) for name, treatments in chosen.items()}
+    """A quarter, half and three quarters of the layers without attention, evenly spread; half with windows beside."""
+
+    def spread(removed: int, of: int, middle: Treatment = Treatment.SOFTMAX) -> Plan:
+        kept = {i: middle if i % of == of - 1 else Treatment.SOFTMAX for i in range(n_layers)}
+        return Plan(tuple(Treatment.NONE if i % of < removed else kept[i] for i in range(n_layers)), window)
+
+    return {
+        "none 25 %": spread(1, 4),
+        "none 50 %": spread(2, 4),
+        "none 75 %": spread(3, 4),
+        "none 50 %, window 25 %": spread(2, 4, Treatment.WINDOW),
+        "none 50 %, linear_window 25 %": spread(2, 4, Treatment.LINEAR_WINDOW),
+    }
+
+
+def gain(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
+    """Rows of each plan under each condition."""
+    named = plans(base.config.num_hidden_layers, args.window)
+    models = [base, *(convert(base, plan) for plan in named.values())]
+    bandwidth = copy_bandwidth_bytes_per_s(args.device)
+    for concurrency in args.concurrency:
+        for context in args.context:
+            setting = {"concurrency": concurrency, "prompt_tokens": context, "new_tokens": args.new_tokens}
+            timed = measure_together(models, **setting, repeats=args.repeats, read_prompts=False)
+            at = {
+                "concurrency": concurrency,
+                "context_tokens": context + args.new_tokens // 2,
+                "dtype_bytes": base.dtype.itemsize,
+            }
+            for name, plan, measured in zip(["base", *named], [None, *named.values()], timed, strict=True):
+                speed = measured.output_throughput_tok_per_s
+                speedup = speed / timed[0].output_throughput_tok_per_s
+                limit = 1.0 if plan is None else predicted_speedup(base.config, plan, **at)
+                n_bytes = decode_bytes(base.config, plan, **at)
+                yield {
+                    "plan": "" if plan is None else str(plan),
+                    "name": name,
+                    "concurrency": concurrency,
+                    "context": context,
+                    "tok_per_s": speed,
+                    "tok_per_s_stderr": measured.output_throughput_stderr,
+                    "tpot_ms_p50": measured.tpot_ms_p50,
+                    "speedup": speedup,
+                    "limit": limit,
+                    "share": (speedup - 1) / (limit - 1) if limit > 1 else None,
+                    "step_mib": n_bytes / MIB,
+                    "share_of_bandwidth": n_bytes * speed / concurrency / bandwidth,
+                    "copy_bandwidth_gib_per_s": bandwidth / 2**30,
+                }
+
+
+def constant(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step at each length, all layers `linear_window`, over those at the first length."""
+    n_layers = base.config.num_hidden_layers
+    model = convert(base, Plan.uniform(Treatment.LINEAR_WINDOW, n_layers, args.window))
+    for concurrency in args.concurrency:
+        times: dict[int, list[float]] = {context: [] for context in args.context}
+        for _ in range(args.repeats):
+            for context in args.context:
+                timed = measure_decode(
+                    model,
+                    concurrency=concurrency,
+                    prompt_tokens=context,
+                    new_tokens=args.new_tokens,
+                    read_prompts=False,
+                )
+                times[context].append(timed.tpot_ms_p50)
+        first = times[args.context[0]]
+        for context, steps_ms in times.items():
+            yield {
+                "name": "all linear_window",
+                "plan": "L" * n_layers,
+                "concurrency": concurrency,
+                "context": context,
+                "tpot_ms_p50": statistics.median(steps_ms),
+                "over_first": statistics.median(ms / at_first for ms, at_first in zip(steps_ms, first)),
+            }
+
+
+def memory(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
+    """Peak memory of base and plans, measured while prompts are read and continued, over the formula's."""
+    named = plans(base.config.num_hidden_layers, args.window)
+    for concurrency in args.concurrency:
+        for context in args.context:
+            for name, plan in {"base": None, **named}.items():
+                model = base if plan is None else convert(base, plan)
+                measured = measure_decode(
+                    model, concurrency=concurrency, prompt_tokens=context, new_tokens=args.new_tokens
+                )
+                expected = held_bytes(
+                    base.config,
+                    plan,
+                    concurrency=concurrency,
+                    context_tokens=context + args.new_tokens,
+                    dtype_bytes=base.dtype.itemsize,
+                )
+                yield {
+                    "name": name,
+                    "plan": "" if plan is None else str(plan),
+                    "concurrency": concurrency,
+                    "context": context,
+                    "peak_mib": measured.peak_memory_mib,
+                    "formula_mib": expected / MIB,
+                    "over_formula": measured.peak_memory_mib * MIB / expected,
+                }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("what", choices=["gain", "constant", "memory"])
+    parser.add_argument("--shape", choices=[*SHAPES, "smallworld"], default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--context", type=int, nargs="+", default=[256], help="prompt tokens")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[4])
+    parser.add_argument("--context", type=int, nargs="+", default=[512], help="tokens in the cache")
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of base and plan")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of all models")
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
     args = parser.parse_args(argv)
-
-    dtype = getattr(torch, args.dtype)
-    base = build(args.shape, dtype, args.device, max(args.context) + args.new_tokens)
+    base = build(args.shape, getattr(torch, args.dtype), args.device, max(args.context) + args.new_tokens)
     about = {
+        "window": args.window,
+        "shape": args.shape,
         "hardware": hardware_name(args.device),
+        "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     rows = []
-    for name, plan in plans(base.config.num_hidden_layers, args.window).items():
-        model = convert(base, plan)
-        for concurrency in args.concurrency:
-            for context in args.context:
-                setting = {"concurrency": concurrency, "prompt_tokens": context, "new_tokens": args.new_tokens}
-                timed = [(measure_decode(base, **setting), measure_decode(model, **setting)) for _ in range(args.pairs)]
-                ratios = sorted(b.output_throughput_tok_per_s / a.output_throughput_tok_per_s for a, b in timed)
-                middle = statistics.median(ratios)
-                limit = predicted_speedup(
-                    base.config,
-                    plan,
-                    concurrency=concurrency,
-                    context_tokens=context + args.new_tokens // 2,
-                    dtype_bytes=dtype.itemsize,
-                )
-                rows.append(
-                    {
-                        "shape": args.shape,
-                        "plan": str(plan),
-                        "window": plan.window,
-                        "concurrency": concurrency,
-                        "context": context,
-                        "tok_per_s": statistics.median(b.output_throughput_tok_per_s for _, b in timed),
-                        "base_tok_per_s": statistics.median(a.output_throughput_tok_per_s for a, _ in timed),
-                        "speedup": middle,
-                        "speedup_low": ratios[0],
-                        "speedup_high": ratios[-1],
-                        "limit": limit,
-                        "tpot_ms_p50": statistics.median(b.tpot_ms_p50 for _, b in timed),
-                        "peak_memory_mib": statistics.median(b.peak_memory_mib for _, b in timed),
-                        "base_peak_memory_mib": statistics.median(a.peak_memory_mib for a, _ in timed),
-                        "pairs": args.pairs,
-                        **about,
-                    }
-                )
-                gain = (middle - 1) / (limit - 1) if limit > 1 else float("nan")
-                print(
-                    f"{name:14} concurrency {concurrency:4} context {context:6}: {middle:.2f}x "
-                    f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], limit {limit:.2f}x, {gain:.0%} of the possible gain",
-                    flush=True,
-                )
+    for row in {"gain": gain, "constant": constant, "memory": memory}[args.what](args, base):
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        rows.append(row | about)
     if args.out:
         with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(f"wrote {args.out}", file=sys.stderr)

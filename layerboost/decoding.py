@@ -19,7 +19,7 @@ from .cache import LinearWindowLayer, PlanCache, cache_bytes, preallocated_cache
 from .families import head_dim, kv_heads
 from .hardware import PeakMemory, hardware_name
 
-PREFILL_TOKENS = {"cpu": 512, "cuda": 16_384}
+PREFILL_TOKENS = {"cpu": 256, "cuda": 16_384}
 """Tokens of all sequences that one call of a prefill takes: what it works with stays small beside the cache."""
 
 MIN_PREFILL_CHUNK_TOKENS = 16
@@ -85,7 +85,14 @@ class DecodeMeasurement:
 
 
 def measure_decode(
-    model, *, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int = 3, seed: int = 0
+    model,
+    *,
+    concurrency: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 3,
+    seed: int = 0,
+    read_prompts: bool = True,
 ) -> DecodeMeasurement:
     """Times greedy decoding of `concurrency` random prompts through the model's own forward and cache.
 
@@ -99,6 +106,8 @@ def measure_decode(
         new_tokens: tokens to generate for each sequence, at least 2: the prefill gives the first.
         repeats: timed passes, at least 3.
         seed: of the prompts.
+        read_prompts: False fills the cache with random numbers instead: decoding after a context that would take long
+            to read. Its steps cost the same.
 
     Raises:
         DecodeSettingError: a setting that is too small, or more tokens than the model has positions.
@@ -110,6 +119,7 @@ def measure_decode(
         new_tokens=new_tokens,
         repeats=repeats,
         seed=seed,
+        read_prompts=read_prompts,
     )[0]
 
 
@@ -128,10 +138,6 @@ def measure_together(
 
     Each of the `repeats` rounds has one pass of every model, in an order drawn anew. By how much a round was slower
     than the others, all models together tell; it is taken out of each pass. See `measure_decode` for the arguments.
-
-    Args:
-        read_prompts: False fills the caches with random numbers instead: decoding after a context that would take long
-            to read. Its steps cost the same.
 
     Returns:
         One measurement for each model, in order.
@@ -271,7 +277,7 @@ def timed_generation(
         model: a causal language model, converted or not.
         prompts: (concurrency, tokens), on the model's device.
         new_tokens: for each sequence; the prefill gives the first.
-        read_prompts: as of `measure_together`.
+        read_prompts: as of `measure_decode`.
 
     Returns:
         Seconds of the prefill, seconds of each decode step, generated tokens (concurrency, new_tokens).
@@ -300,14 +306,15 @@ def timed_generation(
 
 
 def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
-    """Makes a new cache look as if it had seen `n_tokens` tokens: random keys, values and states."""
+    """Makes a new cache look as if it had seen `n_tokens` tokens: random numbers, the same in all heads."""
     config = model.config.get_text_config()
     shape = (n_sequences, kv_heads(config), n_tokens, head_dim(config))
     for layer in cache.layers:
         if isinstance(layer, DummyLayer):
             continue
         assert isinstance(layer, CacheLayerMixin)
-        layer.update(*(torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2)))
+        keys, values = torch.randn(2, n_tokens, shape[-1], device=model.device, dtype=model.dtype)
+        layer.update(keys.expand(shape), values.expand(shape))
         if isinstance(layer, LinearWindowLayer):
             norms = torch.rand((*shape[:2], 2 * shape[-1]), device=model.device)
             layer.state = torch.randn((*norms.shape, shape[-1]), device=model.device), norms

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
-from ray.tune.search import Searcher
 
 from . import cluster
 from .healing import HealingJob, HealingResult, heal
 from .healing_job import located
 from .leftovers import free_resources
-from .tuning import quiet, temporary_folder
+from .tuning import UnitSearcher, quiet, temporary_folder
 from .units import Interrupt, UnitFailure, finish_on_interrupt
 
 _NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
@@ -100,8 +99,8 @@ class HealingTrial(tune.Trainable):
         return {"outcome": _Outcome(result, error, time.monotonic() - start), "done": True}
 
 
-class _JobSearcher(Searcher):
-    """Gives Tune the jobs and takes their outcomes in, all in the driver's process."""
+class _JobSearcher(UnitSearcher[int]):
+    """The jobs, each by its number."""
 
     def __init__(
         self,
@@ -112,53 +111,29 @@ class _JobSearcher(Searcher):
         on_failure: Callable[[UnitFailure[HealingJob]], None] | None,
         max_attempts: int,
     ):
-        super().__init__()
-        self.n_at_once = min(n_at_once, len(jobs))
+        super().__init__(min(n_at_once, len(jobs)), interrupt, max_attempts)
         self.failures: list[UnitFailure[HealingJob]] = []
-        self.raised: Exception | None = None
-        self._jobs, self._interrupt, self._max_attempts = jobs, interrupt, max_attempts
-        self._on_result, self._on_failure = on_result, on_failure
+        self._jobs, self._on_result, self._on_failure = jobs, on_result, on_failure
         self._waiting = deque(range(len(jobs)))
-        self._running: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> Any:
-        if self._interrupt.requested or self.raised is not None or not self._waiting:
-            return Searcher.FINISHED
-        if len(self._running) >= self.n_at_once:
-            return None
-        self._running[trial_id] = self._waiting.popleft()
-        return {"job": self._running[trial_id]}
+    def _next(self) -> int | None:
+        return self._waiting.popleft() if self._waiting else None
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Each trial has one result, which comes with its completion."""
+    def _exhausted(self) -> bool:
+        return not self._waiting
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        job = self._jobs[self._running.pop(trial_id)]
-        try:
-            if error or not result:
-                self._fail(job, "the trial's process died or could not start", self._max_attempts)
-                return
-            outcome: _Outcome = result["outcome"]
-            if outcome.result is None:
-                self._fail(job, outcome.error or "no result", 1)
-            else:
-                self._on_result(job, outcome.result, outcome.duration_s)
-        except Exception as raised:  # Tune would wrap it and lose the trials under way
-            self.raised = self.raised or raised
+    def _config(self, index: int) -> dict[str, Any]:
+        return {"job": index}
 
-    def __getstate__(self) -> dict:
-        """Nothing: Tune pickles its searcher for a restoration that is never asked for; callbacks need not pickle."""
-        return {}
+    def _take(self, index: int, outcome: _Outcome) -> None:
+        if outcome.result is None:
+            self._fail(index, outcome.error or "no result", 1)
+        else:
+            self._on_result(self._jobs[index], outcome.result, outcome.duration_s)
 
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a rung resumes from the records of its healings."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("restore: heal the jobs that are not recorded again")
-
-    def _fail(self, job: HealingJob, error: str, n_attempts: int) -> None:
-        free_resources(job)
-        self.failures.append(UnitFailure(job, error, n_attempts))
+    def _fail(self, index: int, error: str, n_attempts: int) -> None:
+        free_resources(self._jobs[index])
+        self.failures.append(UnitFailure(self._jobs[index], error, n_attempts))
         if self._on_failure is not None:
             self._on_failure(self.failures[-1])
 

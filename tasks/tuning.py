@@ -10,8 +10,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ray import tune
 from ray.tune.search import Searcher
@@ -22,6 +23,8 @@ from layerboost.process import environment
 from .cluster import WorkerResources
 from .search import Evaluator, SearchState, check_values
 from .units import Interrupt, UnitFailure, worker_info
+
+Unit = TypeVar("Unit")
 
 _QUIET_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # prints tables even when told to be silent
@@ -64,8 +67,78 @@ class PlanTrial(tune.Trainable):
         return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
 
 
-class StateSearcher(Searcher):
-    """Gives Tune the plans of a SearchState and takes their results in, all in the driver's process."""
+class UnitSearcher(Searcher, ABC, Generic[Unit]):
+    """Gives Tune units of work, one for each trial, and takes their outcomes in, all in the driver's process.
+
+    Attributes:
+        n_at_once: units under way at the same time, at most.
+        raised: what a callback raised; no unit is given out after it.
+    """
+
+    def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int):
+        super().__init__()
+        self.n_at_once = n_at_once
+        self.raised: Exception | None = None
+        self._interrupt, self._max_attempts = interrupt, max_attempts
+        self._running: dict[str, Unit] = {}
+
+    @abstractmethod
+    def _next(self) -> Unit | None:
+        """The next unit; None where there is none (yet)."""
+
+    @abstractmethod
+    def _exhausted(self) -> bool:
+        """Whether no unit will come any more."""
+
+    @abstractmethod
+    def _config(self, unit: Unit) -> dict[str, Any]:
+        """What the trial is told."""
+
+    @abstractmethod
+    def _take(self, unit: Unit, outcome: Any) -> None:
+        """Takes in what the trial reported as `outcome`."""
+
+    @abstractmethod
+    def _fail(self, unit: Unit, error: str, n_attempts: int) -> None:
+        """Takes in that there is no outcome."""
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._interrupt.requested or self.raised is not None:
+            return Searcher.FINISHED
+        if len(self._running) >= self.n_at_once:
+            return None
+        unit = self._next()
+        if unit is None:
+            return Searcher.FINISHED if self._exhausted() else None
+        self._running[trial_id] = unit
+        return self._config(unit)
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Each trial has one result, which comes with its completion."""
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        unit = self._running.pop(trial_id)
+        try:
+            if error or not result:
+                self._fail(unit, "the trial's process died or could not start", self._max_attempts)
+            else:
+                self._take(unit, result["outcome"])
+        except Exception as raised:  # Tune would wrap it and lose the trials under way
+            self.raised = self.raised or raised
+
+    def __getstate__(self) -> dict:
+        """Nothing: Tune pickles its searcher for a restoration that is never asked for; callbacks need not pickle."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is done is recorded, and is not given out again."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("restore: run what is not recorded again")
+
+
+class StateSearcher(UnitSearcher[Plan]):
+    """The plans of a SearchState."""
 
     def __init__(
         self,
@@ -76,56 +149,32 @@ class StateSearcher(Searcher):
         on_failure: Callable[[UnitFailure], None] | None,
         max_attempts: int,
     ):
-        super().__init__()
-        self._state, self._n_workers, self._interrupt = state, n_workers, interrupt
-        self._on_plan, self._on_failure, self._max_attempts = on_plan, on_failure, max_attempts
-        self._running: dict[str, Plan] = {}
+        super().__init__(n_workers, interrupt, max_attempts)
+        self._state, self._on_plan, self._on_failure = state, on_plan, on_failure
         self._ahead: Plan | None = None
-        self.raised: Exception | None = None
 
     def peek(self) -> Plan | None:
         """The plan that comes next, None where there is nothing to evaluate (yet)."""
         self._ahead = self._ahead or self._state.next_plan()
         return self._ahead
 
-    def suggest(self, trial_id: str) -> Any:
-        if self._interrupt.requested or self.raised is not None:
-            return Searcher.FINISHED
-        if len(self._running) >= self._n_workers:
-            return None
+    def _next(self) -> Plan | None:
         plan, self._ahead = self.peek(), None
-        if plan is None:
-            return Searcher.FINISHED if self._state.exhausted else None
-        self._running[trial_id] = plan
+        return plan
+
+    def _exhausted(self) -> bool:
+        return self._state.exhausted
+
+    def _config(self, plan: Plan) -> dict[str, Any]:
         return plan.to_dict()
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Each trial has one result, which comes with its completion."""
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        plan = self._running.pop(trial_id)
-        try:
-            if error or not result:
-                self._fail(plan, "the trial's process died or could not start", self._max_attempts)
-                return
-            outcome = json.loads(result["outcome"])
-            if outcome["error"] is not None:
-                self._fail(plan, outcome["error"], 1)
-            else:
-                self._state.finish(plan, outcome["values"])
-                self._on_plan(plan, outcome["values"], outcome["evaluation_s"], outcome["worker"])
-        except Exception as raised:  # Tune would wrap it and lose the trials under way
-            self.raised = self.raised or raised
-
-    def __getstate__(self) -> dict:
-        """Nothing: Tune pickles its searcher for a restoration that is never asked for; callbacks need not pickle."""
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a search resumes from the records of its plans."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("restore: run the search again with the recorded plans as known")
+    def _take(self, plan: Plan, outcome: str) -> None:
+        found = json.loads(outcome)
+        if found["error"] is not None:
+            self._fail(plan, found["error"], 1)
+        else:
+            self._state.finish(plan, found["values"])
+            self._on_plan(plan, found["values"], found["evaluation_s"], found["worker"])
 
     def _fail(self, plan: Plan, error: str, n_attempts: int) -> None:
         self._state.finish(plan, None, error)

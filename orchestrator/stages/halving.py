@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.evaluation import Scores, quality
+from layerboost.evaluation import Scores
 from layerboost.halving import rungs, total_tokens
 from layerboost.healing_spec import HealingSpec
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.curve import CURVE, snapshot_folder, snapshot_name, snapshot_unit, state_key
 from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, healing_workers, rung_job
-from orchestrator.stages.promise import most_promising
+from orchestrator.stages.promise import most_promising, objective
 from orchestrator.stages.sampled import sample_text
 from tasks.healing import HealingJob, HealingResult
 
@@ -165,10 +164,8 @@ def _outcome(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str, Any]:
 
 
 def _objective(run: RunContext, scores: Scores) -> float:
-    """What the search maximises beside speed, of scores after a healing."""
-    recipe, inputs = run.inputs.recipe, run.inputs
-    untouched = Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
-    base = run.recorded(inputs.plan_scores(untouched, inputs.search_quality_spec))
-    if recipe.search.objective == "quality" or base is None:
-        return quality(scores)[0]
-    return -mean_drop(Scores.from_dict(base["scores"]), scores, recipe.sensitivity.score).drop
+    """The search's objective, of scores after a healing."""
+    untouched = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
+    base = run.recorded(run.inputs.plan_scores(untouched, run.inputs.search_quality_spec))
+    assert base is not None
+    return objective(run, Scores.from_dict(base["scores"]), scores)

@@ -1,4 +1,4 @@
-"""Which plans are worth healing: what they may be expected to keep after it, against their speed."""
+"""What the search maximises, and which plans are worth healing by what they may be expected to keep after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from layerboost.evaluation import Scores, quality
 from layerboost.pareto import choose_spread
+from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
 
 _LEFT = 0.2
@@ -14,6 +16,14 @@ _LEFT = 0.2
 
 _TARGET = 0.99
 """Share of the quality that candidates are aimed at where the recipe asks for none; as the report's headline."""
+
+
+def objective(run: RunContext, base: Scores, scores: Scores) -> float:
+    """What the search maximises beside speed: the quality, or minus the drop of the recipe's sensitivity score."""
+    recipe = run.inputs.recipe
+    if recipe.search.objective == "quality":
+        return quality(scores)[0]
+    return 0.0 - mean_drop(base, scores, recipe.sensitivity.score).drop
 
 
 def most_promising(run: RunContext, entries: Sequence[dict[str, Any]], n: int) -> list[int]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from layerboost.evaluation import Scores, quality
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import mean_drop
 from orchestrator.context import RunContext
 from orchestrator.results import SCORE_STAGES, cost_matrix
 from orchestrator.run_folder import unit_key
+from orchestrator.stages.promise import objective
 from orchestrator.stages.refine import refine
 from orchestrator.stages.speed import layer_times, measure_speed, speedup
 from tasks.ablation import EvaluationUnit, plan_evaluator_maker
@@ -45,11 +45,8 @@ def search(run: RunContext) -> bool:
 
 def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Outcome:
     """What the search maximises: the recipe's objective, of the scores of plan and base, and predicted speed."""
-    recipe = run.inputs.recipe
-    if recipe.search.objective == "quality":
-        return values["quality"], speedup(run, plan)
     before, after = (Scores.from_dict(of["scores"]) for of in (base, values))
-    return 0.0 - mean_drop(before, after, recipe.sensitivity.score).drop, speedup(run, plan)
+    return objective(run, before, after), speedup(run, plan)
 
 
 def _set_trials(run: RunContext, trials: list[dict[str, Any]]) -> None:
