@@ -64,7 +64,7 @@ def convert(
         "AutoConfig": f"modeling.{config_type.__name__}",
         "AutoModelForCausalLM": f"modeling.{model_type_class.__name__}",
     }
-    return _sharing(model_type_class, config, model, [])
+    return sharing_parameters(model_type_class, config, model, [])
 
 
 def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None)
         raise ConversionError("model: is not a converted one; there is nothing to restore")
     parent_type = parent_class(model.config.model_type.removeprefix(CONVERTED_PREFIX))
     config = parent_config(model.config)
-    return _sharing(parent_type, config, model, [] if parent_model is None else [parent_model])
+    return sharing_parameters(parent_type, config, model, [] if parent_model is None else [parent_model])
 
 
 def parent_config(config: Any) -> Any:
@@ -95,7 +95,9 @@ def parent_config(config: Any) -> Any:
     return parent_class(config.model_type.removeprefix(CONVERTED_PREFIX)).config_class.from_dict(values)
 
 
-def _sharing(model_type: Any, config: Any, source: PreTrainedModel, more: list[PreTrainedModel]) -> PreTrainedModel:
+def sharing_parameters(
+    model_type: Any, config: Any, source: PreTrainedModel, more: list[PreTrainedModel]
+) -> PreTrainedModel:
     """A model of `model_type` made of the parameters and buffers of `source`, and of `more` where it has none."""
     config._attn_implementation = source.config._attn_implementation
     config.dtype = source.dtype
