@@ -42,6 +42,8 @@ SHAPES = {
     "qwen3-4b": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936),
     "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256),
     "small": ("llama", 12, 256, 8, 2, 32, 704, 2048),
+    "small-llm": ("llama", 12, 256, 4, 2, 64, 704, 32_768),  # a head's share as in models of 0.1 to 0.6 B
+    "wide": ("llama", 6, 1024, 16, 4, 64, 2816, 32_768),
     "wide-12": ("llama", 12, 1024, 16, 16, 64, 2816, 8192),  # memory-bound on a CPU too
 }
 

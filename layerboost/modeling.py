@@ -191,6 +191,7 @@ def _after_decoder(decoder: Any, args: tuple, kwargs: dict, output):
     call = decoder.layerboost_call
     if call.cache is not None:
         call.cache.seen_tokens += _inputs(kwargs).shape[1]
+        call.cache = None  # the caller's to keep, or not
     return output
 
 

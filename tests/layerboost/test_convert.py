@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -293,6 +295,14 @@ def test_the_cache_keeps_beams_apart_and_refuses_to_go_back():
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
     with pytest.raises(NotImplementedError, match="softmax and none"):
         cache.crop(-1)
+
+
+def test_a_model_does_not_keep_the_cache_alive():
+    model = converted(tiny_model("llama"), "NLWS")
+    with torch.no_grad():
+        cache = weakref.ref(model(random_tokens(model), use_cache=True).past_key_values)
+    gc.collect()
+    assert cache() is None
 
 
 def test_wrong_calls_are_refused_with_a_remedy():
