@@ -149,6 +149,8 @@ def measure_together(
     kv_bytes = [kv_bytes_per_token(model, seed=seed) for model in models]
     peaks_mib = []
     for model in models:
+        warm_up = prompts[:, : _prefill_chunk_tokens(model, concurrency)]
+        timed_generation(model, warm_up, 2)  # what the libraries keep for themselves is not the model's
         with PeakMemory(model) as memory:
             timed_generation(model, prompts, new_tokens, read_prompts)
         peaks_mib.append(memory.peak_mib)
