@@ -44,6 +44,7 @@ SHAPES = {
     "small": ("llama", 12, 256, 8, 2, 32, 704, 2048),
     "small-llm": ("llama", 12, 256, 4, 2, 64, 704, 32_768),  # a head's share as in models of 0.1 to 0.6 B
     "wide": ("llama", 6, 1024, 16, 4, 64, 2816, 32_768),
+    "kv-bound": ("llama", 8, 512, 8, 8, 64, 512, 2048),  # served at 200 requests, its steps are nearly all KV cache
     "wide-12": ("llama", 12, 1024, 16, 16, 64, 2816, 8192),  # memory-bound on a CPU too
 }
 

@@ -19,7 +19,9 @@ The paper does not publish its feature map; this one is this project's own choic
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -268,9 +270,16 @@ def linear_window_attention(
         features = feature_map.key_features(key[:, :, :n_evicted])
     else:
         logits, features = feature_map(query, key)
-        output = _linear_window_chunks(
-            query, key, value, logits, features, state, scaling, window, valid, segments, softcap
-        )
+        kernels = _kernels(query)
+        if kernels is not None and kernels.supports(query, key, value, state, segments, softcap):
+            options = {"scaling": scaling, "window": window, "logit_cap": FEATURE_LOGIT_CAP}
+            output = kernels.linear_window_prefill(
+                query, key, value, logits, features, state=state, valid=valid, **options
+            )
+        else:
+            output = _linear_window_chunks(
+                query, key, value, logits, features, state, scaling, window, valid, segments, softcap
+            )
     if not return_state:
         return output, None
     left = None if valid is None else valid[:, :n_evicted]
@@ -313,6 +322,16 @@ def linear_window_step(
         numerator = numerator + query_features @ state[0]
         denominator = denominator + query_features @ state[1].unsqueeze(-1)
     return (numerator / denominator).reshape(query.shape).to(query.dtype)
+
+
+def _kernels(query: torch.Tensor) -> ModuleType | None:
+    """`layerboost.kernels` for what lies on a GPU; None where it or Triton is missing: a checkpoint has no copy."""
+    if not query.is_cuda:
+        return None
+    try:
+        return importlib.import_module("layerboost.kernels")
+    except ModuleNotFoundError:
+        return None
 
 
 def _linear_window_chunks(query, key, value, logits, features, state, scaling, window, valid, segments, softcap):

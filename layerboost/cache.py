@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .plan import Plan, Treatment
 
@@ -198,7 +199,7 @@ class PlanCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         for index, treatment in enumerate(plan.treatments):
             if treatment is Treatment.NONE:
-                layers[index] = DummyLayer()
+                layers[index] = cache_utils.DummyLayer()  # looked up late: vLLM's older transformers has none
             elif treatment is Treatment.WINDOW:
                 layers[index] = WindowLayer(plan.window)
             elif treatment is Treatment.LINEAR_WINDOW:

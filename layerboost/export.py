@@ -39,8 +39,9 @@ def export_stock(model: PreTrainedModel) -> PreTrainedModel:
     native = native_windows(config)
     windows = [plan.window if t is Treatment.WINDOW else native[i] for i, t in enumerate(plan.treatments)]
     if len(set(windows) - {None}) > 1:
+        own = sorted({window for window in native if window})
         raise ExportError(
-            f"plan: its window {plan.window} stands beside the family's own windows {sorted(set(native) - {None})}, "
+            f"plan: its window {plan.window} stands beside the family's own windows {own}, "
             "and a stock format has one for all layers; convert with that window"
         )
     config.layer_types = ["full_attention" if window is None else "sliding_attention" for window in windows]

@@ -100,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = add("bench", "time decoding of models side by side", model, device, table)
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
+    bench.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    bench.add_argument("--environment", metavar="DIR", help="virtual environment that has vllm (default: this one)")
     bench.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences at a time")
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: %(default)s")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer
-from orchestrator.recipe import InputError, load_recipe
+from orchestrator.recipe import InputError, environment_folder, load_recipe
 from orchestrator.tables import print_rows
 
 
@@ -111,17 +111,21 @@ def bench(arguments: argparse.Namespace) -> int:
     ):
         if value < least:
             raise InputError(field, value, f"must be at least {least}")
+    with_vllm = arguments.engine == "vllm"
+    if with_vllm and arguments.device != "auto":
+        raise InputError("--device", arguments.device, "is for transformers; vllm runs on what its build is for")
+    if with_vllm and arguments.no_prefill:
+        raise InputError("--no-prefill", "given", "is for transformers; leave it out")
+    if arguments.environment is not None and not with_vllm:
+        raise InputError("--environment", arguments.environment, "is where vllm is; give --engine vllm, or leave it")
+    from orchestrator.preflight import check_decoded
+
     device = choose_device(arguments.device)
     every_facts = [_check(path, arguments) for path in arguments.models]
-    total = arguments.prompt_tokens + arguments.new_tokens
     for facts in every_facts:
-        if facts.context_tokens is not None and total > facts.context_tokens:
-            raise InputError(
-                "--prompt-tokens",
-                arguments.prompt_tokens,
-                f"with {arguments.new_tokens} new tokens is {total}, more than the context of {facts.path}, "
-                f"{facts.context_tokens} tokens; lower --prompt-tokens or --new-tokens",
-            )
+        check_decoded("--prompt-tokens", arguments.prompt_tokens, arguments.new_tokens, facts, arguments.engine)
+    if with_vllm:
+        return _bench_with_vllm(arguments, every_facts)
     from layerboost.byte_model import decode_bytes, predicted_speedup
     from layerboost.convert import parent_config, plan_of
     from layerboost.decoding import measure_together
@@ -175,6 +179,42 @@ def bench(arguments: argparse.Namespace) -> int:
             print(f"bench {facts.path} concurrency={concurrency} done", file=sys.stderr)
     in_order = [facts.path for facts in every_facts]
     rows.sort(key=lambda row: in_order.index(row["model"]))
+    print_rows(rows, arguments.form)
+    return 0
+
+
+def _bench_with_vllm(arguments: argparse.Namespace, every_facts: list[ModelFacts]) -> int:
+    from layerboost.serving_bench import (
+        ServingCondition,
+        ServingError,
+        ServingMeasurement,
+        local_checkpoint,
+        measure_served,
+    )
+    from orchestrator.preflight import check_vllm
+
+    given = arguments.environment
+    environment = check_vllm(given and environment_folder(given), every_facts, prefix="--")
+    conditions = [
+        ServingCondition(n, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats, arguments.seed)
+        for n in arguments.concurrency
+    ]
+    rows: list[dict[str, Any]] = []
+    base: dict[int, float] = {}
+    for facts in every_facts:
+
+        def on_result(
+            condition: ServingCondition, result: ServingMeasurement | ServingError, path: str = facts.path
+        ) -> None:
+            if isinstance(result, ServingError):
+                raise result
+            speed = result.output_throughput_tok_per_s
+            told = {name: value for name, value in result.to_dict().items() if not isinstance(value, list)}
+            rows.append({"model": path, **told, "speedup": speed / base.setdefault(condition.concurrency, speed)})
+            print(f"bench {path} concurrency={condition.concurrency} done", file=sys.stderr)
+
+        folder = local_checkpoint(facts.path, facts.commit or arguments.revision)
+        measure_served(environment, folder, conditions, dtype=arguments.dtype, on_result=on_result)
     print_rows(rows, arguments.form)
     return 0
 

@@ -351,6 +351,7 @@ class RunInputs:
         return {
             "unit": "throughput",
             "engine": self.recipe.throughput.engine,
+            **({} if unit.environment is None else {"engine_versions": unit.environment.versions}),
             "hardware": hardware,
             "model": self.model,
             "plan": _plan_identity(unit.plan),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer, without_prefix
 from orchestrator.recipe import (
@@ -19,6 +20,9 @@ from orchestrator.recipe import (
 from orchestrator.run_folder import RunFolder
 from orchestrator.text_check import check_healing_texts, check_plain_text
 from tasks.cluster import ClusterError, NodeResources, ResourcesError, connect, resolve_workers
+
+if TYPE_CHECKING:
+    from layerboost.serving_environment import ServingEnvironment
 
 __all__ = ["InputError", "ModelFacts", "preflight"]
 
@@ -48,6 +52,8 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     _check_lengths(recipe, facts)
     _check_plans(recipe, facts)
     _check_constraints(recipe, facts)
+    if recipe.throughput.engine == "vllm":
+        check_vllm(recipe.throughput.environment, [facts], address)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
     tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
@@ -76,20 +82,12 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
                 recipe.search.window,
                 f"covers the model's whole context of {context} tokens, so it would change nothing; give fewer",
             )
-        lengths = recipe.throughput.lengths
+        throughput, lengths = recipe.throughput, recipe.throughput.lengths
         for field, prompt_tokens in (
-            ("throughput.prompt_tokens", recipe.throughput.prompt_tokens),
+            ("throughput.prompt_tokens", throughput.prompt_tokens),
             ("throughput.lengths.prompt_tokens", max(lengths.prompt_tokens) if lengths else 0),
         ):
-            decoded = prompt_tokens + recipe.throughput.new_tokens
-            if decoded <= context:
-                continue
-            raise InputError(
-                field,
-                prompt_tokens,
-                f"with {recipe.throughput.new_tokens} new tokens is {decoded}, more than the model's context of "
-                f"{context} tokens; lower prompt_tokens or new_tokens",
-            )
+            check_decoded(field, prompt_tokens, throughput.new_tokens, facts, throughput.engine)
     sequence_tokens = resolve_sequence_tokens(healing.sequence_tokens, context)
     if healing.tokens and recipe.search.window >= sequence_tokens:
         raise InputError(
@@ -105,6 +103,22 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
             healing.tokens,
             f"is less than one step of {healing.batch_sequences} sequences, {step_tokens} tokens; "
             "give more tokens, 0 for no healing, or smaller healing.batch_sequences",
+        )
+
+
+def check_decoded(field: str, prompt_tokens: int, new_tokens: int, facts: ModelFacts, engine: str) -> None:
+    """Raises InputError where prompt and new tokens are more than a model's context."""
+    from layerboost.serving_bench import PROMPT_SLACK_TOKENS
+
+    slack = PROMPT_SLACK_TOKENS if engine == "vllm" else 0
+    decoded = prompt_tokens + new_tokens + slack
+    if facts.context_tokens is not None and decoded > facts.context_tokens:
+        longer = f" and the {slack} by which vllm's prompts may come out longer" if slack else ""
+        raise InputError(
+            field,
+            prompt_tokens,
+            f"with {new_tokens} new tokens{longer} is {decoded}, more than the model's context of "
+            f"{facts.context_tokens} tokens; lower the prompt's or the new tokens",
         )
 
 
@@ -206,6 +220,42 @@ def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:
                 limit.at_most,
                 f"the pinned layers alone come to {limit.value(least):g}; give at least that, or pin fewer",
             )
+
+
+def check_vllm(
+    folder: str | None, every_facts: Sequence[ModelFacts], address: str | None = None, *, prefix: str = "throughput."
+) -> ServingEnvironment:
+    """The environment that has vLLM and serves all these models.
+
+    Args:
+        folder: of the environment; None for the running Python's.
+        address: of the cluster that it is on.
+        prefix: of the fields' names in an error.
+
+    Raises:
+        InputError: there is none, or it does not serve a model's family.
+    """
+    from layerboost.serving_environment import ServingError, check_served
+
+    try:
+        for facts in every_facts:
+            check_served(facts.config.model_type)
+    except ServingError as error:
+        raise InputError(f"{prefix}engine", "vllm", f"{error}; use transformers") from None
+    try:
+        return serving_environment(folder, address)
+    except ServingError as error:
+        remedy = str(error) if folder else f"the running Python {error}"
+        raise InputError(f"{prefix}environment", folder, remedy) from None
+
+
+@functools.cache
+def serving_environment(folder: str | None, address: str | None) -> ServingEnvironment:
+    """What `find_environment` finds, on this machine or on the node of a connected cluster that times."""
+    from layerboost.serving_environment import find_environment
+    from tasks.measurement import on_measuring_node
+
+    return find_environment(folder) if address is None else on_measuring_node(find_environment, folder)
 
 
 def check_device(device: str, field: str = "model.device") -> None:

@@ -79,6 +79,12 @@ def _plan_letters(value: str) -> str:
     return value
 
 
+def environment_folder(value: str) -> str:
+    """The folder of a virtual environment, of which the Python may be given: a link that must not be followed."""
+    path = Path(value)
+    return str(path.parent.parent) if path.parent.name == "bin" and path.name.startswith("python") else value
+
+
 Range = Annotated[tuple[Number, Number], AfterValidator(_ordered_range)]
 PlanLetters = Annotated[str, AfterValidator(_plan_letters)]
 
@@ -253,21 +259,31 @@ class LengthsSection(Section):
 
 
 class ThroughputSection(Section):
-    """The serving conditions under which decoding is timed."""
+    """The serving conditions under which decoding is timed.
 
-    engine: Literal["transformers"] = "transformers"
+    Attributes:
+        engine: `transformers` times one batch, decoding apart from prefill. `vllm` serves each model and has vLLM's own
+            client ask it, all in; a server takes about a minute to start, so `search.speed: bytes` is the cheap way
+            to search with it, and `measured` starts one for each of `search.speed_plans`.
+        environment: folder of the virtual environment that has vllm, or its Python; by default the one that runs.
+            Where it is changes no result.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    environment: Annotated[Name, AfterValidator(environment_folder)] | None = None
     concurrency: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)] = (1, 8)
     prompt_tokens: Count = 128
     new_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 32
     repeats: Annotated[int, BeforeValidator(as_number), Field(ge=3)] = 3
     lengths: LengthsSection | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _engines_to_come(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("engine") == "vllm":
-            raise InputError("throughput.engine", "vllm", "not available yet; use transformers")
-        return data
+    @model_validator(mode="after")
+    def _environment_of_vllm(self) -> ThroughputSection:
+        if self.environment is not None and self.engine != "vllm":
+            raise InputError(
+                "throughput.environment", self.environment, "is where vllm is; set throughput.engine: vllm, or leave it"
+            )
+        return self
 
 
 class PlacementSection(Section):
@@ -394,8 +410,8 @@ class Recipe(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Everything that can change a result, as plain JSON values: all sections but `placement`."""
-        return self.model_dump(mode="json", exclude={"placement"})
+        """Everything that can change a result, as plain JSON values: all but where the work runs."""
+        return self.model_dump(mode="json", exclude={"placement": True, "throughput": {"environment"}})
 
     def resolved_yaml(self) -> str:
         """The recipe with every default written out; loads to an equal recipe."""
@@ -482,7 +498,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     data["model"]["path"] = _local_path(data["model"]["path"], folder)
     healing = data["healing"]
-    for place, name in ((data["quality"], "text"), (healing, "teacher"), *((text, "path") for text in healing["text"])):
+    places = [(data["quality"], "text"), (healing, "teacher"), (data["throughput"], "environment")]
+    for place, name in (*places, *((text, "path") for text in healing["text"])):
         if place[name] is not None:
             place[name] = _local_path(place[name], folder)
     data["sensitivity"]["texts"] = [_local_path(text, folder) for text in data["sensitivity"]["texts"]]

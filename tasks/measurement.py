@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from layerboost.checkpoint import save_checkpoint
 from layerboost.convert import convert
 from layerboost.decoding import DecodeMeasurement, measure_together
 from layerboost.plan import Plan
+from layerboost.serving_bench import ServingCondition, ServingMeasurement, local_checkpoint, measure_served
+from layerboost.serving_environment import ServingEnvironment, ServingError
 
 from .ablation import ModelSource, actor_maker
 from .cluster import NodeResources, WorkerResources, resources
+from .storage import local_folder
 from .units import UnitFailure, run_units, worker_info
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ class ThroughputUnit:
     Attributes:
         plan: how the parent is converted; None measures the untouched parent, or the checkpoint.
         checkpoint: folder of a healed model to measure; no plan then, it has its own.
+        environment: what vLLM runs in; None measures with transformers.
     """
 
     concurrency: int
@@ -37,6 +44,7 @@ class ThroughputUnit:
     checkpoint: str | None = None
     repeats: int = 3
     seed: int = 0
+    environment: ServingEnvironment | None = None
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.checkpoint is not None:
@@ -44,13 +52,18 @@ class ThroughputUnit:
 
     @property
     def condition(self) -> dict[str, Any]:
-        """How `measure_together` is asked for it."""
+        """How `measure_together` is asked for it, and what a `ServingCondition` is made of."""
         names = ("concurrency", "prompt_tokens", "new_tokens", "repeats", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 Group = tuple[ThroughputUnit, ...]
-"""Models that are timed side by side under one condition."""
+"""Models that are timed side by side under one condition; with vLLM, conditions that one server is timed under."""
+
+Result = TypeVar("Result")
+
+ERROR = "error"
+"""Key of what stands for a result that a server could not give under one of its conditions."""
 
 
 class MeasurementWorker:
@@ -86,28 +99,89 @@ class MeasurementWorker:
         return measure_together(models, **group[0].condition)
 
 
+class ServingWorker:
+    """Times groups of conditions, each of one model that vLLM serves; holds no model itself."""
+
+    def __init__(self, source: ModelSource):
+        self.source = source
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def run(self, group: Group) -> list[dict]:
+        """`ServingMeasurement.to_dict()` of each unit, or its error by the key `ERROR`.
+
+        Raises:
+            ServingError: the model is not served.
+        """
+        unit, found = group[0], []
+        assert unit.environment is not None
+
+        def on_result(_: ServingCondition, result: ServingMeasurement | ServingError) -> None:
+            found.append({ERROR: str(result)} if isinstance(result, ServingError) else result.to_dict())
+
+        with local_folder(unit.checkpoint) if unit.checkpoint else nullcontext() as folder:
+            model: Path | Callable[[Path], None]
+            if unit.plan is not None:
+                model = self._writer(unit.plan)
+            elif folder is not None:
+                model = local_checkpoint(folder)
+            else:
+                model = local_checkpoint(self.source.path, self.source.revision)
+            conditions = [ServingCondition(**unit.condition) for unit in group]
+            measure_served(unit.environment, model, conditions, dtype=self.source.dtype, on_result=on_result)
+        return found
+
+    def _writer(self, plan: Plan) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            parent = replace(self.source, device="cpu").load()  # a GPU is the server's
+            save_checkpoint(convert(parent, plan), self.source.load_tokenizer(), folder)
+
+        return write
+
+
 def measure_groups(
     groups: Sequence[Group],
     source: ModelSource,
     *,
     on_result: Callable[[Group, list[dict], float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
-    max_attempts: int = 3,
+    max_attempts: int | None = None,
 ) -> list[UnitFailure]:
     """Times all groups one after the other on one worker, so that all stand on the same hardware.
 
     The worker takes every CPU of the largest node, and one whole GPU where there are GPUs: nothing that asks Ray for
-    room runs beside it. See `run_units` for the callbacks and failures.
+    room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
+    server may take minutes to fail, twice.
     """
     alone = exclusive_worker(resources())
+    with_vllm = any(unit.environment is not None for group in groups for unit in group)
+    max_attempts = max_attempts or (2 if with_vllm else 3)
     return run_units(
         groups,
-        actor_maker(MeasurementWorker, alone, source, measuring_threads(alone)),
+        actor_maker(ServingWorker, alone, source)
+        if with_vllm
+        else actor_maker(MeasurementWorker, alone, source, measuring_threads(alone)),
         n_workers=1,
         on_result=on_result,
         on_failure=on_failure,
         max_attempts=max_attempts,
     )
+
+
+def on_measuring_node(ask: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives on the node that times; the cluster is connected.
+
+    Raises:
+        Exception: what the function raises there.
+    """
+    import ray
+
+    worker = exclusive_worker(resources())
+    try:
+        return ray.get(ray.remote(ask).options(**worker.actor_options()).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def measuring_threads(alone: WorkerResources) -> int:

@@ -90,6 +90,13 @@ PARETO_COLUMNS = {
     "predicted_throughput_stderr": "float64",
     "feasible": "boolean",  # holds the recipe's constraints; empty where there are none
     "flags": "str",  # what a candidate lost although its accuracy held: generation, retrieval, calibration
+    # what vllm tells and transformers does not
+    "engine_version": "str",
+    "ttft_ms_p99": "float64",
+    "tpot_ms_p99": "float64",
+    "itl_ms_p50": "float64",
+    "itl_ms_p99": "float64",
+    "kv_cache_tokens": "Int64",  # that the engine's memory holds at once, in sequences of the longest length
 }
 """Columns of pareto.csv, in order: one row for each candidate and serving condition. Rows: base, baselines, search,
 each by plan_id; then unhealed before healed; then by condition."""

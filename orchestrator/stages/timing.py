@@ -2,6 +2,7 @@
 
 The speed of a machine drifts. So models are timed in groups that begin with the parent, and the times of a group are
 scaled to where the parent stood when it was first recorded: all speeds of a run compare, whenever they were measured.
+With vLLM, whose server takes a minute to start, a group is one model under all conditions, and the parent comes first.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from layerboost.decoding import DecodeMeasurement
 from layerboost.hardware import hardware_name
 from layerboost.plan import Plan
-from orchestrator.context import Identity, RunContext
+from layerboost.serving_bench import VLLM, ServingMeasurement
+from layerboost.serving_environment import ServingEnvironment
+from orchestrator.context import RunContext
+from orchestrator.preflight import serving_environment
 from orchestrator.run_folder import unit_key
-from tasks import cluster
-from tasks.measurement import Group, ThroughputUnit, exclusive_worker, measure_groups
+from tasks.measurement import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
 from tasks.units import UnitFailure
 
 THROUGHPUT = "throughput"
@@ -46,21 +49,35 @@ def time_models(
     identities = {unit: run.inputs.throughput(unit, hardware, healed) for unit, (_, healed) in units.items()}
     todo = [unit for unit in units if run.recorded(identities[unit], (THROUGHPUT,)) is None]
     run.progress.start_stage(stage, len(units), recorded=len(units) - len(todo))
+    with_vllm = any(unit.environment is not None for unit in todo)
+    parents: dict[ThroughputUnit, dict] = {}
 
     def on_result(group: Group, results: list[dict], duration_s: float, info: dict) -> None:
-        for unit, result in _at_recorded_speed(run, group, results, hardware):
-            if unit in todo and run.recorded(identities[unit], (THROUGHPUT,)) is None:
-                each_s = duration_s / max(1, len(set(group) & set(todo)))
-                run.record(THROUGHPUT, identities[unit], {**result, "duration_s": each_s, "worker": info})
-                tok_per_s = round(result["output_throughput_tok_per_s"], 1)
-                named = units[unit][0] | _condition(unit)
-                run.progress.finish_unit(each_s, **named, tok_per_s=tok_per_s)
+        measured = dict(zip(group, results, strict=True))
+        if not with_vllm:
+            parents.clear()  # only who was timed beside the parent drifted with it
+        parents.update({unit: result for unit, result in measured.items() if unit == parent_of(unit)})
+        n_here = max(1, len(set(group) & set(todo)))
+        for unit, result in measured.items():
+            if unit not in todo or run.recorded(identities[unit], (THROUGHPUT,)) is not None:
+                continue
+            named = units[unit][0] | _condition(unit)
+            if ERROR in result:
+                run.failed(stage, named, result[ERROR])
+                continue
+            result = _at_recorded_speed(run, unit, result, parents.get(parent_of(unit), {}), hardware)
+            each_s = duration_s / n_here
+            run.record(THROUGHPUT, identities[unit], {**result, "duration_s": each_s, "worker": info})
+            tok_per_s = round(result["output_throughput_tok_per_s"], 1)
+            run.progress.finish_unit(each_s, **named, tok_per_s=tok_per_s)
 
     if todo:
         run.connect()
-        failures = measure_groups(groups(todo, on_gpu=not _is_cpu(hardware)), run.inputs.source, on_result=on_result)
+        on_gpu = not _is_cpu(hardware)
+        in_groups = server_groups(todo, on_gpu=on_gpu) if with_vllm else groups(todo, on_gpu=on_gpu)
+        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result)
         # One model that cannot be timed must not take with it those beside it.
-        if pairs := [pair for failure in failures for pair in _pairs(failure.unit)]:
+        if not with_vllm and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
             failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result)
         for unit, error in _failed_units(failures, todo):
@@ -89,6 +106,21 @@ def groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Group]:
     return found
 
 
+def server_groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Group]:
+    """What one server each is timed for: the parent under all conditions, then each model under its own.
+
+    On a GPU, whose speed does not drift, the parent is left out where nothing is wanted of it.
+    """
+    of_model: dict[tuple[Plan | None, str | None], list[ThroughputUnit]] = {(None, None): []}
+    for unit in units:
+        base = parent_of(unit)
+        if base not in of_model[None, None] and (base in units or not on_gpu):
+            of_model[None, None].append(base)
+        if unit != base:
+            of_model.setdefault((unit.plan, unit.checkpoint), []).append(unit)
+    return [tuple(group) for group in of_model.values() if group]
+
+
 def parent_of(unit: ThroughputUnit) -> ThroughputUnit:
     """The untouched parent under a unit's condition."""
     return replace(unit, plan=None, checkpoint=None)
@@ -111,33 +143,36 @@ def throughput_unit(
         plan=plan,
         checkpoint=checkpoint,
         repeats=recipe.repeats,
+        environment=_environment(run),
     )
 
 
 def measuring_hardware(run: RunContext) -> str:
-    """What the measuring worker runs on: this machine, or what a cluster says."""
+    """What the measuring worker runs on: this machine, or what a cluster says; with vLLM, what its environment says."""
+    if (environment := _environment(run)) is not None:
+        return environment.hardware
     if run.address is None:
         return _device_name()
     run.connect()
-    import ray
+    return on_measuring_node(_device_name)
 
-    worker = exclusive_worker(cluster.resources())
-    return ray.get(ray.remote(_device_name).options(**worker.actor_options()).remote())
+
+def _environment(run: RunContext) -> ServingEnvironment | None:
+    recipe = run.inputs.recipe.throughput
+    return serving_environment(recipe.environment, run.address) if recipe.engine == VLLM else None
 
 
 def _at_recorded_speed(
-    run: RunContext, group: Group, results: list[dict], hardware: str
-) -> list[tuple[ThroughputUnit, dict]]:
-    """The results as they would have been when the parent was recorded; as they are where it is not among them."""
-    base = parent_of(group[0])
-    identity: Identity = run.inputs.throughput(base, hardware, None)
-    recorded = run.recorded(identity, (THROUGHPUT,))
-    if group[0] != base or recorded is None:
-        return list(zip(group, results, strict=True))
+    run: RunContext, unit: ThroughputUnit, result: dict, parent_now: dict, hardware: str
+) -> dict[str, Any]:
+    """The result as it would have been when the parent was recorded; as it is where the parent was not timed again."""
     speed = "output_throughput_tok_per_s"
-    factor = recorded[speed] / results[0][speed]
-    scaled = [DecodeMeasurement.from_dict(result).scaled(factor).to_dict() for result in results]
-    return [(unit, {**result, "scaled_by": factor}) for unit, result in zip(group, scaled, strict=True)]
+    recorded = run.recorded(run.inputs.throughput(parent_of(unit), hardware, None), (THROUGHPUT,))
+    if recorded is None or speed not in parent_now:
+        return result
+    kind = DecodeMeasurement if unit.environment is None else ServingMeasurement
+    factor = recorded[speed] / parent_now[speed]
+    return {**kind.from_dict(result).scaled(factor).to_dict(), "scaled_by": factor}
 
 
 def _pairs(group: Group) -> list[Group]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from layerboost.serving_bench import ServingMeasurement
+from layerboost.serving_environment import ServingEnvironment
 from orchestrator import cli
 
 # The whole way from the shell to the refusal, imports of torch and transformers included.
@@ -172,12 +175,19 @@ WRONG = {
         "context of 64",
     ),
     "too few repeats": (damage_nothing, ["--set", "throughput.repeats=1"], "throughput.repeats", "1", "equal to 3"),
-    "engine to come": (
+    "no vllm here": (
         damage_nothing,
         ["--set", "throughput.engine=vllm"],
-        "throughput.engine",
-        "vllm",
-        "not available",
+        "throughput.environment",
+        "missing",
+        "the running Python has no vllm",
+    ),
+    "no vllm there": (
+        damage_nothing,
+        ["--set", "throughput.engine=vllm", "--set", "throughput.environment=model"],
+        "throughput.environment",
+        "model",
+        "has no bin/python",
     ),
     "score without tasks": (
         damage_nothing,
@@ -431,6 +441,29 @@ def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
     assert outputs[0].strip()
 
 
+def test_bench_with_vllm(inputs, capsys, monkeypatch):
+    environment = ServingEnvironment("/venv", "0.9", "0.2", "2.0", "5.0", "a machine (2 cores)")
+    monkeypatch.setattr("orchestrator.preflight.serving_environment", lambda folder, address: environment)
+
+    def measure(environment, model, conditions, *, dtype, on_result):
+        for condition in conditions:
+            speed = 10.0 * condition.concurrency * (2 if "new" in str(model) else 1)
+            about = (environment.hardware, dtype, condition.concurrency, condition.prompt_tokens, condition.new_tokens)
+            told = (speed, 1.0, *range(6), None, 8.0, 4, 16, 64, 16, [])
+            on_result(condition, ServingMeasurement("vllm", "0.9", *about, *told))
+
+    monkeypatch.setattr("layerboost.serving_bench.measure_served", measure)
+    shutil.copytree(inputs.model, inputs.folder / "new")
+    sizes = ["--concurrency", "1", "2", "--prompt-tokens", "16", "--new-tokens", "4", "--engine", "vllm", "--json"]
+    assert cli.main(["bench", str(inputs.model), str(inputs.folder / "new"), *sizes]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["concurrency"], row["speedup"], row["engine_version"]) for row in rows] == [
+        *((n, 1.0, "0.9") for n in (1, 2)),
+        *((n, 2.0, "0.9") for n in (1, 2)),
+    ]
+    assert rows[0]["itl_ms_p99"] == 5 and "repeats_tok_per_s" not in rows[0]
+
+
 def test_stdout_carries_the_result_alone(inputs):
     done = layerboost("convert", "model", "--plan", "SSS", "--out", "new", cwd=inputs.folder)
     assert done.returncode == 0, done.stderr
@@ -448,6 +481,20 @@ COMMANDS = {
     "repeats": (["bench", "model", "--repeats", "2"], "--repeats", "2", "at least 3"),
     "context": (["bench", "model", "--prompt-tokens", "64"], "--prompt-tokens", "64", "lower"),
     "device": (["bench", "model", "--device", "gpu"], "--device", "gpu", "cuda:N"),
+    "device of vllm": (["bench", "model", "--engine", "vllm", "--device", "cpu"], "--device", "cpu", "its build"),
+    "vllm elsewhere": (["bench", "model", "--environment", "venv"], "--environment", "venv", "--engine vllm"),
+    "no vllm": (
+        ["bench", "model", "--engine", "vllm", "--environment", "model", "--prompt-tokens", "8"],
+        "--environment",
+        "model",
+        "no bin/python",
+    ),
+    "prompts of vllm": (
+        ["bench", "model", "--engine", "vllm", "--prompt-tokens", "20"],
+        "--prompt-tokens",
+        "20",
+        "lower",
+    ),
     "prompt empty": (["generate", "model", ""], "PROMPT", "(empty)", "something to continue"),
     "prompt too long": (
         ["generate", "model", "word1", "--max-new-tokens", "64"],

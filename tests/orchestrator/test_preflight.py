@@ -28,6 +28,26 @@ def test_good_inputs_pass_and_nothing_is_written(inputs):
     assert sorted(inputs.folder.parent.rglob("*")) == before
 
 
+VLLM = ("throughput.engine=vllm", "throughput.environment=/venv", "throughput.prompt_tokens=16")
+
+
+def test_vllm_needs_a_family_that_it_serves_an_environment_and_room_for_longer_prompts(inputs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "serving_environment", lambda *asked_for: asked.append(asked_for))
+    run_preflight(inputs, *VLLM)
+    assert asked == [("/venv", None)]
+    with pytest.raises(InputError, match=r"throughput\.prompt_tokens: 45: with 4 new tokens and the 16 by .* is 65"):
+        run_preflight(inputs, *VLLM, "throughput.prompt_tokens=45")
+    _edit_config(inputs, model_type="olmo", architectures=["OlmoForCausalLM"])
+    with pytest.raises(InputError, match=r"throughput\.engine: vllm: .*'olmo', only of llama.*; use transformers"):
+        run_preflight(inputs, *VLLM)
+
+
+def test_what_an_environment_lacks_is_an_input_error(inputs, tmp_path):
+    with pytest.raises(InputError, match=r"throughput\.environment: .*none: has no bin/python; give"):
+        run_preflight(inputs, *VLLM, f"throughput.environment={tmp_path}/none")
+
+
 def test_shared_models_pass(shared_dir, tmp_path):
     for name, n_layers in (("stories260K", 5), ("tinystories-12l", 12)):
         facts = check_model(str(shared_dir / "models" / name))

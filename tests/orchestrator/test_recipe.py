@@ -151,7 +151,8 @@ WRONG = [
     ("sensitivity.treatments=[]", "sensitivity.treatments", "[]", "at least 1"),
     ("quality.tasks=arc_easy", "quality.tasks", "arc_easy", "[arc_easy]"),
     ("quality.tasks=[]", "sensitivity.score", "benchmark", "needs quality.tasks"),
-    ("throughput.engine=vllm", "throughput.engine", "vllm", "not available yet"),
+    ("throughput.engine=vlm", "throughput.engine", "vlm", "did you mean vllm?"),
+    ("throughput.environment=venv", "throughput.environment", "venv", "set throughput.engine: vllm"),
     ("throughput.repeats=2", "throughput.repeats", "2", "greater than or equal to 3"),
     ("throughput.concurrency=[1, 0]", "throughput.concurrency[1]", "0", "greater than or equal to 1"),
     ("placement.workers=0", "placement.workers", "0", "auto or a whole number"),
@@ -164,6 +165,20 @@ WRONG = [
     ("a.b.c=3", "--set", "a.b.c=3", "section.field=value"),
     ("search.plans=[S", "--set search.plans", "[S", "YAML"),
 ]
+
+
+def test_where_vllm_is_changes_no_identity(example):
+    with_vllm = load_recipe(example, ["throughput.engine=vllm"])
+    by_python, by_folder = (
+        load_recipe(example, ["throughput.engine=vllm", f"throughput.environment={given}"])
+        for given in ("/venvs/vllm/bin/python3", "/venvs/vllm")
+    )
+    assert by_python.throughput.environment == by_folder.throughput.environment == "/venvs/vllm"
+    assert by_python.identity() == with_vllm.identity() != load_recipe(example).identity()
+    (example.parent / "venv" / "bin").mkdir(parents=True)
+    (example.parent / "venv" / "bin" / "python").symlink_to("/usr/bin/env")
+    beside = load_recipe(example, ["throughput.engine=vllm", "throughput.environment=venv/bin/python"])
+    assert beside.throughput.environment == str(example.parent / "venv")
 
 
 @pytest.mark.parametrize(("override", "field", "value", "remedy"), WRONG, ids=[case[0] for case in WRONG])

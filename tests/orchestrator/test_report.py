@@ -60,7 +60,8 @@ DESIGN = {
     "engine, hardware, concurrency, prompt_tokens, new_tokens, output_throughput_tok_per_s, output_throughput_stderr, "
     "ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, quality_stderr, "
     "quality_retained, quality_retained_stderr, speedup, on_front, status, error, "
-    "predicted_throughput_tok_per_s, predicted_throughput_stderr, feasible, flags",
+    "predicted_throughput_tok_per_s, predicted_throughput_stderr, feasible, flags, engine_version, ttft_ms_p99, "
+    "tpot_ms_p99, itl_ms_p50, itl_ms_p99, kv_cache_tokens",
     "rankings": "treatment, score, source, context_tokens, chosen, n_items, split_half_spearman, split_half_low, "
     "split_half_high, items_until_stable, indistinct_pairs, ranking",
     "correlations": "treatment, view_a, view_b, method, correlation, ci_low, ci_high",

@@ -6,6 +6,8 @@ import pytest
 
 from layerboost.decoding import DecodeMeasurement
 from layerboost.plan import Plan, Treatment
+from layerboost.serving_bench import ServingMeasurement
+from layerboost.serving_environment import ServingEnvironment
 from orchestrator.context import RunContext
 from orchestrator.identity import RunInputs
 from orchestrator.preflight import preflight
@@ -16,7 +18,8 @@ from orchestrator.run_folder import RunFolder
 from orchestrator.speed_results import length_rows, predictions, speed_rows
 from orchestrator.stages import timing
 from orchestrator.stages.speed import designed_plans, layer_times, measure_speed, speedup
-from orchestrator.stages.timing import groups, throughput_unit, time_models
+from orchestrator.stages.timing import groups, server_groups, throughput_unit, time_models
+from tasks.measurement import ERROR
 from tasks.units import UnitFailure
 
 COST = {Treatment.SOFTMAX: 3.0, Treatment.LINEAR_WINDOW: 2.0, Treatment.WINDOW: 1.0, Treatment.NONE: 0.0}
@@ -45,6 +48,22 @@ class FakeMachine:
             else:
                 on_result(group, [self._result(unit) for unit in group], 2.0, {})
         return failures
+
+    def serve(self, todo, source, *, on_result):
+        """As `measure`, with vLLM; loses requests at the concurrency that `broken` has."""
+        for group in todo:
+            self.groups.append(group)
+            on_result(group, [self._served(unit) for unit in group], 4.0, {})
+        return []
+
+    def _served(self, unit):
+        if unit.concurrency in self.broken:
+            return {ERROR: "15 of 16 requests"}
+        speed = unit.concurrency / step_s(unit.plan) / len(self.groups)
+        condition = (unit.concurrency, unit.prompt_tokens, unit.new_tokens)
+        latencies, rest = [1.0] * 6, (None, 8.0, 4, 16, 64, 16, [speed])
+        about = ("vllm", unit.environment.vllm, unit.environment.hardware, "float32")
+        return ServingMeasurement(*about, *condition, speed, 0.01 * speed, *latencies, *rest).to_dict()
 
     def _result(self, unit):
         speed = unit.concurrency / step_s(unit.plan) / len(self.groups)
@@ -148,6 +167,54 @@ def test_groups_have_one_condition_and_checkpoints_on_a_gpu_are_alone(inputs, mo
         (base[2], healed),
     ]
     assert groups([healed], on_gpu=True) == [(healed,)]
+
+
+@pytest.fixture
+def served(machine, monkeypatch) -> FakeMachine:
+    environment = ServingEnvironment("/venv", "0.32.0", "0.2", "2.0", "5.0", "a CPU (2 cores)")
+    monkeypatch.setattr("orchestrator.preflight.serving_environment", lambda *_: environment)
+    monkeypatch.setattr(timing, "serving_environment", lambda *_: environment)
+    monkeypatch.setattr(timing, "measure_groups", machine.serve)
+    return machine
+
+
+VLLM = ("throughput.engine=vllm", "throughput.concurrency=[1, 4]", "throughput.prompt_tokens=16")
+
+
+def test_with_vllm_a_server_is_timed_under_all_conditions_and_scaled_to_the_parent(inputs, served, monkeypatch):
+    run = context(inputs, monkeypatch, *VLLM)
+    measure_speed(run)
+    assert [len(group) for group in served.groups] == [2] * 8 and served.groups[0][0].plan is None
+    late = {throughput_unit(run, None, n, checkpoint="healed/x"): ({"plan": "NNS"}, "k") for n in (1, 4)}
+    keys = time_models(run, "throughput", late, timing.measuring_hardware(run))
+    assert [[unit.checkpoint for unit in group] for group in served.groups[8:]] == [[None] * 2, ["healed/x"] * 2]
+    base = run.folder.read_record("throughput", run.state.speed["measured"][0]["key"]).result
+    for unit, key in keys.items():
+        record = run.folder.read_record("throughput", key)
+        # The second server of a call whose first stood where the ninth of the machine did.
+        assert record.result["output_throughput_tok_per_s"] == pytest.approx(unit.concurrency / 10 / 10 * 9)
+        assert record.result["scaled_by"] == pytest.approx(9) and record.result["duration_s"] == 2.0
+        assert record.identity["engine_versions"]["vllm"] == "0.32.0" and "/venv" not in str(record.identity)
+    assert "scaled_by" not in base
+
+
+def test_a_condition_that_a_server_fails_under_takes_no_other_with_it(inputs, served, monkeypatch):
+    run = context(inputs, monkeypatch, *VLLM)
+    served.broken = {4}
+    units = {throughput_unit(run, plan, n): ({"plan": str(plan)}, None) for plan in (None, BASE) for n in (1, 4)}
+    keys = time_models(run, "throughput", units, "a CPU (2 cores)")
+    there = [unit.concurrency for unit, key in keys.items() if run.folder.read_record("throughput", key)]
+    assert there == [1, 1]
+    assert [failure["name"]["concurrency"] for failure in run.state.failures] == [4, 4]
+    assert run.state.failures[0]["error"] == "15 of 16 requests"
+
+
+def test_servers_on_a_gpu_need_no_parent_beside_them(inputs, served, monkeypatch):
+    run = context(inputs, monkeypatch, *VLLM)
+    healed = throughput_unit(run, None, 4, checkpoint="x")
+    base = throughput_unit(run, None, 4)
+    assert server_groups([healed], on_gpu=True) == [(healed,)]
+    assert server_groups([healed], on_gpu=False) == server_groups([healed, base], on_gpu=True) == [(base,), (healed,)]
 
 
 def test_rows_over_lengths_keep_what_failed(inputs, machine, monkeypatch):

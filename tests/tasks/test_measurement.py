@@ -5,9 +5,19 @@ import pytest
 from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
 from layerboost.convert import convert
 from layerboost.plan import Plan
+from layerboost.serving_bench import ServingMeasurement
+from layerboost.serving_environment import ServingEnvironment, ServingError
 from tasks.ablation import ModelSource
 from tasks.cluster import NodeResources, WorkerResources
-from tasks.measurement import MeasurementWorker, ThroughputUnit, exclusive_worker, measure_groups, measuring_threads
+from tasks.measurement import (
+    ERROR,
+    MeasurementWorker,
+    ServingWorker,
+    ThroughputUnit,
+    exclusive_worker,
+    measure_groups,
+    measuring_threads,
+)
 
 TOKEN_BYTES = 2 * 2 * 8 * 4  # keys and values of one layer of the tiny model in fp32
 
@@ -51,6 +61,36 @@ def test_plans_share_the_parents_weights_and_a_checkpoint_is_let_go_after_its_gr
     assert loads == [None, healed]
     worker.measure((_unit(1), _unit(1, plan=plan)))
     assert loads == [None, healed] and list(worker._loaded) == [None]
+
+
+def test_a_server_is_given_the_parent_a_plan_as_a_checkpoint_or_a_healed_one(source, tmp_path, monkeypatch):
+    environment = ServingEnvironment("/venv", "0.9", "0.2", "2.0", "5.0", "a machine (2 cores)")
+    served = []
+
+    def measure(environment, model, conditions, *, dtype, on_result):
+        folder = tmp_path / "written" if callable(model) else model
+        if callable(model):
+            model(folder)
+        served.append((load_model(str(folder)).config, load_tokenizer(str(folder))))
+        for condition in conditions:
+            about = (condition.concurrency, condition.prompt_tokens, condition.new_tokens)
+            told = ServingMeasurement(
+                "vllm", "0.9", "a machine", dtype, *about, *[1.0] * 8, None, 8.0, 4, 16, 64, 16, []
+            )
+            on_result(condition, ServingError("lost\nlog") if condition.concurrency == 3 else told)
+
+    monkeypatch.setattr("tasks.measurement.measure_served", measure)
+    save_checkpoint(
+        convert(load_model(source.path), Plan.parse("NNSN")), load_tokenizer(source.path), tmp_path / "healed"
+    )
+    worker = ServingWorker(source)
+    results = []
+    for which in ({}, {"plan": Plan.parse("SNSW", 3)}, {"checkpoint": f"file://{tmp_path}/healed"}):
+        results += worker.run(tuple(_unit(n, environment=environment, **which) for n in (2, 3)))
+    plans = [getattr(config, "layerboost", {}).get("plan") for config, _ in served]
+    assert plans == [None, "SNSW", "NNSN"] and len({len(tokenizer) for _, tokenizer in served}) == 1
+    assert [result.get("concurrency") for result in results] == [2, None] * 3
+    assert results[1] == {ERROR: "lost\nlog"} and results[0]["dtype"] == "auto"
 
 
 def test_a_group_has_one_condition(source):

@@ -1,0 +1,162 @@
+"""Forward kernels of `linear_window`: the state before each chunk of keys, the output of each block of queries."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import (
+    CHUNK_TOKENS,
+    LOWEST,
+    first_chunk,
+    inside_window,
+    launch_options,
+    load_rows,
+    load_tile,
+    load_valid,
+    older_than_window,
+    precision,
+    query_features,
+    store_tile,
+)
+
+
+@triton.jit
+def _states_kernel(
+    features, value, valid, first_sums, first_norms, sums, norms, n_keys, n_chunks,
+    K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each program carries BLOCK_R x BLOCK_D of one head's state through all chunks, and writes it before each."""
+    head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    features, value, valid = features + head * n_keys * R, value + head * n_keys * D, valid + head // K * n_keys
+    sums, norms = sums + head * n_chunks * R * D, norms + head * n_chunks * R
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    total_norm = tl.zeros([BLOCK_R], tl.float32)
+    if HAS_STATE:
+        total += load_tile(first_sums + head * R * D, rows, columns, R, D)
+        total_norm += load_rows(first_norms + head * R, rows, R)
+    for chunk in range(n_chunks):
+        store_tile(sums, rows, columns, R, D, total)
+        if tl.program_id(2) == 0:
+            tl.store(norms + rows, total_norm, mask=rows < R)
+        sums, norms = sums + R * D, norms + R
+        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, n_keys), BLOCK):
+            keys = start + tl.arange(0, BLOCK)
+            seen = load_valid(valid, keys, n_keys, HAS_VALID)
+            b = load_tile(features, keys, rows, n_keys, R).to(tl.float32)
+            b = tl.where(seen[:, None], b, 0.0)
+            v = load_tile(value, keys, columns, n_keys, D).to(tl.float32)
+            total += tl.dot(tl.trans(b), v, input_precision=PRECISION)
+            total_norm += tl.sum(b, axis=0)
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, logits, features, valid, sums, norms, output, peak, log_total,
+    scaling, window, n_queries, n_keys, n_chunks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each program gives BLOCK queries of one head: window, keys between state and window, state."""
+    head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    first = n_keys - n_queries + tl.program_id(1) * BLOCK
+    last = tl.minimum(first + BLOCK, n_keys)
+    positions = n_keys - n_queries + rows
+    query, logits, output = query + head * n_queries * D, logits + head * n_queries * R, output + head * n_queries * D
+    key, value, features = (
+        key + head // G * n_keys * D,
+        value + head // G * n_keys * D,
+        features + head // G * n_keys * R,
+    )
+    valid = valid + head // H * n_keys
+
+    q = load_tile(query, rows, columns, n_queries, D)
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    summed = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(tl.maximum(first - window + 1, 0), last, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        seen = load_valid(valid, keys, n_keys, HAS_VALID)
+        k = load_tile(key, keys, columns, n_keys, D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+        scores = tl.where(inside_window(positions, keys, seen, window), scores, float("-inf"))
+        higher = tl.maximum(m, tl.max(scores, axis=1))
+        weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(m - higher)
+        v = load_tile(value, keys, columns, n_keys, D)
+        total = total * shrink + tl.sum(weights, axis=1)
+        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        m = higher
+
+    chunk = first_chunk(first, window, CHUNK)
+    for start in range(chunk * CHUNK, last - window, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        seen = load_valid(valid, keys, n_keys, HAS_VALID)
+        linear = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for r in range(0, R, BLOCK_R):
+            feature = r + tl.arange(0, BLOCK_R)
+            a = query_features(load_tile(logits, rows, feature, n_queries, R), m, m, CAP)
+            b = load_tile(features, keys, feature, n_keys, R).to(tl.float32)
+            linear += tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        linear = tl.where(older_than_window(positions, keys, seen, window), linear, 0.0)
+        v = load_tile(value, keys, columns, n_keys, D).to(tl.float32)
+        total += tl.sum(linear, axis=1)
+        summed += tl.dot(linear, v, input_precision=PRECISION)
+
+    state = (head // G * n_chunks + chunk) * R
+    for r in range(0, R, BLOCK_R):
+        feature = r + tl.arange(0, BLOCK_R)
+        a = query_features(load_tile(logits, rows, feature, n_queries, R), m, m, CAP)
+        norm = load_rows(norms + state, feature, R)
+        total += tl.sum(a * norm[None, :], axis=1)
+        past = load_tile(sums + state * D, feature, columns, R, D)
+        summed += tl.dot(a, past, input_precision=PRECISION)
+
+    store_tile(output, rows, columns, n_queries, D, summed / total[:, None])
+    tl.store(peak + head * n_queries + rows, m, mask=rows < n_queries)
+    tl.store(log_total + head * n_queries + rows, m + tl.log(total), mask=rows < n_queries)
+
+
+def chunk_states(features, value, valid, state) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (B, K, N, R, D) and norms (B, K, N, R), fp32, over everything before each chunk of CHUNK_TOKENS keys."""
+    batch, n_kv_heads, n_keys, head_dim = value.shape
+    n_features, n_chunks = features.shape[-1], triton.cdiv(n_keys, CHUNK_TOKENS)
+    sums = value.new_empty((batch, n_kv_heads, n_chunks, n_features, head_dim), dtype=torch.float32)
+    norms = value.new_empty((batch, n_kv_heads, n_chunks, n_features), dtype=torch.float32)
+    blocks = launch_options(value)
+    blocks["BLOCK_D"] = min(blocks["BLOCK_D"], 64)  # more programs: each goes through all chunks by itself
+    grid = (
+        batch * n_kv_heads,
+        triton.cdiv(n_features, blocks["BLOCK_R"]),
+        triton.cdiv(head_dim, blocks["BLOCK_D"]),
+    )
+    first_sums, first_norms = (sums, norms) if state is None else state
+    _states_kernel[grid](
+        features, value, features if valid is None else valid, first_sums, first_norms, sums, norms, n_keys, n_chunks,
+        K=n_kv_heads, D=head_dim, R=n_features, HAS_VALID=valid is not None, HAS_STATE=state is not None,
+        CHUNK=CHUNK_TOKENS, PRECISION=precision(value), **blocks,
+    )  # fmt: skip
+    return sums, norms
+
+
+def forward(query, key, value, logits, features, valid, state, scaling: float, window: int, cap: float):
+    """Output as `query`, and of each query (B, H, T) in fp32 its peak and the logarithm of its denominator."""
+    batch, n_heads, n_queries, head_dim = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    sums, norms = chunk_states(features, value, valid, state)
+    output = torch.empty_like(query)
+    peak = query.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
+    log_total = torch.empty_like(peak)
+    blocks = launch_options(value)
+    _forward_kernel[(batch * n_heads, triton.cdiv(n_queries, blocks["BLOCK"]))](
+        query, key, value, logits, features, features if valid is None else valid, sums, norms, output, peak,
+        log_total, scaling, window, n_queries, n_keys, sums.shape[2],
+        H=n_heads, G=n_heads // n_kv_heads, D=head_dim, R=features.shape[-1], HAS_VALID=valid is not None, CAP=cap,
+        CHUNK=CHUNK_TOKENS, PRECISION=precision(query), **blocks,
+    )  # fmt: skip
+    return output, peak, log_total

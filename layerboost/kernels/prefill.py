@@ -1,0 +1,97 @@
+"""Prefill of `linear_window` by kernels: the full-sequence form of `layerboost.attention`, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backward import backward
+from .forward import forward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = range(16, 257)
+
+
+def supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    segments: torch.Tensor | None,
+    softcap: float | None,
+) -> bool:
+    """Whether `linear_window_prefill` can take it.
+
+    Not packed documents, a cap of scores, a gradient to a state, other dtypes and head sizes than those above, or a
+    GPU without tensor cores for them (before NVIDIA's Ampere).
+    """
+    if query.is_cuda and (torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0)):
+        return False
+    needs_state_gradient = state is not None and any(part.requires_grad for part in state)
+    return (
+        segments is None
+        and softcap is None
+        and not needs_state_gradient
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in DTYPES
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] in HEAD_DIMS
+    )
+
+
+def linear_window_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    *,
+    scaling: float,
+    window: int,
+    logit_cap: float,
+    state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax inside the window plus linear attention over everything older, in time linear in T.
+
+    The feature map stays outside, so that autograd gives its parameters their gradients; its logits are what the
+    form without kernels writes too, beside the weights between tokens that are never written here.
+
+    Args:
+        query: (B, H, T, D), in fp32, bf16 or fp16; sums are in fp32.
+        key, value: (B, K, S, D); at most window - 1 keys precede the queries' own.
+        logits: (B, H, T, R), a_r(q).
+        features: (B, K, S, R), b_r(k).
+        logit_cap: cap of a_r less the largest score inside the query's window.
+        state: sums (B, K, R, D) and norms (B, K, R) over the tokens before `key`, without gradient.
+        valid: (B, S) bool, False for padding; a query always sees its own key.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`.
+    """
+    if state is not None:
+        state = (state[0].float().contiguous(), state[1].float().contiguous())
+    if valid is not None:
+        valid = valid.contiguous()
+    inputs = (x.contiguous() for x in (query, key, value, logits, features))
+    return _LinearWindow.apply(*inputs, valid, state, scaling, window, logit_cap)
+
+
+class _LinearWindow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, logits, features, valid, state, *options):
+        with torch.cuda.device_of(query):
+            output, peak, log_total = forward(query, key, value, logits, features, valid, state, *options)
+        sums, norms = (None, None) if state is None else state
+        ctx.save_for_backward(output, peak, log_total, query, key, value, logits, features, valid, sums, norms)
+        ctx.options = options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output):
+        *tensors, sums, norms = ctx.saved_tensors
+        state = None if sums is None else (sums, norms)
+        with torch.cuda.device_of(d_output):
+            gradients = backward(d_output, *tensors, state, *ctx.options)
+        return *gradients, None, None, None, None, None

@@ -1,0 +1,35 @@
+"""vLLM plugin: `vllm serve DIR` of a converted checkpoint, in an environment made by `make_environment.sh`.
+
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes.
+"""
+
+from __future__ import annotations
+
+from ..families import supported_families
+
+SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of the parents whose converted models vLLM can serve."""
+
+_OPERATOR = "vllm::layerboost_linear_window"
+
+
+def register() -> None:
+    """Tells vLLM which class serves each converted architecture; the configurations are known to transformers already.
+
+    Families that are not served are registered too, since vLLM would else try transformers' own code for them.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .config import ConvertedModelConfig
+
+    for model_type in supported_families():
+        architecture = f"LayerBoost{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}"
+        served = architecture if model_type in SERVED_FAMILIES else "NotServed"
+        ModelRegistry.register_model(architecture, f"{__name__}.models:{served}")
+        MODELS_CONFIG_MAP[architecture] = ConvertedModelConfig
+    # Compiled graphs are cut at the operators that look at what is special to a step.
+    if _OPERATOR not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(_OPERATOR)

@@ -1,0 +1,106 @@
+"""What vLLM must know of a plan before it builds the model, and what it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ..families import CONVERTED_PREFIX
+from ..plan import Plan, Treatment
+from . import SERVED_FAMILIES
+
+logger = init_logger(__name__)
+
+# What changes attention scores or masks in a way that the treated layers do not follow.
+_UNKNOWN_TO_TREATMENTS = ("attn_logit_softcapping", "dual_chunk_attention_config")
+
+
+class ConvertedModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook into the configuration of a converted model."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Checks the checkpoint's configuration and says in vLLM's words what each layer keeps.
+
+        Raises:
+            ValueError: a family or a setting that cannot be served.
+            PlanError: the plan does not fit the model.
+        """
+        config = model_config.hf_config
+        plan = check_config(config)
+        # By this vLLM knows which models keep states beside, or instead of, keys and values.
+        config.layerboost_windows = layer_windows(config, plan)
+        config.layer_types = [
+            "linear_attention" if treatment is Treatment.LINEAR_WINDOW else "full_attention"
+            for treatment in plan.treatments
+        ]
+        config.max_window_layers = len(plan)  # vLLM's Qwen takes layers of unlike types for its own sliding ones
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Turns off, or refuses, what constant states cannot do.
+
+        Raises:
+            ValueError: speculative decoding, which takes tokens back.
+        """
+        plan = Plan.from_dict(vllm_config.model_config.hf_config.layerboost)
+        has_states = Treatment.LINEAR_WINDOW in plan.treatments
+        if has_states and vllm_config.speculative_config is not None:
+            raise ValueError(
+                "speculative_config: the states of linear_window layers cannot take back tokens; "
+                "leave it out, or serve a plan without L"
+            )
+        keeps_nothing = set(plan.treatments) == {Treatment.NONE}
+        if keeps_nothing:
+            # vLLM prefills in one piece where there is no cache, and waits for ever for room for a longer prompt.
+            scheduler = vllm_config.scheduler_config
+            scheduler.max_num_batched_tokens = max(
+                scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
+            )
+        if vllm_config.cache_config.enable_prefix_caching and (has_states or keeps_nothing):
+            reason = "layers keep one state for a whole request" if has_states else "no layer keeps anything"
+            logger.warning("Prefix caching is turned off: in plan %s %s", plan, reason)
+            vllm_config.cache_config.enable_prefix_caching = False
+
+
+def check_config(config: Any) -> Plan:
+    """The plan of a converted model's configuration, if vLLM can serve it.
+
+    Raises:
+        ValueError: a family or a setting that cannot be served.
+        PlanError: the plan does not fit the model.
+    """
+    model_type = config.model_type
+    if model_type.removeprefix(CONVERTED_PREFIX) not in SERVED_FAMILIES or not model_type.startswith(CONVERTED_PREFIX):
+        served = ", ".join(CONVERTED_PREFIX + family for family in SERVED_FAMILIES)
+        raise ValueError(f"model_type: '{model_type}' cannot be served by vLLM; use a converted model of {served}")
+    if not config.layerboost:
+        raise ValueError("layerboost: missing in config.json; write the checkpoint again with `layerboost convert`")
+    for name in _UNKNOWN_TO_TREATMENTS:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{name}: {getattr(config, name)} is unknown to treated layers in vLLM; serve it by transformers"
+            )
+    plan = Plan.from_dict(config.layerboost)
+    plan.check_length(config.num_hidden_layers)
+    return plan
+
+
+def layer_windows(config: Any, plan: Plan) -> list[int | None]:
+    """Window in tokens, the query's own among them, of each layer that attends by softmax in a window, else None.
+
+    Softmax layers have the window that the family gives them, which is not always the same in all layers.
+    """
+    if hasattr(config, "layerboost_windows"):
+        return config.layerboost_windows
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * len(plan)
+    if config.model_type == CONVERTED_PREFIX + "mistral":
+        layer_types = ["sliding_attention"] * len(plan)
+    own = [config.sliding_window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    windows = {Treatment.WINDOW: plan.window}
+    return [
+        own[layer] if treatment is Treatment.SOFTMAX else windows.get(treatment)
+        for layer, treatment in enumerate(plan.treatments)
+    ]

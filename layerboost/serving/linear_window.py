@@ -1,0 +1,174 @@
+"""A linear_window layer as vLLM sees it: a state of constant size for each request, in a block of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from ..attention import LinearWindow, add_to_state, linear_window_attention, linear_window_step
+
+
+def state_shapes(n_kv_heads: int, head_dim: int, window: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what one request keeps in a layer of K heads on this rank.
+
+    They are the sums (K, R, D) and norms (K, R) over what left the window, and the keys and values (K, window, D)
+    inside it, where token t lies at slot t modulo window.
+    """
+    n_features = 2 * head_dim
+    kept = (n_kv_heads, window, head_dim)
+    return (n_kv_heads, n_features, head_dim), (n_kv_heads, n_features), kept, kept
+
+
+def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Types of `state_shapes` in a model of `dtype`."""
+    return torch.float32, torch.float32, dtype, dtype
+
+
+class LinearWindowState(nn.Module, MambaBase):
+    """Stands where a family's attention module has vLLM's `Attention`: heads in, heads out.
+
+    A request's tokens may come in any number of chunks; those of one token, mostly decode steps, are done together.
+    """
+
+    kv_cache: tuple[torch.Tensor, ...]
+
+    def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, scaling: float, window: int, vllm_config, prefix):
+        """Args: heads are those of this tensor-parallel rank; `prefix` is the layer's name in vLLM."""
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim, self.window = n_heads, n_kv_heads, head_dim, window
+        self.scaling, self.layer_name = scaling, prefix
+        self.dtype = vllm_config.model_config.dtype
+        self.feature_map = LinearWindow(n_heads, n_kv_heads, head_dim, scaling)
+        for parameter in self.feature_map.parameters():
+            set_weight_attrs(parameter, {"weight_loader": _load_heads_of_rank})
+        self.kv_cache = ()
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def mamba_type(self) -> Any:
+        return MambaAttentionBackendEnum.LINEAR
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return state_shapes(self.n_kv_heads, self.head_dim, self.window)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return state_dtypes(self.dtype)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(tokens, H D) of query (tokens, H D), key and value (tokens, K D): the tokens of all requests of a step."""
+        output = torch.empty_like(query)
+        torch.ops.vllm.layerboost_linear_window(query, key, value, output, self.layer_name)
+        return output
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+        """Fills `output` of `forward`, and the states of the requests at hand."""
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures memory
+            output.zero_()
+            return
+        metadata = metadata[self.layer_name]
+        query, output = (x.view(-1, self.n_heads, self.head_dim) for x in (query, output))
+        key, value = (x.view(-1, self.n_kv_heads, self.head_dim) for x in (key, value))
+        n_steps = metadata.num_decodes
+        blocks = metadata.state_indices_tensor.long()
+        if n_steps:
+            steps = slice(n_steps)
+            output[steps] = self._steps(query[steps], key[steps], value[steps], metadata.seq_lens[steps], blocks[steps])
+        if metadata.num_prefills:
+            starts = metadata.query_start_loc.tolist()
+            n_tokens = metadata.seq_lens.tolist()
+            for request in range(n_steps, n_steps + metadata.num_prefills):
+                tokens = slice(starts[request], starts[request + 1])
+                output[tokens] = self._chunk(
+                    query[tokens], key[tokens], value[tokens], n_tokens[request], blocks[request]
+                )
+
+    def _steps(self, query, key, value, n_tokens, blocks) -> torch.Tensor:
+        """One token each of B requests that have `n_tokens` (B,) with it: query (B, H, D), key and value (B, K, D).
+
+        No number is read by the host, so that it can be captured in a graph, which is why everything is masked: blocks
+        hold whatever their last owner left, which may be no number at all.
+        """
+        sums, norms, keys, values = self.kv_cache
+        newest, leaving = (n_tokens - 1) % self.window, n_tokens % self.window
+        keys[blocks, :, newest], values[blocks, :, newest] = key, value
+        visible = torch.arange(self.window, device=query.device) < n_tokens[:, None]  # (B, window)
+        unfilled = ~visible[:, None, :, None]
+        window_keys = keys[blocks].masked_fill(unfilled, 0)  # (B, K, window, D)
+        window_values = values[blocks].masked_fill(unfilled, 0)
+        has_past = (n_tokens > self.window)[:, None, None]
+        state = torch.where(has_past[..., None], sums[blocks], 0), torch.where(has_past, norms[blocks], 0)
+        output = linear_window_step(
+            query.unsqueeze(2),
+            window_keys,
+            window_values,
+            scaling=self.scaling,
+            feature_map=self.feature_map,
+            state=state,
+            visible=visible[:, None, None],
+        )
+        rows = torch.arange(len(blocks), device=query.device)
+        features = self.feature_map.key_features(window_keys[rows, :, leaving].unsqueeze(2))
+        left_value = window_values[rows, :, leaving].unsqueeze(2)
+        left = (n_tokens >= self.window)[:, None]
+        sums[blocks], norms[blocks] = add_to_state(state, features, left_value, left)
+        return output.squeeze(2)
+
+    def _chunk(self, query, key, value, n_tokens: int, block: torch.Tensor) -> torch.Tensor:
+        """T tokens of one request that has `n_tokens` with them: query (T, H, D), key and value (T, K, D)."""
+        sums, norms, keys, values = (kept[block] for kept in self.kv_cache)
+        n_before = n_tokens - query.shape[0]
+        before = self._slots(n_before - min(n_before, self.window - 1), n_before)
+        key, value = (
+            torch.cat([kept[:, before], new.transpose(0, 1)], dim=1) for kept, new in ((keys, key), (values, value))
+        )
+        output, state = linear_window_attention(
+            query.transpose(0, 1)[None],
+            key[None],
+            value[None],
+            scaling=self.scaling,
+            window=self.window,
+            feature_map=self.feature_map,
+            state=(sums[None], norms[None]) if n_before >= self.window else None,
+            return_state=True,
+        )
+        assert state is not None
+        n_kept = min(self.window, key.shape[1])
+        kept = self._slots(n_tokens - n_kept, n_tokens)
+        sums, norms, keys, values = self.kv_cache
+        sums[block], norms[block] = state[0][0], state[1][0]
+        keys[block, :, kept], values[block, :, kept] = key[:, -n_kept:], value[:, -n_kept:]
+        return output[0].transpose(0, 1)
+
+    def _slots(self, first: int, stop: int) -> torch.Tensor:
+        return torch.arange(first, stop, device=self.kv_cache[0].device) % self.window
+
+
+def _load_heads_of_rank(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Copies this rank's heads; ranks share key heads where there are fewer of these than ranks."""
+    first = get_tensor_model_parallel_rank() * loaded.shape[0] // get_tensor_model_parallel_world_size()
+    own = loaded.narrow(0, first, parameter.shape[0])
+    if own.shape != parameter.shape:
+        raise ValueError(f"linear_window: weights of shape {tuple(loaded.shape)} do not fit {tuple(parameter.shape)}")
+    parameter.data.copy_(own)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+    get_forward_context().no_compile_layers[layer_name].attend(query, key, value, output)
+
+
+def _attend_traced(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str
+) -> None:
+    """What the compiler sees: nothing but that `output` is written."""
+
+
+direct_register_custom_op("layerboost_linear_window", _attend, mutates_args=["output"], fake_impl=_attend_traced)

@@ -1,0 +1,152 @@
+"""The families' vLLM models with the layers of a plan treated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from ..families import head_dim, kv_heads
+from ..plan import Plan, Treatment
+from .config import check_config, layer_windows
+from .linear_window import LinearWindowState, state_dtypes, state_shapes
+
+
+class NoInputNorm(nn.Module):
+    """With `NoAttention` in a layer: hands what the layer before added on to the norm that feeds the MLP."""
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+        if residual is None:  # the first layer, whose input is the residual itself
+            return torch.zeros_like(hidden_states)
+        return hidden_states, residual
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer's attention was: owns nothing, so vLLM keeps no blocks for it."""
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+def install_plan(model: Any, plan: Plan, vllm_config: Any) -> None:
+    """Treats the layers of a family's vLLM model in place, those of this pipeline rank.
+
+    Only what stands between the heads' queries, keys, values and outputs is exchanged, so projections, norms and
+    rotary embedding stay the family's own.
+    """
+    layers_by_name = vllm_config.compilation_config.static_forward_context
+    windows = layer_windows(vllm_config.model_config.hf_config, plan)
+    for index in range(model.model.start_layer, model.model.end_layer):
+        treatment, layer = plan.treatments[index], model.model.layers[index]
+        module = layer.self_attn
+        if treatment is Treatment.SOFTMAX and windows[index] is None:
+            continue
+        name = module.attn.layer_name
+        del layers_by_name[name]
+        if treatment is Treatment.NONE:
+            layer.self_attn, layer.input_layernorm = NoAttention(), NoInputNorm()
+        elif treatment is Treatment.LINEAR_WINDOW:
+            assert plan.window is not None
+            module.attn = LinearWindowState(
+                module.num_heads, module.num_kv_heads, module.head_dim, module.scaling, plan.window, vllm_config, name
+            )
+        else:
+            module.attn = Attention(
+                module.num_heads,
+                module.head_dim,
+                module.scaling,
+                num_kv_heads=module.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=vllm_config.quant_config,
+                per_layer_sliding_window=windows[index],
+                prefix=name,
+            )
+
+
+def checkpoint_names(model: Any) -> set[str]:
+    """Names of the tensors that a checkpoint must hold for the parameters of this rank."""
+    names = set()
+    for name, _ in model.named_parameters():
+        *path, module, last = name.split(".")
+        for part in model.packed_modules_mapping.get(module, [module]):
+            names.add(".".join([*path, part, last]))
+    return names
+
+
+if TYPE_CHECKING:
+    _AnyModel = Any
+else:
+    _AnyModel = object  # mixed into each family's own class
+
+
+class ConvertedModel(_AnyModel):
+    """Mixed into a family's vLLM model: installs the plan, tells its states, loads its weights to the last one."""
+
+    is_hybrid = True
+    """Asked of the class; whether a plan has constant states is in `layer_types`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        install_plan(self, check_config(vllm_config.model_config.hf_config), vllm_config)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
+        config, n_ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+        window = Plan.from_dict(config.layerboost).window
+        assert window is not None
+        return state_shapes(max(1, kv_heads(config) // n_ranks), head_dim(config), window)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
+        return state_dtypes(vllm_config.model_config.dtype)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fills every parameter from the checkpoint.
+
+        Raises:
+            ValueError: a tensor that no parameter takes, or a parameter that no tensor fills.
+        """
+        expected = checkpoint_names(self)
+        missing = set(expected)
+        remedy = "weights and plan do not fit, write the checkpoint again with `layerboost convert`"
+
+        def checked() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                own_name = name.replace(".self_attn.linear_window.", ".self_attn.attn.feature_map.")
+                if own_name not in expected and not is_pp_missing_parameter(own_name, self):
+                    raise ValueError(f"checkpoint: no parameter takes {name}; {remedy}")
+                missing.discard(own_name)
+                yield own_name, tensor
+
+        loaded = super().load_weights(checked())
+        if missing:
+            raise ValueError(f"checkpoint: {sorted(missing)[0]} and {len(missing) - 1} more are missing; {remedy}")
+        return loaded
+
+
+class LayerBoostLlamaForCausalLM(ConvertedModel, LlamaForCausalLM):
+    pass
+
+
+class LayerBoostMistralForCausalLM(ConvertedModel, MistralForCausalLM):
+    pass
+
+
+class LayerBoostQwen2ForCausalLM(ConvertedModel, Qwen2ForCausalLM):
+    pass
+
+
+class LayerBoostQwen3ForCausalLM(ConvertedModel, Qwen3ForCausalLM):
+    pass
+
+
+class NotServed(LlamaForCausalLM):
+    """Converted models of other families, whose configuration is refused before one is built."""
