@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 
-from layerboost import Plan, Treatment, halving
+from layerboost import Plan, Treatment
 from layerboost.baselines import baseline_plans
 from layerboost.checkpoint import load_model
 from layerboost.healing_spec import HealingSpec
@@ -63,10 +63,9 @@ Fidelity = tuple[str, float]
 """How a plan was measured: `before`, `restart`, `prefix` or `full`, and the share of the budget."""
 BEFORE, FULL = ("before", 0.0), ("full", 1.0)
 
-CORNERS = ("kept", "margin", "rung")
+CORNERS = ("kept", "rung")
 """Corner of the areas by which a rung's plans are chosen: speed-up 1 and the worst quality of the first choice, kept
-for all that follow; or a little below the slowest and worst of each rung (`layerboost.halving`); or speed-up 1 and the
-worst quality of each rung anew."""
+for all that follow; or speed-up 1 and the worst quality of each rung anew."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ def survivors(schedule: Schedule, measured: Measured, sequences: np.ndarray, cor
             quality = measured.quality(fidelity, sequences)[alive].tolist()
             worst = min(quality) if worst is None or corner == "rung" else worst
             points = list(zip(quality, measured.speedup[alive].tolist(), strict=True))
-            picked = halving.survivors(points, n) if corner == "margin" else choose_spread(points, n, (worst, 1.0))
-            alive = [alive[index] for index in picked]
+            alive = [alive[index] for index in choose_spread(points, n, (worst, 1.0))]
         fidelity = (schedule.way, share)
     return sorted(alive)
 

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         throughput = measured.output_throughput_tok_per_s
         rows.append(
             {
-                "model": args.model or args.shape,
+                "model": Path(args.model).name if args.model else args.shape,
                 **plan.to_dict(),
                 **condition,
                 "in_fit": str(plan in design).lower(),
