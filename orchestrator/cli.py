@@ -93,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
 
+    export = add("export", "save a converted model in its family's own format, where that can say the plan", model)
+    export.add_argument("model", metavar="MODEL", help="a checkpoint of windows and softmax")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
+
     evaluate = add("evaluate", "judge models side by side by a recipe's quality section", model, device, table)
     evaluate.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
     evaluate.add_argument("--recipe", required=True, metavar="RECIPE", help="the recipe that says what to judge by")

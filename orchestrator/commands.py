@@ -1,4 +1,4 @@
-"""The commands for single checkpoints: convert, evaluate, bench, generate."""
+"""The commands for single checkpoints: convert, export, evaluate, bench, generate."""
 
 from __future__ import annotations
 
@@ -30,25 +30,47 @@ def convert(arguments: argparse.Namespace) -> int:
         plan.check_length(facts.n_layers)
     except PlanError as error:
         raise InputError("--plan", arguments.plan, str(error).removeprefix("plan: ")) from None
-    from layerboost.checkpoint import save_checkpoint
     from layerboost.convert import convert as apply_plan
 
     converted = apply_plan(
         _load(facts, arguments, "cpu"), plan, parent=facts.path, revision=facts.commit or arguments.revision
     )
+    _save_whole(converted, tokenizer, out)
+    print(f"{out}: {plan} (plan_id {plan.plan_id}), from {facts.path}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`layerboost export`: saves a converted checkpoint in its family's own format, where that can say the plan."""
+    out = Path(arguments.out)
+    _check_new_folder(out)
+    facts = _check(arguments.model, arguments)
+    tokenizer = _tokenizer(facts, arguments)
+    from layerboost.export import ExportError, export_stock
+
+    try:
+        stock = export_stock(_load(facts, arguments, "cpu"))
+    except ExportError as error:
+        raise InputError("MODEL", arguments.model, str(error)) from None
+    _save_whole(stock, tokenizer, out)
+    print(f"{out}: {type(stock).__name__} with the logits of {facts.path}")
+    return 0
+
+
+def _save_whole(model: Any, tokenizer: Any, out: Path) -> None:
+    """Saves a checkpoint under another name first: a folder that is there is whole."""
+    from layerboost.checkpoint import save_checkpoint
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Written under another name first: a folder that is there is whole.
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         staging.chmod(0o755)
-        save_checkpoint(converted, tokenizer, staging)
+        save_checkpoint(model, tokenizer, staging)
         if out.exists():
             out.rmdir()
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"{out}: {plan} (plan_id {plan.plan_id}), from {facts.path}")
-    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ import pytest
 from layerboost.serving_bench import ServingMeasurement
 from layerboost.serving_environment import ServingEnvironment
 from orchestrator import cli
+from tests.models import tiny_model
 
 # The whole way from the shell to the refusal, imports of torch and transformers included.
 REFUSAL_S = 10.0
@@ -470,6 +471,29 @@ def test_stdout_carries_the_result_alone(inputs):
     assert done.stdout.startswith("new: SSS (plan_id ")
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_export_refuses_what_no_stock_format_can_say(inputs, capsys):
+    converted, out = inputs.folder / "converted", inputs.folder / "stock"
+    assert cli.main(["convert", str(inputs.model), "--plan", "NSS", "--out", str(converted)]) == 0
+    capsys.readouterr()
+    assert cli.main(["export", str(converted), "--out", str(out)]) == 2
+    assert "MODEL" in (said := capsys.readouterr().err) and "none, which no stock format can say" in said
+    assert not out.exists()
+
+
+def test_export_writes_a_checkpoint_of_the_familys_own(inputs, capsys):
+    parent, converted, out = (inputs.folder / name for name in ("qwen", "windows", "stock"))
+    shutil.copytree(inputs.model, parent)
+    tiny_model("qwen3", vocab_size=json.loads((parent / "config.json").read_text())["vocab_size"]).save_pretrained(
+        parent
+    )
+    convert = ["convert", str(parent), "--plan", "SWSW", "--window", "4", "--out", str(converted)]
+    assert cli.main(convert) == 0
+    assert cli.main(["export", str(converted), "--out", str(out)]) == 0
+    assert "Qwen3ForCausalLM" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["sliding_window"]) == ("qwen3", 4)
 
 
 COMMANDS = {
