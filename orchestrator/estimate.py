@@ -17,6 +17,7 @@ from layerboost.cost_probe import ByTreatment, Costs, DecodeCosts, mixed
 from layerboost.halving import Rung, rungs, total_tokens
 from layerboost.healing_spec import HealingSpec, mark_steps
 from layerboost.plan import Plan, Treatment
+from layerboost.serving_bench import VLLM, ServingCondition
 from layerboost.sweep import DEFAULT_BUDGET_BYTES
 from orchestrator.calibration import evaluation_workers, healing_workers
 from orchestrator.context import RunContext
@@ -41,6 +42,7 @@ _WORKER_START_S = 6.0  # a process, its imports, what only its first unit does
 _HARNESS_IMPORT_S = 3.0  # lm-eval, in each worker that asks tasks
 _TUNE_S = 4.0
 _CHECKPOINT_S = 2.0  # a healed model, loaded for each condition that it is timed under
+_SERVER_START_S = 100.0  # vLLM's imports, its weights, what it compiles
 _HEALING_JOB_S = 7.0  # the Train job and its process, the text, the checkpoints, the healed model's folder
 _HEALING_PHASE_S = 1.5  # an engine and what it compiles
 _STEP_S = 0.01  # DeepSpeed's part of a step
@@ -402,6 +404,8 @@ class _Estimator:
         seconds = sum(self._timing_s(plan, *at) for plan, at in pairs)
         loaded_s = self.costs.load_s + _CHECKPOINT_S * self.costs.slowness
         seconds += sum(self._timing_s(base, *at) + loaded_s for plan, at in pairs if plan is None)
+        if self.inputs.recipe.throughput.engine == VLLM:
+            seconds = self._serving_s([*plans, base], conditions)  # the parent once more, for the machine drifts
         recorded_s = None if stage == LENGTHS else self._recorded_s(THROUGHPUT)
         if recorded_s is not None:
             seconds = recorded_s * n_units
@@ -427,6 +431,17 @@ class _Estimator:
             gpus=self.gpus_to_measure,
             memory_mib=held / _MIB,
         )
+
+    def _serving_s(self, plans: Sequence[Plan | None], conditions: Sequence[tuple[int, int]]) -> float:
+        """A server for each model, which the client asks in waves; as fast as the transformers engine decodes."""
+        recipe = self.inputs.recipe.throughput
+        seconds = len(plans) * _SERVER_START_S * self.costs.slowness
+        for concurrency, tokens in conditions:
+            asked = ServingCondition(concurrency, tokens, recipe.new_tokens)
+            waves = 1 + recipe.repeats * asked.n_requests / concurrency
+            each_s = sum(self._timing_s(plan, concurrency, tokens) for plan in plans) / (1 + recipe.repeats)
+            seconds += waves * each_s
+        return seconds
 
     def _timing_s(self, plan: Plan | None, concurrency: int, prompt_tokens: int) -> float:
         recipe = self.inputs.recipe.throughput

@@ -81,6 +81,13 @@ def test_seconds_follow_from_units_and_their_costs(inputs):
     assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
 
 
+def test_servers_are_asked_in_waves(inputs):
+    run = context(inputs, "healing.tokens=0", "search.speed=bytes", "throughput.concurrency=[9]")
+    run.inputs.recipe.throughput.__dict__["engine"] = "vllm"  # past the checks of an environment
+    # Base, three uniform plans and the base again; 36 requests of 9 at a time, three times, and a wave to warm up.
+    assert stages_of(run)["throughput"].seconds == pytest.approx(5 * (1 + 3 * 4) * (5.0 + 3 * 0.3))
+
+
 def test_transfer_steps_cost_their_own(inputs):
     found = stages_of(context(inputs, "healing.transfer_fraction=0.5"))
     assert found["heal"].seconds == pytest.approx(8 * 0.5 + 8 * 1.0)
