@@ -308,6 +308,18 @@ def linear_window_step(
     Returns:
         (B, H, 1, D) in the dtype of `query`.
     """
+    kernels = None if torch.is_grad_enabled() else _kernels(query)
+    if kernels is not None and kernels.supports(query, key, value, state, None, softcap):
+        return kernels.linear_window_step(
+            query[:, :, 0],
+            key,
+            value,
+            feature_map.query_logits(query)[:, :, 0],
+            scaling=scaling,
+            logit_cap=FEATURE_LOGIT_CAP,
+            state=state,
+            visible=None if visible is None else visible[:, 0, 0],
+        )[:, :, None]
     batch, n_kv_heads, _, head_dim = key.shape
     grouped = wide(query).reshape(batch, n_kv_heads, -1, head_dim)  # (B, K, G, D)
     scores = _softcap(grouped @ wide(key).transpose(-1, -2) * scaling, softcap)

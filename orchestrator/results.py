@@ -279,6 +279,12 @@ _TIMING_COLUMNS = (
     "tpot_ms_p50",
     "peak_memory_mib",
     "kv_bytes_per_token",
+    "engine_version",
+    "ttft_ms_p99",
+    "tpot_ms_p99",
+    "itl_ms_p50",
+    "itl_ms_p99",
+    "kv_cache_tokens",
 )
 
 

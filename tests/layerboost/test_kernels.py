@@ -353,6 +353,52 @@ def test_attention_takes_the_kernels_where_they_can(in_kernel_process):
     in_kernel_process(_dispatch, Case(70, window=6, batch=2, padded=True))
 
 
+def _dispatched_steps(padded: bool) -> None:
+    """Token by token through a converted model's cache, past the window: what decode calls."""
+    from layerboost import Plan, convert, kernels
+    from tests.models import tiny_model
+
+    taken = []
+
+    class Counted:
+        supports, linear_window_prefill = staticmethod(kernels.supports), staticmethod(kernels.linear_window_prefill)
+
+        @staticmethod
+        def linear_window_step(*args, **kwargs):
+            taken.append(kwargs)
+            return kernels.linear_window_step(*args, **kwargs)
+
+    shape = {"num_hidden_layers": 3, "head_dim": 16, "hidden_size": 32}
+    model = convert(tiny_model("llama", **shape), Plan.parse("LSL", window=5)).to(DEVICE)
+    tokens = torch.randint(3, 97, (2, 13), device=DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, : 4 if padded else 0] = 0
+    results = []
+    for found in (None, Counted):
+        attention._kernels = lambda _, found=found: found
+        cache, logits = None, []
+        with torch.no_grad():
+            for end in range(6, 14):
+                start = 0 if cache is None else end - 1
+                output = model(
+                    tokens[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=(mask[:, :end].cumsum(dim=1) - 1).clamp(min=0)[:, start:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = output.past_key_values
+                logits.append(output.logits[:, -1])
+        results.append(torch.stack(logits))
+    assert len(taken) == 2 * 7
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_takes_the_fused_step(padded, in_kernel_process):
+    in_kernel_process(_dispatched_steps, padded)
+
+
 class _OnGpu:
     is_cuda = True
 
