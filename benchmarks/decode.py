@@ -18,16 +18,15 @@ except for `memory`, which reads its prompts.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from results_csv import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import layerboost
@@ -207,11 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         rows.append(row | about)
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

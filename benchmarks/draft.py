@@ -12,13 +12,12 @@ alone if a step costs what its bytes cost and k + 1 tokens are read in one step'
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from results_csv import write_rows
 
 from layerboost import Treatment
 from layerboost.byte_model import decode_bytes
@@ -110,11 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
             print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

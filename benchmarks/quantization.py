@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchao
+from results_csv import write_rows
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer
 
@@ -123,11 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
             print("  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ and once more at the end: what the machine drifted by is `base_again`.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from decode import SHAPES, build, plans
+from results_csv import write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -119,11 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         last = conditions if name != "base_again" else conditions[-1:]
         measure_served(environment, writer_of(base, plan), last, dtype=args.dtype, on_result=on_result)
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":
