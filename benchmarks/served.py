@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="kv-bound")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--plans", nargs="+", default=CHOSEN, metavar="NAME", help="as `plans` of decode.py names them")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=192)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     environment = find_environment(args.environment)
     base = build(args.shape, getattr(torch, args.dtype), "cpu", 2 * (args.prompt_tokens + args.new_tokens) + 32)
     n_layers, bytes_of = base.config.num_hidden_layers, ByteModel(base.config)
-    named = {name: plan for name, plan in plans(n_layers, args.window).items() if name in CHOSEN}
+    named = {name: plan for name, plan in plans(n_layers, args.window).items() if name in args.plans}
     conditions = [
         ServingCondition(n, args.prompt_tokens, args.new_tokens, repeats=args.repeats) for n in args.concurrency
     ]

@@ -9,6 +9,7 @@ import platform
 import statistics
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -56,8 +57,8 @@ def _synchronize(device: torch.device) -> None:
 class PeakMemory:
     """Peak memory of what runs inside the `with` block: a model's weights, and the growth beside them.
 
-    On CUDA the growth is that of what the allocator holds, on a CPU that of the process's resident memory, sampled
-    each 2 ms.
+    The growth is that of what the allocator has handed out: on CUDA torch's, on a CPU glibc's, sampled each 2 ms, or
+    elsewhere the process's resident memory. What an allocator keeps of freed memory is not in it.
     """
 
     SAMPLE_S = 0.002
@@ -75,11 +76,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
-        import psutil
-
-        _trim_heap()
-        self._process = psutil.Process()
-        self._before = self._peak = self._process.memory_info().rss
+        self._bytes_in_use = _allocated_bytes() or _resident_bytes
+        self._before = self._peak = self._bytes_in_use()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -87,7 +85,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(self.SAMPLE_S):
-            self._peak = max(self._peak, self._process.memory_info().rss)
+            self._peak = max(self._peak, self._bytes_in_use())
 
     def __exit__(self, *exception) -> None:
         if self.device.type == "cuda":
@@ -98,7 +96,30 @@ class PeakMemory:
         self.peak_mib = (self._weight_bytes + self._peak - self._before) / MIB
 
 
-def _trim_heap() -> None:
-    """Gives freed heap pages back, so that memory which an earlier pass left behind shows as growth again."""
-    if os.name == "posix" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2; `uordblks` counts the main thread's heap, `hblkhd` all blocks of their own."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    )
+
+
+def _allocated_bytes() -> Callable[[], int] | None:
+    """Tells the bytes that malloc has handed out, where glibc has it (from 2.33)."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
+    if mallinfo2 is None:
+        return None
+    mallinfo2.restype = _MallocInfo
+
+    def count() -> int:
+        info = mallinfo2()
+        return info.uordblks + info.hblkhd
+
+    return count
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss

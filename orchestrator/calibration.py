@@ -25,6 +25,7 @@ from orchestrator.preflight import find_nodes
 from orchestrator.stages.healing_jobs import healing_placement
 from tasks.cluster import NodeResources, WorkerResources, resolve_workers
 from tasks.measurement import exclusive_worker, measuring_threads
+from tasks.sweeping import MIN_AUTO_SHARES
 
 CALIBRATION = "calibration"
 """Stage of the record that holds `Costs.to_dict()`."""
@@ -34,6 +35,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
     """Measures in this process, with as many threads as each kind of worker has. Loads the model and lets it go."""
 
     recipe, spec, middle = inputs.recipe, inputs.full_spec, Treatment(inputs.recipe.search.middle)
+    shares = recipe.sensitivity.shares
     window = recipe.search.window
     n_threads, healing = evaluation_workers(inputs, nodes).threads, healing_workers(inputs, nodes)
     inputs.source.load()  # from the disk, so that the next one is timed as workers that start later find it
@@ -49,7 +51,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
             treatments=every,
             swept=[Treatment(name) for name in recipe.sensitivity.treatments],
             window=window,
-            shares=recipe.sensitivity.shares,
+            shares=MIN_AUTO_SHARES if isinstance(shares, str) else shares,
         )
         sampled_s = None if inputs.sampling is None else sample_token_s(model, tokenizer, inputs.sampling)
     with threads(measuring_threads(exclusive_worker(nodes))):

@@ -189,6 +189,7 @@ class SensitivitySection(Section):
         texts: further texts to rank the layers by.
         context_tokens: further lengths of the sequences of the quality's text to rank the layers by.
         shares: how many parts the items are cut into: what a lost worker can lose, and how many can work at once.
+            `auto` goes by the tokens that the items hold (`tasks.sweeping.auto_shares`), not by the workers.
         adaptive: score layers by the chosen score until their tier is certain, instead of on all items.
     """
 
@@ -201,7 +202,7 @@ class SensitivitySection(Section):
     context_tokens: Annotated[
         tuple[Annotated[int, BeforeValidator(as_number), Field(ge=2)], ...], AfterValidator(unique_entries)
     ] = ()
-    shares: Count = 16
+    shares: AutoCount = "auto"
     adaptive: AdaptiveSection | None = None
 
 

@@ -26,6 +26,10 @@ from .ablation import EvaluationWorker, ModelSource, actor_maker
 from .cluster import WorkerResources
 from .units import UnitFailure, run_units
 
+MIN_AUTO_SHARES, MAX_AUTO_SHARES = 16, 1024
+AUTO_SHARE_TOKENS = 1024
+"""Tokens of a share, at least, where there are more than `MIN_AUTO_SHARES`: enough that a pass is busy with them."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -193,6 +197,14 @@ def shares(costs: Sequence[int], n_shares: int, *, first: int = 0, seed: int | N
     ends = list(itertools.accumulate(costs))
     cuts = [0] + [bisect.bisect_left(ends, ends[-1] * i / n_shares) + 1 for i in range(1, n_shares + 1)] if ends else []
     return [Share(first + start, first + stop, seed) for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
+def auto_shares(costs: Sequence[int]) -> int:
+    """Into how many shares items of so many tokens each are cut where the recipe leaves it open.
+
+    It follows from the items alone: with the number of workers it would make other records on another cluster.
+    """
+    return min(max(MIN_AUTO_SHARES, sum(costs) // AUTO_SHARE_TOKENS), MAX_AUTO_SHARES)
 
 
 def joined_text_scores(said: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Scores:

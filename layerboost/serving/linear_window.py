@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ..attention import LinearWindow, add_to_state, linear_window_attention, linear_window_step
+
+CPU_CACHE_BYTES = 8 << 20
+"""States of requests that a CPU works on at once: they are read from memory and written back once."""
 
 
 def state_shapes(n_kv_heads: int, head_dim: int, window: int) -> tuple[tuple[int, ...], ...]:
@@ -80,8 +84,12 @@ class LinearWindowState(nn.Module, MambaBase):
         n_steps = metadata.num_decodes
         blocks = metadata.state_indices_tensor.long()
         if n_steps:
-            steps = slice(n_steps)
-            output[steps] = self._steps(query[steps], key[steps], value[steps], metadata.seq_lens[steps], blocks[steps])
+            n_together = n_steps if query.is_cuda else self._requests_in_cpu_cache()
+            for first in range(0, n_steps, n_together):
+                steps = slice(first, min(first + n_together, n_steps))
+                output[steps] = self._steps(
+                    query[steps], key[steps], value[steps], metadata.seq_lens[steps], blocks[steps]
+                )
         if metadata.num_prefills:
             starts = metadata.query_start_loc.tolist()
             n_tokens = metadata.seq_lens.tolist()
@@ -91,41 +99,56 @@ class LinearWindowState(nn.Module, MambaBase):
                     query[tokens], key[tokens], value[tokens], n_tokens[request], blocks[request]
                 )
 
+    def _requests_in_cpu_cache(self) -> int:
+        """Requests whose states are read, changed and written back before they leave a CPU's cache."""
+        shapes, dtypes = self.get_state_shape(), self.get_state_dtype()
+        n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+        return max(1, CPU_CACHE_BYTES // n_bytes)
+
     def _steps(self, query, key, value, n_tokens, blocks) -> torch.Tensor:
         """One token each of B requests that have `n_tokens` (B,) with it: query (B, H, D), key and value (B, K, D).
 
-        No number is read by the host, so that it can be captured in a graph, which is why everything is masked: blocks
-        hold whatever their last owner left, which may be no number at all.
+        On a GPU no number is read by the host, so that it can be captured in a graph.
         """
-        sums, norms, keys, values = self.kv_cache
         newest, leaving = (n_tokens - 1) % self.window, n_tokens % self.window
+        is_first = n_tokens == 1
+        if query.is_cuda or bool(is_first.any()):
+            self._clear(blocks, is_first)
+        keys, values = self.kv_cache[2:]
         keys[blocks, :, newest], values[blocks, :, newest] = key, value
-        visible = torch.arange(self.window, device=query.device) < n_tokens[:, None]  # (B, window)
-        unfilled = ~visible[:, None, :, None]
-        window_keys = keys[blocks].masked_fill(unfilled, 0)  # (B, K, window, D)
-        window_values = values[blocks].masked_fill(unfilled, 0)
-        has_past = (n_tokens > self.window)[:, None, None]
-        state = torch.where(has_past[..., None], sums[blocks], 0), torch.where(has_past, norms[blocks], 0)
+        sums, norms, window_keys, window_values = (kept[blocks] for kept in self.kv_cache)
+        visible, left = None, None
+        if query.is_cuda or bool((n_tokens < self.window).any()):
+            visible = torch.arange(self.window, device=query.device) < n_tokens[:, None]  # (B, window)
+            left = (n_tokens >= self.window)[:, None]
         output = linear_window_step(
             query.unsqueeze(2),
             window_keys,
             window_values,
             scaling=self.scaling,
             feature_map=self.feature_map,
-            state=state,
-            visible=visible[:, None, None],
+            state=(sums, norms),
+            visible=None if visible is None else visible[:, None, None],
         )
         rows = torch.arange(len(blocks), device=query.device)
         features = self.feature_map.key_features(window_keys[rows, :, leaving].unsqueeze(2))
         left_value = window_values[rows, :, leaving].unsqueeze(2)
-        left = (n_tokens >= self.window)[:, None]
-        sums[blocks], norms[blocks] = add_to_state(state, features, left_value, left)
+        self.kv_cache[0][blocks], self.kv_cache[1][blocks] = add_to_state((sums, norms), features, left_value, left)
         return output.squeeze(2)
+
+    def _clear(self, blocks: torch.Tensor, is_first: torch.Tensor) -> None:
+        """Zeros for requests at their first token: a block holds what its last owner left, which may be no number."""
+        for kept in self.kv_cache:
+            where = is_first.view(-1, *(1 for _ in kept.shape[1:]))
+            kept[blocks] = kept[blocks].masked_fill_(where, 0)
 
     def _chunk(self, query, key, value, n_tokens: int, block: torch.Tensor) -> torch.Tensor:
         """T tokens of one request that has `n_tokens` with them: query (T, H, D), key and value (T, K, D)."""
-        sums, norms, keys, values = (kept[block] for kept in self.kv_cache)
         n_before = n_tokens - query.shape[0]
+        if n_before == 0:
+            for kept in self.kv_cache:
+                kept[block] = 0
+        sums, norms, keys, values = (kept[block] for kept in self.kv_cache)
         before = self._slots(n_before - min(n_before, self.window - 1), n_before)
         key, value = (
             torch.cat([kept[:, before], new.transpose(0, 1)], dim=1) for kept, new in ((keys, key), (values, value))

@@ -153,7 +153,9 @@ class Rounds:
         n_shares = self._run.inputs.recipe.sensitivity.shares
         for first, last in pairwise(ends):
             if start <= first and last <= stop:
-                n_here = min(n_shares, -(-(last - first) // _ITEMS_OF_A_SHARE))
+                n_here = -(-(last - first) // _ITEMS_OF_A_SHARE)
+                if not isinstance(n_shares, str):
+                    n_here = min(n_here, n_shares)
                 found += shares([1] * (last - first), n_here, first=first, seed=self._settings.seed)
         return found
 

@@ -17,7 +17,16 @@ from orchestrator.results import SWEEP
 from orchestrator.run_folder import unit_key
 from orchestrator.stages.adaptive import adaptive_sensitivity
 from tasks.ablation import EvaluationUnit, cosine_unit
-from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, joined_text_scores, shares, sweep_units
+from tasks.sweeping import (
+    CountUnit,
+    ScoreUnit,
+    Share,
+    SweepUnit,
+    auto_shares,
+    joined_text_scores,
+    shares,
+    sweep_units,
+)
 from tasks.units import UnitFailure
 
 SENSITIVITY = "sensitivity"
@@ -115,7 +124,10 @@ class Sweep:
     def _shares(self, source: SweepSource) -> list[Share]:
         n_shares = self._run.inputs.recipe.sensitivity.shares
         counted = self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,))
-        return shares(counted["costs"] if counted else [1] * n_shares, n_shares)
+        costs = counted["costs"] if counted else []
+        if isinstance(n_shares, str):
+            n_shares = auto_shares(costs)
+        return shares(costs or [1] * n_shares, n_shares)
 
     def _is_scored(self, source: SweepSource) -> bool:
         return not self._unscored(source)

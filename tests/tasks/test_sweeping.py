@@ -26,6 +26,7 @@ from tasks.sweeping import (
     Share,
     SweepUnit,
     SweepWorker,
+    auto_shares,
     mixed,
     mixed_tasks,
     shares,
@@ -123,6 +124,11 @@ def test_a_random_order_holds_the_same_fraction_of_each_task_everywhere():
     for end in (6, 12, 30):
         counts = [sum(item.task == task for item in order[:end]) for task in "abc"]
         assert counts == pytest.approx([end / 2, end / 6, end / 3], abs=1)
+
+
+@pytest.mark.parametrize(("costs", "n"), [([], 16), ([50] * 100, 16), ([100] * 1_000, 97), ([500] * 10_000, 1024)])
+def test_the_items_alone_decide_into_how_many_shares_they_are_cut(costs, n):
+    assert auto_shares(costs) == n
 
 
 def test_shares_cover_all_items_once_at_nearly_the_same_cost():
