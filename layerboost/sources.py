@@ -187,8 +187,13 @@ def write_token_rows(path: str | Path, documents: Sequence[Sequence[int]]) -> No
     tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int32, count=int(lengths.sum()))
     filesystem, target = fsspec.core.url_to_fs(str(path))
     filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-    filesystem.pipe_file(f"{target}.part", save({"tokens": tokens, "lengths": lengths}))
-    filesystem.mv(f"{target}.part", target)
+    try:
+        filesystem.pipe_file(f"{target}.part", save({"tokens": tokens, "lengths": lengths}))
+        filesystem.mv(f"{target}.part", target)
+    except BaseException:
+        if filesystem.exists(f"{target}.part"):
+            filesystem.rm_file(f"{target}.part")  # on a full disk the room is wanted
+        raise
 
 
 def _positions(starts: np.ndarray) -> np.ndarray:

@@ -177,12 +177,15 @@ def describe_error(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code that it stands for."""
     from orchestrator.recipe import InputError
     from orchestrator.run_folder import RunFolderLockedError
+    from tasks.storage_errors import DiskFullError
 
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return f"error: {text}", EXIT_BAD_INPUT
     if isinstance(error, RunFolderLockedError):
         return f"error: --out: {text}", EXIT_BAD_INPUT
+    if isinstance(error, DiskFullError):
+        return f"error: --out: {text}", EXIT_FAILED
     return f"error: {type(error).__name__}: {text}; --verbose shows where", EXIT_FAILED
 
 

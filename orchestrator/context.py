@@ -15,6 +15,7 @@ from orchestrator.results import RUN_FILE, SCORE_STAGES, RunState, find_record
 from orchestrator.run_folder import RunFolder, unit_key
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, evaluate_units
+from tasks.storage_errors import DiskFullError, is_disk_full
 
 Identity = dict[str, Any]
 
@@ -37,7 +38,13 @@ class RunContext:
         return find_record(self.folder, unit_key(identity), stages)
 
     def failed(self, stage: str, name: dict[str, Any], error: str) -> None:
-        """Remembers a unit that failed for good, and says so."""
+        """Remembers a unit that failed for good, and says so.
+
+        Raises:
+            DiskFullError: if it failed since a disk is full, as would those that follow.
+        """
+        if is_disk_full(RuntimeError(error)):
+            raise DiskFullError(error.splitlines()[0])
         self.progress.finish_unit(0.0, status="failed", **name, error=error.splitlines()[0])
         self.state.failures.append({"stage": stage, "name": name, "error": error})
 

@@ -72,6 +72,7 @@ class StageEstimate:
         tokens: that the rest is healed on.
         gpus: at work at the same time.
         memory_mib: of one worker.
+        disk_mib: of what the rest leaves in the run folder, and of checkpoints while it is under way.
     """
 
     stage: str
@@ -81,6 +82,7 @@ class StageEstimate:
     tokens: int = 0
     gpus: float = 0.0
     memory_mib: float = 0.0
+    disk_mib: float = 0.0
 
     @property
     def gpu_hours(self) -> float:
@@ -276,6 +278,7 @@ class _Estimator:
                 n_left * spec.steps * spec.tokens_per_step,
                 self.healers.gpus * self.healers.n_workers,
                 self._healing_mib(spec),
+                self._checkpoints_mib() + n_left * (self.weights_mib + self._snapshots_mib(spec)) if n_left else 0.0,
             )
         )
         n_points = n_healed * len(mark_steps(spec, self.healing.curve)) + self._n_baselines()
@@ -315,6 +318,7 @@ class _Estimator:
             round(left * total_tokens(steps, 0, tokens_at)),
             each.gpus * each.n_workers * n_at_once,
             self._healing_mib(self.inputs.healing_spec),
+            n_at_once * self._checkpoints_mib() + most * self._trained_mib() if n_done < n_units else 0.0,
         )
 
     def _measure(self) -> StageEstimate:
@@ -496,6 +500,19 @@ class _Estimator:
         if not spec.activation_checkpointing:
             kept = self.inputs.n_layers * _ACTIVATION_VALUES
         return (weights + trained + gradients + optimizer + values * kept * costs.dtype_bytes) / _MIB
+
+    def _trained_mib(self) -> float:
+        """What a snapshot of the trained parameters takes."""
+        costs = self.costs
+        return 0.0 if costs.healing is None else costs.healing.n_trained * costs.dtype_bytes / _MIB
+
+    def _snapshots_mib(self, spec: HealingSpec) -> float:
+        return len(mark_steps(spec, self.healing.curve)) * self._trained_mib()
+
+    def _checkpoints_mib(self) -> float:
+        """Masters and two moments in fp32: two checkpoints are kept while a third one is written."""
+        costs = self.costs.healing
+        return 0.0 if costs is None else 3 * 12 * costs.n_trained / _MIB
 
     def _n_healed(self) -> int:
         return self.healing.candidates + self._n_baselines()

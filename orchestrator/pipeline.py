@@ -10,11 +10,13 @@ and the records alone the report can be written again.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import yaml
 
 from orchestrator.context import RunContext
+from orchestrator.disk import disk_full_message
 from orchestrator.environment import environment
 from orchestrator.identity import RunInputs
 from orchestrator.model_check import ModelFacts
@@ -26,6 +28,7 @@ from orchestrator.run_folder import RunFolder
 from orchestrator.run_lock import RunFolderLockedError
 from orchestrator.stages import STAGES
 from tasks import cluster
+from tasks.storage_errors import DiskFullError, is_disk_full
 
 REPORT = "report"
 """What the clock calls the writing of the report."""
@@ -38,6 +41,9 @@ def run(
 
     Returns:
         0, or 1 where units failed: each is named on stderr, and the rest is recorded.
+
+    Raises:
+        DiskFullError: the disk is full; with more room the same command goes on.
     """
     with folder.lock():
         context = _context(recipe, folder, facts, progress, address)
@@ -64,8 +70,12 @@ def run(
             save()
         except RunFolderLockedError:
             raise  # another run's by now
-        except BaseException:
+        except BaseException as error:
             progress.stop_clock(REPORT)
+            if is_disk_full(error):
+                with contextlib.suppress(OSError):  # what is there stays as it was
+                    save()
+                raise DiskFullError(disk_full_message(context, error)) from error
             save()
             raise
         finally:
@@ -119,6 +129,8 @@ def _estimate(context: RunContext) -> None:
     try:
         costs = costs_of(context, record=True)
     except Exception as error:  # a run can do without
+        if is_disk_full(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         context.progress.note("no estimate: the calibration failed", because=reason)
         return

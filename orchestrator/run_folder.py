@@ -5,6 +5,7 @@
 
 A record holds its unit's identity, its result and a checksum. It is written whole or not at all: under another name and
 renamed on a local disk, in a single put on an object store. One run at a time holds the folder, by a lock file.
+What a network or a file server fails in is tried again for half a minute (`tasks.storage_errors`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.recipe import InputError
 from orchestrator.run_lock import RunFolderLock, RunFolderLockedError
+from tasks.storage_errors import DiskFullError, is_disk_full, retried
 
 __all__ = ["Record", "RunFolder", "RunFolderLockedError", "unit_key"]
 
@@ -173,7 +175,7 @@ class RunFolder:
         # A reader without the lock leaves the folder as it is; the run that holds the lock cleans up.
         if self._lock is not None:
             aside = f"{name}.damaged"
-            self.fs.mv(self._join(name), self._join(aside))
+            retried(self.fs.mv)(self._join(name), self._join(aside))
             remark = f" (kept as {aside})"
         logger.warning(
             "record %s is damaged: %s; its unit counts as not done and will be redone%s", name, reason, remark
@@ -181,12 +183,22 @@ class RunFolder:
 
     # Artefacts
 
+    @retried
     def exists(self, name: str = "") -> bool:
         """True if the artefact, or with no name the folder itself, is there."""
         return self.fs.exists(self._join(name))
 
+    @retried
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes an artefact, whole or not at all."""
+        """Writes an artefact, whole or not at all.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
+        self.write_once(name, data)
+
+    def write_once(self, name: str, data: bytes) -> None:
+        """Writes an artefact, whole or not at all, and waits for no storage that fails."""
         path = self._join(name)
         if not self.is_local:
             self.fs.pipe_file(path, data)
@@ -199,15 +211,18 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(hidden, path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(hidden)
+            if is_disk_full(error):
+                raise DiskFullError(f"{path} of {len(data) / 2**20:,.2f} MiB cannot be written: {error}") from error
             raise
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a UTF-8 artefact, whole or not at all."""
         self.write_bytes(name, text.encode())
 
+    @retried
     def read_bytes(self, name: str) -> bytes:
         """Reads an artefact. Raises FileNotFoundError if it is absent."""
         return self.fs.cat_file(self._join(name))
@@ -229,6 +244,7 @@ class RunFolder:
         except FileNotFoundError:
             return []
 
+    @retried
     def remove(self, name: str) -> None:
         """Removes an artefact or a subfolder, if it is there."""
         if not name:
@@ -261,7 +277,7 @@ class RunFolder:
             with tempfile.TemporaryDirectory(prefix="layerboost-") as staging:
                 yield Path(staging)
                 self.remove(name)
-                self.fs.put(f"{staging}/", f"{target}/", recursive=True)
+                retried(self.fs.put)(f"{staging}/", f"{target}/", recursive=True)
             return
         hidden = Path(_hidden_beside(target))
         hidden.mkdir(parents=True)
@@ -285,7 +301,7 @@ class RunFolder:
             yield self.local_path(name)
             return
         with tempfile.TemporaryDirectory(prefix="layerboost-") as copy:
-            self.fs.get(f"{self._join(name)}/", f"{copy}/", recursive=True)
+            retried(self.fs.get)(f"{self._join(name)}/", f"{copy}/", recursive=True)
             yield Path(copy)
 
     def storage(self, name: str = "") -> tuple[str, Any]:
@@ -308,7 +324,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[RunFolder]:
-        self.fs.makedirs(self.path, exist_ok=True)
+        retried(self.fs.makedirs)(self.path, exist_ok=True)
         lock = RunFolderLock(self.fs, self._join(LOCK_NAME), is_local=self.is_local, folder=str(self))
         lock.acquire()
         self._lock = lock
@@ -370,6 +386,7 @@ class RunFolder:
             raise ValueError(f"{name} does not lie in the run folder")
         return "/".join((self.path, *parts))
 
+    @retried
     def _list(self, path: str) -> list[str]:
         self.fs.invalidate_cache(path)
         return self.fs.ls(path, detail=False)

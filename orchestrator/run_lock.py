@@ -21,12 +21,15 @@ from dataclasses import asdict, dataclass
 import fsspec
 import psutil
 
+from tasks.storage_errors import is_passing, retried
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 10.0
 STALE_AFTER_S = 60.0
 # A foreign process may get the same id and, to the clock's tick, nearly the same start.
 _SAME_START_S = 1.0
+_LOCK_BYTES = 512
 
 
 class RunFolderLockedError(RuntimeError):
@@ -66,8 +69,8 @@ class LockHolder:
             return None
 
     def to_json(self) -> bytes:
-        """The content of the lock file."""
-        return json.dumps(asdict(self)).encode()
+        """The content of the lock file, always as long: a heartbeat must need no room on a full disk."""
+        return json.dumps(asdict(self)).encode().ljust(_LOCK_BYTES)
 
     def is_alive(self) -> bool:
         """On this host: whether that very process runs. Elsewhere: whether its heartbeat is recent."""
@@ -118,7 +121,7 @@ class RunFolderLock:
         Raises:
             RunFolderLockedError: if a run that is alive holds it.
         """
-        won, previous = self._file.claim(self._me)
+        won, previous = retried(self._file.claim)(self._me)
         if not won:
             holder = previous or "another run"
             raise RunFolderLockedError(
@@ -141,14 +144,16 @@ class RunFolderLock:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._file.remove(self._me)
+        retried(self._file.remove)(self._me)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_INTERVAL_S):
             beat = LockHolder(**{**asdict(self._me), "heartbeat_at": time.time()})
             try:
                 holder = self._file.refresh(beat)
-            except OSError as error:
+            except Exception as error:
+                if not (isinstance(error, OSError) or is_passing(error)):
+                    raise
                 logger.warning("cannot refresh the lock of %s (%s); trying again", self._folder, error)
                 continue
             if holder is None or holder.token != self._me.token:
@@ -182,8 +187,9 @@ class _LocalLockFile:
 
     @staticmethod
     def _write(descriptor: int, holder: LockHolder) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.to_json(), 0)
+        data = holder.to_json()
+        os.pwrite(descriptor, data, 0)
+        os.ftruncate(descriptor, len(data))
         os.fsync(descriptor)
 
     def claim(self, me: LockHolder) -> tuple[bool, LockHolder | None]:
@@ -246,6 +252,8 @@ class _RemoteLockFile:
         previous: LockHolder | None = None
         if not self._create(me):
             previous = self._read()
+            if previous is not None and previous.token == me.token:
+                return True, None  # an earlier try, whose answer was lost
             if previous is not None and previous.is_alive():
                 return False, previous
             self._fs.pipe_file(self._path, me.to_json())

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from layerboost.process import environment
 from layerboost.training import CurveRow, NonFiniteLossError
 
 from .healing_job import HealingJob, HealingProgress, StepEvent, located
+from .storage_errors import DiskFullError
 
 __all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
 
@@ -62,6 +64,7 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
 
     Raises:
         NonFiniteLossError: a loss or gradient was not a number; no checkpoint was written since.
+        DiskFullError: there is no room for a checkpoint, a snapshot or the healed model; none is half written.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
         ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
     """
@@ -93,9 +96,11 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        outcome = _on_a_thread(trainer.fit).return_value
     if "error" in outcome:
         raise NonFiniteLossError(outcome["error"])
+    if "disk_full" in outcome:
+        raise DiskFullError(outcome["disk_full"])
     done = Progress.from_dict(outcome)
     last = done.curve[-1]
     return HealingResult(
@@ -108,6 +113,23 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         stopped_early=last.step < job.spec.steps,
         snapshots=done.snapshots,
     )
+
+
+def _on_a_thread(call: Callable[[], Any]) -> Any:
+    """What a call gives that runs on a thread of its own, so that Ray Train leaves Ctrl-C to the caller.
+
+    On the main thread it would take SIGINT over for good, and end the process with exit code 0.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="healing", daemon=True).start()
+    return outcome.result()
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from .deepspeed_engine import make_engine, release, save_state, saved_parameters
 from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
 from .leftovers import note_resources
 from .storage import publish_folder, publish_tensors
+from .storage_errors import DiskFullError, is_disk_full, retried
 from .transfer import read_fitted_layers
 
 _PROGRESS_FILE, _STATE_FILE = "progress.json", "state.safetensors"
@@ -38,8 +41,8 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: `job`, and `progress`, an actor handle or None.
 
     Returns:
-        a `Progress` as dictionary, or `error`, the message of a NonFiniteLossError
-        (returned, since to try again would only find it again).
+        a `Progress` as dictionary; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a
+        DiskFullError (returned, since to try again would only find them again).
     """
     from ray import train
 
@@ -53,6 +56,8 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
             return _Worker(config["job"], config["progress"], Path(folder)).run()
     except NonFiniteLossError as error:
         return {"error": str(error)}
+    except DiskFullError as error:
+        return {"disk_full": str(error)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ class _Worker:
                 trained = self._run_phase(phase, trained, resumes)
         if self.job.output is None:
             self._snapshot(self.done.curve[-1].step, trained)
-        elif self.rank == 0:
-            self._save(trained, self.job.output)
+        else:
+            output = self.job.output
+            self._together(lambda: self._save(trained, output) if self.rank == 0 else None, output)
         return asdict(self.done)
 
     def _take_over_layers(self, phase: Phase) -> dict[str, torch.Tensor]:
@@ -196,29 +202,58 @@ class _Worker:
 
     def _snapshot(self, step: int, trained: dict[str, torch.Tensor]) -> None:
         url = f"{(self.job.snapshot_url or '').rstrip('/')}/{step}.safetensors"
-        if self.rank == 0:
-            publish_tensors(trained, url)
+        self._together(lambda: publish_tensors(trained, url) if self.rank == 0 else None, url)
         self.done.snapshots[step] = url
 
     def _report(self, engine: Any, row: CurveRow) -> None:
         """Hands Ray Train a checkpoint of rank 0; the others report that they are there."""
         from ray import train
 
-        if self.rank != 0:
-            save_state(engine, None)
-            train.report(row.to_dict())
-            return
         with tempfile.TemporaryDirectory() as folder:
-            save_state(engine, Path(folder) / _STATE_FILE)
-            state = {"fingerprint": self.job.fingerprint, **asdict(self.done)}
-            (Path(folder) / _PROGRESS_FILE).write_text(json.dumps(state))
-            train.report(row.to_dict(), checkpoint=train.Checkpoint.from_directory(folder))
+            is_first, row_values = self.rank == 0, row.to_dict()
+            self._together(lambda: save_state(engine, Path(folder) / _STATE_FILE if is_first else None), folder)
+            if is_first:
+                state = {"fingerprint": self.job.fingerprint, **asdict(self.done)}
+                (Path(folder) / _PROGRESS_FILE).write_text(json.dumps(state))
+                checkpoint = train.Checkpoint.from_directory(folder)
+            report: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_upload_fn": _upload} if is_first else {}
+            place = f"{self.job.storage_path}/{self.job.name}"
+            self._together(lambda: train.report(row_values, **report), place)
+
+    def _together(self, write: Callable[[], None], place: str) -> None:
+        """Writes something to a place, on all ranks; a full disk on one ends them all: none waits for another.
+
+        Raises:
+            DiskFullError: on every rank.
+        """
+        reason = ""
+        try:
+            write()
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            reason = str(error)
+        if _sum_over_workers(torch.tensor(float(bool(reason)), device=self.device)):
+            raise DiskFullError(f"{place}: {reason or 'no room'}")
 
     def _save(self, trained: dict[str, torch.Tensor], output: str) -> None:
         job = self.job
         student = student_from(load_parent(job), job.plan, self.spec, trained, parent=job.model, revision=job.revision)
         card = {"healing tokens": self.done.curve[-1].tokens, **(job.card or {})}
         publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), output)
+
+
+def _upload(checkpoint: Any, name: str) -> Any:
+    """Ray Train's way to store a checkpoint, but tried again where storage fails, and there whole or not at all."""
+    from ray import train
+
+    storage = train.get_context().get_storage()
+    try:
+        return retried(storage.persist_current_checkpoint)(checkpoint, name)
+    except BaseException:
+        with suppress(OSError):
+            storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
+        raise
 
 
 def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .storage_errors import retried
 
+
+@retried
 def publish_folder(write: Callable[[str], Any], output: str) -> None:
     """Writes a folder so that it is at `output` whole or not at all; `output` is a path or an fsspec URL.
 
@@ -29,11 +33,14 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
     if filesystem.exists(part):
         filesystem.rm(part, recursive=True)
     if isinstance(filesystem, LocalFileSystem):
-        Path(part).mkdir(parents=True)
-        write(part)
-        if Path(path).exists():
-            filesystem.rm(path, recursive=True)
-        os.rename(part, path)
+        try:
+            Path(part).mkdir(parents=True)
+            write(part)
+            if Path(path).exists():
+                filesystem.rm(path, recursive=True)
+            os.rename(part, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk the room is wanted
         return
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
@@ -43,15 +50,20 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
     filesystem.mv(f"{part}/", f"{path}/", recursive=True)
 
 
+@retried
 def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors on the CPU as one safetensors file, which replaces what is at `url`, a path or an fsspec URL."""
     filesystem, path = fsspec.core.url_to_fs(url)
     part = f"{path}.writing"
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if isinstance(filesystem, LocalFileSystem):
-        Path(part).parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, part, metadata=dict(metadata or {}))
-        os.replace(part, path)
+        try:
+            Path(part).parent.mkdir(parents=True, exist_ok=True)
+            save_file(whole, part, metadata=dict(metadata or {}))
+            os.replace(part, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
         return
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "tensors")
@@ -60,6 +72,7 @@ def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Map
     filesystem.mv(part, path)
 
 
+@retried
 def read_tensors(url: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file at a path or an fsspec URL.
 
@@ -84,7 +97,7 @@ def local_folder(url: str) -> Iterator[str]:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        filesystem.get(f"{path.rstrip('/')}/", f"{folder}/model/", recursive=True)
+        retried(filesystem.get)(f"{path.rstrip('/')}/", f"{folder}/model/", recursive=True)
         yield f"{folder}/model"
 
 

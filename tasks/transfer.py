@@ -33,6 +33,7 @@ from layerboost.transfer import AttentionTransfer
 
 from .healing_job import HealingJob, HealingProgress, ProgressClock, StepEvent, load_parent, load_text, prepare_process
 from .storage import publish_tensors, read_tensors
+from .storage_errors import DiskFullError, is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
 
     Raises:
         NonFiniteLossError: a layer's loss or gradient was not a number; nothing is stored of it.
+        DiskFullError: there is no room to store a layer.
         ray.exceptions.RayError: a task failed more often than `job.max_failures`.
     """
     import ray
@@ -131,6 +133,8 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
             outcome = ray.get(done)
             if "error" in outcome:
                 raise NonFiniteLossError(outcome["error"])
+            if "disk_full" in outcome:
+                raise DiskFullError(outcome["disk_full"])
             n_fitted, loss = n_fitted + 1, loss + outcome["loss"]
             step = phase.steps * n_fitted // len(layers)
             if step:
@@ -145,8 +149,8 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
     """The Ray task: fits one layer and stores it.
 
     Returns:
-        `loss`, the last one, or `error`, the message of a NonFiniteLossError (returned, since to try again would only
-        find it again).
+        `loss`, the last one; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a DiskFullError
+        (returned, since to try again would only find them again).
     """
     prepare_process(job)
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
@@ -166,7 +170,12 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
         return {"error": f"layer {layer}: {error}"}
     tensors = {f"{step}/{name}": tensor for step in steps for name, tensor in fitted.parameters[step].items()}
     metadata = {"fingerprint": job.fingerprint, "losses": json.dumps(fitted.losses)}
-    publish_tensors(tensors, _file(job, layer), metadata)
+    try:
+        publish_tensors(tensors, _file(job, layer), metadata)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        return {"disk_full": f"{_file(job, layer)}: {error}"}
     return {"loss": fitted.losses[-1]}
 
 

@@ -27,6 +27,7 @@ from orchestrator.stages.speed import speedup
 from tasks.ablation import EvaluationUnit
 from tasks.healing import HealingProgress
 from tasks.healing import heal as heal_on_cluster
+from tasks.units import finish_on_interrupt
 
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
@@ -42,8 +43,11 @@ def heal(run: RunContext) -> bool:
     if todo and not sample_text(run):
         todo = []  # what is healed already is measured all the same
     run.progress.start_stage("heal", len(origins), recorded=len(origins) - len(todo))
-    for plan in todo:
-        _heal(run, plan, origins[plan], identities[plan])
+    with finish_on_interrupt() as interrupt:
+        for plan in todo:
+            _heal(run, plan, origins[plan], identities[plan])
+            if interrupt.requested:
+                raise KeyboardInterrupt
     run.progress.end_stage()
     keys = {plan: unit_key(identity) for plan, identity in identities.items() if is_healed(run, plan, identity)}
     _judge_curves(run, keys)

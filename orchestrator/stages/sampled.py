@@ -8,6 +8,7 @@ from layerboost.sources import TOKENS_SUFFIX, write_token_rows
 from orchestrator.context import RunContext
 from orchestrator.run_folder import unit_key
 from tasks.sampling import SampleUnit, sample_units
+from tasks.storage_errors import retried
 
 SAMPLE = "sample"
 """Stage of the records that say which documents are there, and of how many tokens."""
@@ -25,7 +26,7 @@ def sample_text(run: RunContext) -> bool:
         run.progress.start_stage(SAMPLE, n_recorded + len(todo), recorded=n_recorded, workers=workers.n_workers)
 
         def on_result(unit: SampleUnit, documents: list[list[int]], duration_s: float, info: dict) -> None:
-            write_token_rows(f"{sampled_folder(run)}/{_file_name(unit)}", documents)
+            retried(write_token_rows)(f"{sampled_folder(run)}/{_file_name(unit)}", documents)
             n_tokens = sum(map(len, documents))
             run.record(SAMPLE, run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": duration_s, "worker": info})
             run.progress.finish_unit(duration_s, documents=f"{unit.first}-{unit.first + unit.n_documents}")
