@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folders", metavar="DIR", nargs="+", help="run folders, local or any fsspec URL")
     report.add_argument("--out", metavar="DIR", help="folder of the comparison of several runs (default: comparison)")
 
+    status = add("status", "say where a run stands, from its folder, in another terminal or on another machine")
+    status.add_argument("folder", metavar="DIR", help="run folder, local or any fsspec URL")
+    status.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    status.add_argument("--follow", action="store_true", help="say it again every two seconds until the run ends")
+
     convert = add("convert", "apply a plan to a model by hand", model)
     convert.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
     convert.add_argument(
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _handler(command: str):
     if command in ("run", "report"):
         return {"run": run_command, "report": report_command}[command]
-    module = "orchestrator.doctor" if command == "doctor" else "orchestrator.commands"
+    module = f"orchestrator.{command}" if command in ("doctor", "status") else "orchestrator.commands"
     return getattr(importlib.import_module(module), command)
 
 

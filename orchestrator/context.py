@@ -16,8 +16,11 @@ from orchestrator.run_folder import RunFolder, unit_key
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, evaluate_units
 from tasks.storage_errors import DiskFullError, is_disk_full
+from tasks.watching import Watch
 
 Identity = dict[str, Any]
+
+_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 600.0, 20.0
 
 
 class RunContext:
@@ -31,7 +34,9 @@ class RunContext:
     # Records
 
     def record(self, stage: str, identity: Identity, result: dict[str, Any]) -> None:
-        self.folder.write_record(stage, unit_key(identity), identity, result)
+        key = unit_key(identity)
+        self.folder.write_record(stage, key, identity, result)
+        self.progress.recorded(stage, key, identity, result)
 
     def recorded(self, identity: Identity, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
         """The result of a unit, whichever of the stages made it."""
@@ -84,11 +89,48 @@ class RunContext:
             self.record(stage, identities[unit], {**result, "duration_s": duration_s, "worker": info})
             self.progress.finish_unit(duration_s, **units[unit])
 
-        failures = evaluate_units(todo, self.inputs.source, spec, workers, on_result=on_result) if workers else []
+        failures = []
+        if workers:
+            watch = self.watch(stage, units.__getitem__, n_workers=workers.n_workers)
+            failures = evaluate_units(todo, self.inputs.source, spec, workers, on_result=on_result, watch=watch)
         for failure in failures:
             self.failed(stage, units[failure.unit], failure.error)
         self.progress.end_stage()
         return not failures
+
+    # Watching
+
+    def watch(
+        self, stage: str, name: Callable[[Any], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
+    ) -> Watch:
+        """How the units of a stage are watched: told to progress, and ended where they hang.
+
+        Args:
+            stage: as the run's estimate calls it.
+            name: what each unit is called.
+            n_workers, of_each: as in `unit_timeout_s`.
+        """
+        return Watch(
+            self.unit_timeout_s(stage, n_workers=n_workers, of_each=of_each),
+            lambda event: self.progress.unit_event(event, name(event.unit)),
+        )
+
+    def unit_timeout_s(self, stage: str, *, n_workers: int = 1, of_each: float = 1) -> float | None:
+        """When a unit is taken for hung: as the recipe says, else far beyond what is expected; None without estimate.
+
+        Args:
+            n_workers: that share the stage's expected time.
+            of_each: how many of the estimate's units a unit holds, or which part of one.
+        """
+        asked = self.inputs.recipe.placement.unit_timeout_s
+        if isinstance(asked, float):
+            return asked
+        for entry in self.state.estimates:
+            n_left = entry["units"] - entry["recorded"]
+            if entry["stage"] == stage and n_left > 0:
+                expected_s = entry["seconds"] * n_workers / n_left * of_each
+                return max(_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR * expected_s)
+        return None
 
     # The cluster, which starts or is joined only when there is something to do
 

@@ -27,6 +27,7 @@ from orchestrator.results import RECIPE_FILE, RUN_FILE, RunState, load_state
 from orchestrator.run_folder import RunFolder
 from orchestrator.run_lock import RunFolderLockedError
 from orchestrator.stages import STAGES
+from orchestrator.watching import FAILED, watching
 from tasks import cluster
 from tasks.storage_errors import DiskFullError, is_disk_full
 
@@ -45,7 +46,7 @@ def run(
     Raises:
         DiskFullError: the disk is full; with more room the same command goes on.
     """
-    with folder.lock():
+    with folder.lock(), watching(folder, progress) as watched:
         context = _context(recipe, folder, facts, progress, address)
         earlier_s = _go_on_counting(context)
         folder.write_text(RECIPE_FILE, recipe.resolved_yaml())
@@ -59,6 +60,7 @@ def run(
 
         try:
             _estimate(context)
+            progress.expected_s = {stage["stage"]: stage["seconds"] for stage in context.state.estimates}
             for name, stage in STAGES.items():
                 can_go_on = stage(context)
                 save()
@@ -80,6 +82,8 @@ def run(
             raise
         finally:
             cluster.shutdown()
+        if context.state.failures:
+            watched.state = FAILED
     for failure in context.state.failures:
         named = " ".join(f"{label}={value}" for label, value in failure["name"].items())
         print(f"failed: {failure['stage']} {named}: {failure['error'].splitlines()[0]}", file=sys.stderr)

@@ -291,7 +291,8 @@ class PlacementSection(Section):
     """Where the work runs. Changes no number and no identity.
 
     `activations_gib` bounds what a pass holds beside the weights; `auto` takes half of a GPU's free memory, 1 GiB of a
-    CPU's.
+    CPU's. A unit of work, or a step of healing, that takes longer than `unit_timeout_s` is taken for hung and tried
+    again; `auto` takes twenty times what the run's estimate expects of it, ten minutes at least.
     """
 
     workers: AutoCount = "auto"
@@ -306,6 +307,9 @@ class PlacementSection(Section):
     healing_workers: AutoCount = "auto"
     activations_gib: Annotated[
         float | Literal["auto"], BeforeValidator(auto_or(float, 0.001, "a number of GiB of at least 0.001"))
+    ] = "auto"
+    unit_timeout_s: Annotated[
+        float | Literal["auto"], BeforeValidator(auto_or(float, 1, "a number of seconds of at least 1"))
     ] = "auto"
 
 

@@ -24,6 +24,7 @@ from layerboost.training import student_from
 from .cluster import WorkerResources
 from .storage import local_folder, read_tensors
 from .units import UnitFailure, run_units, worker_info
+from .watching import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ def evaluate_units(
     on_result: Callable[[EvaluationUnit, dict, float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
     """Judges all units on the cluster, one model for each worker; see `run_units` for the callbacks and failures."""
     make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads, resources.activations_gib)
@@ -192,6 +194,7 @@ def evaluate_units(
         on_result=on_result,
         on_failure=on_failure,
         max_attempts=max_attempts,
+        watch=watch,
     )
 
 

@@ -22,6 +22,7 @@ from .healing_job import located
 from .leftovers import free_resources
 from .tuning import UnitSearcher, quiet, temporary_folder
 from .units import Interrupt, UnitFailure, finish_on_interrupt
+from .watching import UNWATCHED, Watch
 
 _NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
 """What a trial holds, since Tune wants it to hold something: one byte."""
@@ -33,6 +34,7 @@ def heal_all(
     on_result: Callable[[HealingJob, HealingResult, float], None],
     on_failure: Callable[[UnitFailure[HealingJob]], None] | None = None,
     max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure[HealingJob]]:
     """Heals on the connected cluster, as many jobs at once as it has room for.
 
@@ -44,6 +46,7 @@ def heal_all(
             once. What it raises ends the rung when the trials under way are done.
         on_failure: called in this process with each job that failed for good; the others go on.
         max_attempts: how often a job is tried whose trial's process dies; it goes on from its last checkpoint.
+        watch: what is told of each job; whether one is hung its workers decide (`HealingJob.step_timeout_s`).
 
     Returns:
         The failures, in the order in which they happened.
@@ -52,7 +55,7 @@ def heal_all(
         return []
     jobs = [located(job) for job in jobs]
     with finish_on_interrupt() as interrupt:
-        searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts)
+        searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts, watch)
         with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder:
             _tuner(jobs, searcher, folder, max_attempts).fit()
         if searcher.raised is not None:
@@ -110,8 +113,9 @@ class _JobSearcher(UnitSearcher[int]):
         on_result: Callable[[HealingJob, HealingResult, float], None],
         on_failure: Callable[[UnitFailure[HealingJob]], None] | None,
         max_attempts: int,
+        watch: Watch,
     ):
-        super().__init__(min(n_at_once, len(jobs)), interrupt, max_attempts)
+        super().__init__(min(n_at_once, len(jobs)), interrupt, max_attempts, watch)
         self.failures: list[UnitFailure[HealingJob]] = []
         self._jobs, self._on_result, self._on_failure = jobs, on_result, on_failure
         self._waiting = deque(range(len(jobs)))
@@ -124,6 +128,9 @@ class _JobSearcher(UnitSearcher[int]):
 
     def _config(self, index: int) -> dict[str, Any]:
         return {"job": index}
+
+    def _told(self, index: int) -> HealingJob:
+        return self._jobs[index]
 
     def _take(self, index: int, outcome: _Outcome) -> None:
         if outcome.result is None:

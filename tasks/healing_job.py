@@ -87,6 +87,8 @@ class HealingJob:
         transfer: `together` fits all linear_window layers in one pass of the parent; `by_layer` gives each a Ray task
             of its own, which needs the memory of one layer and runs the models once for each layer.
         max_failures: worker failures to survive, -1 for any number; of each layer in a transfer by layer.
+        step_timeout_s: a process of the job that finishes no step for so long is taken for hung and ends itself, as
+            one of the failures to survive; None waits for ever.
         on_step: called in every process after each step and its checkpoint.
         card: facts for the model card.
     """
@@ -115,6 +117,7 @@ class HealingJob:
     transfer: str = TOGETHER
     checkpoint_every_steps: int = 50
     max_failures: int = 3
+    step_timeout_s: float | None = None
     on_step: Callable[[StepEvent], None] | None = None
     card: Mapping[str, Any] | None = None
 

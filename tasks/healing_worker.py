@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .leftovers import note_resources
 from .storage import publish_folder, publish_tensors
 from .storage_errors import DiskFullError, is_disk_full, retried
 from .transfer import read_fitted_layers
+from .watching import HungProcess, ends_if_hung
 
 _PROGRESS_FILE, _STATE_FILE = "progress.json", "state.safetensors"
 
@@ -50,10 +51,12 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
     note_resources(config["job"])
     checkpoint = train.get_checkpoint()
     try:
-        if checkpoint is None:
-            return _Worker(config["job"], config["progress"], None).run()
-        with checkpoint.as_directory() as folder:
-            return _Worker(config["job"], config["progress"], Path(folder)).run()
+        with (
+            nullcontext() if checkpoint is None else checkpoint.as_directory() as folder,
+            ends_if_hung(config["job"].step_timeout_s) as hung,
+        ):
+            restored = None if folder is None else Path(folder)
+            return _Worker(config["job"], config["progress"], restored, hung).run()
     except NonFiniteLossError as error:
         return {"error": str(error)}
     except DiskFullError as error:
@@ -86,11 +89,11 @@ def read_progress(folder: Path, fingerprint: str) -> Progress | None:
 class _Worker:
     """One worker's way through the phases of a job."""
 
-    def __init__(self, job: HealingJob, progress: Any, restored: Path | None):
+    def __init__(self, job: HealingJob, progress: Any, restored: Path | None, hung: HungProcess):
         from ray import train
         from ray.train.torch import get_device
 
-        self.job, self.spec, self.listener = job, job.spec, progress
+        self.job, self.spec, self.listener, self.hung = job, job.spec, progress, hung
         self.rank, self.world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
         self.device = get_device()
         found = None if restored is None else read_progress(restored, job.fingerprint)
@@ -142,6 +145,7 @@ class _Worker:
         clock = ProgressClock(phase.first_step + start)
 
         def on_step(row: CurveRow) -> None:
+            self.hung.alive()
             self.done.curve.append(row)
             if self.rank == 0 and self.listener is not None:
                 self.listener.put.remote(clock.progress(row, self.spec.steps))

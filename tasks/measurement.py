@@ -22,6 +22,7 @@ from .ablation import ModelSource, actor_maker
 from .cluster import NodeResources, WorkerResources, resources
 from .storage import local_folder
 from .units import UnitFailure, run_units, worker_info
+from .watching import UNWATCHED, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,6 +148,7 @@ def measure_groups(
     on_result: Callable[[Group, list[dict], float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int | None = None,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
     """Times all groups one after the other on one worker, so that all stand on the same hardware.
 
@@ -166,6 +168,7 @@ def measure_groups(
         on_result=on_result,
         on_failure=on_failure,
         max_attempts=max_attempts,
+        watch=watch,
     )
 
 

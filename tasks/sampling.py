@@ -12,6 +12,7 @@ from layerboost.sampling import SamplingSpec, sample_documents
 from .ablation import ModelSource, actor_maker
 from .cluster import WorkerResources
 from .units import UnitFailure, run_units, worker_info
+from .watching import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def sample_units(
     on_result: Callable[[SampleUnit, list[list[int]], float, dict], None],
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
     """Samples all units on the cluster, one teacher for each worker; see `run_units` for callbacks and failures."""
     return run_units(
@@ -72,4 +74,5 @@ def sample_units(
         on_result=on_result,
         on_failure=on_failure,
         max_attempts=max_attempts,
+        watch=watch,
     )

@@ -20,6 +20,7 @@ from layerboost.plan_space import PlanSpace
 
 from .cluster import WorkerResources
 from .units import UnitFailure, finish_on_interrupt
+from .watching import UNWATCHED, Watch
 
 OBJECTIVES = ("objective", "speedup")
 """Both are maximised."""
@@ -242,6 +243,7 @@ def run_search(
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int = 3,
     storage_path: str | None = None,
+    watch: Watch = UNWATCHED,
 ) -> list[TrialResult]:
     """Searches with Ray Tune; the trial processes keep their evaluator, and with it the model, loaded.
 
@@ -254,8 +256,9 @@ def run_search(
         on_plan: called in this process with plan, values, seconds and where it ran, as soon as a plan is evaluated: to
             be recorded at once. What it raises ends the search when the trials under way are done.
         on_failure: called in this process with each plan that failed for good.
-        max_attempts: how often a plan is tried whose process dies. An evaluator that raises is not asked again.
+        max_attempts: how often a plan is tried whose process dies, or whose evaluator raises.
         storage_path: folder for Tune's own files; None takes a temporary one and removes it.
+        watch: what is told of each plan, and when a trial's process that gives no result ends itself.
 
     Returns:
         All points, fixed ones first, then the trials in their order.
@@ -263,7 +266,7 @@ def run_search(
     from .tuning import run_trials
 
     with finish_on_interrupt() as interrupt:
-        run_trials(state, make_evaluator, resources, interrupt, on_plan, on_failure, max_attempts, storage_path)
+        run_trials(state, make_evaluator, resources, interrupt, on_plan, on_failure, max_attempts, storage_path, watch)
         if interrupt.requested:
             raise KeyboardInterrupt
     return state.results()

@@ -25,6 +25,7 @@ from layerboost.plan import Plan
 from .ablation import EvaluationWorker, ModelSource, actor_maker
 from .cluster import WorkerResources
 from .units import UnitFailure, run_units
+from .watching import UNWATCHED, Watch
 
 MIN_AUTO_SHARES, MAX_AUTO_SHARES = 16, 1024
 AUTO_SHARE_TOKENS = 1024
@@ -224,6 +225,7 @@ def sweep_units(
     more_units: Callable[[], Sequence[Any]] | None = None,
     n_workers: Callable[[], int] | None = None,
     max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
     """Runs units of a sweep on the cluster, one model for each worker; see `run_units`.
 
@@ -240,4 +242,5 @@ def sweep_units(
         on_failure=on_failure,
         more_units=more_units,
         max_attempts=max_attempts,
+        watch=watch,
     )

@@ -34,6 +34,7 @@ from layerboost.transfer import AttentionTransfer
 from .healing_job import HealingJob, HealingProgress, ProgressClock, StepEvent, load_parent, load_text, prepare_process
 from .storage import publish_tensors, read_tensors
 from .storage_errors import DiskFullError, is_disk_full
+from .watching import ends_if_hung
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
     batches = GlobalBatches(text, job.spec.batch_sequences, job.spec.seed)
 
     def after_step(row: CurveRow) -> None:
+        hung.alive()
         if job.on_step is not None:
             job.on_step(StepEvent(TRANSFER, row.step, layer))
 
@@ -165,7 +167,8 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
     model = model.to("cuda" if job.gpus_per_worker > 0 else "cpu")
     steps = _kept_steps(job, phase)
     try:
-        fitted = fit_layer(model, job.plan, layer, phase, batches, job.spec, keep_after=steps, on_step=after_step)
+        with ends_if_hung(job.step_timeout_s) as hung:
+            fitted = fit_layer(model, job.plan, layer, phase, batches, job.spec, keep_after=steps, on_step=after_step)
     except NonFiniteLossError as error:
         return {"error": f"layer {layer}: {error}"}
     tensors = {f"{step}/{name}": tensor for step in steps for name, tensor in fitted.parameters[step].items()}

@@ -23,6 +23,7 @@ from layerboost.process import environment
 from .cluster import WorkerResources
 from .search import Evaluator, SearchState, check_values
 from .units import Interrupt, UnitFailure, worker_info
+from .watching import UnitEvent, Watch, ends_if_hung
 
 Unit = TypeVar("Unit")
 
@@ -45,8 +46,14 @@ class PlanTrial(tune.Trainable):
     ever get to work.
     """
 
-    def setup(self, config: dict, make_evaluator: Callable[[], Evaluator]) -> None:  # type: ignore[override]
-        self._make_evaluator = make_evaluator
+    def setup(  # type: ignore[override]
+        self,
+        config: dict,
+        make_evaluator: Callable[[], Evaluator],
+        max_attempts: int = 3,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._make_evaluator, self._max_attempts, self._timeout_s = make_evaluator, max_attempts, timeout_s
         self._evaluate: Evaluator | None = None
 
     def reset_config(self, new_config: dict) -> bool:
@@ -54,16 +61,21 @@ class PlanTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         plan = Plan.from_dict(self.config)
-        outcome: dict[str, Any] = {"values": None, "error": None, "worker": worker_info()}
-        try:
-            if self._evaluate is None:
-                self._evaluate = self._make_evaluator()
-            start = time.perf_counter()
-            outcome["values"] = dict(self._evaluate(plan))
-            outcome["evaluation_s"] = time.perf_counter() - start
-            outcome["error"] = check_values(outcome["values"])
-        except Exception as error:  # raised to Tune it would cost the process, and the model in it
-            outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        outcome: dict[str, Any] = {"values": None, "error": None, "worker": worker_info(), "n_attempts": 0}
+        while outcome["values"] is None and outcome["n_attempts"] < self._max_attempts:
+            outcome["n_attempts"] += 1
+            try:
+                if self._evaluate is None:
+                    self._evaluate = self._make_evaluator()
+                start = time.perf_counter()
+                with ends_if_hung(self._timeout_s):
+                    outcome["values"] = dict(self._evaluate(plan))
+                outcome["evaluation_s"] = time.perf_counter() - start
+                outcome["error"] = check_values(outcome["values"])
+            except Exception as error:  # raised to Tune it would cost the process, and the model in it
+                outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        if outcome["n_attempts"] > 1:
+            outcome["worker"]["attempt"] = outcome["n_attempts"]
         return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
 
 
@@ -75,12 +87,13 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
         raised: what a callback raised; no unit is given out after it.
     """
 
-    def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int):
+    def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int, watch: Watch):
         super().__init__()
-        self.n_at_once = n_at_once
+        self.n_at_once, self._watch = n_at_once, watch
         self.raised: Exception | None = None
         self._interrupt, self._max_attempts = interrupt, max_attempts
         self._running: dict[str, Unit] = {}
+        self._started_s: dict[str, float] = {}
 
     @abstractmethod
     def _next(self) -> Unit | None:
@@ -93,6 +106,10 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
     @abstractmethod
     def _config(self, unit: Unit) -> dict[str, Any]:
         """What the trial is told."""
+
+    def _told(self, unit: Unit) -> Any:
+        """The unit as events name it."""
+        return unit
 
     @abstractmethod
     def _take(self, unit: Unit, outcome: Any) -> None:
@@ -111,13 +128,16 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
         if unit is None:
             return Searcher.FINISHED if self._exhausted() else None
         self._running[trial_id] = unit
+        self._started_s[trial_id] = time.monotonic()
+        self._watch.on_event(UnitEvent("started", self._told(unit)))
         return self._config(unit)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         """Each trial has one result, which comes with its completion."""
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        unit = self._running.pop(trial_id)
+        unit, seconds = self._running.pop(trial_id), time.monotonic() - self._started_s.pop(trial_id)
+        self._watch.on_event(UnitEvent("failed" if error or not result else "done", self._told(unit), seconds=seconds))
         try:
             if error or not result:
                 self._fail(unit, "the trial's process died or could not start", self._max_attempts)
@@ -148,8 +168,9 @@ class StateSearcher(UnitSearcher[Plan]):
         on_plan: Callable[[Plan, dict, float, dict], None],
         on_failure: Callable[[UnitFailure], None] | None,
         max_attempts: int,
+        watch: Watch,
     ):
-        super().__init__(n_workers, interrupt, max_attempts)
+        super().__init__(n_workers, interrupt, max_attempts, watch)
         self._state, self._on_plan, self._on_failure = state, on_plan, on_failure
         self._ahead: Plan | None = None
 
@@ -171,7 +192,7 @@ class StateSearcher(UnitSearcher[Plan]):
     def _take(self, plan: Plan, outcome: str) -> None:
         found = json.loads(outcome)
         if found["error"] is not None:
-            self._fail(plan, found["error"], 1)
+            self._fail(plan, found["error"], found["n_attempts"])
         else:
             self._state.finish(plan, found["values"])
             self._on_plan(plan, found["values"], found["evaluation_s"], found["worker"])
@@ -191,14 +212,17 @@ def run_trials(
     on_failure: Callable[[UnitFailure], None] | None,
     max_attempts: int,
     storage_path: str | None,
+    watch: Watch,
 ) -> None:
     """Runs Tune until the state is exhausted or an interrupt is requested; see `run_search` for the arguments."""
-    searcher = StateSearcher(state, resources.n_workers, interrupt, on_plan, on_failure, max_attempts)
+    searcher = StateSearcher(state, resources.n_workers, interrupt, on_plan, on_failure, max_attempts, watch)
     if searcher.peek() is None:
         return
     bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
     trainable = tune.with_resources(
-        tune.with_parameters(PlanTrial, make_evaluator=make_evaluator),
+        tune.with_parameters(
+            PlanTrial, make_evaluator=make_evaluator, max_attempts=max_attempts, timeout_s=watch.timeout_s
+        ),
         tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
     )
     with quiet(max_pending=resources.n_workers), temporary_folder(storage_path) as folder:

@@ -18,7 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+
+from .watching import UNWATCHED, UnitEvent, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,13 @@ def run_units(
     on_failure: Callable[[UnitFailure], None] | None = None,
     more_units: Callable[[], Sequence[Unit]] | None = None,
     max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
     """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
 
     One unit is in flight for each actor. An actor that dies is replaced and its unit tried again; so is a unit that
-    raises, on the same actor. Nodes may leave and join: a replacement waits for room while the others work on. Nothing
+    raises, on the same actor. An actor whose unit gives no result within `watch.timeout_s` is killed, which is the
+    same. Nodes may leave and join: a replacement waits for room while the others work on. Nothing
     is waited for that nobody needs: an actor that never finds room is given up when the units are done.
 
     The first Ctrl-C lets the units in flight finish and hands their results over, then raises KeyboardInterrupt; the
@@ -85,6 +89,7 @@ def run_units(
         more_units: called when all units are done, for those that follow from their results; the actors are kept. The
             run ends when it has none.
         max_attempts: how often a unit is tried, and how often in a row an actor may fail to start.
+        watch: what is told of each unit, and when one is taken for hung.
 
     Returns:
         The failures, in the order in which they happened; the same ones `on_failure` got.
@@ -92,7 +97,7 @@ def run_units(
     units = list(units) or (list(more_units()) if more_units else [])
     if not units:
         return []
-    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts)
+    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts, watch)
     with finish_on_interrupt() as interrupt:
         try:
             loop.run(interrupt)
@@ -102,8 +107,8 @@ def run_units(
 
 
 class _Loop:
-    def __init__(self, units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts):
-        self.units, self.make_actor, self.max_attempts = units, make_actor, max_attempts
+    def __init__(self, units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts, watch):
+        self.units, self.make_actor, self.max_attempts, self.watch = units, make_actor, max_attempts, watch
         self.on_result, self.on_failure, self.more_units = on_result, on_failure, more_units
         self.ask_n_workers = n_workers if callable(n_workers) else None
         self.n_workers = n_workers() if callable(n_workers) else n_workers
@@ -136,6 +141,7 @@ class _Loop:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
             for reference in done:
                 self._collect(pending[reference], reference)
+            self._end_hung_units()
             self._warn_if_starving()
 
     def close(self) -> None:
@@ -170,6 +176,7 @@ class _Loop:
                 worker.started_s = time.monotonic()
                 self.attempts[worker.unit] += 1
                 worker.result = worker.actor.run.remote(self.units[worker.unit])
+                self._tell("started", worker)
 
     def _collect(self, worker: _Worker, reference) -> None:
         import ray
@@ -187,8 +194,24 @@ class _Loop:
             if worker.info is None:
                 worker.info, self.start_failures = value, 0
                 return
+            self._tell("done", worker)
+            n_attempts = self.attempts[worker.unit]
+            info = worker.info | ({"attempt": n_attempts} if n_attempts > 1 else {})
             unit, worker.unit, worker.result = self.units[worker.unit], None, None
-            self.on_result(unit, value, time.monotonic() - worker.started_s, worker.info)
+            self.on_result(unit, value, time.monotonic() - worker.started_s, info)
+
+    def _end_hung_units(self) -> None:
+        """Loses the workers whose units take longer than any should."""
+        timeout_s = self.watch.timeout_s
+        for worker in [worker for worker in self.workers if worker.unit is not None]:
+            if timeout_s is not None and time.monotonic() - worker.started_s > timeout_s:
+                self._lose(worker, f"TimeoutError: no result within {timeout_s:g} s; its worker was ended")
+
+    def _tell(self, what: Literal["started", "retried", "done", "failed"], worker: _Worker, error: str = "") -> None:
+        assert worker.unit is not None
+        seconds, info = time.monotonic() - worker.started_s, worker.info or {}
+        unit, attempt = self.units[worker.unit], self.attempts[worker.unit]
+        self.watch.on_event(UnitEvent(what, unit, attempt, info, seconds, error or None))
 
     def _lose(self, worker: _Worker, error: str) -> None:
         """The actor is gone or out of reach: never to be used again."""
@@ -203,9 +226,12 @@ class _Loop:
             self._retry(worker, error)
 
     def _retry(self, worker: _Worker, error: str) -> None:
-        index, worker.unit, worker.result = worker.unit, None, None
+        index = worker.unit
         assert index is not None
-        if self.attempts[index] < self.max_attempts:
+        again = self.attempts[index] < self.max_attempts
+        self._tell("retried" if again else "failed", worker, error)
+        worker.unit = worker.result = None
+        if again:
             self.waiting.append(index)
         else:
             self._fail(index, error)

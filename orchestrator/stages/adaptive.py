@@ -46,9 +46,10 @@ def adaptive_sensitivity(run: RunContext) -> bool:
             on_result=rounds.record,
             more_units=rounds.next_units,
             n_workers=run.n_workers,
+            watch=run.watch(SENSITIVITY, rounds.name, n_workers=workers.n_workers),
         )
     for failure in failures:
-        run.failed(SENSITIVITY, {"source": rounds.source.name}, failure.error)
+        run.failed(SENSITIVITY, rounds.name(failure.unit), failure.error)
     run.progress.end_stage()
     run.state.sensitivity = rounds.entries
     if rounds.tiers is not None and rounds.tiers.finished:
@@ -210,5 +211,13 @@ class Rounds:
             run.record(SENSITIVITY, self._identity(unit.plan, unit.shares), {**result, **about})
         else:
             run.record(SWEEP, run.inputs.sweep(unit.spec, unit.share, unit.plans), {**result, **about})
-            items = f"{unit.share.start}-{unit.share.stop}"
-            run.progress.finish_unit(duration_s, source=self.source.name, items=items, plans=len(unit.plans))
+            run.progress.finish_unit(duration_s, **self.name(unit))
+
+    def name(self, unit: Any) -> dict[str, Any]:
+        """What a unit is called."""
+        name: dict[str, Any] = {"source": self.source.name}
+        if isinstance(unit, SweepUnit):
+            name |= {"items": f"{unit.share.start}-{unit.share.stop}", "plans": len(unit.plans)}
+        if isinstance(unit, ScoreUnit):
+            name["plan"] = str(unit.plan)
+        return name

@@ -102,7 +102,8 @@ def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: Hea
         run.folder.remove(f"{CHECKPOINTS}/{job.name}")
         run.progress.finish_unit(duration_s, plan=job.plan, loss=f"{result.final_loss:.4f}")
 
-    for failure in heal_all(list(jobs.values()), on_result=on_result):
+    watch = run.watch(HALVING, lambda job: {"plan": str(job.plan), "rung": number})
+    for failure in heal_all(list(jobs.values()), on_result=on_result, watch=watch):
         plan = failure.unit.plan
         run.failed(HALVING, {**plan.to_dict(), "origin": origins[plan], "rung": number}, failure.error)
     run.progress.end_stage()

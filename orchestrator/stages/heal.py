@@ -28,6 +28,7 @@ from tasks.ablation import EvaluationUnit
 from tasks.healing import HealingProgress
 from tasks.healing import heal as heal_on_cluster
 from tasks.units import finish_on_interrupt
+from tasks.watching import UnitEvent
 
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
@@ -158,11 +159,15 @@ def _heal(run: RunContext, plan: Plan, origin: str, identity: dict[str, Any]) ->
                 left_s=round(step.remaining_s),
             )
 
+    name = {"plan": str(plan), "origin": origin}
+    run.progress.unit_event(UnitEvent("started", plan), name)
     try:
         result = heal_on_cluster(job, on_progress=on_progress)
     except Exception as error:  # whatever stopped it, the other plans can still be healed
+        run.progress.unit_event(UnitEvent("failed", plan, seconds=time.monotonic() - start), name)
         run.failed("heal", {**plan.to_dict(), "origin": origin}, f"{type(error).__name__}: {error}")
         return
+    run.progress.unit_event(UnitEvent("done", plan, seconds=time.monotonic() - start), name)
     run.folder.write_text(f"{healed_name(plan)}/{_MARKER}", json.dumps({"key": key, "tokens": result.tokens}))
     run.record("heal", identity, healing_result(job, result, time.monotonic() - start))
     run.folder.remove(f"{CHECKPOINTS}/{key}")

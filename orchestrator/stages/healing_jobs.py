@@ -77,6 +77,8 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: cluster.WorkerRe
         transfer=healing.transfer,
         checkpoint_every_steps=healing.checkpoint_every_steps,
         max_failures=healing.max_failures,
+        # As if a step took as long as all that lie between two checkpoints, one of which it may have to write.
+        step_timeout_s=run.unit_timeout_s("heal", of_each=min(1.0, healing.checkpoint_every_steps / spec.steps)),
         card={"healing method": spec.method},
     )
 

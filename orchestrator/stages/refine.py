@@ -40,9 +40,10 @@ def refine(run: RunContext) -> list[dict[str, Any]]:
             on_result=rounds.record,
             more_units=rounds.next_units,
             n_workers=run.n_workers,
+            watch=run.watch(REFINE, _name, n_workers=workers.n_workers, of_each=_PLANS_OF_A_UNIT),
         )
         for failure in failures:
-            run.failed(REFINE, {"plans": " ".join(map(str, failure.unit.plans))}, failure.error)
+            run.failed(REFINE, _name(failure.unit), failure.error)
     for refiner in rounds.refiners:
         plan, drop = refiner.best
         run.progress.note("refined", start=refiner.start, plan=plan, drop=f"{drop:.4f}")
@@ -50,6 +51,10 @@ def refine(run: RunContext) -> list[dict[str, Any]]:
     nothing = {"remove_below": None, "keep_above": None, "status": "ok", "error": None}
     improved = dict.fromkeys(refiner.best[0] for refiner in rounds.refiners if refiner.best[0] != refiner.start)
     return [{**plan.to_dict(), "origin": REFINED, **nothing} for plan in improved]
+
+
+def _name(unit: PlansUnit) -> dict[str, Any]:
+    return {"plans": " ".join(map(str, unit.plans))}
 
 
 class _Rounds:

@@ -29,15 +29,20 @@ def sample_text(run: RunContext) -> bool:
             retried(write_token_rows)(f"{sampled_folder(run)}/{_file_name(unit)}", documents)
             n_tokens = sum(map(len, documents))
             run.record(SAMPLE, run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": duration_s, "worker": info})
-            run.progress.finish_unit(duration_s, documents=f"{unit.first}-{unit.first + unit.n_documents}")
+            run.progress.finish_unit(duration_s, **_name(unit))
 
-        failures = sample_units(todo, run.inputs.source, run.inputs.sampling, workers, on_result=on_result)
+        watch = run.watch(SAMPLE, _name, n_workers=workers.n_workers)
+        failures = sample_units(todo, run.inputs.source, run.inputs.sampling, workers, on_result=on_result, watch=watch)
         for failure in failures:
-            run.failed(SAMPLE, {"first document": failure.unit.first}, failure.error)
+            run.failed(SAMPLE, _name(failure.unit), failure.error)
         run.progress.end_stage()
         if failures:
             return False
     return True
+
+
+def _name(unit: SampleUnit) -> dict[str, str]:
+    return {"documents": f"{unit.first}-{unit.first + unit.n_documents}"}
 
 
 def sampled_folder(run: RunContext) -> str:

@@ -81,7 +81,9 @@ def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[
 
     failures: list[UnitFailure] = []
     evaluator = plan_evaluator_maker(inputs.source, spec, workers)
-    return run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append), failures
+    watch = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
+    points = run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append, watch=watch)
+    return points, failures
 
 
 def _rest_time(run: RunContext, times: dict[Treatment, list[float]]) -> float:

@@ -95,6 +95,7 @@ class Sweep:
                 on_result=self._record,
                 more_units=self._next_units,
                 n_workers=run.n_workers,
+                watch=run.watch(SENSITIVITY, self._name, n_workers=workers.n_workers),
             )
         for failure in failures:
             run.failed(SENSITIVITY, self._name(failure.unit), failure.error)

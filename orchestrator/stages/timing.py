@@ -75,11 +75,12 @@ def time_models(
         run.connect()
         on_gpu = not _is_cpu(hardware)
         in_groups = server_groups(todo, on_gpu=on_gpu) if with_vllm else groups(todo, on_gpu=on_gpu)
-        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result)
+        watch = run.watch(stage, _group_name, of_each=max(map(len, in_groups)))
+        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch)
         # One model that cannot be timed must not take with it those beside it.
         if not with_vllm and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
-            failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result)
+            failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch)
         for unit, error in _failed_units(failures, todo):
             if run.recorded(identities[unit], (THROUGHPUT,)) is None:
                 run.failed(stage, {**units[unit][0], **_condition(unit)}, error)
@@ -184,6 +185,10 @@ def _failed_units(failures: Sequence[UnitFailure], todo: Sequence[ThroughputUnit
     """Each unit that was to be timed and failed with a group, once."""
     errors = {unit: failure.error for failure in failures for unit in failure.unit if unit in todo}
     return list(errors.items())
+
+
+def _group_name(group: Group) -> dict[str, Any]:
+    return {"models": len({(unit.plan, unit.checkpoint) for unit in group}), **_condition(group[0])}
 
 
 def _condition(unit: ThroughputUnit) -> dict[str, Any]:
