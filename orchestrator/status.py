@@ -34,7 +34,7 @@ def read_status(folder: RunFolder) -> dict[str, Any]:
 
     Returns:
         As `Progress.snapshot`, with `state` (`running`, `done`, `some units failed`, `stopped` or `gone`), `reason`,
-        `started_at`, `written_at`, and `holder`: `host`, `pid`, `heartbeat_age_s` and `is_alive` of the lock's, or None.
+        `started_at`, `written_at`, and `holder` of the lock: `host`, `pid`, `heartbeat_age_s`, `is_alive`; or None.
 
     Raises:
         InputError: the folder holds no run.

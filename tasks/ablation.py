@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,9 +22,12 @@ from layerboost.sweep import DEFAULT_BUDGET_BYTES
 from layerboost.training import student_from
 
 from .cluster import WorkerResources
+from .memory import SHRUNK, in_memory
 from .storage import local_folder, read_tensors
 from .units import UnitFailure, run_units, worker_info
 from .watching import UNWATCHED, Watch
+
+_LEAST_BUDGET_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,33 @@ class EvaluationWorker:
         self.tokenizer = source.load_tokenizer()
         self.budget_bytes = self._budget_bytes(activations_gib)
         self._evaluations: dict[QualitySpec, PlanEvaluation] = {}
+        self._n_halvings = 0
 
     def info(self) -> dict:
         return worker_info()
 
-    def run(self, unit: EvaluationUnit) -> dict[str, Any]:
+    def shrink(self) -> bool:
+        """Halves what is held at a time beside the weights; False where it is the least already."""
+        if self.spec.batch_size >> self._n_halvings <= 1 and self.budget_bytes <= _LEAST_BUDGET_BYTES:
+            return False
+        self._n_halvings += 1
+        self.budget_bytes //= 2
+        self._evaluations.clear()
+        return True
+
+    def run(self, unit: Any) -> dict[str, Any]:
+        """Does one unit, with less at a time where memory runs out; then the result has SHRUNK."""
+        result = in_memory(lambda: self._run(unit), self.shrink)
+        if self._n_halvings:
+            held = {"batch_size": self._smaller(self.spec).batch_size, "activations_gib": self.budget_bytes / 2**30}
+            result[SHRUNK] = held
+        return result
+
+    def _smaller(self, spec: QualitySpec) -> QualitySpec:
+        """A spec as this worker has memory for."""
+        return replace(spec, batch_size=max(1, spec.batch_size >> self._n_halvings))
+
+    def _run(self, unit: EvaluationUnit) -> dict[str, Any]:
         """Judges one unit.
 
         Returns:
@@ -133,10 +158,11 @@ class EvaluationWorker:
         result: dict[str, Any]
         if unit.kind == "cosine":
             sequences = text_sequences(self.tokenizer, self.spec)
-            result = {"cosine": cosine_scores(self.base, sequences, batch_size=self.spec.batch_size).tolist()}
+            batch_size = self._smaller(self.spec).batch_size
+            result = {"cosine": cosine_scores(self.base, sequences, batch_size=batch_size).tolist()}
         elif unit.kind == "branches":
             sequences = text_sequences(self.tokenizer, self.spec)
-            checked = branch_check(self._variant(unit), sequences, self.spec.batch_size)
+            checked = branch_check(self._variant(unit), sequences, self._smaller(self.spec).batch_size)
             result = {"branches": [branch.to_dict() for branch in checked]}
         else:
             result = {"scores": self._scores(unit).to_dict()}
@@ -145,7 +171,7 @@ class EvaluationWorker:
     def _scores(self, unit: EvaluationUnit) -> Scores:
         if unit.checkpoint is None and unit.trained is None:
             return self.evaluation(self.spec).run([unit.plan or self.untouched])[0]
-        return evaluate(self._variant(unit), self.tokenizer, self.spec, base=self.base)
+        return evaluate(self._variant(unit), self.tokenizer, self._smaller(self.spec), base=self.base)
 
     def _variant(self, unit: EvaluationUnit) -> PreTrainedModel:
         """The model of a unit as one of its own."""
@@ -165,7 +191,8 @@ class EvaluationWorker:
     def evaluation(self, spec: QualitySpec) -> PlanEvaluation:
         """Judges plans by a spec; what its tasks ask is prepared once."""
         if spec not in self._evaluations:
-            self._evaluations[spec] = PlanEvaluation(self.base, self.tokenizer, spec, budget_bytes=self.budget_bytes)
+            smaller = self._smaller(spec)
+            self._evaluations[spec] = PlanEvaluation(self.base, self.tokenizer, smaller, budget_bytes=self.budget_bytes)
         return self._evaluations[spec]
 
     def _budget_bytes(self, activations_gib: float | None) -> int:

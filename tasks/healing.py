@@ -22,6 +22,7 @@ from layerboost.process import environment
 from layerboost.training import CurveRow, NonFiniteLossError
 
 from .healing_job import HealingJob, HealingProgress, StepEvent, located
+from .micro_batch import forget_micro_batch, noted_micro_batch
 from .storage_errors import DiskFullError
 
 __all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
@@ -43,6 +44,7 @@ class HealingResult:
         measured: divergence on the held-out sequences, where the spec wants it.
         stopped_early: whether the budget was not spent since the curve was flat.
         snapshots: step to URL of the trained parameters as they were then.
+        micro_batch_sequences: what a worker ran at once since memory ran out; None where it did not.
     """
 
     output: str | None
@@ -53,6 +55,7 @@ class HealingResult:
     measured: tuple[HeldOut, ...] = ()
     stopped_early: bool = False
     snapshots: Mapping[int, str] = field(default_factory=dict)
+    micro_batch_sequences: int | None = None
 
 
 def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | None = None) -> HealingResult:
@@ -68,41 +71,24 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
         ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from .healing_worker import Progress, run_healing_worker
+    from .healing_worker import Progress
     from .leftovers import free_resources
     from .transfer import fit_layers
 
     start = time.monotonic()
     job = located(job)
     free_resources(job)
-    on_gpu = job.gpus_per_worker > 0
-    resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
     with _progress_box(on_progress) as box, _train_settings():
         if job.transfer_phase is not None:
             fit_layers(job, job.transfer_phase, lambda step: None if box is None else box.put.remote(step))
-        trainer = TorchTrainer(
-            run_healing_worker,  # type: ignore[arg-type]
-            train_loop_config={"job": job, "progress": box},
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=job.n_workers, use_gpu=on_gpu, resources_per_worker=resources),
-            run_config=RunConfig(  # type: ignore[call-arg]
-                name=job.name,
-                storage_path=job.storage_path,
-                failure_config=FailureConfig(max_failures=job.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        outcome = _on_a_thread(trainer.fit).return_value
+        outcome = _trained(job, box)
     if "error" in outcome:
         raise NonFiniteLossError(outcome["error"])
     if "disk_full" in outcome:
         raise DiskFullError(outcome["disk_full"])
     done = Progress.from_dict(outcome)
-    last = done.curve[-1]
+    last, micro_batch_sequences = done.curve[-1], noted_micro_batch(job)
+    forget_micro_batch(job)
     return HealingResult(
         output=job.output,
         tokens=last.tokens,
@@ -112,7 +98,39 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         measured=tuple(done.measured),
         stopped_early=last.step < job.spec.steps,
         snapshots=done.snapshots,
+        micro_batch_sequences=micro_batch_sequences,
     )
+
+
+def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
+    """What the Train job returns; it is tried again as long as its workers run out of memory with a smaller batch."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from .healing_worker import run_healing_worker
+
+    on_gpu = job.gpus_per_worker > 0
+    resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
+    trainer = TorchTrainer(
+        run_healing_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "progress": box},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=job.n_workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=job.name,
+            storage_path=job.storage_path,
+            failure_config=FailureConfig(max_failures=job.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    while True:
+        micro_batch_before = noted_micro_batch(job)
+        try:
+            return _on_a_thread(trainer.fit).return_value
+        except TrainingFailedError:
+            if noted_micro_batch(job) == micro_batch_before:
+                raise
 
 
 def _on_a_thread(call: Callable[[], Any]) -> Any:

@@ -139,10 +139,13 @@ class HealingJob:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies what a checkpoint can be resumed by; places of model and texts are not in it, they may move."""
+        """Identifies what a checkpoint can be resumed by.
+
+        Places of model and texts are not in it, since they may move, nor is the micro batch, since memory may run out.
+        """
         texts = [[source.weight, source.split, source.field, source.format] for source in self.sources]
         teacher = [self.teacher is not None, self.teacher_revision]
-        plan, spec = self.plan.plan_id, self.spec.to_dict()
+        plan, spec = self.plan.plan_id, replace(self.spec, micro_batch_sequences=None).to_dict()
         same = [self.revision, self.dtype, plan, spec, texts, self.apart, teacher, self.transfer]
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 

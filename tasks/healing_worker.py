@@ -25,6 +25,8 @@ from layerboost.training import CurveRow, NonFiniteLossError, run_phase, split_h
 from .deepspeed_engine import make_engine, release, save_state, saved_parameters, trained_parameters
 from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
 from .leftovers import note_resources
+from .memory import is_out_of_memory
+from .micro_batch import note_smaller_micro_batch, with_noted_micro_batch
 from .storage import publish_folder, publish_tensors
 from .storage_errors import DiskFullError, is_disk_full, retried
 from .transfer import read_fitted_layers
@@ -47,20 +49,25 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     from ray import train
 
-    prepare_process(config["job"])
-    note_resources(config["job"])
+    job = with_noted_micro_batch(config["job"])
+    prepare_process(job)
+    note_resources(job)
     checkpoint = train.get_checkpoint()
     try:
         with (
             nullcontext() if checkpoint is None else checkpoint.as_directory() as folder,
-            ends_if_hung(config["job"].step_timeout_s) as hung,
+            ends_if_hung(job.step_timeout_s) as hung,
         ):
             restored = None if folder is None else Path(folder)
-            return _Worker(config["job"], config["progress"], restored, hung).run()
+            return _Worker(job, config["progress"], restored, hung).run()
     except NonFiniteLossError as error:
         return {"error": str(error)}
     except DiskFullError as error:
         return {"disk_full": str(error)}
+    except Exception as error:
+        if is_out_of_memory(error):  # all workers are started again from the last checkpoint
+            note_smaller_micro_batch(job, train.get_context().get_world_size())
+        raise
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from layerboost.sampling import SamplingSpec, sample_documents
 
 from .ablation import ModelSource, actor_maker
 from .cluster import WorkerResources
+from .memory import in_memory
 from .units import UnitFailure, run_units, worker_info
 from .watching import UNWATCHED, Watch
 
@@ -35,14 +36,22 @@ class SamplingWorker:
     def __init__(self, source: ModelSource, spec: SamplingSpec, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.spec = spec
+        self.spec, self._batch_size = spec, spec.batch_size
         self.model, self.tokenizer = source.load(), source.load_tokenizer()
 
     def info(self) -> dict:
         return worker_info()
 
+    def shrink(self) -> bool:
+        """Halves the documents sampled together; False where it is one."""
+        self._batch_size, before = max(1, self._batch_size // 2), self._batch_size
+        return before > 1
+
     def run(self, unit: SampleUnit) -> list[list[int]]:
-        """The token ids of each document of a unit."""
+        """The token ids of each document of a unit; fewer are sampled together where memory runs out."""
+        return in_memory(lambda: self._sample(unit), self.shrink)
+
+    def _sample(self, unit: SampleUnit) -> list[list[int]]:
         return sample_documents(
             self.model,
             self.tokenizer,
@@ -51,7 +60,7 @@ class SamplingWorker:
             seed=self.spec.seed,
             first=unit.first,
             temperature=self.spec.temperature,
-            batch_size=self.spec.batch_size,
+            batch_size=self._batch_size,
         )
 
 

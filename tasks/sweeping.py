@@ -67,7 +67,7 @@ class ScoreUnit:
 
     Attributes:
         shares: what was swept, together all items or some.
-        answers: of each share, `log_p` and `greedy` of the plan, as `SweepWorker.run` gave them.
+        answers: of each share, `log_p` and `greedy` of the plan, as `SweepWorker` gave them.
     """
 
     spec: QualitySpec
@@ -87,7 +87,7 @@ class PlansUnit:
 class SweepWorker(EvaluationWorker):
     """Also sweeps. A plain class: Ray only wraps it."""
 
-    def run(self, unit: Any) -> dict[str, Any]:
+    def _run(self, unit: Any) -> dict[str, Any]:
         """Does one unit.
 
         Returns:
@@ -113,7 +113,7 @@ class SweepWorker(EvaluationWorker):
             found = self.evaluation(unit.spec).run(unit.plans)
             result = {"scores": [scores.to_dict() for scores in found]}
         else:
-            return super().run(unit)
+            return super()._run(unit)
         return {**result, "evaluation_s": time.perf_counter() - start}
 
     def _count(self, spec: QualitySpec) -> dict[str, int]:

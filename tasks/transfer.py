@@ -32,6 +32,8 @@ from layerboost.training import (
 from layerboost.transfer import AttentionTransfer
 
 from .healing_job import HealingJob, HealingProgress, ProgressClock, StepEvent, load_parent, load_text, prepare_process
+from .memory import in_memory
+from .micro_batch import note_smaller_micro_batch, with_noted_micro_batch
 from .storage import publish_tensors, read_tensors
 from .storage_errors import DiskFullError, is_disk_full
 from .watching import ends_if_hung
@@ -166,9 +168,14 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
     model: Any = load_parent(job)
     model = model.to("cuda" if job.gpus_per_worker > 0 else "cpu")
     steps = _kept_steps(job, phase)
+
+    def fit() -> FittedLayers:
+        spec = with_noted_micro_batch(job).spec
+        return fit_layer(model, job.plan, layer, phase, batches, spec, keep_after=steps, on_step=after_step)
+
     try:
         with ends_if_hung(job.step_timeout_s) as hung:
-            fitted = fit_layer(model, job.plan, layer, phase, batches, job.spec, keep_after=steps, on_step=after_step)
+            fitted = in_memory(fit, lambda: note_smaller_micro_batch(with_noted_micro_batch(job), 1))
     except NonFiniteLossError as error:
         return {"error": f"layer {layer}: {error}"}
     tensors = {f"{step}/{name}": tensor for step in steps for name, tensor in fitted.parameters[step].items()}

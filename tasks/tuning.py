@@ -21,6 +21,7 @@ from layerboost.plan import Plan
 from layerboost.process import environment
 
 from .cluster import WorkerResources
+from .memory import SHRUNK
 from .search import Evaluator, SearchState, check_values
 from .units import Interrupt, UnitFailure, worker_info
 from .watching import UnitEvent, Watch, ends_if_hung
@@ -69,7 +70,8 @@ class PlanTrial(tune.Trainable):
                     self._evaluate = self._make_evaluator()
                 start = time.perf_counter()
                 with ends_if_hung(self._timeout_s):
-                    outcome["values"] = dict(self._evaluate(plan))
+                    outcome["values"] = values = dict(self._evaluate(plan))
+                outcome["worker"] |= {SHRUNK: values.pop(SHRUNK)} if SHRUNK in values else {}
                 outcome["evaluation_s"] = time.perf_counter() - start
                 outcome["error"] = check_values(outcome["values"])
             except Exception as error:  # raised to Tune it would cost the process, and the model in it

@@ -1,8 +1,9 @@
 """Independent units of work on a pool of Ray actors that may die, and the results that come back from them.
 
-An actor is anything with two methods: `run(unit) -> result` and `info() -> dict` (where it runs). It is made once for
-each worker, so that what it holds, a model above all, is loaded once. `ray.util.ActorPool` keeps dead actors; here one
-is replaced, wherever the cluster has room for it.
+An actor is anything with two methods: `run(unit) -> result` and `info() -> dict` (where it runs); a third, `shrink()`,
+is called where the actor before it was ended by Ray since its node ran out of memory. It is made once for each worker,
+so that what it holds, a model above all, is loaded once. `ray.util.ActorPool` keeps dead actors; here one is replaced,
+wherever the cluster has room for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from .memory import SHRUNK, was_ended_for_memory
 from .watching import UNWATCHED, UnitEvent, Watch
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ class _Loop:
         self.attempts = [0] * len(units)
         self.workers: list[_Worker] = []
         self.failures: list[UnitFailure] = []
+        self.n_ended_for_memory = 0
         self.start_failures = 0
         self.start_error = ""
         self.warned_s = time.monotonic()
@@ -169,6 +172,8 @@ class _Loop:
         wanted = min(self.n_workers, busy + len(self.waiting))
         while len(self.workers) < wanted and self.start_failures < self.max_attempts:
             actor = self.make_actor()
+            for _ in range(self.n_ended_for_memory if hasattr(actor, "shrink") else 0):
+                actor.shrink.remote()
             self.workers.append(_Worker(actor, actor.info.remote()))
         for worker in self.workers:
             if worker.info is not None and worker.unit is None and self.waiting:
@@ -197,6 +202,8 @@ class _Loop:
             self._tell("done", worker)
             n_attempts = self.attempts[worker.unit]
             info = worker.info | ({"attempt": n_attempts} if n_attempts > 1 else {})
+            if isinstance(value, dict) and SHRUNK in value:
+                info[SHRUNK] = value.pop(SHRUNK)
             unit, worker.unit, worker.result = self.units[worker.unit], None, None
             self.on_result(unit, value, time.monotonic() - worker.started_s, info)
 
@@ -217,6 +224,7 @@ class _Loop:
         """The actor is gone or out of reach: never to be used again."""
         self.workers.remove(worker)
         self._kill(worker)
+        self.n_ended_for_memory += was_ended_for_memory(error)
         if worker.info is None:
             self.start_failures, self.start_error = self.start_failures + 1, error
             logger.warning("a worker did not start (%d in a row): %s", self.start_failures, error.splitlines()[0])

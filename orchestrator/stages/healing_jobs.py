@@ -16,6 +16,7 @@ from orchestrator.stages.curve import snapshot_folder
 from orchestrator.stages.sampled import sampled_folder
 from tasks import cluster
 from tasks.healing import HealingJob, HealingResult
+from tasks.memory import SHRUNK
 
 CHECKPOINTS = "healing"
 """Where the checkpoints of healing that is under way are kept, in the run folder."""
@@ -46,6 +47,7 @@ def healing_result(job: HealingJob, result: HealingResult, duration_s: float) ->
         ],
         "duration_s": duration_s,
         "n_workers": job.n_workers,
+        **({SHRUNK: {"micro_batch_sequences": smaller}} if (smaller := result.micro_batch_sequences) else {}),
     }
 
 
