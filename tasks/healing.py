@@ -23,6 +23,7 @@ from layerboost.training import CurveRow, NonFiniteLossError
 
 from .healing_job import HealingJob, HealingProgress, StepEvent, located
 from .micro_batch import forget_micro_batch, noted_micro_batch
+from .notices import MetadataServers, listen_for_notices
 from .storage_errors import DiskFullError
 
 __all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
@@ -114,7 +115,7 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
     trainer = TorchTrainer(
         run_healing_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "progress": box},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=_config_with_notices(TorchConfig(backend="nccl" if on_gpu else "gloo"), job.metadata_servers),
         scaling_config=ScalingConfig(num_workers=job.n_workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=job.name,
@@ -131,6 +132,23 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
         except TrainingFailedError:
             if noted_micro_batch(job) == micro_batch_before:
                 raise
+
+
+def _config_with_notices(config: Any, servers: MetadataServers) -> Any:
+    """A TorchConfig whose workers listen for notices; only Train's backend gets at their main thread, as signals do."""
+    torch_backend = config.backend_cls
+
+    class Backend(torch_backend):  # type: ignore[misc, valid-type]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_start(worker_group, backend_config)
+            worker_group.execute(listen_for_notices, servers)
+
+    class Config(type(config)):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type:
+            return Backend
+
+    return Config(backend=config.backend)
 
 
 def _on_a_thread(call: Callable[[], Any]) -> Any:

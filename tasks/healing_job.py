@@ -23,6 +23,8 @@ from layerboost.plan import Plan
 from layerboost.sources import TextSource, pack_sources
 from layerboost.training import CurveRow, accumulation_rounds
 
+from .notices import MetadataServers
+
 TOGETHER, BY_LAYER = "together", "by_layer"
 
 
@@ -89,6 +91,7 @@ class HealingJob:
         max_failures: worker failures to survive, -1 for any number; of each layer in a transfer by layer.
         step_timeout_s: a process of the job that finishes no step for so long is taken for hung and ends itself, as
             one of the failures to survive; None waits for ever.
+        metadata_servers: asked for notice that a worker's spot machine is going to be taken away.
         on_step: called in every process after each step and its checkpoint.
         card: facts for the model card.
     """
@@ -118,6 +121,7 @@ class HealingJob:
     checkpoint_every_steps: int = 50
     max_failures: int = 3
     step_timeout_s: float | None = None
+    metadata_servers: MetadataServers = MetadataServers()
     on_step: Callable[[StepEvent], None] | None = None
     card: Mapping[str, Any] | None = None
 

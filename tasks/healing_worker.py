@@ -27,6 +27,7 @@ from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load
 from .leftovers import note_resources
 from .memory import is_out_of_memory
 from .micro_batch import note_smaller_micro_batch, with_noted_micro_batch
+from .notices import TerminationNoticeError, notice_given
 from .storage import publish_folder, publish_tensors
 from .storage_errors import DiskFullError, is_disk_full, retried
 from .transfer import read_fitted_layers
@@ -106,6 +107,7 @@ class _Worker:
         found = None if restored is None else read_progress(restored, job.fingerprint)
         if restored is not None and found is None:
             log.warning("checkpoint of %s is of another plan, spec or text: starting over", job.name)
+        self.is_going = False
         self.restored = restored if found is not None else None
         self.done = found or Progress()
         self.tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
@@ -158,10 +160,13 @@ class _Worker:
                 self.listener.put.remote(clock.progress(row, self.spec.steps))
             if row.step in self.job.snapshot_steps:
                 self._snapshot(row.step, trained_parameters(engine, keep=self.rank == 0))
-            if row.step == self._end_of(phase) or row.step % self.job.checkpoint_every_steps == 0:
+            is_going = self.is_going  # as the step's sum of losses has it, so that it is the same on all ranks
+            if is_going or row.step == self._end_of(phase) or row.step % self.job.checkpoint_every_steps == 0:
                 self._report(engine, row)
             if self.job.on_step is not None:
                 self.job.on_step(StepEvent(phase.name, row.step, self.rank))
+            if is_going:
+                raise TerminationNoticeError(f"a worker is about to go; stopped behind the checkpoint of {row.step}")
 
         run_phase(
             engine,
@@ -174,12 +179,19 @@ class _Worker:
             rank=self.rank,
             world_size=self.world_size,
             device=self.device,
-            sum_over_workers=_sum_over_workers,
+            sum_over_workers=self._sum,
             on_step=on_step,
         )
         trained = trained_parameters(engine, keep=keeps)
         release(engine)
         return trained
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sums a number over the workers, and with it whether one of them is about to go: no call of its own."""
+        noticed = torch.full_like(value, float(notice_given()))
+        summed = _sum_over_workers(torch.stack([value, noticed]))
+        self.is_going = bool(summed[1] > 0)
+        return summed[0]
 
     def _end_of(self, phase: Phase) -> int:
         """The step that ends a phase, as far as the held-out divergence says it by now."""
