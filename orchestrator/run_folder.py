@@ -115,8 +115,7 @@ class RunFolder:
         """
         if key != unit_key(identity):
             raise ValueError(f"key {key} is not that of the identity {canonical_json(identity)}")
-        if self._lock is not None:
-            self._lock.check_held()
+        self.check_held()
         payload: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
             "stage": stage,
@@ -334,6 +333,11 @@ class RunFolder:
         finally:
             self._lock = None
             lock.release()
+
+    def check_held(self) -> None:
+        """Raises RunFolderLockedError if this run held the lock and another has taken it over since."""
+        if self._lock is not None:
+            self._lock.check_held()
 
     def _sweep(self) -> None:
         """Removes what a killed run left half written; only the holder of the lock may."""

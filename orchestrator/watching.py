@@ -76,6 +76,7 @@ class Watching:
             log = "".join(f"{line}\n" for line in self._events)
         about = {"state": self.state, "reason": self.reason, "started_at": self._started_at, "written_at": time.time()}
         try:
+            self._folder.check_held()
             self._folder.write_once(PROGRESS_FILE, json.dumps({**about, **self._progress.snapshot()}).encode())
             self._folder.write_once(LOG_FILE, log.encode())
         except Exception as error:  # the run itself finds out whether its folder can be written

@@ -23,7 +23,7 @@ from layerboost.plan import Plan
 from layerboost.sources import TextSource, pack_sources
 from layerboost.training import CurveRow, accumulation_rounds
 
-from .notices import MetadataServers
+from .notices import CLOUDS, MetadataServers
 
 TOGETHER, BY_LAYER = "together", "by_layer"
 
@@ -121,7 +121,7 @@ class HealingJob:
     checkpoint_every_steps: int = 50
     max_failures: int = 3
     step_timeout_s: float | None = None
-    metadata_servers: MetadataServers = MetadataServers()
+    metadata_servers: MetadataServers = CLOUDS
     on_step: Callable[[StepEvent], None] | None = None
     card: Mapping[str, Any] | None = None
 

@@ -39,6 +39,9 @@ class MetadataServers:
     gcp: str = "http://metadata.google.internal"
 
 
+CLOUDS = MetadataServers()
+
+
 def notice_given() -> bool:
     """Whether this process or its machine is about to go."""
     return _given.is_set()

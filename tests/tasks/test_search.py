@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import time
 
 import pytest
 from ray import cloudpickle
@@ -13,6 +14,7 @@ from layerboost.plan_space import Limit, PlanSpace
 from tasks.cluster import WorkerResources
 from tasks.proposers import make_proposer
 from tasks.search import SearchSpec, SearchState, Suggestion, fixed_points, run_search
+from tasks.watching import UNWATCHED, Watch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -213,8 +215,8 @@ def test_the_fixed_points_are_there_once():
 class _Counting:
     """An evaluator that leaves a mark for each evaluation, and fails or dies on demand."""
 
-    def __init__(self, folder, raises=None, dies_once=None):
-        self.folder, self.raises, self.dies_once = folder, raises, dies_once
+    def __init__(self, folder, raises=None, dies_once=None, hangs_once=None):
+        self.folder, self.raises, self.dies_once, self.hangs_once = folder, raises, dies_once, hangs_once
 
     def __call__(self, plan):
         with (self.folder / str(plan)).open("a") as mark:
@@ -225,10 +227,14 @@ class _Counting:
         if str(plan) == self.dies_once and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        hung = self.folder / "hung"
+        if str(plan) == self.hangs_once and not hung.exists():
+            hung.touch()
+            time.sleep(600)
         return _values(plan) | {"scores": {"items": [0.5] * 10}}
 
 
-def _search(folder, spec, known=None, on_plan=None, **trouble):
+def _search(folder, spec, known=None, on_plan=None, watch=UNWATCHED, **trouble):
     folder.mkdir(exist_ok=True)
     taken, failures = {}, []
 
@@ -242,6 +248,7 @@ def _search(folder, spec, known=None, on_plan=None, **trouble):
         WorkerResources(2, 1, 0),
         on_plan=on_plan or take,
         on_failure=failures.append,
+        watch=watch,
     )
     return results, taken, failures
 
@@ -275,11 +282,23 @@ def test_with_tune_the_way_is_the_same_through_deaths_and_failures_and_a_resume(
 def test_with_tune_a_plan_that_raises_is_reported_and_the_processes_live_on(ray_local, tmp_path):
     results, _, failures = _search(tmp_path / "a", SearchSpec(SPACE, trials=4, seed=1), raises="WWWWWWWW")
     assert [str(failure.unit) for failure in failures] == ["WWWWWWWW"]
-    assert "RuntimeError: a bad plan" in failures[0].error
+    assert "RuntimeError: a bad plan" in failures[0].error and failures[0].n_attempts == 3
+    assert (tmp_path / "a" / "WWWWWWWW").read_text().count("\n") == 3
     assert [point.status for point in results if point.origin == "all_window"] == ["failed"]
     assert sum(point.status == "done" for point in results) == len(results) - 1
     pids = {pid for mark in (tmp_path / "a").iterdir() for pid in mark.read_text().split()}
     assert len(pids) <= 2
+
+
+@pytest.mark.cluster
+def test_with_tune_a_hung_process_ends_itself_and_its_plan_is_tried_again(ray_local, tmp_path):
+    events = []
+    spec = SearchSpec(SPACE, trials=1, seed=1)
+    results, taken, failures = _search(tmp_path / "a", spec, watch=Watch(3.0, events.append), hangs_once="NNNNNNNN")
+    assert (tmp_path / "a" / "hung").exists() and not failures
+    assert {point.plan.plan_id for point in results} == set(taken)
+    assert (tmp_path / "a" / "NNNNNNNN").read_text().count("\n") == 2
+    assert [event.what for event in events if str(event.unit) == "NNNNNNNN"] == ["started", "done"]
 
 
 @pytest.mark.cluster

@@ -11,6 +11,7 @@ import pytest
 from ray import cloudpickle
 
 from tasks.units import run_units, worker_info
+from tasks.watching import Watch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.cluster
@@ -43,6 +44,12 @@ class Squares:
         if trouble == "slow":
             mark.touch()
             time.sleep(1.0)
+        if trouble == "hangs" or (trouble == "hangs once" and not mark.exists()):
+            mark.touch()
+            time.sleep(600)
+        if trouble == "out of memory once" and not mark.exists():
+            mark.touch()
+            raise MemoryError
         return number**2, self.n_runs
 
 
@@ -90,6 +97,80 @@ def test_a_unit_that_always_fails_is_reported_with_its_error_and_the_rest_is_don
     assert sorted(by_unit) == [0, 2] and all(failure.n_attempts == 2 for failure in failures)
     assert by_unit[0].error.splitlines()[0] == "ValueError: cannot square 0"
     assert "actor" in by_unit[2].error.lower()
+
+
+def test_a_hung_unit_is_ended_and_tried_again_and_fails_after_three_times(ray_local, tmp_path):
+    events = []
+    units = [(0, "hangs once"), (1, None), (2, "hangs"), (3, "slow")]
+    start = time.monotonic()
+    results, failures, error = _run(ray_local, tmp_path, units, watch=Watch(2.0, events.append))
+    assert error is None and sorted(results) == [0, 1, 3]
+    assert time.monotonic() - start < 60
+    (failure,) = failures
+    assert failure.unit[0] == 2 and failure.n_attempts == 3
+    assert failure.error == "TimeoutError: no result within 2 s; its worker was ended"
+    told = {number: [(event.what, event.attempt) for event in events if event.unit[0] == number] for number in range(4)}
+    assert told[0] == [("started", 1), ("retried", 1), ("started", 2), ("done", 2)]
+    assert told[1] == told[3] == [("started", 1), ("done", 1)]
+    assert told[2] == [(what, n) for n in (1, 2) for what in ("started", "retried")] + [("started", 3), ("failed", 3)]
+    assert results[0][2]["attempt"] == 2 and "attempt" not in results[1][2]
+    retried = next(event for event in events if event.what == "retried")
+    assert retried.error.startswith("TimeoutError") and retried.worker["node"] and 2.0 <= retried.seconds < 5
+
+
+class Eater:
+    """Eats memory until Ray ends it; half of it after `shrink`."""
+
+    def __init__(self, n_bytes):
+        self.n_bytes, self.n_shrinks = n_bytes, 0
+
+    def info(self):
+        return worker_info()
+
+    def shrink(self):
+        self.n_bytes //= 4
+        self.n_shrinks += 1
+
+    def run(self, unit):
+        eaten = []
+        for _ in range(self.n_bytes >> 24):
+            eaten.append(bytearray(os.urandom(1 << 12) * (1 << 12)))
+            time.sleep(0.005)
+        time.sleep(2)  # so that Ray looks
+        return self.n_shrinks
+
+
+@pytest.mark.slow
+def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_less(tmp_path):
+    import psutil
+    import ray
+
+    memory = psutil.virtual_memory()
+    eats = 3 << 30
+    if memory.available < 2 * eats:
+        pytest.skip("needs 6 GiB of free memory")
+    threshold = 1 - (memory.available - eats // 2) / memory.total
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=1 << 27,
+        _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
+    )
+    try:
+        results, events = [], []
+        actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
+        failures = run_units(
+            ["a"],
+            lambda: actor.remote(eats),
+            n_workers=1,
+            on_result=lambda unit, result, duration_s, info: results.append(result),
+            watch=Watch(on_event=events.append),
+        )
+    finally:
+        ray.shutdown()
+    assert not failures and results and results[0] >= 1, [event.error for event in events]
 
 
 def test_actors_that_cannot_start_fail_the_units_instead_of_waiting(ray_local, tmp_path):

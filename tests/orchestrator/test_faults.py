@@ -1,0 +1,165 @@
+"""Whole runs of the command that something goes wrong with: a full disk, Ctrl-C, a model that cannot be judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import Inputs
+from tests.orchestrator.test_pipeline import command, environment, records, run, table
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+SMALL = {
+    "quality": {"tasks": [], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
+    "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 2, "compare": False},
+    "search": {"trials": 2, "window": 8, "speed": "bytes", "refine": None},
+    "healing": {
+        "tokens": 512,
+        "text": "heal.txt",
+        "batch_sequences": 2,
+        "sequence_tokens": 32,
+        "candidates": 1,
+        "baselines": ["linear_window"],
+        "checkpoint_every_steps": 3,
+    },
+    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
+}
+
+
+@pytest.fixture
+def small(inputs) -> Inputs:
+    """A run of half a minute that heals two plans."""
+    small = Inputs(inputs.folder, {"model": {"path": "./model"}, **SMALL})
+    small.write_recipe()
+    return small
+
+
+@pytest.fixture
+def heavy(small) -> Inputs:
+    """The same with a model of 31 MiB."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(small.model)
+    config.update({"hidden_size": 256, "intermediate_size": 3072})
+    config.head_dim = 128
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(small.model)
+    return small
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real filesystem of 50 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a filesystem")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_full_disk_stops_the_run_and_with_more_room_it_ends_as_if_nothing_had_happened(
+    heavy, small_disk, tmp_path, method
+):
+    # The trained parameters of a full healing fill the disk with their first checkpoint, the healed models otherwise.
+    settings = ["--until", "heal", "--set", f"healing.method={method}"]
+    out, undisturbed = small_disk / "out", tmp_path / "undisturbed"
+    stopped = run(heavy, out, *settings, expect=1)
+    last = stopped.stderr.strip().splitlines()[-1]
+    said = re.search(r"the disk is full: ([\d.,]+) MiB are free, the rest of the run needs about ([\d,]+) MiB", last)
+    assert last.startswith(f"error: --out: {out}: ") and said, stopped.stderr
+    free_mib, needed_mib = (float(number.replace(",", "")) for number in said.groups())
+    assert free_mib < 50 < needed_mib + 35 and "the same command goes on" in last
+    assert "Traceback" not in stopped.stderr
+    half_written = [path for path in out.rglob("*") if re.search(r"\.(tmp|writing|part)$", path.name)]
+    assert not half_written
+    before = records(out)
+    assert all(json.loads(text)["result"] is not None for text in before.values())
+    status = json.loads((out / "progress.json").read_text())
+    assert status["state"] == "stopped" and "the disk is full" in status["reason"]
+
+    subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
+    finished = run(heavy, out, *settings)
+    assert "is damaged" not in finished.stderr
+    after = records(out)
+    assert {name: after[name] for name in before} == before
+    run(heavy, undisturbed, *settings)
+    assert set(after) == set(records(undisturbed))
+    for name in ("sensitivity.csv", "candidates.csv", "healing_curves.csv"):
+        pd.testing.assert_frame_equal(table(out, name), table(undisturbed, name), rtol=1e-5)
+
+
+def interrupted(inputs, out: Path, line_start: str, times: int) -> tuple[int, list[str]]:
+    """Exit code and lines of a run that gets Ctrl-C so many times at the first line that starts so."""
+    process = subprocess.Popen(
+        command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    lines, sent = [], 0
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        is_warned = "press Ctrl-C again" in line
+        if (sent == 0 and line.startswith(line_start)) or (is_warned and sent < times):
+            process.send_signal(signal.SIGINT)
+            sent += 1
+    assert sent == times, "".join(lines)
+    return process.wait(), lines
+
+
+@pytest.mark.parametrize("line_start", ["sensitivity 1/", "search 2/", "heal 0/2 start", "measure 1/", "throughput 0/"])
+def test_the_first_interrupt_finishes_what_is_in_flight_in_each_stage(small, tmp_path, line_start):
+    out = tmp_path / "out"
+    code, lines = interrupted(small, out, line_start, times=1)
+    text = "".join(lines)
+    assert code == 130 and "interrupted; the same command goes on" in lines[-1], text
+    assert "Traceback" not in text
+    if line_start.startswith("heal"):
+        assert len(list((out / "healed").glob("*/healing.json"))) == 1
+        assert any(line.startswith("heal 1/2 done") for line in lines)
+    assert json.loads((out / "progress.json").read_text())["state"] == "stopped"
+    assert not (out / "run.lock").exists()
+
+
+def test_the_second_interrupt_stops_a_healing_at_once_and_it_goes_on_from_its_checkpoint(small, tmp_path):
+    out = tmp_path / "out"
+    small.values["healing"] = {**small.values["healing"], "tokens": 64 * 40}
+    small.write_recipe()
+    code, lines = interrupted(small, out, "heal step 8/", times=2)
+    assert code == 130 and not list((out / "healed").glob("*"))
+    result = run(small, out, "--until", "heal")
+    steps = [int(line.split()[2].split("/")[0]) for line in result.stderr.splitlines() if line.startswith("heal step")]
+    assert steps[0] > 4, "started over"
+
+
+def test_a_model_that_cannot_be_judged_fails_after_three_times_and_the_rest_is_done(small, tmp_path):
+    out = tmp_path / "out"
+    run(small, out, "--until", "heal")
+    broken, whole = sorted((out / "healed").iterdir())
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    result = run(small, out, expect=1)
+    assert "failed: measure" in result.stderr
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    tries = [event for event in events if event["what"] == "retried" and event["stage"] == "measure"]
+    assert [event["attempt"] for event in tries if "plan" in event["name"]][:2] == [1, 2]
+    pareto = table(out, "pareto.csv")
+    assert set(pareto.loc[pareto["plan_id"] == whole.name, "status"]) == {"ok"}
+    assert "ok" not in set(pareto.loc[pareto["healed"] & (pareto["plan_id"] == broken.name), "status"])
+    assert json.loads((out / "progress.json").read_text())["state"] == "some units failed"
+    status = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "status", str(out)], capture_output=True, text=True, check=True
+    )
+    assert status.stdout.startswith("some units failed")
+    shutil.rmtree(broken)  # is healed again
+    run(small, out)
