@@ -136,7 +136,7 @@ def test_the_second_interrupt_stops_a_healing_at_once_and_it_goes_on_from_its_ch
     out = tmp_path / "out"
     small.values["healing"] = {**small.values["healing"], "tokens": 64 * 40}
     small.write_recipe()
-    code, lines = interrupted(small, out, "heal step 8/", times=2)
+    code, _ = interrupted(small, out, "heal step 8/", times=2)
     assert code == 130 and not list((out / "healed").glob("*"))
     result = run(small, out, "--until", "heal")
     steps = [int(line.split()[2].split("/")[0]) for line in result.stderr.splitlines() if line.startswith("heal step")]
