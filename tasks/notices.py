@@ -122,8 +122,8 @@ def _drain_this_node(cloud: str) -> None:
     from ray.core.generated import autoscaler_pb2
 
     context = ray.get_runtime_context()
-    client = ray._raylet.GcsClient(address=context.gcs_address)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client = ray._raylet.GcsClient(address=context.gcs_address)  # type: ignore[attr-defined]
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
     deadline_ms = int((time.time() + _GRACE_S[cloud]) * 1000)
     is_accepted, why_not = client.drain_node(context.get_node_id(), reason, f"notice of {cloud}", deadline_ms)
     if not is_accepted:

@@ -73,7 +73,7 @@ class PlanTrial(tune.Trainable):
                     outcome["values"] = values = dict(self._evaluate(plan))
                 outcome["worker"] |= {SHRUNK: values.pop(SHRUNK)} if SHRUNK in values else {}
                 outcome["evaluation_s"] = time.perf_counter() - start
-                outcome["error"] = check_values(outcome["values"])
+                outcome["error"] = check_values(values)
             except Exception as error:  # raised to Tune it would cost the process, and the model in it
                 outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if outcome["n_attempts"] > 1:
