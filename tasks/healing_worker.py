@@ -233,15 +233,18 @@ class _Worker:
         from ray import train
 
         with tempfile.TemporaryDirectory() as folder:
-            is_first, row_values = self.rank == 0, row.to_dict()
-            self._together(lambda: save_state(engine, Path(folder) / _STATE_FILE if is_first else None), folder)
-            if is_first:
+
+            def save() -> None:
+                save_state(engine, Path(folder) / _STATE_FILE if self.rank == 0 else None)
                 state = {"fingerprint": self.job.fingerprint, **asdict(self.done)}
                 (Path(folder) / _PROGRESS_FILE).write_text(json.dumps(state))
-                checkpoint = train.Checkpoint.from_directory(folder)
-            report: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_upload_fn": _upload} if is_first else {}
-            place = f"{self.job.storage_path}/{self.job.name}"
-            self._together(lambda: train.report(row_values, **report), place)
+
+            def report() -> None:
+                whole = {"checkpoint": train.Checkpoint.from_directory(folder), "checkpoint_upload_fn": _upload}
+                train.report(row.to_dict(), **(whole if self.rank == 0 else {}))
+
+            self._together(save, folder)
+            self._together(report, f"{self.job.storage_path}/{self.job.name}")
 
     def _together(self, write: Callable[[], None], place: str) -> None:
         """Writes something to a place, on all ranks; a full disk on one ends them all: none waits for another.
@@ -249,6 +252,7 @@ class _Worker:
         Raises:
             DiskFullError: on every rank.
         """
+        self.hung.alive()
         reason = ""
         try:
             write()
