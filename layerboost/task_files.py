@@ -145,20 +145,29 @@ def task_identity(name: str) -> str:
     """
     if not is_task_file(name):
         return f"{name}@lm_eval-{version('lm_eval')}"
-    config = read_task_file(name)
-    _, _, files = _merged(Path(name), ())
+    digest = hashlib.sha256()
+    for part in files_of_task(name):
+        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if file.is_file():
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def files_of_task(path: str | Path) -> list[Path]:
+    """Returns a task file, the files it includes, its functions' modules, and its data (files and folders).
+
+    Raises:
+        TaskFileError: As `read_task_file`.
+    """
+    config = read_task_file(path)
+    _, _, files = _merged(Path(path), ())
     modules = {
         module
         for file in files
         for spec in _FUNCTION.findall(file.read_text(encoding="utf-8"))
         if (module := file.parent / f"{spec.replace('.', '/')}.py").is_file()
     }
-    digest = hashlib.sha256()
-    for part in [*files, *sorted(modules), *_data_files(config)]:
-        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
-            if file.is_file():
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return f"sha256:{digest.hexdigest()}"
+    return [*files, *sorted(modules), *_data_files(config)]
 
 
 def _lm_eval_folder() -> Path:

@@ -79,6 +79,28 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the units, their cost and what is already recorded")
     _add_address(run)
 
+    submit = add("submit", "run a recipe as a job of a Ray cluster elsewhere, and follow it")
+    submit.add_argument("recipe", metavar="RECIPE", help="a YAML recipe in the working directory, which travels along")
+    submit.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS") or None,
+        help="the head's job server, http://HEAD:8265 (default: $RAY_API_SERVER_ADDRESS)",
+    )
+    submit.add_argument("--out", metavar="DIR", help="run folder that every node reaches, an absolute path or a URL")
+    _add_overrides(submit)
+    submit.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    submit.add_argument(
+        "--env",
+        dest="variables",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="hand on this environment variable; whoever can use the job server can read it",
+    )
+    submit.add_argument("--submission-id", metavar="ID", help="(default: recipe's name, time, random digits)")
+    submit.add_argument("--python", default="python", help="the head's Python that runs the job (default: %(default)s)")
+    submit.add_argument("--no-wait", action="store_true", help="print the submission id and leave")
+
     report = add("report", "write CSVs, pictures and HTML again from a run's records, or compare several runs")
     report.add_argument("folders", metavar="DIR", nargs="+", help="run folders, local or any fsspec URL")
     report.add_argument("--out", metavar="DIR", help="folder of the comparison of several runs (default: comparison)")
@@ -174,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _handler(command: str):
     if command in ("run", "report"):
         return {"run": run_command, "report": report_command}[command]
-    module = f"orchestrator.{command}" if command in ("doctor", "status") else "orchestrator.commands"
+    module = f"orchestrator.{command if command in ('doctor', 'status', 'submit') else 'commands'}"
     return getattr(importlib.import_module(module), command)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -43,10 +44,12 @@ __all__ = [
     "HealingSection",
     "InputError",
     "ModelSection",
+    "NamedPath",
     "QualitySection",
     "Recipe",
     "load_recipe",
     "looks_local",
+    "named_paths",
     "nearest",
     "recipe_from_dict",
     "resolve_sequence_tokens",
@@ -431,10 +434,40 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         InputError: for anything wrong with the file, an override or a value.
     """
+    return recipe_from_dict(_read_overridden(path, overrides), folder=Path(path).resolve().parent)
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A field of a recipe that may name a local file or folder.
+
+    Attributes:
+        field: as errors call it.
+        written: what the recipe or an override says.
+        found: the file or folder of this machine that it means, links not followed; None where there is none.
+    """
+
+    field: str
+    written: str
+    found: Path | None
+
+
+def named_paths(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[NamedPath, ...]:
+    """What a recipe that `load_recipe` accepts names of files, folders and hub names, in the recipe's order."""
+    folder = Path(path).resolve().parent
+    data = Recipe.model_validate(_read_overridden(path, overrides)).model_dump(mode="json")
+    named = []
+    for field, place, key in _path_places(data):
+        found = _find_local(place[key], folder)
+        named.append(NamedPath(field, place[key], None if found is None else Path(os.path.abspath(found))))
+    return tuple(named)
+
+
+def _read_overridden(path: str | os.PathLike[str], overrides: Sequence[str]) -> dict[str, Any]:
     data = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(data, override)
-    return recipe_from_dict(data, folder=Path(path).resolve().parent)
+    return data
 
 
 def recipe_from_dict(data: dict[str, Any], *, folder: Path | None = None) -> Recipe:
@@ -501,20 +534,28 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    data["model"]["path"] = _local_path(data["model"]["path"], folder)
-    healing = data["healing"]
-    places = [(data["quality"], "text"), (healing, "teacher"), (data["throughput"], "environment")]
-    for place, name in (*places, *((text, "path") for text in healing["text"])):
-        if place[name] is not None:
-            place[name] = _local_path(place[name], folder)
-    data["sensitivity"]["texts"] = [_local_path(text, folder) for text in data["sensitivity"]["texts"]]
-    for name in ("tasks", "final_tasks"):
-        data["quality"][name] = [
-            # A bare task name is never a path, whatever happens to lie in the current directory.
-            _local_path(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
-            for task in data["quality"][name]
-        ]
+    for _, place, key in _path_places(data):
+        place[key] = _local_path(place[key], folder)
     return data
+
+
+def _path_places(data: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Every value that may be a local path: what errors call it, what holds it, and under which key."""
+    healing = data["healing"]
+    places: list[tuple[str, Any, Any]] = [
+        ("model.path", data["model"], "path"),
+        ("quality.text", data["quality"], "text"),
+        ("healing.teacher", healing, "teacher"),
+        ("throughput.environment", data["throughput"], "environment"),
+        *((f"healing.text[{index}].path", text, "path") for index, text in enumerate(healing["text"])),
+    ]
+    for section, name in (("sensitivity", "texts"), ("quality", "tasks"), ("quality", "final_tasks")):
+        entries = data[section][name]
+        for index, entry in enumerate(entries):
+            # A bare task name is never a path, whatever happens to lie in the current directory.
+            if name == "texts" or entry.endswith((".yaml", ".yml")) or looks_local(entry):
+                places.append((f"{section}.{name}[{index}]", entries, index))
+    yield from ((field, place, key) for field, place, key in places if place[key] is not None)
 
 
 def looks_local(name: str) -> bool:
@@ -523,13 +564,16 @@ def looks_local(name: str) -> bool:
 
 
 def _local_path(name: str, folder: Path) -> str:
+    if (found := _find_local(name, folder)) is not None:
+        return str(found.resolve())
+    return os.path.normpath(folder / Path(name).expanduser()) if looks_local(name) else name
+
+
+def _find_local(name: str, folder: Path) -> Path | None:
     if "://" in name:
-        return name
+        return None
     expanded = Path(name).expanduser()
-    for candidate in (folder / expanded, Path.cwd() / expanded):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return os.path.normpath(folder / expanded) if looks_local(name) else name
+    return next((path for path in (folder / expanded, Path.cwd() / expanded) if path.exists()), None)
 
 
 def _input_error(error: ValidationError) -> InputError:

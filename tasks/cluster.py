@@ -121,7 +121,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     global _started
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:
-        _use_token_if_at_hand()
+        use_token_if_at_hand()
     import ray
 
     if ray.is_initialized():
@@ -143,6 +143,20 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
             f"address: {address}: no cluster there ({error}); start one with ray start --head"
         ) from error
     return _info()
+
+
+def use_token_if_at_hand() -> None:
+    """Turns token authentication on where RAY_AUTH_MODE is unset and a token is at hand."""
+    if os.environ.get("RAY_AUTH_MODE"):
+        return
+    at_hand = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if at_hand or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "ray" in sys.modules:
+            # Ray reads the variable when it is imported, and once more when told so.
+            from ray import _raylet
+
+            _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def shutdown() -> None:
@@ -265,19 +279,6 @@ def _keep_ray_off_stdout() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = lambda data, ignore_prefix: logger.debug("ray: %s", "\n".join(data["lines"]))
-
-
-def _use_token_if_at_hand() -> None:
-    if os.environ.get("RAY_AUTH_MODE"):
-        return
-    at_hand = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if at_hand or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if "ray" in sys.modules:
-            # Ray reads the variable when it is imported, and once more when told so.
-            from ray import _raylet
-
-            _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def _check_address(address: str) -> None:

@@ -1,0 +1,250 @@
+"""`layerboost submit` to a real cluster: results, exit codes, a line that is cut, and tokens that are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import RAY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+SECRET = "hf_wouldBeASecret123"
+RECIPE = {
+    "model": {"path": "./model"},
+    "quality": {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
+    "sensitivity": {"score": "nll", "shares": 2},
+    "search": {"trials": 1, "window": 8},
+    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
+}
+
+
+@pytest.fixture
+def recipe(project) -> Path:
+    path = project / "inputs" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def command(address: str, out: Path, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "orchestrator", "submit", "inputs/recipe.yaml", "--python", sys.executable]
+    return [*start, "--address", address, "--out", str(out), *arguments]
+
+
+def submitted(cluster, project: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    address, environment = cluster
+    # The token is found where it is.
+    environment = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
+    return subprocess.run(
+        command(address, out, *arguments), cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def records(out: Path) -> dict[str, dict]:
+    """Identity and result of each unit, less what says where and how long it ran."""
+    found = {}
+    for path in sorted((out / "records").rglob("*.json")):
+        record = json.loads(path.read_text())
+        if record["stage"] in ("scores", "sweep"):
+            result = {name: value for name, value in record["result"].items() if name not in ("duration_s", "worker")}
+            found[f"{record['stage']}/{path.name}"] = {"identity": record["identity"], "result": result}
+    return found
+
+
+def test_it_gives_what_ray_job_submit_gives(cluster, project, recipe, tmp_path):
+    address, environment = cluster
+    ours = submitted(cluster, project, tmp_path / "ours", "--until", "sensitivity")
+    assert ours.returncode == 0, ours.stdout[-4000:] + ours.stderr[-4000:]
+    assert "report: " in ours.stdout
+    assert re.search(
+        rf"log: +RAY_AUTH_MODE=token ray job logs recipe-\d+-\d+-\w+ --address {address} --follow\n", ours.stderr
+    )
+    assert ours.stderr.splitlines()[-1].endswith("succeeded, exit code 0")
+    run = [sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--until", "sensitivity"]
+    plain = [*RAY, "job", "submit", f"--address={address}", "--working-dir", ".", "--", *run, "--out"]
+    theirs = subprocess.run(
+        [*plain, str(tmp_path / "theirs")], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert theirs.returncode == 0, theirs.stdout[-4000:]
+    assert records(tmp_path / "ours") == records(tmp_path / "theirs")
+    assert len(records(tmp_path / "ours")) > 2
+
+
+def test_the_exit_code_is_the_jobs(cluster, project, recipe, tmp_path):
+    absent = submitted(cluster, project, tmp_path / "a", "--set", "model.path=/no/such/model")
+    assert "note: model.path: /no/such/model does not travel; every node must have it" in absent.stderr
+    assert (absent.returncode, "error: model.path: /no/such/model" in absent.stdout) == (2, True), absent.stdout
+    # What a task's own code does is known only when it runs.
+    task = (project / "inputs" / "task.yaml").read_text()
+    (project / "inputs" / "task.yaml").write_text(task.replace("'{{question}}'", "!function broken.text"))
+    (project / "inputs" / "broken.py").write_text("def text(item):\n    raise ValueError('broken item')\n")
+    failed = submitted(cluster, project, tmp_path / "b", "--until", "evaluate")
+    assert (failed.returncode, "broken item" in failed.stdout) == (1, True), failed.stdout + failed.stderr
+    nobody = submitted(cluster, project, tmp_path / "c", "--python", "/no/such/python")
+    assert nobody.returncode == 127 and "give --python" in nobody.stderr
+
+
+class Line:
+    """A TCP line to a port of this machine that can be cut and mended."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        # A listener that only closes would keep the port as long as somebody waits in accept.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):  # its other end has gone already
+                one.shutdown(socket.SHUT_RDWR)
+        self._sockets.clear()
+
+    def mend(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets += [near, far]
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while text not in path.read_text():
+        assert process.poll() is None and time.monotonic() < end, path.read_text()
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def started(cluster, project, recipe, tmp_path):
+    """Starts a submission in the background; returns the process and its two outputs."""
+    processes = []
+
+    def start(address: str, *arguments: str, **variables: str) -> tuple[subprocess.Popen, Path, Path]:
+        outputs = [tmp_path / f"{name}{len(processes)}" for name in ("stdout", "stderr")]
+        with outputs[0].open("w") as out, outputs[1].open("w") as err:
+            process = subprocess.Popen(
+                command(address, tmp_path / "run", *arguments),
+                cwd=project, env=cluster[1] | variables, stdout=out, stderr=err,
+            )  # fmt: skip
+        processes.append(process)
+        return process, *outputs
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def ray_job(cluster, verb: str, submission_id: str) -> str:
+    address, environment = cluster
+    done = subprocess.run(
+        [*RAY, "job", verb, submission_id, "--address", address],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_a_cut_line_loses_nothing_and_the_secret_is_not_shown(cluster, started):
+    line = Line(int(cluster[0].rpartition(":")[2]))
+    arguments = ["--until", "evaluate", "--env", "HF_TOKEN", "--submission-id", "cut"]
+    process, stdout, stderr = started(f"http://127.0.0.1:{line.port}", *arguments, HF_TOKEN=SECRET)
+    wait_for(stdout, "Running entrypoint", process)
+    line.cut()
+    wait_for(stderr, "trying again", process)
+    time.sleep(3)
+    line.mend()
+    assert process.wait(180) == 0, stderr.read_text()
+    assert "connected again" in stderr.read_text()
+    assert stdout.read_text().count("Running entrypoint") == 1 and "report: " in stdout.read_text()
+    # Ray's own command adds lines about the job around its log.
+    assert stdout.read_text() in ray_job(cluster, "logs", "cut")
+    assert SECRET not in stdout.read_text() + stderr.read_text()
+
+
+def test_ctrl_c_leaves_the_job_and_stopping_it_ends_a_follower(cluster, started):
+    address, _ = cluster
+    process, stdout, stderr = started(address, "--submission-id", "left")
+    wait_for(stdout, "Running entrypoint", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert "left goes on. To follow it again: ray job logs left" in stderr.read_text()
+    assert "RUNNING" in ray_job(cluster, "status", "left")
+    again, _, refused = started(address, "--submission-id", "left")
+    assert again.wait(60) == 2
+    assert refused.read_text().splitlines()[-1].startswith("error: --submission-id: left: is the id of another job")
+    ray_job(cluster, "stop", "left")
+
+    quick, printed, _ = started(address, "--submission-id", "quick", "--no-wait", "--until", "evaluate")
+    assert (quick.wait(60), printed.read_text()) == (0, "quick\n")
+    ray_job(cluster, "stop", "quick")
+
+    follower, stdout, stderr = started(address, "--submission-id", "stopped")
+    wait_for(stdout, "Running entrypoint", follower)
+    ray_job(cluster, "stop", "stopped")
+    assert follower.wait(60) == 1 and "stopped stopped, exit code 1" in stderr.read_text()
+
+
+def test_without_the_token_it_is_refused(cluster, project, recipe, tmp_path):
+    address, environment = cluster
+    (tmp_path / "home").mkdir()
+    hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    bare = {name: value for name, value in environment.items() if name not in hidden} | {"HOME": str(tmp_path / "home")}
+    for variables in ({}, {"RAY_AUTH_TOKEN": "f" * 64}):
+        done = subprocess.run(
+            command(address, tmp_path / "run"), cwd=project, env=bare | variables, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: --address: {address}: the token is missing or refused")
+        assert done.stderr.count("\n") == 1
+
+
+def test_our_packages_travel_where_the_working_directory_has_none(cluster, tmp_path):
+    address, environment = cluster
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    script = (
+        "import sys; from orchestrator.job_log import JobServer, exit_code, follow\n"
+        "server = JobServer(sys.argv[1])\n"
+        "environment = {'working_dir': '.', 'py_modules': server.send_our_packages()}\n"
+        "server.start('packages', sys.argv[2], environment)\n"
+        "sys.exit(exit_code(follow(server, 'packages', sys.stdout.write, print)))"
+    )
+    entrypoint = f"{sys.executable} -c 'import orchestrator, tasks; print(orchestrator.__file__)'"
+    done = subprocess.run(
+        [sys.executable, "-c", script, address, entrypoint],
+        cwd=folder, env=environment | {"RAY_API_SERVER_ADDRESS": address}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "py_modules" in done.stdout
