@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,14 @@ class Finding:
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 if something that every recipe needs is missing."""
     findings = [*check_machine(), *check_ray(arguments.address)]
-    rows = [[f.what, f.found, f.state, f.remedy or None] for f in findings]
-    sys.stdout.write(format_table(["what", "found", "state", "remedy"], rows))
+    sys.stdout.write(findings_table(findings))
     return int(any(finding.state == MISSING for finding in findings))
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """The rows as a table."""
+    rows = [[f.what, f.found, f.state, f.remedy or None] for f in findings]
+    return format_table(["what", "found", "state", "remedy"], rows)
 
 
 def check_machine() -> Iterator[Finding]:
@@ -151,5 +156,7 @@ def check_ray(address: str | None) -> Iterator[Finding]:
         yield Finding("ray cluster", f"{address}: {reason}", MISSING, remedy)
         return
     yield Finding("ray cluster", f"{address}: {len(nodes)} nodes alive")
-    for node in nodes:
-        yield Finding(f"  {node.address}", f"{node.cpus:g} CPUs, {node.gpus:g} GPUs")
+    from orchestrator.cluster_check import PACKAGES, Needs, check_nodes
+    from tasks.node_probe import ProbeRequest
+
+    yield from check_nodes(Needs(ProbeRequest(packages=PACKAGES)), nodes)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.cluster_check import Needs, check_nodes
+from orchestrator.doctor import MISSING, OK, WARN, Finding, findings_table
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer, without_prefix
 from orchestrator.recipe import (
     DEVICE_PATTERN,
@@ -19,7 +22,7 @@ from orchestrator.recipe import (
 )
 from orchestrator.run_folder import RunFolder
 from orchestrator.text_check import check_healing_texts, check_plain_text
-from tasks.cluster import ClusterError, NodeResources, ResourcesError, connect, resolve_workers
+from tasks.cluster import ClusterError, NodeResources, ResourcesError, addable, connect, resolve_workers
 
 if TYPE_CHECKING:
     from layerboost.serving_environment import ServingEnvironment
@@ -40,7 +43,10 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     """
     folder.preflight_writable()
     _check_shares(recipe)
-    check_placement(recipe, find_nodes(address), "the cluster" if address else "this machine")
+    nodes = find_nodes(address)
+    pending = check_placement(
+        recipe, nodes, "the cluster" if address else "this machine", growth=addable() if address else ()
+    )
     if address is None:
         check_device(recipe.model.device)
     facts = check_model(
@@ -60,7 +66,20 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     for index, text in enumerate(recipe.sensitivity.texts):
         check_plain_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
     check_healing_texts(recipe.healing, facts, tokenizer)
-    return replace(facts, teacher=_check_teacher(recipe, facts, tokenizer))
+    facts = replace(facts, teacher=_check_teacher(recipe, facts, tokenizer))
+    if address is not None:
+        _check_cluster([*pending, *check_nodes(Needs.of_run(recipe, folder.url), nodes)])
+    return facts
+
+
+def _check_cluster(findings: Sequence[Finding]) -> None:
+    """Shows what is wrong with the nodes, and raises InputError for the first fault that a run would not survive."""
+    if not (faults := [finding for finding in findings if finding.state != OK]):
+        return
+    sys.stderr.write(findings_table(faults))
+    for fault in faults:
+        if fault.state == MISSING:
+            raise InputError(fault.what, fault.found, fault.remedy)
 
 
 def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
@@ -293,20 +312,42 @@ def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
         raise InputError("--address", address, without_prefix(error, f"address: {address}")) from error
 
 
-def check_placement(recipe: Recipe, nodes: Sequence[NodeResources], where: str) -> None:
-    """Raises InputError if the placement asks for more than the nodes have, for which Ray would wait for ever."""
+def check_placement(
+    recipe: Recipe, nodes: Sequence[NodeResources], where: str, *, growth: Sequence[NodeResources] = ()
+) -> list[Finding]:
+    """Whether the nodes can hold what the placement asks for; returns rows for what waits for an autoscaler.
+
+    Args:
+        recipe: the run's.
+        nodes: that are there.
+        where: they are, for the error.
+        growth: nodes that an autoscaler could add.
+
+    Raises:
+        InputError: for more than there could ever be, for which Ray would wait for ever.
+    """
     placement = recipe.placement
     wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
     if recipe.healing.tokens and placement.healing_workers != "auto":
         # Each has a whole GPU, or at least one CPU.
         n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in nodes)
         wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))
+    pending = []
     for field, workers in wanted:
         try:
             resolve_workers(*workers, nodes=nodes)
         except ResourcesError as error:
-            at_fault = field if error.field == "workers" or field == "healing_workers" else error.field
-            raise InputError(f"placement.{at_fault}", error.value, f"on {where} {error.remedy}") from None
+            at_fault = f"placement.{field if error.field == 'workers' or field == 'healing_workers' else error.field}"
+            try:
+                resolve_workers(*workers, nodes=nodes, growth=growth)
+            except ResourcesError as never:
+                raise InputError(at_fault, never.value, f"on {where} {never.remedy}") from None
+            pending.append(
+                Finding(
+                    at_fault, f"{error.value}: {error.remedy}", WARN, "wait for the autoscaler, which can add nodes"
+                )
+            )
+    return pending
 
 
 def check_quality(quality: QualitySection, facts: ModelFacts, tokenizer: Any) -> None:

@@ -77,20 +77,16 @@ def submit(arguments: argparse.Namespace) -> int:
         _say(f"note: {note}")
     _say(f"sending {len(job.package.sizes)} files, {job.package.n_bytes / _MIB:.1f} MiB, to {address}")
     _start(server, job, address)
-    for what, command in (("log", "logs --follow"), ("status", "status"), ("stop", "stop")):
-        verb, *options = command.split()
-        line = ["ray", "job", verb, job.submission_id, "--address", address, *options]
-        _say(f"{what + ':':8}{token}{shlex.join(line)}")
+    what_to_type = f"{job.submission_id} --address {shlex.quote(address)}"
+    again = f"{token}ray job logs {what_to_type} --follow"
+    _say(f"log:    {again}\nstatus: {token}ray job status {what_to_type}\nstop:   {token}ray job stop {what_to_type}")
     if arguments.no_wait:
         print(job.submission_id)
         return 0
     try:
         return _follow(server, job)
     except KeyboardInterrupt:
-        _say(
-            f"not following any more; {job.submission_id} goes on. To follow it again: "
-            f"{token}ray job logs {job.submission_id} --address {address} --follow"
-        )
+        _say(f"not following any more; {job.submission_id} goes on. To follow it again: {again}")
         return EXIT_INTERRUPTED
 
 

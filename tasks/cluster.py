@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ AUTO = "auto"
 MAX_AUTO_CPU_WORKERS_PER_NODE = 8
 """Without GPUs, `auto` starts at most this many workers on a node: each one loads the model."""
 
+MAX_ADDED_NODES = 1000
+"""Of a node type without a limit."""
+
+_NODE_GROUP_LABEL = "ray.io/node-group"
 _PROBE_TIMEOUT_S = 4.0
 _PROBE_COMMAND_TIMEOUT_S = 8.0
 
@@ -47,12 +52,13 @@ class ResourcesError(ValueError):
 
 @dataclass(frozen=True)
 class NodeResources:
-    """One living node."""
+    """One living node, or one that could be started."""
 
     node_id: str
     address: str
     cpus: float
     gpus: float
+    object_store_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -179,11 +185,31 @@ def resources() -> tuple[NodeResources, ...]:
             address=node["NodeManagerAddress"],
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
+            object_store_bytes=node["Resources"].get("object_store_memory", 0.0),
         )
         for node in ray.nodes()
         if node["Alive"]
     )
     return tuple(sorted(nodes, key=lambda node: (-node.gpus, -node.cpus, node.node_id)))
+
+
+def addable() -> tuple[NodeResources, ...]:
+    """The nodes that an autoscaler could add, where it has told the connected cluster's head of its node types."""
+    import ray
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is None:
+        return ()
+    living = Counter(node["Labels"].get(_NODE_GROUP_LABEL) for node in ray.nodes() if node["Alive"])
+    nodes: list[NodeResources] = []
+    for group in config.node_group_configs:
+        # -1 says that there is no limit.
+        most = MAX_ADDED_NODES if group.max_count < 0 else group.max_count
+        size = (float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
+        n_more = min(most - living[group.name], MAX_ADDED_NODES)
+        nodes += [NodeResources(f"{group.name}-{index}", group.name, *size) for index in range(n_more)]
+    return tuple(nodes)
 
 
 def resolve_workers(
@@ -192,6 +218,7 @@ def resolve_workers(
     gpus_per_worker: float | str = AUTO,
     *,
     nodes: Sequence[NodeResources] | None = None,
+    growth: Sequence[NodeResources] = (),
 ) -> WorkerResources:
     """Turns a placement into a number of workers and the size of each, or says why it can never be had.
 
@@ -201,12 +228,25 @@ def resolve_workers(
 
     Args:
         workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
-        nodes: of the cluster; None asks the connected one.
+        nodes: of the cluster; None asks the connected one, also for `growth`.
+        growth: nodes that an autoscaler adds when work waits for them; counted where the others do not suffice.
 
     Raises:
         ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
     """
-    nodes = resources() if nodes is None else nodes
+    if nodes is None:
+        nodes, growth = resources(), addable()
+    try:
+        return _fit(workers, cpus_per_worker, gpus_per_worker, nodes)
+    except ResourcesError:
+        if not growth:
+            raise
+        return _fit(workers, cpus_per_worker, gpus_per_worker, (*nodes, *growth))
+
+
+def _fit(
+    workers: int | str, cpus_per_worker: float | str, gpus_per_worker: float | str, nodes: Sequence[NodeResources]
+) -> WorkerResources:
     most_cpus, most_gpus = (max((size(node) for node in nodes), default=0.0) for size in (_cpus, _gpus))
     gpus = (1.0 if most_gpus >= 1 else 0.0) if gpus_per_worker == AUTO else float(gpus_per_worker)
     if gpus > most_gpus:

@@ -38,8 +38,19 @@ def recipe(project) -> Path:
 
 
 def command(address: str, out: Path, *arguments: str) -> list[str]:
-    start = [sys.executable, "-m", "orchestrator", "submit", "inputs/recipe.yaml", "--python", sys.executable]
-    return [*start, "--address", address, "--out", str(out), *arguments]
+    start = [sys.executable, "-m", "orchestrator", "submit", "inputs/recipe.yaml", "--address", address]
+    python = [] if "--python" in arguments else ["--python", sys.executable]
+    return [*start, *python, "--out", str(out), *arguments]
+
+
+def slow_lines(folder: Path, n_lines: int, code: int) -> str:
+    """Something to follow in place of a run: a program that writes two lines a second and ends with an exit code."""
+    script = folder / f"lines{code}.sh"
+    script.write_text(
+        f"#!/bin/sh\ni=0\nwhile [ $i -lt {n_lines} ]; do i=$((i+1)); echo line $i; sleep 0.5; done\nexit {code}\n"
+    )
+    script.chmod(0o755)
+    return str(script)
 
 
 def submitted(cluster, project: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,13 +63,18 @@ def submitted(cluster, project: Path, out: Path, *arguments: str) -> subprocess.
 
 
 def records(out: Path) -> dict[str, dict]:
-    """Identity and result of each unit, less what says where and how long it ran."""
+    """Identity and result of each evaluation, less what says where and how long it ran."""
+
+    def lasting(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: lasting(inner) for name, inner in value.items() if name != "worker" and not name.endswith("_s")}
+
     found = {}
-    for path in sorted((out / "records").rglob("*.json")):
-        record = json.loads(path.read_text())
-        if record["stage"] in ("scores", "sweep"):
-            result = {name: value for name, value in record["result"].items() if name not in ("duration_s", "worker")}
-            found[f"{record['stage']}/{path.name}"] = {"identity": record["identity"], "result": result}
+    for stage in ("scores", "sweep"):
+        for path in (out / "records" / stage).glob("*.json"):
+            record = json.loads(path.read_text())
+            found[f"{stage}/{path.name}"] = {name: lasting(record[name]) for name in ("identity", "result")}
     return found
 
 
@@ -85,12 +101,10 @@ def test_the_exit_code_is_the_jobs(cluster, project, recipe, tmp_path):
     absent = submitted(cluster, project, tmp_path / "a", "--set", "model.path=/no/such/model")
     assert "note: model.path: /no/such/model does not travel; every node must have it" in absent.stderr
     assert (absent.returncode, "error: model.path: /no/such/model" in absent.stdout) == (2, True), absent.stdout
-    # What a task's own code does is known only when it runs.
-    task = (project / "inputs" / "task.yaml").read_text()
-    (project / "inputs" / "task.yaml").write_text(task.replace("'{{question}}'", "!function broken.text"))
-    (project / "inputs" / "broken.py").write_text("def text(item):\n    raise ValueError('broken item')\n")
-    failed = submitted(cluster, project, tmp_path / "b", "--until", "evaluate")
-    assert (failed.returncode, "broken item" in failed.stdout) == (1, True), failed.stdout + failed.stderr
+    for code in (1, 2):
+        failed = submitted(cluster, project, tmp_path / "b", "--python", slow_lines(tmp_path, 2, code))
+        assert failed.returncode == code and "line 2\n" in failed.stdout
+        assert failed.stderr.splitlines()[-1].endswith(f"failed, exit code {code}")
     nobody = submitted(cluster, project, tmp_path / "c", "--python", "/no/such/python")
     assert nobody.returncode == 127 and "give --python" in nobody.stderr
 
@@ -139,7 +153,7 @@ class Line:
             return
 
 
-def wait_for(path: Path, text: str, process: subprocess.Popen, timeout_s: float = 120) -> None:
+def wait_for(path: Path, text: str, process: subprocess.Popen, timeout_s: float = 300) -> None:
     end = time.monotonic() + timeout_s
     while text not in path.read_text():
         assert process.poll() is None and time.monotonic() < end, path.read_text()
@@ -176,44 +190,47 @@ def ray_job(cluster, verb: str, submission_id: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_cut_line_loses_nothing_and_the_secret_is_not_shown(cluster, started):
+def test_a_cut_line_loses_nothing_and_the_secret_is_not_shown(cluster, started, tmp_path):
     line = Line(int(cluster[0].rpartition(":")[2]))
-    arguments = ["--until", "evaluate", "--env", "HF_TOKEN", "--submission-id", "cut"]
+    arguments = ["--python", slow_lines(tmp_path, 60, 1), "--env", "HF_TOKEN", "--submission-id", "cut"]
     process, stdout, stderr = started(f"http://127.0.0.1:{line.port}", *arguments, HF_TOKEN=SECRET)
-    wait_for(stdout, "Running entrypoint", process)
-    line.cut()
-    wait_for(stderr, "trying again", process)
-    time.sleep(3)
-    line.mend()
-    assert process.wait(180) == 0, stderr.read_text()
+    for after in ("line 3\n", "line 15\n"):
+        wait_for(stdout, after, process)
+        line.cut()
+        wait_for(stderr, "trying again", process)
+        time.sleep(1)
+        line.mend()
+    assert process.wait(180) == 1, stderr.read_text()
     assert "connected again" in stderr.read_text()
-    assert stdout.read_text().count("Running entrypoint") == 1 and "report: " in stdout.read_text()
+    written = re.findall(r"^line \d+$", stdout.read_text(), re.M)
+    assert written == [f"line {number}" for number in range(1, 61)]
     # Ray's own command adds lines about the job around its log.
     assert stdout.read_text() in ray_job(cluster, "logs", "cut")
     assert SECRET not in stdout.read_text() + stderr.read_text()
 
 
-def test_ctrl_c_leaves_the_job_and_stopping_it_ends_a_follower(cluster, started):
+def test_ctrl_c_leaves_the_job_and_stopping_it_ends_a_follower(cluster, started, tmp_path):
     address, _ = cluster
-    process, stdout, stderr = started(address, "--submission-id", "left")
-    wait_for(stdout, "Running entrypoint", process)
+    long = ["--python", slow_lines(tmp_path, 2000, 0)]
+    process, stdout, stderr = started(address, "--submission-id", "left", *long)
+    wait_for(stdout, "line 1\n", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(30) == 130
     assert "left goes on. To follow it again: ray job logs left" in stderr.read_text()
     assert "RUNNING" in ray_job(cluster, "status", "left")
-    again, _, refused = started(address, "--submission-id", "left")
-    assert again.wait(60) == 2
+    again, printed, refused = started(address, "--submission-id", "left", *long)
+    assert (again.wait(120), printed.read_text()) == (2, "")
     assert refused.read_text().splitlines()[-1].startswith("error: --submission-id: left: is the id of another job")
     ray_job(cluster, "stop", "left")
 
-    quick, printed, _ = started(address, "--submission-id", "quick", "--no-wait", "--until", "evaluate")
-    assert (quick.wait(60), printed.read_text()) == (0, "quick\n")
+    quick, printed, _ = started(address, "--submission-id", "quick", "--no-wait", *long)
+    assert (quick.wait(120), printed.read_text()) == (0, "quick\n")
     ray_job(cluster, "stop", "quick")
 
-    follower, stdout, stderr = started(address, "--submission-id", "stopped")
-    wait_for(stdout, "Running entrypoint", follower)
+    follower, stdout, stderr = started(address, "--submission-id", "stopped", *long)
+    wait_for(stdout, "line 1\n", follower)
     ray_job(cluster, "stop", "stopped")
-    assert follower.wait(60) == 1 and "stopped stopped, exit code 1" in stderr.read_text()
+    assert follower.wait(120) == 1 and "stopped stopped, exit code 1" in stderr.read_text()
 
 
 def test_without_the_token_it_is_refused(cluster, project, recipe, tmp_path):
