@@ -90,7 +90,7 @@ def test_every_node_answers_also_one_without_a_cpu_and_a_silent_one_is_named(mon
         assert sorted(answers) == sorted(node.node_id for node in nodes)
         for answer in answers.values():
             assert answer.report is not None and answer.failure == "" and abs(answer.ahead_s) < 2
-        gone = NodeResources("f" * 56, "10.0.0.9", 1, 0)
+        gone = NodeResources("ab" * 28, "10.0.0.9", 1, 0)
         answers = node_probe.probe_nodes(ProbeRequest(), [*nodes, gone], 20)
         assert answers[gone.node_id].report is None and answers[gone.node_id].failure
         silent = node_probe.probe_nodes(ProbeRequest(), nodes, 0.0)
