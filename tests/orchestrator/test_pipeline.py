@@ -16,28 +16,10 @@ import pytest
 
 from layerboost.checkpoint import load_model
 from layerboost.convert import plan_of
+from tests.results import TABLES, assert_equal_results, table
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-TIMING_COLUMNS = [
-    "output_throughput_tok_per_s",
-    "output_throughput_stderr",
-    "predicted_throughput_tok_per_s",
-    "predicted_throughput_stderr",
-    "ttft_ms_p50",
-    "tpot_ms_p50",
-    "peak_memory_mib",
-    "speedup",
-    "on_front",
-]
-TABLES = (
-    "sensitivity.csv",
-    "candidates.csv",
-    "pareto.csv",
-    "healing_curves.csv",
-    "healing_quality.csv",
-    "branches.csv",
-)
 KILL_AT = {
     # A stage, and the first words of the progress line after which the driver is killed.
     "sensitivity": "sensitivity 4/9 done",
@@ -87,10 +69,6 @@ def kill_at(inputs, out: Path, line_start: str, *arguments: str) -> None:
 
 def records(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("records/*/*.json")}
-
-
-def table(out: Path, name: str) -> pd.DataFrame:
-    return pd.read_csv(out / name, dtype={"plan_id": str})
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +168,7 @@ def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(undisturbed, tm
     assert {name: after[name] for name in before} == before
     assert set(after) == set(records(expected))
     assert not list((out / "snapshots").glob("*"))
-    for name in TABLES:
-        actual, wanted = (
-            table(folder, name).drop(columns=TIMING_COLUMNS, errors="ignore") for folder in (out, expected)
-        )
-        pd.testing.assert_frame_equal(actual, wanted, check_exact=True)
+    assert_equal_results(out, expected)
 
 
 def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed):

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=layerboost
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=1
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --output=layerboost-%j.log
+# A Ray cluster inside an allocation, and one run on it: sbatch clusters/slurm.sh RECIPE OUT [layerboost run's options]
+# Submitted in the project's folder with its environment activated; both, the home and OUT are on a shared file system.
+set -euo pipefail
+recipe=${1:?a recipe} out=${2:?a run folder that every node reaches}
+shift 2
+
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# A machine that went silent is noticed within 15 seconds.
+export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=3
+ray get-auth-token --generate >/dev/null # ~/.ray/auth_token, which all nodes read
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+on() { # node command...
+  srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" "${@:2}"
+}
+# A folder of our own: /tmp/ray may be another user's.
+common=(--block --temp-dir="/tmp/ray-$SLURM_JOB_ID" --num-cpus="$SLURM_CPUS_ON_NODE"
+  --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --labels="layerboost/hardware=${LAYERBOOST_HARDWARE:-small}")
+# Slurm may give a requeued job the nodes of its first try, where a port can still be taken.
+port=$((20000 + SLURM_JOB_ID % 10000))
+head_ip=$(on "${nodes[0]}" python -c 'import ray; print(ray.util.get_node_ip_address())')
+
+trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+on "${nodes[0]}" ray start --head --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
+  "${common[@]}" &
+until ray health-check --address "$head_ip:$port" 2>/dev/null; do
+  kill -0 $! # the script ends here if the head did
+  sleep 1
+done
+for node in "${nodes[@]:1}"; do
+  on "$node" ray start --address="$head_ip:$port" "${common[@]}" &
+done
+python clusters/wait_for.py nodes "${#nodes[@]}" --address "$head_ip:$port" --timeout-s 600
+
+python -m orchestrator run "$recipe" --out "$out" --address "$head_ip:$port" "$@"

@@ -1,0 +1,296 @@
+"""`ray up` with the shipped clusters/local.yaml on three hosts of our own, a run there, and what goes wrong meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Inputs
+from tests.results import assert_equal_results
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+PROJECT = Path(__file__).resolve().parents[2]
+HOSTS_SH = Path(__file__).with_name("hosts.sh")
+ADDRESSES = ["10.77.0.10", "10.77.0.11", "10.77.0.12"]
+SUBMIT = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "/shared/project", "--"]
+RUN = [sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--out", "/shared/run"]
+TOKEN = {"RAY_AUTH_MODE": "token"}
+SILENT_NODE_NOTICED_S = 30
+"""What the health checks of clusters/local.yaml promise (15 s), and room for a machine that three hosts share."""
+
+
+def why_not() -> str | None:
+    """What this machine lacks for hosts of its own, or None."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "needs root on Linux"
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [
+        name for name in ("ip", "sshd", "ssh", "rsync", "unshare", "nsenter") if not shutil.which(name, path=path)
+    ]
+    if missing:
+        return f"needs {', '.join(missing)}: apt-get install openssh-server openssh-client rsync iproute2"
+    probe = subprocess.run(
+        ["unshare", "--mount", "--pid", "--net", "--fork", "sh", "-c", "mount -t tmpfs tmpfs /mnt"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return None if probe.returncode == 0 else f"needs namespaces: {probe.stderr.strip()}"
+
+
+@dataclass
+class Hosts:
+    """`drv` and h0, h1, h2, which all see `shared` as /shared."""
+
+    folder: Path
+    prefix: str
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+    def command(self, *arguments: str) -> list[str]:
+        return [str(HOSTS_SH), *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "HOSTS_DIR": str(self.folder),
+            "HOSTS_PREFIX": self.prefix,
+            "VENV": sys.prefix,
+            "OWNER": str(os.getpid()),
+        }
+
+    def call(self, *arguments: str) -> None:
+        subprocess.run(self.command(*arguments), env=self.environment, check=True)
+
+    def on(self, host: str, *command: str, env: dict[str, str] | None = None) -> list[str]:
+        """The command line that runs a command on a host."""
+        settings = [f"{name}={value}" for name, value in (env or {}).items()]
+        return self.command("x", host, "env", *settings, *command)
+
+    def run(self, host: str, *command: str, env: dict[str, str] | None = None, expect: int | None = 0) -> str:
+        """What a command on a host writes to stdout; to stderr too where it must not fail."""
+        result = subprocess.run(
+            self.on(host, *command, env=env), env=self.environment, capture_output=True, text=True, check=False
+        )
+        if expect is not None:
+            assert result.returncode == expect, f"{command}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+        return result.stdout
+
+    def start(self, host: str, *command: str, env: dict[str, str], log: Path) -> subprocess.Popen:
+        with open(log, "w") as file:
+            return subprocess.Popen(self.on(host, *command, env=env), env=self.environment, stdout=file, stderr=file)
+
+    def leftovers(self) -> list[str]:
+        """Namespaces, interfaces, mounts and processes that are theirs."""
+        found = [
+            line
+            for command in (["ip", "netns", "list"], ["ip", "-o", "link"])
+            for line in subprocess.run(
+                command, env=self.environment, capture_output=True, text=True
+            ).stdout.splitlines()
+            if f"{self.prefix}-" in line
+        ]
+        found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.folder) in line]
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                mounts, words = (process / "mounts").read_text(), (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(self.folder) in mounts or (str(self.folder).encode() in words and process.name != str(os.getpid())):
+                found.append(f"process {process.name} {words!r}")
+        return found
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
+    """Seconds until a condition held; fails the test after a time."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > timeout_s:
+            pytest.fail(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.5)
+    return time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"), f"l{os.getpid() % 100000}")
+    try:
+        hosts.call("up", str(len(ADDRESSES)))
+        yield hosts
+    finally:
+        hosts.call("down")
+        assert hosts.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def project(hosts, pristine_inputs) -> Inputs:
+    """The working directory of a user, on the shared folder: the packages, and a recipe with its inputs beside."""
+    folder = hosts.shared / "project"
+    for package in ("layerboost", "tasks", "orchestrator"):
+        shutil.copytree(
+            PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "model", "data")
+        )
+    shutil.copytree(PROJECT / "clusters", folder / "clusters", ignore=shutil.ignore_patterns("__pycache__"))
+    inputs = Inputs(folder / "inputs", RECIPE)
+    shutil.copytree(pristine_inputs, inputs.folder)
+    judge = (inputs.folder / "judge.txt").read_text()
+    (inputs.folder / "long.txt").write_text("\n\n".join([judge] * 60))
+    inputs.write_recipe()
+    return inputs
+
+
+RECIPE = {
+    "model": {"path": "./model"},
+    # Units of some seconds, so that all nodes have one before the first is killed.
+    "quality": {"text": "long.txt", "sequences": 1500, "sequence_tokens": 32, "batch_size": 1},
+    "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"], "shares": 12},
+    # Measured speeds differ from run to run, and with them the plans.
+    "search": {"trials": 1, "window": 8, "speed": "bytes"},
+    "healing": {
+        "tokens": 512,
+        "text": "heal.txt",
+        "batch_sequences": 2,
+        "sequence_tokens": 32,
+        "candidates": 1,
+        "curve": [],
+    },
+    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
+    # As many CPUs as a host has, so that a worker has a host to itself, and a thread for each.
+    "placement": {"cpus_per_worker": os.cpu_count()},
+}
+
+
+@pytest.fixture(scope="module")
+def cluster_yaml(hosts) -> Path:
+    """The shipped file with addresses and user filled in and without its section for images."""
+    config = yaml.safe_load((PROJECT / "clusters" / "local.yaml").read_text())
+    config["provider"].update(head_ip=ADDRESSES[0], worker_ips=ADDRESSES[1:])
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": "/root/.ssh/hosts_key"}
+    del config["docker"]
+    (hosts.shared / "local.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return Path("/shared/local.yaml")
+
+
+def states(hosts: Hosts) -> dict[str, str]:
+    """Address to state (ALIVE or DEAD), by Ray's state API through the tunnel to the head."""
+    listed = hosts.run(
+        "drv", "ray", "list", "nodes", "--format", "json", "--address", "http://127.0.0.1:8265", env=TOKEN, expect=None
+    )
+    try:
+        nodes = json.loads(listed)
+    except ValueError:
+        return {}
+    # A node that came back is a new one; the old one stays in the list.
+    return {node["node_ip"]: node["state"] for node in sorted(nodes, key=lambda node: node["state"] == "ALIVE")}
+
+
+def all_alive(hosts: Hosts) -> bool:
+    return states(hosts) == dict.fromkeys(ADDRESSES, "ALIVE")
+
+
+@pytest.fixture(scope="module")
+def launched(hosts, cluster_yaml) -> Iterator[Path]:
+    """The cluster after `ray up`, with `ray dashboard` as the way to it from drv."""
+    hosts.run("drv", "ray", "get-auth-token", "--generate")
+    hosts.run("drv", "ray", "up", "--yes", "--no-config-cache", "--disable-usage-stats", str(cluster_yaml))
+    log = hosts.folder / "dashboard.log"
+    tunnel = hosts.start("drv", "ray", "dashboard", str(cluster_yaml), env=TOKEN, log=log)
+    try:
+        wait_until(lambda: all_alive(hosts), "three nodes alive", timeout_s=180)
+        yield cluster_yaml
+    finally:
+        tunnel.kill()
+        tunnel.wait()
+
+
+def worker_hosts(out: Path) -> set[str]:
+    """Names of the hosts whose workers have recorded shares of the sweep."""
+    return {
+        json.loads(path.read_text())["result"]["worker"]["node"] for path in (out / "records" / "sweep").glob("*.json")
+    }
+
+
+def test_doctor_finds_the_cluster_in_order(hosts, launched, project):
+    doctor = f"cd /shared/project && {sys.executable} -m orchestrator doctor --address {ADDRESSES[0]}:6379"
+    table = hosts.run("h0", "sh", "-c", doctor, env=TOKEN)
+    assert "3 nodes alive" in table
+    assert all(address in table for address in ADDRESSES)
+    assert "missing" not in table
+
+
+def test_nodes_carry_the_label_of_their_hardware(hosts, launched):
+    nodes = json.loads(hosts.run(
+        "drv", "ray", "list", "nodes", "--format", "json", "--detail", "--address", "http://127.0.0.1:8265", env=TOKEN
+    ))  # fmt: skip
+    assert {node["labels"]["layerboost/hardware"] for node in nodes} == {"small"}
+
+
+def test_a_job_without_the_token_is_refused(hosts, launched, project):
+    refused = subprocess.run(
+        hosts.on("drv", *SUBMIT, "true", env={"RAY_AUTH_MODE": "disabled"}),
+        env=hosts.environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "authentication" in (refused.stdout + refused.stderr).lower()
+
+
+def test_a_job_ends_right_although_a_raylet_is_killed_in_the_middle(hosts, launched, project, tmp_path):
+    out = hosts.shared / "run"
+    job = hosts.start("drv", *SUBMIT, *RUN, env=TOKEN, log=hosts.folder / "job.log")
+    try:
+        wait_until(lambda: job.poll() is not None or worker_hosts(out) == {"h0", "h1", "h2"}, "units on all nodes", 240)
+        hosts.run("h1", "sh", "-c", "kill -KILL $(pidof raylet)")
+        assert job.wait(timeout=300) == 0, (hosts.folder / "job.log").read_text()[-6000:]
+    finally:
+        job.kill()
+    fetched = hosts.shared / "fetched"
+    hosts.run("drv", "ray", "rsync-down", str(launched), "/shared/run/", "/shared/fetched/")
+    assert worker_hosts(fetched) == {"h0", "h1", "h2"}
+    assert (fetched / "report.html").exists()
+    here = tmp_path / "here"
+    command = [sys.executable, "-m", "orchestrator", "run", str(project.recipe), "--out", str(here)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, check=True, capture_output=True)
+    assert_equal_results(fetched, here)
+    wait_until(lambda: all_alive(hosts), "the killed node is back", timeout_s=180)
+
+
+def test_a_silent_node_is_noticed_in_seconds(hosts, launched):
+    hosts.call("cut", "h2")
+    noticed_s = wait_until(lambda: states(hosts).get(ADDRESSES[2]) == "DEAD", "h2 dead", SILENT_NODE_NOTICED_S)
+    print(f"silent node noticed after {noticed_s:.1f} s")
+    hosts.call("join", "h2")
+
+
+def test_ray_down_stops_the_cluster(hosts, launched):
+    hosts.run("drv", "ray", "down", "--yes", str(launched))
+    for host in ("h0", "h1", "h2"):
+        wait_until(lambda host=host: not hosts.run(host, "pidof", "raylet", expect=None), f"no raylet on {host}", 90)
+
+
+def test_hosts_go_with_the_process_that_owns_them(tmp_path):
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    hosts = Hosts(tmp_path, f"o{os.getpid() % 100000}")
+    owner = subprocess.Popen(["sleep", "60"])
+    try:
+        subprocess.run(hosts.command("up", "1"), env={**hosts.environment, "OWNER": str(owner.pid)}, check=True)
+        assert hosts.leftovers() != []
+    finally:
+        owner.kill()
+        owner.wait()
+    wait_until(lambda: hosts.leftovers() == [], "nothing left", timeout_s=30)
