@@ -1,4 +1,4 @@
-"""`ray up` with the shipped clusters/local.yaml on three hosts of our own, a run there, and what goes wrong meanwhile."""
+"""`ray up` with the shipped clusters/local.yaml on three hosts of our own, a run there, and what goes wrong in it."""
 
 from __future__ import annotations
 
