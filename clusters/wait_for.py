@@ -51,14 +51,18 @@ def wait_for(what: str, n: int, hardware: str | None, timeout_s: float) -> bool:
         time.sleep(1)
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Waits until a cluster has so many nodes or GPUs.")
     parser.add_argument("what", choices=("nodes", "gpus"))
     parser.add_argument("n", type=int)
     parser.add_argument("--hardware", help=f"value of the label {HARDWARE_LABEL} that the GPUs' nodes must have")
     parser.add_argument("--address", default="auto", help="host:port of the head (default: this machine's cluster)")
     parser.add_argument("--timeout-s", type=float, default=1800, help="default: %(default)s")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     ray.init(address=arguments.address, logging_level="ERROR", log_to_driver=False)
     if arguments.what == "gpus":
         ask_for_gpus(arguments.n, arguments.hardware)
