@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes with token authentication, each node a process of its own, and a project to send there."""
+"""What tests have to themselves: a Ray cluster of two nodes with a token, a project to send there, hosts of our own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.cluster.hosts import ADDRESSES, Hosts, why_not
 
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -138,3 +141,17 @@ def project(pristine_inputs, tmp_path) -> Path:
         shutil.copytree(PROJECT / package, folder / package, ignore=ignored)
     shutil.copytree(pristine_inputs, folder / "inputs")
     return folder
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    """Three hosts and `drv`, and nothing left of them afterwards, whatever happened; skipped where they cannot be."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"), f"l{os.getpid() % 100000}")
+    try:
+        hosts.call("up", str(len(ADDRESSES)))
+        yield hosts
+    finally:
+        hosts.call("down")
+        assert hosts.leftovers() == []

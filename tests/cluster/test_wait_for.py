@@ -1,0 +1,50 @@
+"""clusters/wait_for.py on a head without work, whose autoscaler starts nodes of two kinds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+WAIT_FOR = Path(__file__).resolve().parents[2] / "clusters" / "wait_for.py"
+# Ray's autoscaler, whose nodes are processes here; on a host of its own, since it ends all of Ray first.
+START = """
+from ray.cluster_utils import AutoscalingCluster
+
+def kind(hardware, gpus):
+    return {"resources": {"CPU": 1, "GPU": gpus}, "labels": {"layerboost/hardware": hardware},
+            "node_config": {}, "min_workers": 0, "max_workers": 2}
+
+AutoscalingCluster(
+    head_resources={"CPU": 0},
+    worker_node_types={"gpu-small": kind("small", 1), "gpu-large": kind("large", 4)},
+    autoscaler_v2=True,
+    idle_timeout_minutes=0.1,
+).start()
+"""
+NODES = """
+import json, ray
+ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+print(json.dumps([node["Labels"].get("layerboost/hardware", "head") for node in ray.nodes() if node["Alive"]]))
+"""
+
+
+def test_gpus_are_asked_for_by_hardware_and_leave_when_idle(hosts):
+    def kinds() -> list[str]:
+        return sorted(json.loads(hosts.run("h0", sys.executable, "-c", NODES).splitlines()[-1]))
+
+    (hosts.shared / "wait_for.py").write_bytes(WAIT_FOR.read_bytes())
+    wait_for = [sys.executable, "/shared/wait_for.py"]
+    hosts.run("h0", sys.executable, "-c", START)
+    assert kinds() == ["head"]
+    hosts.run("h0", *wait_for, "gpus", "2", "--hardware", "small", "--timeout-s", "120")
+    assert kinds() == ["head", "small", "small"]
+    hosts.run("h0", *wait_for, "nodes", "3", "--timeout-s", "5")
+    hosts.run("h0", *wait_for, "gpus", "9", "--hardware", "small", "--timeout-s", "3", expect=1)
+    wait_until(lambda: kinds() == ["head"], "idle nodes leave, since nobody asks for them any more", timeout_s=90)
