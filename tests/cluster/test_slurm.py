@@ -14,7 +14,7 @@ from tests.conftest import Inputs
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 PROJECT = Path(__file__).resolve().parents[2]
-# As srun: runs a command on the named node, in the caller's folder and environment, and ends it when it is itself ended.
+# As srun: runs a command on the named node in the caller's folder and environment, and ends it when it ends itself.
 SRUN = """#!/usr/bin/env python3
 import os, shlex, signal, subprocess, sys
 node = next(word.split("=")[1] for word in sys.argv if word.startswith("--nodelist="))
