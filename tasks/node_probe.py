@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def probe_node(request: ProbeRequest, name: str) -> NodeReport:
     """
     missing = {place: "is not there" for place, path in request.paths.items() if not os.path.exists(path)}
     for place, (model, revision) in request.models.items():
-        missing |= _reason(place, lambda model=model, revision=revision: _hub_model(model, revision))
+        missing |= _reason(place, partial(_hub_model, model, revision))
     for place, dataset in request.datasets.items():
-        missing |= _reason(place, lambda dataset=dataset: _hub_dataset(dataset))
+        missing |= _reason(place, partial(_hub_dataset, dataset))
     return NodeReport(
         versions=versions(request.packages),
         shm_bytes=_shm_bytes(),
