@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,9 @@ def probe_node(request: ProbeRequest, name: str) -> NodeReport:
     """
     missing = {place: "is not there" for place, path in request.paths.items() if not os.path.exists(path)}
     for place, (model, revision) in request.models.items():
-        missing |= _reason(place, partial(_hub_model, model, revision))
+        missing |= _reason(place, _hub_model, model, revision)
     for place, dataset in request.datasets.items():
-        missing |= _reason(place, partial(_hub_dataset, dataset))
+        missing |= _reason(place, _hub_dataset, dataset)
     return NodeReport(
         versions=versions(request.packages),
         shm_bytes=_shm_bytes(),
@@ -152,6 +151,17 @@ def take_probe_file(folder: str, token: str, name: str) -> str | None:
     return None if found == token.encode() else "it reads other than it was written"
 
 
+def existing_ancestor(folder: str) -> str:
+    """The folder itself, or what is there of the way to it: probing makes no folders. URLs have none to make."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    if not isinstance(filesystem, LocalFileSystem):
+        return folder
+    ancestor = Path(path).absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    return str(ancestor)
+
+
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     """The versions of Python, of LayerBoost, and of distributions; nothing heavy is imported."""
     found: dict[str, str | None] = {"python": platform.python_version(), "layerboost": _our_version()}
@@ -192,17 +202,6 @@ def _probe_file(folder: str, token: str, name: str) -> tuple[Any, str]:
     return filesystem, f"{path.rstrip('/')}/.probe-{token}-{name}"
 
 
-def existing_ancestor(folder: str) -> str:
-    """The folder itself, or what is there of the way to it: probing makes no folders. URLs have none to make."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    if not isinstance(filesystem, LocalFileSystem):
-        return folder
-    ancestor = Path(path).absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    return str(ancestor)
-
-
 def _shm_bytes() -> int | None:
     try:
         return shutil.disk_usage("/dev/shm").total
@@ -232,9 +231,9 @@ def _hub_dataset(name: str) -> None:
     HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S)
 
 
-def _reason(place: str, look: Callable[[], None]) -> dict[str, str]:
+def _reason(place: str, look: Callable[..., None], *what: str | None) -> dict[str, str]:
     try:
-        look()
+        look(*what)
     except Exception as error:  # the hub's client has many kinds, and its HTTP library more
         return {place: f"is not in the cache, and the hub cannot be asked ({_first_line(error)})"}
     return {}
