@@ -54,7 +54,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
             shares=MIN_AUTO_SHARES if isinstance(shares, str) else shares,
         )
         sampled_s = None if inputs.sampling is None else sample_token_s(model, tokenizer, inputs.sampling)
-    with threads(measuring_threads(exclusive_worker(nodes))):
+    with threads(measuring_threads(exclusive_worker(nodes, recipe.placement.labels.time))):
         decode = tuple(
             decode_costs(model, concurrency=n, prompt_tokens=tokens, treatments=every, window=window)
             for n, tokens in _conditions(inputs)
@@ -89,7 +89,7 @@ def costs_of(run: RunContext, *, record: bool) -> Costs:
         import ray
 
         run.connect()
-        options = exclusive_worker(nodes).actor_options()
+        options = exclusive_worker(nodes, run.inputs.recipe.placement.labels.time).actor_options()
         costs = ray.get(ray.remote(calibrate).options(**options, max_retries=0).remote(run.inputs, nodes))
         identity = calibration_identity(run.inputs, nodes, _device_name())
         run.record(CALIBRATION, identity, {"costs": costs.to_dict()})
@@ -121,14 +121,16 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
 def evaluation_workers(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> WorkerResources:
     """Workers that judge."""
     placement = inputs.recipe.placement
-    return resolve_workers(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker, nodes=nodes)
+    wanted = placement.workers, placement.cpus_per_worker, placement.gpus_per_worker
+    return resolve_workers(*wanted, nodes=nodes, labels=placement.labels.evaluate)
 
 
 def healing_workers(inputs: RunInputs, nodes: tuple[NodeResources, ...], n_jobs: int = 1) -> WorkerResources:
     """Workers that heal one plan, of `n_jobs` side by side; those that judge where nothing is healed."""
     if not inputs.recipe.healing.tokens:
         return evaluation_workers(inputs, nodes)
-    return resolve_workers(*healing_placement(inputs, nodes, n_jobs), nodes=nodes)
+    labels = inputs.recipe.placement.labels.heal
+    return resolve_workers(*healing_placement(inputs, nodes, n_jobs), nodes=nodes, labels=labels)
 
 
 def _conditions(inputs: RunInputs) -> list[tuple[int, int]]:

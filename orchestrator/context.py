@@ -142,7 +142,12 @@ class RunContext:
         self.connect()
         placement = self.inputs.recipe.placement
         workers = placed(
-            lambda: cluster.resolve_workers(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
+            lambda: cluster.resolve_workers(
+                placement.workers,
+                placement.cpus_per_worker,
+                placement.gpus_per_worker,
+                labels=placement.labels.evaluate,
+            )
         )
         budget = placement.activations_gib
         return replace(workers, activations_gib=budget if isinstance(budget, float) else None)

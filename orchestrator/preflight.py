@@ -6,8 +6,9 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster_check import Needs, check_nodes
@@ -22,7 +23,16 @@ from orchestrator.recipe import (
 )
 from orchestrator.run_folder import RunFolder
 from orchestrator.text_check import check_healing_texts, check_plain_text
-from tasks.cluster import ClusterError, NodeResources, ResourcesError, addable, connect, resolve_workers
+from tasks.cluster import (
+    ClusterError,
+    NodeResources,
+    ResourcesError,
+    addable,
+    connect,
+    labelled,
+    no_such_node,
+    resolve_workers,
+)
 
 if TYPE_CHECKING:
     from layerboost.serving_environment import ServingEnvironment
@@ -59,7 +69,7 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     _check_plans(recipe, facts)
     _check_constraints(recipe, facts)
     if recipe.throughput.engine == "vllm":
-        check_vllm(recipe.throughput.environment, [facts], address)
+        check_vllm(recipe.throughput.environment, [facts], address, labels=recipe.placement.labels.time)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
     tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
@@ -242,13 +252,19 @@ def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def check_vllm(
-    folder: str | None, every_facts: Sequence[ModelFacts], address: str | None = None, *, prefix: str = "throughput."
+    folder: str | None,
+    every_facts: Sequence[ModelFacts],
+    address: str | None = None,
+    *,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    prefix: str = "throughput.",
 ) -> ServingEnvironment:
     """The environment that has vLLM and serves all these models.
 
     Args:
         folder: of the environment; None for the running Python's.
         address: of the cluster that it is on.
+        labels: of the nodes that time.
         prefix: of the fields' names in an error.
 
     Raises:
@@ -262,19 +278,21 @@ def check_vllm(
     except ServingError as error:
         raise InputError(f"{prefix}engine", "vllm", f"{error}; use transformers") from None
     try:
-        return serving_environment(folder, address)
+        return serving_environment(folder, address, tuple(labels.items()))
     except ServingError as error:
         remedy = str(error) if folder else f"the running Python {error}"
         raise InputError(f"{prefix}environment", folder, remedy) from None
 
 
 @functools.cache
-def serving_environment(folder: str | None, address: str | None) -> ServingEnvironment:
+def serving_environment(
+    folder: str | None, address: str | None, labels: tuple[tuple[str, str], ...]
+) -> ServingEnvironment:
     """What `find_environment` finds, on this machine or on the node of a connected cluster that times."""
     from layerboost.serving_environment import find_environment
     from tasks.measurement import on_measuring_node
 
-    return find_environment(folder) if address is None else on_measuring_node(find_environment, folder)
+    return find_environment(folder) if address is None else on_measuring_node(dict(labels), find_environment, folder)
 
 
 def check_device(device: str, field: str = "model.device") -> None:
@@ -305,7 +323,11 @@ def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
     if address is None:
         import torch
 
-        return (NodeResources("here", "localhost", float(os.cpu_count() or 1), float(torch.cuda.device_count())),)
+        return (
+            NodeResources(
+                "here", "localhost", float(os.cpu_count() or 1), float(torch.cuda.device_count()), labels=None
+            ),
+        )
     try:
         return connect(address).nodes
     except ClusterError as error:
@@ -327,19 +349,25 @@ def check_placement(
         InputError: for more than there could ever be, for which Ray would wait for ever.
     """
     placement = recipe.placement
+    labels = {"workers": placement.labels.evaluate, "healing_workers": placement.labels.heal}
+    for kind, asked in placement.labels:
+        if not growth and not labelled(nodes, asked):
+            error = no_such_node(asked)
+            raise InputError(f"placement.labels.{kind}", error.value, f"on {where} {error.remedy}")
     wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
     if recipe.healing.tokens and placement.healing_workers != "auto":
         # Each has a whole GPU, or at least one CPU.
-        n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in nodes)
+        healers = labelled(nodes, placement.labels.heal)
+        n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in healers)
         wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))
     pending = []
     for field, workers in wanted:
         try:
-            resolve_workers(*workers, nodes=nodes)
+            resolve_workers(*workers, nodes=nodes, labels=labels[field])
         except ResourcesError as error:
             at_fault = f"placement.{field if error.field == 'workers' or field == 'healing_workers' else error.field}"
             try:
-                resolve_workers(*workers, nodes=nodes, growth=growth)
+                resolve_workers(*workers, nodes=nodes, growth=growth, labels=labels[field])
             except ResourcesError as never:
                 raise InputError(at_fault, never.value, f"on {where} {never.remedy}") from None
             pending.append(

@@ -290,12 +290,39 @@ class ThroughputSection(Section):
         return self
 
 
+def _ray_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Names and values as Ray takes them; its operators (`!`, `in(...)`) are not among them."""
+    for name, value in labels.items():
+        is_name, is_value = re.fullmatch(r"([\w.-]+/)?[\w.-]+", name), re.fullmatch(r"\w([\w.-]*\w)?", value)
+        if not (is_name and is_value):
+            raise ValueError(f"'{name}: {value}' must be a name and a value of letters, digits, - _ and .")
+    return labels
+
+
+NodeLabels = Annotated[dict[str, str], AfterValidator(_ray_labels)]
+
+
+class LabelsSection(Section):
+    """Ray's labels of the nodes that a kind of work goes to; any node where none are given.
+
+    Attributes:
+        evaluate: what judges plans and writes text: sweeps, the search, finalists.
+        heal: what trains.
+        time: throughput and latency.
+    """
+
+    evaluate: NodeLabels = Field(default_factory=dict)
+    heal: NodeLabels = Field(default_factory=dict)
+    time: NodeLabels = Field(default_factory=dict)
+
+
 class PlacementSection(Section):
     """Where the work runs. Changes no number and no identity.
 
     `activations_gib` bounds what a pass holds beside the weights; `auto` takes half of a GPU's free memory, 1 GiB of a
     CPU's. A unit of work, or a step of healing, that takes longer than `unit_timeout_s` is taken for hung and tried
-    again; `auto` takes twenty times what the run's estimate expects of it, ten minutes at least.
+    again; `auto` takes twenty times what the run's estimate expects of it, ten minutes at least. `labels` choose among
+    the nodes of a cluster; without one they say nothing.
     """
 
     workers: AutoCount = "auto"
@@ -314,6 +341,7 @@ class PlacementSection(Section):
     unit_timeout_s: Annotated[
         float | Literal["auto"], BeforeValidator(auto_or(float, 1, "a number of seconds of at least 1"))
     ] = "auto"
+    labels: LabelsSection = LabelsSection()
 
 
 class Recipe(Section):

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class ResourcesError(ValueError):
     """Workers that the cluster can never hold.
 
     Attributes:
-        field: the placement field at fault: `workers`, `cpus_per_worker` or `gpus_per_worker`.
+        field: the placement field at fault: `workers`, `cpus_per_worker`, `gpus_per_worker` or `labels`.
         value: what it asks for.
         remedy: what to write instead.
     """
@@ -52,13 +53,23 @@ class ResourcesError(ValueError):
 
 @dataclass(frozen=True)
 class NodeResources:
-    """One living node, or one that could be started."""
+    """One living node, or one that could be started.
+
+    Attributes:
+        labels: Ray's node labels; None where nobody knows them or they do not count: nodes to come, a cluster that
+            `connect` starts of this machine.
+    """
 
     node_id: str
     address: str
     cpus: float
     gpus: float
     object_store_bytes: float = 0.0
+    labels: tuple[tuple[str, str], ...] | None = ()
+
+    def carries(self, labels: Mapping[str, str]) -> bool:
+        """Whether work for nodes with some labels may go there."""
+        return self.labels is None or set(labels.items()) <= set(self.labels)
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,17 @@ class ClusterInfo:
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """How many workers, what each one holds, and how much its activations may take (None: what it finds fit)."""
+    """How many workers, what each one holds, the labels of the nodes that they may go to.
+
+    Attributes:
+        activations_gib: how much a worker's activations may take; None: what it finds fit.
+    """
 
     n_workers: int
     cpus: float
     gpus: float
     activations_gib: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def threads(self) -> int:
@@ -99,7 +115,8 @@ class WorkerResources:
 
     def actor_options(self) -> dict:
         """Options for `ray.remote(...)` of one worker."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        selector = {"label_selector": dict(self.labels)} if self.labels else {}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
 
 
 _started = False
@@ -186,6 +203,7 @@ def resources() -> tuple[NodeResources, ...]:
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
             object_store_bytes=node["Resources"].get("object_store_memory", 0.0),
+            labels=None if _started else tuple(sorted(node["Labels"].items())),
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -208,7 +226,7 @@ def addable() -> tuple[NodeResources, ...]:
         most = MAX_ADDED_NODES if group.max_count < 0 else group.max_count
         size = (float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
         n_more = min(most - living[group.name], MAX_ADDED_NODES)
-        nodes += [NodeResources(f"{group.name}-{index}", group.name, *size) for index in range(n_more)]
+        nodes += [NodeResources(f"{group.name}-{index}", group.name, *size, labels=None) for index in range(n_more)]
     return tuple(nodes)
 
 
@@ -219,6 +237,7 @@ def resolve_workers(
     *,
     nodes: Sequence[NodeResources] | None = None,
     growth: Sequence[NodeResources] = (),
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> WorkerResources:
     """Turns a placement into a number of workers and the size of each, or says why it can never be had.
 
@@ -230,18 +249,39 @@ def resolve_workers(
         workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
         nodes: of the cluster; None asks the connected one, also for `growth`.
         growth: nodes that an autoscaler adds when work waits for them; counted where the others do not suffice.
+        labels: that a node must carry.
 
     Raises:
         ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
     """
     if nodes is None:
         nodes, growth = resources(), addable()
+    usable = labelled(nodes, labels)
+    if not usable and not growth:
+        raise no_such_node(labels)
     try:
-        return _fit(workers, cpus_per_worker, gpus_per_worker, nodes)
+        workers_there = _fit(workers, cpus_per_worker, gpus_per_worker, usable)
     except ResourcesError:
         if not growth:
             raise
-        return _fit(workers, cpus_per_worker, gpus_per_worker, (*nodes, *growth))
+        workers_there = _fit(workers, cpus_per_worker, gpus_per_worker, (*usable, *growth))
+    return replace(workers_there, labels=selected(nodes, labels))
+
+
+def labelled(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[NodeResources, ...]:
+    """Those nodes that work for some labels may go to."""
+    return tuple(node for node in nodes if node.carries(labels))
+
+
+def selected(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The labels that Ray is to be told; none where those of this machine do not count."""
+    return () if any(node.labels is None for node in nodes) else tuple(sorted(labels.items()))
+
+
+def no_such_node(labels: Mapping[str, str]) -> ResourcesError:
+    """That no node carries the labels."""
+    written = ", ".join(f"{name}: {value}" for name, value in sorted(labels.items()))
+    return ResourcesError("labels", written, "no node carries them; start one with ray start --labels")
 
 
 def _fit(

@@ -69,7 +69,7 @@ def jobs_at_once(job: HealingJob, nodes: Sequence[cluster.NodeResources] | None 
     """How many jobs of one placement the nodes (None: the connected cluster's) have workers for; at least one."""
     size = {"cpus": job.cpus_per_worker, "gpus": job.gpus_per_worker}
     n_workers = 0
-    for node in cluster.resources() if nodes is None else nodes:
+    for node in cluster.labelled(cluster.resources() if nodes is None else nodes, dict(job.node_labels)):
         n_workers += min(int(getattr(node, name) / amount + 1e-9) for name, amount in size.items() if amount)
     return max(1, n_workers // job.n_workers)
 

@@ -116,7 +116,12 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
         run_healing_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "progress": box},
         torch_config=_config_with_notices(TorchConfig(backend="nccl" if on_gpu else "gloo"), job.metadata_servers),
-        scaling_config=ScalingConfig(num_workers=job.n_workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=job.n_workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            label_selector=dict(job.node_labels) or None,
+        ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=job.name,
             storage_path=job.storage_path,

@@ -83,6 +83,7 @@ class HealingJob:
         snapshots, snapshot_url: shares of the budget at which the trained parameters are written to
             `<snapshot_url>/<step>.safetensors` (a folder or fsspec URL that rank 0's host reaches), for `student_from`.
         n_workers: of the Train job; as many layers are fitted at once in a transfer by layer.
+        node_labels: of the nodes that workers may go to, none where any will do.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3; 0 is run as 1, which notices gradients that are not numbers.
         zero_options: further settings of DeepSpeed's `zero_optimization`.
         offload_optimizer: keep the optimizer's state in the host's memory and step there; needs ZeRO.
@@ -114,6 +115,7 @@ class HealingJob:
     n_workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
+    node_labels: tuple[tuple[str, str], ...] = ()
     zero_stage: int = 2
     zero_options: Mapping[str, Any] | None = None
     offload_optimizer: bool = False

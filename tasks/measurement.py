@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from layerboost.serving_bench import ServingCondition, ServingMeasurement, local
 from layerboost.serving_environment import ServingEnvironment, ServingError
 
 from .ablation import ModelSource, actor_maker
-from .cluster import NodeResources, WorkerResources, resources
+from .cluster import NodeResources, WorkerResources, labelled, no_such_node, resources, selected
 from .storage import local_folder
 from .units import UnitFailure, run_units, worker_info
 from .watching import UNWATCHED, Watch
@@ -149,6 +150,7 @@ def measure_groups(
     on_failure: Callable[[UnitFailure], None] | None = None,
     max_attempts: int | None = None,
     watch: Watch = UNWATCHED,
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> list[UnitFailure]:
     """Times all groups one after the other on one worker, so that all stand on the same hardware.
 
@@ -156,7 +158,7 @@ def measure_groups(
     room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
     server may take minutes to fail, twice.
     """
-    alone = exclusive_worker(resources())
+    alone = exclusive_worker(resources(), labels)
     with_vllm = any(unit.environment is not None for group in groups for unit in group)
     max_attempts = max_attempts or (2 if with_vllm else 3)
     return run_units(
@@ -172,15 +174,15 @@ def measure_groups(
     )
 
 
-def on_measuring_node(ask: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function gives on the node that times; the cluster is connected.
+def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives on the node that times, the largest with some labels; the cluster is connected.
 
     Raises:
         Exception: what the function raises there.
     """
     import ray
 
-    worker = exclusive_worker(resources())
+    worker = exclusive_worker(resources(), labels)
     try:
         return ray.get(ray.remote(ask).options(**worker.actor_options()).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
@@ -196,7 +198,14 @@ def measuring_threads(alone: WorkerResources) -> int:
     return max(1, alone.threads - 1)
 
 
-def exclusive_worker(nodes: Sequence[NodeResources]) -> WorkerResources:
-    """A worker that has the largest node (most GPUs, then most CPUs) for itself, and one of its GPUs."""
-    node = max(nodes, key=lambda node: (node.gpus, node.cpus))
-    return WorkerResources(1, node.cpus, min(1.0, node.gpus))
+def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:
+    """A worker that has the largest node with some labels (most GPUs, then most CPUs) for itself, and one of its GPUs.
+
+    Raises:
+        ResourcesError: no node carries the labels.
+    """
+    usable = labelled(nodes, labels)
+    if not usable:
+        raise no_such_node(labels)
+    node = max(usable, key=lambda node: (node.gpus, node.cpus))
+    return WorkerResources(1, node.cpus, min(1.0, node.gpus), labels=selected(nodes, labels))

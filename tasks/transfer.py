@@ -121,6 +121,7 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
         num_gpus=job.gpus_per_worker,
         max_retries=job.max_failures,
         retry_exceptions=True,
+        label_selector=dict(job.node_labels) or None,
         scheduling_strategy="DEFAULT",  # anywhere: a caller that is a trial has no room of its own
     )
     layers = linear_window_layers_of(job.plan)

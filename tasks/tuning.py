@@ -225,7 +225,10 @@ def run_trials(
         tune.with_parameters(
             PlanTrial, make_evaluator=make_evaluator, max_attempts=max_attempts, timeout_s=watch.timeout_s
         ),
-        tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
+        tune.PlacementGroupFactory(
+            [{name: amount for name, amount in bundle.items() if amount}],
+            bundle_label_selector=[dict(resources.labels)] if resources.labels else None,
+        ),
     )
     with quiet(max_pending=resources.n_workers), temporary_folder(storage_path) as folder:
         tune.Tuner(

@@ -74,6 +74,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: cluster.WorkerRe
         n_workers=workers.n_workers,
         cpus_per_worker=workers.cpus,
         gpus_per_worker=workers.gpus,
+        node_labels=workers.labels,
         zero_stage=healing.zero_stage,
         offload_optimizer=healing.offload_optimizer,
         transfer=healing.transfer,
@@ -109,7 +110,8 @@ def healing_workers(run: RunContext, n_jobs: int = 1) -> cluster.WorkerResources
     run.connect()
     nodes = cluster.resources()
     wanted = healing_placement(run.inputs, nodes, n_jobs)
-    return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes))
+    labels = run.inputs.recipe.placement.labels.heal
+    return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes, labels=labels))
 
 
 def healing_placement(
@@ -121,13 +123,14 @@ def healing_placement(
     GPUs: fewer for each would have to hold more.
     """
     placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
+    nodes = cluster.labelled(nodes, placement.labels.heal)
     n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
     asked = placement.healing_workers
     n_workers = max(1, min(n_gpus, batch)) if asked == "auto" else int(asked)
     if n_gpus:
         return n_workers, 1.0, 1.0
     # As many CPUs for each as all of them can have, whatever node they come to lie on.
-    largest = int(max(node.cpus for node in nodes))
+    largest = int(max((node.cpus for node in nodes), default=1))
     n_jobs = min(n_jobs, max(1, cluster.MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
     fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers * n_jobs)
     return n_workers, float(next(fitting, 1)), 0.0

@@ -76,11 +76,12 @@ def time_models(
         on_gpu = not _is_cpu(hardware)
         in_groups = server_groups(todo, on_gpu=on_gpu) if with_vllm else groups(todo, on_gpu=on_gpu)
         watch = run.watch(stage, _group_name, of_each=max(map(len, in_groups)))
-        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch)
+        where = run.inputs.recipe.placement.labels.time
+        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch, labels=where)
         # One model that cannot be timed must not take with it those beside it.
         if not with_vllm and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
-            failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch)
+            failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch, labels=where)
         for unit, error in _failed_units(failures, todo):
             if run.recorded(identities[unit], (THROUGHPUT,)) is None:
                 run.failed(stage, {**units[unit][0], **_condition(unit)}, error)
@@ -155,12 +156,14 @@ def measuring_hardware(run: RunContext) -> str:
     if run.address is None:
         return _device_name()
     run.connect()
-    return on_measuring_node(_device_name)
+    return on_measuring_node(run.inputs.recipe.placement.labels.time, _device_name)
 
 
 def _environment(run: RunContext) -> ServingEnvironment | None:
-    recipe = run.inputs.recipe.throughput
-    return serving_environment(recipe.environment, run.address) if recipe.engine == VLLM else None
+    recipe, labels = run.inputs.recipe.throughput, run.inputs.recipe.placement.labels.time
+    if recipe.engine != VLLM:
+        return None
+    return serving_environment(recipe.environment, run.address, tuple(labels.items()))
 
 
 def _at_recorded_speed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_vllm_needs_a_family_that_it_serves_an_environment_and_room_for_longer_p
     asked = []
     monkeypatch.setattr(preflight, "serving_environment", lambda *asked_for: asked.append(asked_for))
     run_preflight(inputs, *VLLM)
-    assert asked == [("/venv", None)]
+    assert asked == [("/venv", None, ())]
     with pytest.raises(InputError, match=r"throughput\.prompt_tokens: 45: with 4 new tokens and the 16 by .* is 65"):
         run_preflight(inputs, *VLLM, "throughput.prompt_tokens=45")
     _edit_config(inputs, model_type="olmo", architectures=["OlmoForCausalLM"])
@@ -226,6 +227,14 @@ def test_more_than_there_is(inputs, overrides, field, value):
 )
 def test_as_much_as_there_is(inputs, overrides):
     check_placement(load_recipe(inputs.recipe, overrides), TWO_NODES, "the cluster")
+
+
+def test_labels_that_no_node_carries_are_refused_and_wait_for_an_autoscaler(inputs):
+    recipe = load_recipe(inputs.recipe, ["placement.labels={heal: {layerboost/hardware: large}}"])
+    with pytest.raises(InputError, match=r"placement.labels.heal: layerboost/hardware: large: on the cluster no node"):
+        check_placement(recipe, TWO_NODES, "the cluster")
+    check_placement(recipe, TWO_NODES, "the cluster", growth=[replace(TWO_NODES[0], labels=None)])
+    check_placement(recipe, [replace(node, labels=None) for node in TWO_NODES], "this machine")
 
 
 def test_this_machine_has_a_cpu():

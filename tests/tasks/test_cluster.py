@@ -7,13 +7,22 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from layerboost.evaluation import QualitySpec
+from layerboost.healing_spec import HealingSpec
+from layerboost.plan import Plan
+from layerboost.sources import TextSource
 from tasks import cluster
+from tasks.ablation import EvaluationUnit, ModelSource, evaluate_units
 from tasks.cluster import ClusterError, NodeResources, ResourcesError, connect, our_package_folders, resolve_workers
+from tasks.healing import heal
+from tasks.healing_job import HealingJob
+from tasks.measurement import exclusive_worker
 
 
 def _nodes(*sizes) -> list[NodeResources]:
@@ -193,3 +202,64 @@ def test_a_workers_death_leaves_stdout_to_the_results(tmp_path):
     died = _python(script, tmp_path, {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
     assert died.returncode == 0 and died.stdout == "crashed\n"
     assert "A worker died" in died.stderr, "Ray says it in another way now: look whether stdout still stays clean"
+
+
+def test_labels_choose_among_the_nodes_and_say_nothing_on_a_machine_alone():
+    small, large = (replace(node, labels=(("hardware", name),)) for node, name in zip(_nodes((4, 1), (8, 2)), "ab"))
+    wanted = {"hardware": "b"}
+    found = resolve_workers(nodes=[small, large], labels=wanted)
+    assert (found.n_workers, found.actor_options()["label_selector"]) == (2, wanted)
+    assert exclusive_worker([small, large], {"hardware": "a"}).cpus == 4
+    assert "label_selector" not in resolve_workers(nodes=[small, large]).actor_options()
+    for ask in (resolve_workers, exclusive_worker):
+        with pytest.raises(ResourcesError, match=r"placement.labels: hardware: c: no node .* ray start --labels"):
+            ask(nodes=[small, large], labels={"hardware": "c"})
+    alone = resolve_workers(nodes=[replace(small, labels=None)], labels=wanted)
+    assert alone.n_workers == 1 and "label_selector" not in alone.actor_options()
+
+
+@pytest.mark.cluster
+def test_workers_trials_and_train_jobs_go_where_the_labels_are(tiny_checkpoint, tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ours = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    ours.add_node(num_cpus=3, labels={"hardware": "large"})
+    try:
+        ray.init(address=ours.address, log_to_driver=False, logging_level="ERROR")
+        there = next(node for node in cluster.resources() if ("hardware", "large") in (node.labels or ()))
+        workers = resolve_workers(cpus_per_worker=1, labels={"hardware": "large"})
+        assert workers.n_workers == 3
+        source = ModelSource(str(tiny_checkpoint / "model"))
+        spec = QualitySpec(text=str(tiny_checkpoint / "text.txt"), sequence_tokens=8, n_sequences=2)
+        seen = []
+        units = [EvaluationUnit(Plan.parse(plan, window=4)) for plan in ("SSSN", "SSNS", "SNSS")]
+        failures = evaluate_units(
+            units, source, spec, workers, on_result=lambda unit, result, s, info: seen.append(info["node_id"])
+        )
+        assert failures == []
+        assert seen == [there.node_id] * 3
+        log = str(tmp_path / "nodes")
+
+        def note_node(*_) -> None:
+            import ray
+
+            with open(log, "a") as file:
+                file.write(ray.get_runtime_context().get_node_id() + "\n")
+
+        job = HealingJob(
+            model=source.path,
+            plan=Plan.parse("SSSN", window=4),
+            spec=HealingSpec(tokens=32, sequence_tokens=8, batch_sequences=2),
+            sources=(TextSource(str(tiny_checkpoint / "text.txt")),),
+            output=str(tmp_path / "out"),
+            storage_path=str(tmp_path / "storage"),
+            name="there",
+            node_labels=workers.labels,
+            on_step=note_node,
+        )
+        heal(job)
+        assert set(Path(log).read_text().split()) == {there.node_id}
+    finally:
+        ray.shutdown()
+        ours.shutdown()

@@ -105,9 +105,9 @@ def test_a_unit_is_either_a_plan_or_a_checkpoint():
 
 def test_the_worker_has_the_largest_node_for_itself():
     nodes = [NodeResources("a", "", 64, 0), NodeResources("b", "", 16, 4), NodeResources("c", "", 32, 0)]
-    alone = exclusive_worker(nodes)
+    alone = exclusive_worker(nodes, {})
     assert (alone.n_workers, alone.cpus, alone.gpus) == (1, 16, 1)
-    alone = exclusive_worker([nodes[2], nodes[0]])
+    alone = exclusive_worker([nodes[2], nodes[0]], {})
     assert (alone.cpus, alone.gpus, alone.threads) == (64, 0, 64)
     assert [measuring_threads(WorkerResources(1, cpus, 0)) for cpus in (1, 2, 64)] == [1, 1, 63]
 
