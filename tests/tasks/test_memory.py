@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from tasks.healing import StepEvent, heal
 from tasks.memory import in_memory, is_out_of_memory
 from tests.tasks.test_healing import check_result, folder, job_of, local, record_steps, steps_in
 
 __all__ = ["folder", "local"]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def allocate_too_much() -> None:
