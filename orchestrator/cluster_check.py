@@ -176,7 +176,7 @@ def _shm_findings(at: str, report: NodeReport, object_store_bytes: float) -> Ite
 def _clock_findings(at: str, ahead_s: float) -> Iterator[Finding]:
     if abs(ahead_s) < SKEW_WARNING_S:
         return
-    found = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine"
+    found = f"at least {abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine"
     state = MISSING if abs(ahead_s) > SKEW_LIMIT_S else WARN
     remedy = "set its clock (chrony or ntpd): a run folder's lock counts as left behind by the clock"
     yield Finding(f"{at} clock", found, state, remedy)

@@ -69,7 +69,7 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Answer:
-    """A node's report, or why there is none, and by how much its clock is ahead of this process's."""
+    """A node's report, or why there is none, and by how much at least its clock is ahead of this process's."""
 
     report: NodeReport | None
     failure: str = ""
@@ -112,7 +112,7 @@ def probe_nodes(request: ProbeRequest, nodes: Sequence[NodeResources], timeout_s
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     probe = ray.remote(probe_node)
-    pending = {}
+    pending, sent_s = {}, time.time()
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
@@ -122,11 +122,19 @@ def probe_nodes(request: ProbeRequest, nodes: Sequence[NodeResources], timeout_s
     while pending and (left_s := end - time.monotonic()) > 0:
         # One at a time: when an answer arrives says how far its clock is off.
         for done in ray.wait(list(pending), num_returns=1, timeout=left_s)[0]:
-            answers[pending.pop(done)] = _answer(done)
+            answers[pending.pop(done)] = _answer(done, sent_s)
     for late, node_id in pending.items():
         ray.cancel(late, force=True)
         answers[node_id] = Answer(None, f"no answer within {timeout_s:g} s")
     return answers
+
+
+def ahead_s(clock_s: float, sent_s: float, arrived_s: float) -> float:
+    """By how much at least a clock is ahead (below 0: behind) that read `clock_s` between question and answer.
+
+    A clock that agrees reads something between the two, however slow either machine is.
+    """
+    return max(clock_s - arrived_s, 0.0) + min(clock_s - sent_s, 0.0)
 
 
 def put_probe_file(folder: str, token: str, name: str) -> str | None:
@@ -239,7 +247,7 @@ def _reason(place: str, look: Callable[..., None], *what: str | None) -> dict[st
     return {}
 
 
-def _answer(done: Any) -> Answer:
+def _answer(done: Any, sent_s: float) -> Answer:
     import ray
 
     arrived_s = time.time()
@@ -247,7 +255,7 @@ def _answer(done: Any) -> Answer:
         report = ray.get(done)
     except Exception as error:  # a node that dies, or cannot set up our packages
         return Answer(None, _first_line(error))
-    return Answer(report, ahead_s=report.clock_s - arrived_s)
+    return Answer(report, ahead_s=ahead_s(report.clock_s, sent_s, arrived_s))
 
 
 def _first_line(error: Exception) -> str:
