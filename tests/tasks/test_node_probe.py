@@ -83,7 +83,7 @@ def test_every_node_answers_also_one_without_a_cpu_and_a_silent_one_is_named(mon
     import ray
     from ray.cluster_utils import Cluster
 
-    from tasks.cluster import NodeResources, resources
+    from tasks.cluster import NodeResources, addable, resources
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -98,8 +98,23 @@ def test_every_node_answers_also_one_without_a_cpu_and_a_silent_one_is_named(mon
         gone = NodeResources("ab" * 28, "10.0.0.9", 1, 0)
         answers = node_probe.probe_nodes(ProbeRequest(), [*nodes, gone], 20)
         assert answers[gone.node_id].report is None and answers[gone.node_id].failure
+        assert addable() == ()
+        _report_node_types(cluster.address)
+        assert [(node.cpus, node.gpus) for node in addable()] == [(8.0, 2.0)] * 3
         silent = node_probe.probe_nodes(ProbeRequest(), nodes, 0.0)
         assert {answer.failure for answer in silent.values()} == {"no answer within 0 s"}
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _report_node_types(address: str) -> None:
+    """Says to the cluster's head what an autoscaler says: three nodes of 8 CPUs and 2 GPUs can be added."""
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE, GcsClient
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    group = NodeGroupConfig(name="gpu", max_count=3, resources={"CPU": 8, "GPU": 2})
+    config = ClusterConfig(node_group_configs=[group]).SerializeToString()
+    GcsClient(address).internal_kv_put(
+        GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), config, True, GCS_AUTOSCALER_STATE_NAMESPACE.encode()
+    )
