@@ -101,11 +101,11 @@ class Hosts:
         return found
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
-    """Seconds until a condition held; fails the test after a time."""
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float) -> float:
+    """Seconds until a condition held; fails the test after a time and says what, or what it is told then."""
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > timeout_s:
-            pytest.fail(f"{what}: not within {timeout_s:g} s")
+            pytest.fail(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.5)
     return time.monotonic() - start

@@ -23,8 +23,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 SUBMIT = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "/shared/project", "--"]
 RUN = [sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--out", "/shared/run"]
 TOKEN = {"RAY_AUTH_MODE": "token"}
-SILENT_NODE_NOTICED_S = 30
-"""What the health checks of clusters/local.yaml promise (15 s), and room for a machine that three hosts share."""
+SILENT_NODE_NOTICED_S = 40
+"""What the health checks of clusters/local.yaml promise (20 s), and room for a machine that three hosts share."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def launched(hosts, cluster_yaml) -> Iterator[Path]:
     log = hosts.folder / "dashboard.log"
     tunnel = hosts.start("drv", "ray", "dashboard", str(cluster_yaml), env=TOKEN, log=log)
     try:
-        wait_until(lambda: all_alive(hosts), "three nodes alive", timeout_s=300)
+        wait_until(lambda: all_alive(hosts), lambda: f"three nodes alive: {states(hosts)}\n{log.read_text()}", 300)
         yield cluster_yaml
     finally:
         tunnel.kill()
