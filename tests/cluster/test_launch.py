@@ -39,7 +39,7 @@ def project(hosts, pristine_inputs) -> Inputs:
     inputs = Inputs(folder / "inputs", RECIPE)
     shutil.copytree(pristine_inputs, inputs.folder)
     judge = (inputs.folder / "judge.txt").read_text()
-    (inputs.folder / "long.txt").write_text("\n\n".join([judge] * 60))
+    (inputs.folder / "long.txt").write_text("\n\n".join([judge] * 240))
     inputs.write_recipe()
     return inputs
 
@@ -47,7 +47,7 @@ def project(hosts, pristine_inputs) -> Inputs:
 RECIPE = {
     "model": {"path": "./model"},
     # Units of some seconds, so that all nodes have one before the first is killed.
-    "quality": {"text": "long.txt", "sequences": 2400, "sequence_tokens": 32, "batch_size": 4},
+    "quality": {"text": "long.txt", "sequences": 8000, "sequence_tokens": 32, "batch_size": 4},
     "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"], "shares": 12},
     # Measured speeds differ from run to run, and with them the plans.
     "search": {"trials": 1, "window": 8, "speed": "bytes"},
