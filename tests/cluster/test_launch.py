@@ -23,7 +23,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 SUBMIT = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "/shared/project", "--"]
 RUN = [sys.executable, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--out", "/shared/run"]
 TOKEN = {"RAY_AUTH_MODE": "token"}
-SILENT_NODE_NOTICED_S = 40
+SILENT_NODE_NOTICED_S = 70
 """What the health checks of clusters/local.yaml promise (20 s), and room for a machine that three hosts share."""
 
 
