@@ -23,7 +23,7 @@ from layerboost.training import CurveRow, NonFiniteLossError
 
 from .healing_job import HealingJob, HealingProgress, StepEvent, located
 from .micro_batch import forget_micro_batch, noted_micro_batch
-from .notices import MetadataServers, listen_for_notices
+from .notices import MetadataServers, TerminationNoticeError, listen_for_notices
 from .storage_errors import DiskFullError
 
 __all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
@@ -104,7 +104,7 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
 
 
 def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
-    """What the Train job returns; it is tried again as long as its workers run out of memory with a smaller batch."""
+    """What the Train job returns; it goes on after a notice, and while workers that lack memory take less at a time."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -134,9 +134,15 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
         micro_batch_before = noted_micro_batch(job)
         try:
             return _on_a_thread(trainer.fit).return_value
-        except TrainingFailedError:
-            if noted_micro_batch(job) == micro_batch_before:
+        except TrainingFailedError as error:
+            if noted_micro_batch(job) == micro_batch_before and not _is_by_notice(error):
                 raise
+
+
+def _is_by_notice(error: Exception) -> bool:
+    """Whether the job stopped behind a checkpoint since a worker is about to go, which is no failure of the job."""
+    causes = getattr(error, "worker_failures", {}).values()
+    return any(isinstance(getattr(cause, "_base_exc", cause), TerminationNoticeError) for cause in causes)
 
 
 def _config_with_notices(config: Any, servers: MetadataServers) -> Any:

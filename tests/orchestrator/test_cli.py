@@ -444,7 +444,7 @@ def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
 
 def test_bench_with_vllm(inputs, capsys, monkeypatch):
     environment = ServingEnvironment("/venv", "0.9", "0.2", "2.0", "5.0", "a machine (2 cores)")
-    monkeypatch.setattr("orchestrator.preflight.serving_environment", lambda folder, address: environment)
+    monkeypatch.setattr("orchestrator.preflight.serving_environment", lambda folder, address, labels: environment)
 
     def measure(environment, model, conditions, *, dtype, on_result):
         for condition in conditions:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -162,18 +163,15 @@ def test_a_spot_machine_that_goes_is_left_behind_a_checkpoint(folder, local, tmp
                 folder, f"spot-{name}", checkpoint_every_steps=100, on_step=go_slowly, metadata_servers=servers
             )
 
-            def replace_the_machine() -> None:
+            with ThreadPoolExecutor(1) as beside:  # the cluster's nodes are started on the main thread alone
+                healing = beside.submit(heal, job)
                 while not notice.exists():
                     time.sleep(0.1)
                 time.sleep(notices.POLL_S + 6)
                 notice.unlink()
                 nodes.add_node(num_cpus=1)
                 nodes.remove_node(spot, allow_graceful=False)
-
-            notice_was = threading.Thread(target=replace_the_machine, daemon=True)
-            notice_was.start()
-            check_result(heal(job), job, local)  # though no failure is allowed
-            notice_was.join()
+                check_result(healing.result(timeout=180), job, local)  # though no failure is allowed
         finally:
             ray.shutdown()
             nodes.shutdown()
