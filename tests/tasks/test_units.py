@@ -145,32 +145,35 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_les
     import psutil
     import ray
 
-    memory = psutil.virtual_memory()
     eats = 3 << 30
-    if memory.available < 2 * eats:
-        pytest.skip("needs 6 GiB of free memory")
-    threshold = 1 - (memory.available - eats // 2) / memory.total
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=1 << 27,
-        _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
-    )
-    try:
-        results, events = [], []
-        actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
-        failures = run_units(
-            ["a"],
-            lambda: actor.remote(eats),
-            n_workers=1,
-            on_result=lambda unit, result, duration_s, info: results.append(result),
-            watch=Watch(on_event=events.append),
+    for _ in range(3):  # what is left of the memory moves while others work
+        memory = psutil.virtual_memory()
+        if memory.available < 2 * eats:
+            pytest.skip("needs 6 GiB of free memory")
+        threshold = 1 - (memory.available - eats // 2) / memory.total
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=1 << 27,
+            _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
         )
-    finally:
-        ray.shutdown()
-    assert not failures and results and results[0] >= 1, [event.error for event in events]
+        try:
+            results, events = [], []
+            actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
+            failures = run_units(
+                ["a"],
+                lambda: actor.remote(eats),
+                n_workers=1,
+                on_result=lambda unit, result, duration_s, info: results.append(result),
+                watch=Watch(on_event=events.append),
+            )
+        finally:
+            ray.shutdown()
+        if not failures and results[0] >= 1:
+            return
+    pytest.fail(f"{failures} {results} {[event.error for event in events]}")
 
 
 def test_actors_that_cannot_start_fail_the_units_instead_of_waiting(ray_local, tmp_path):
