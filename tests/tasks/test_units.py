@@ -164,9 +164,9 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_les
             actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
             failures = run_units(
                 ["a"],
-                lambda: actor.remote(eats),
+                lambda actor=actor: actor.remote(eats),
                 n_workers=1,
-                on_result=lambda unit, result, duration_s, info: results.append(result),
+                on_result=lambda unit, result, duration_s, info, found=results: found.append(result),
                 watch=Watch(on_event=events.append),
             )
         finally:
