@@ -38,7 +38,7 @@ class Cluster:
         monkeypatch.setattr(halving, "healing_workers", lambda run, n_jobs: WorkerResources(1, 1.0, 0.0))
         monkeypatch.setattr(run, "evaluate", self.evaluate)
 
-    def heal_all(self, jobs, *, on_result):
+    def heal_all(self, jobs, *, on_result, **_):
         failures = []
         for job in jobs:
             if str(job.plan) in self.fails:

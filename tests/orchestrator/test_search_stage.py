@@ -33,7 +33,7 @@ def stage(inputs, monkeypatch):
     def run_stage(*overrides, fails=(), dies_after=None):
         evaluated = []
 
-        def run_here(state, make_evaluator, resources, *, on_plan, on_failure):
+        def run_here(state, make_evaluator, resources, *, on_plan, on_failure, **_):
             while (plan := state.next_plan()) is not None:
                 if len(evaluated) == dies_after:
                     raise KeyboardInterrupt

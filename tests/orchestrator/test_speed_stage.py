@@ -39,7 +39,7 @@ class FakeMachine:
         monkeypatch.setattr(timing, "measure_groups", self.measure)
         monkeypatch.setattr(timing, "_device_name", lambda: "a CPU (2 cores)")
 
-    def measure(self, todo, source, *, on_result):
+    def measure(self, todo, source, *, on_result, **_):
         failures = []
         for group in todo:
             self.groups.append(group)
@@ -49,7 +49,7 @@ class FakeMachine:
                 on_result(group, [self._result(unit) for unit in group], 2.0, {})
         return failures
 
-    def serve(self, todo, source, *, on_result):
+    def serve(self, todo, source, *, on_result, **_):
         """As `measure`, with vLLM; loses requests at the concurrency that `broken` has."""
         for group in todo:
             self.groups.append(group)
