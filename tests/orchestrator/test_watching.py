@@ -130,6 +130,9 @@ def test_the_command_prints_lines_or_json(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     folder, progress = RunFolder(tmp_path / "run"), Progress(io.StringIO())
     with folder.lock(), watching.watching(folder, progress) as watched:
+        watched._stop.set()  # this test writes at its own times
+        watched._thread.join()
+        (tmp_path / "run" / "progress.json").unlink(missing_ok=True)
         (tmp_path / "run" / "progress.json").mkdir()
         go_on(progress)
         watched._write()
