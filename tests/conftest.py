@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,3 +126,13 @@ def inputs(pristine_inputs: Path, tmp_path: Path) -> Inputs:
     inputs = Inputs(folder, values)
     inputs.write_recipe()
     return inputs
+
+
+@contextmanager
+def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real filesystem of a size, as mount's tmpfs takes it, at a new folder; skips where that needs more rights."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a filesystem")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

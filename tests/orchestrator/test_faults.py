@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.conftest import Inputs
+from tests.conftest import Inputs, mounted_disk
 from tests.orchestrator.test_pipeline import command, environment, records, run, table
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -60,13 +59,9 @@ def heavy(small) -> Inputs:
 @pytest.fixture
 def small_disk(tmp_path):
     """A real filesystem of 50 MB, of which a little more than three are free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", folder]).returncode:
-        pytest.skip("needs the right to mount a filesystem")
-    (folder / "others").write_bytes(bytes(shutil.disk_usage(folder).free - int(3.3 * 2**20)))
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted_disk(tmp_path / "disk", "50m") as folder:
+        (folder / "others").write_bytes(bytes(shutil.disk_usage(folder).free - int(3.3 * 2**20)))
+        yield folder
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

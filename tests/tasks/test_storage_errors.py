@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import subprocess
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tasks import storage_errors
 from tasks.storage import publish_folder, publish_tensors, read_tensors
 from tasks.storage_errors import RETRY_DELAYS_S, DiskFullError, is_disk_full, is_passing, retried
+from tests.conftest import mounted_disk
 
 
 def failing_until(at: float, error: Exception):
@@ -133,12 +132,8 @@ def test_tensors_and_folders_are_published_on_a_store_that_fails_for_a_while(fla
 @pytest.fixture
 def small_disk(tmp_path):
     """A real filesystem of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]).returncode:
-        pytest.skip("needs the right to mount a filesystem")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted_disk(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_nothing_half_written(small_disk):
