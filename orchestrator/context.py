@@ -11,7 +11,7 @@ from layerboost.evaluation import QualitySpec
 from orchestrator.identity import RunInputs
 from orchestrator.progress import Progress
 from orchestrator.recipe import InputError
-from orchestrator.results import RUN_FILE, SCORE_STAGES, RunState, find_record
+from orchestrator.results import RUN_FILE, SCORE_STAGES, RunState, find_record, find_records
 from orchestrator.run_folder import RunFolder, unit_key
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, evaluate_units
@@ -34,13 +34,24 @@ class RunContext:
     # Records
 
     def record(self, stage: str, identity: Identity, result: dict[str, Any]) -> None:
-        key = unit_key(identity)
-        self.folder.write_record(stage, key, identity, result)
-        self.progress.recorded(stage, key, identity, result)
+        """Writes the record of a finished unit."""
+        self.record_all(stage, [(identity, result)])
+
+    def record_all(self, stage: str, results: Sequence[tuple[Identity, dict[str, Any]]]) -> None:
+        """Writes several records side by side: identity and result of each."""
+        self.folder.write_records(stage, results)
+        for identity, result in results:
+            self.progress.recorded(stage, unit_key(identity), identity, result)
 
     def recorded(self, identity: Identity, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
         """The result of a unit, whichever of the stages made it."""
         return find_record(self.folder, unit_key(identity), stages)
+
+    def all_recorded(
+        self, identities: Sequence[Identity], stages: Sequence[str] = SCORE_STAGES
+    ) -> list[dict[str, Any] | None]:
+        """The results of several units, None for each that is not recorded, read side by side."""
+        return find_records(self.folder, [unit_key(identity) for identity in identities], stages)
 
     def failed(self, stage: str, name: dict[str, Any], error: str) -> None:
         """Remembers a unit that failed for good, and says so.
@@ -79,7 +90,7 @@ class RunContext:
         """
         healed_keys = healed_keys or {}
         identities = {unit: self.inputs.scores(unit, spec, healed_keys.get(unit)) for unit in units}
-        todo = [unit for unit in units if self.recorded(identities[unit]) is None]
+        todo = [unit for unit, found in zip(units, self.all_recorded(list(identities.values()))) if found is None]
         workers = self.workers() if todo else None
         self.progress.start_stage(
             stage, len(units), recorded=len(units) - len(todo), workers=workers.n_workers if workers else 1

@@ -403,7 +403,16 @@ def healing_record(folder: RunFolder, key: str) -> dict[str, Any]:
 
 def find_record(folder: RunFolder, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
     """The result of a record, in whichever of the stages it stands."""
+    return find_records(folder, [key], stages)[0]
+
+
+def find_records(
+    folder: RunFolder, keys: Sequence[str], stages: Sequence[str] = SCORE_STAGES
+) -> list[dict[str, Any] | None]:
+    """The results of several records, None for each that stands in none of the stages."""
+    found: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        if (record := folder.read_record(stage, key)) is not None:
-            return record.result
-    return None
+        missing = [key for key in keys if key not in found]
+        records = folder.read_records(stage, missing)
+        found |= {record.key: record.result for record in records if record is not None}
+    return [found.get(key) for key in keys]

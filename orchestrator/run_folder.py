@@ -20,10 +20,11 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -39,6 +40,12 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 RECORDS = "records"
 LOCK_NAME = "run.lock"
+
+_SIDE_BY_SIDE = 16
+"""Requests under way at once: an object store answers many as fast as one."""
+
+Given = TypeVar("Given")
+Got = TypeVar("Got")
 
 
 def canonical_json(value: Any, *, allow_nan: bool = False) -> str:
@@ -128,6 +135,18 @@ class RunFolder:
         text = json.dumps(payload, indent=1, ensure_ascii=False)
         self.write_text(_record_name(stage, key), text + "\n")
 
+    def write_records(self, stage: str, results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Writes several records side by side, each whole or not at all.
+
+        Args:
+            stage: as in `write_record`.
+            results: identity and result of each.
+
+        Raises:
+            What `write_record` raises, when all that can be written are.
+        """
+        _side_by_side(lambda each: self.write_record(stage, unit_key(each[0]), *each), results)
+
     def read_record(self, stage: str, key: str) -> Record | None:
         """Reads one record; None if it is absent, or damaged, which is said in a warning."""
         name = _record_name(stage, key)
@@ -138,6 +157,10 @@ class RunFolder:
         except _DamagedRecordError as error:
             self._put_damaged_aside(name, str(error))
             return None
+
+    def read_records(self, stage: str, keys: Sequence[str]) -> list[Record | None]:
+        """Reads several records side by side, each as `read_record` does."""
+        return _side_by_side(lambda key: self.read_record(stage, key), keys)
 
     def has_record(self, stage: str, key: str) -> bool:
         """True if a sound record of this unit is there."""
@@ -151,8 +174,7 @@ class RunFolder:
         except FileNotFoundError:
             return []
         keys = sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
-        found = (self.read_record(stage, key) for key in keys)
-        return [record for record in found if record is not None]
+        return [record for record in self.read_records(stage, keys) if record is not None]
 
     def _parse_record(self, stage: str, key: str, data: bytes) -> Record:
         try:
@@ -394,6 +416,14 @@ class RunFolder:
     def _list(self, path: str) -> list[str]:
         self.fs.invalidate_cache(path)
         return self.fs.ls(path, detail=False)
+
+
+def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got]:
+    """What `do` gives for each, in order; the first error, when all have ended."""
+    if len(each) < 2:
+        return [do(one) for one in each]
+    with ThreadPoolExecutor(min(len(each), _SIDE_BY_SIDE), "records") as pool:
+        return [future.result() for future in [pool.submit(do, one) for one in each]]
 
 
 _HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")

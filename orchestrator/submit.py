@@ -7,6 +7,7 @@ code. Losing the connection loses nothing: the job goes on, and so does the log 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,28 @@ class Job:
 
 def submit(arguments: argparse.Namespace) -> int:
     """`layerboost submit`: returns the job's exit code, or 0 where it is not waited for."""
+    with contextlib.nullcontext() if arguments.verbose else _only_errors_of_ray():
+        return _submit(arguments)
+
+
+@contextlib.contextmanager
+def _only_errors_of_ray() -> Iterator[None]:
+    """Otherwise each ignore file that Ray heeds and each step of its upload is a line.
+
+    Some of Ray's loggers set levels of their own, therefore it is done where their lines come out.
+    """
+    levels = {handler: handler.level for handler in logging.getLogger("ray").handlers}
+    for handler in levels:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
     address = check_address(arguments.address)
-    if not arguments.verbose:
-        # Each ignore file that Ray heeds and each step of its upload would be a line.
-        for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.ERROR)
     job = prepare(arguments)
     by_itself = not os.environ.get("RAY_AUTH_MODE")
     use_token_if_at_hand()

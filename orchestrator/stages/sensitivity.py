@@ -117,7 +117,7 @@ class Sweep:
         done = sum(
             len(self._shares(source))
             if self._is_scored(source)
-            else sum(not self._missing(source, share) for share in self._shares(source))
+            else sum(not treatments for treatments in self._missing(source, self._shares(source)).values())
             for source in self._sources
         )
         return done + (self._has_cosine and self._recorded_cosine() is not None)
@@ -134,23 +134,23 @@ class Sweep:
         return not self._unscored(source)
 
     def _unscored(self, source: SweepSource) -> list[Plan]:
-        identify, recorded = self._run.inputs.plan_scores, self._run.recorded
         plans = [plan for of_treatment in self._plans.values() for plan in of_treatment]
-        return [plan for plan in plans if recorded(identify(plan, source.spec)) is None]
+        recorded = self._run.all_recorded([self._run.inputs.plan_scores(plan, source.spec) for plan in plans])
+        return [plan for plan, scores in zip(plans, recorded, strict=True) if scores is None]
 
-    def _missing(self, source: SweepSource, share: Share) -> list[str]:
-        """Treatments whose plans have said nothing to a share yet."""
-        return [treatment for treatment in self._plans if self._said(source, share, treatment) is None]
-
-    def _said(self, source: SweepSource, share: Share, treatment: str) -> dict[str, Any] | None:
-        key = source, share, treatment
-        if key not in self._answers_read:
-            identity = self._run.inputs.sweep(source.spec, share, self._plans[treatment])
-            recorded = self._run.recorded(identity, (SWEEP,))
-            if recorded is None:
-                return None
-            self._answers_read[key] = recorded
-        return self._answers_read[key]
+    def _missing(self, source: SweepSource, cut: Sequence[Share]) -> dict[Share, list[str]]:
+        """For each share, the treatments whose plans have said nothing to it yet."""
+        wanted = [(share, treatment) for share in cut for treatment in self._plans]
+        unread = [each for each in wanted if (source, *each) not in self._answers_read]
+        identities = [self._run.inputs.sweep(source.spec, share, self._plans[name]) for share, name in unread]
+        for each, recorded in zip(unread, self._run.all_recorded(identities, (SWEEP,)), strict=True):
+            if recorded is not None:
+                self._answers_read[source, *each] = recorded
+        missing: dict[Share, list[str]] = {share: [] for share in cut}
+        for share, treatment in wanted:
+            if (source, share, treatment) not in self._answers_read:
+                missing[share].append(treatment)
+        return missing
 
     def _recorded_cosine(self) -> dict[str, Any] | None:
         return self._run.recorded(self._run.inputs.scores(cosine_unit(), self._text_source.spec))
@@ -173,7 +173,7 @@ class Sweep:
         if self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,)) is None:
             return [CountUnit(source.spec)]
         cut = self._shares(source)
-        missing = {share: self._missing(source, share) for share in cut}
+        missing = self._missing(source, cut)
         if any(missing.values()):
             return [
                 SweepUnit(source.spec, share, tuple(plan for name in names for plan in self._plans[name]))
@@ -195,8 +195,8 @@ class Sweep:
         """For each share, what a plan said: a tuple for each name."""
         treatment = next(name for name, plans in self._plans.items() if plan in plans)
         index = self._plans[treatment].index(plan)
-        said = [self._said(source, share, treatment) for share in cut]
-        return tuple(tuple(tuple(of_share[name][index]) for name in names) for of_share in said if of_share)
+        said = [self._answers_read[source, share, treatment] for share in cut]
+        return tuple(tuple(tuple(of_share[name][index]) for name in names) for of_share in said)
 
     # What came back
 
@@ -216,7 +216,7 @@ class Sweep:
 
     def _record_share(self, unit: SweepUnit, result: dict, about: dict[str, Any]) -> None:
         """One record for each treatment, so that a treatment that joins later needs no other anew."""
-        about = {**about, "duration_s": about["duration_s"] / len(unit.plans)}
+        each_s, results = about["duration_s"] / len(unit.plans), []
         for plans in self._plans.values():
             if plans[0] not in unit.plans:
                 continue
@@ -225,7 +225,8 @@ class Sweep:
                 name: values[first : first + len(plans)] for name, values in result.items() if isinstance(values, list)
             }
             identity: Identity = self._run.inputs.sweep(unit.spec, unit.share, plans)
-            self._run.record(SWEEP, identity, {**said, **about, "duration_s": about["duration_s"] * len(plans)})
+            results.append((identity, {**said, **about, "duration_s": each_s * len(plans)}))
+        self._run.record_all(SWEEP, results)
 
     def _name(self, unit: Any) -> dict[str, Any]:
         if isinstance(unit, EvaluationUnit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -9,13 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator import run_lock
 from orchestrator.recipe import InputError
@@ -401,3 +406,55 @@ def test_a_killed_run_gives_way(tmp_path):
         pass
     process.wait()
     process.stdout.close()
+
+
+class SlowStorage(MemoryFileSystem):
+    """Storage where every read and write takes 50 ms, and that says how many go on at once."""
+
+    protocol = "slow"
+    cachable = False
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    under_way, most = 0, 0
+    mutex = threading.Lock()
+
+    @contextlib.contextmanager
+    def _slow(self):
+        cls = type(self)
+        with self.mutex:
+            cls.under_way += 1
+            cls.most = max(cls.most, cls.under_way)
+        time.sleep(0.05)
+        yield
+        with self.mutex:
+            cls.under_way -= 1
+
+    def pipe_file(self, path, value, **options):
+        with self._slow():
+            super().pipe_file(path, value, **options)
+
+    def cat_file(self, path, **options):
+        with self._slow():
+            return super().cat_file(path, **options)
+
+
+def test_records_are_written_and_read_side_by_side(monkeypatch):
+    fsspec.register_implementation("slow", SlowStorage, clobber=True)
+    folder = RunFolder("slow://bucket/run")
+    results = [({"unit": i}, {"score": i * i}) for i in range(12)]
+    monkeypatch.setattr(SlowStorage, "most", 0)
+    folder.write_records("sweep", results)
+    assert SlowStorage.most > 1
+    monkeypatch.setattr(SlowStorage, "most", 0)
+    keys = [unit_key(identity) for identity, _ in results]
+    found = folder.read_records("sweep", [*keys, unit_key({"unit": "none"})])
+    assert SlowStorage.most > 1
+    assert [record and record.result for record in found] == [*(result for _, result in results), None]
+
+
+def test_of_several_records_those_that_can_be_written_are(folder):
+    results = [({"unit": i}, {"score": i}) for i in range(4)]
+    results[1] = ({"unit": 1}, {"score": object()})
+    with pytest.raises(TypeError):
+        folder.write_records("sweep", results)
+    assert sorted(record.identity["unit"] for record in folder.records("sweep")) == [0, 2, 3]

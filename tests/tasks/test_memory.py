@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from ray import cloudpickle
 
 from tasks.healing import StepEvent, heal
 from tasks.memory import in_memory, is_out_of_memory
+from tasks.units import run_units, worker_info
+from tasks.watching import Watch
 from tests.tasks.test_healing import check_result, folder, job_of, local, record_steps, steps_in
 
 __all__ = ["folder", "local"]
@@ -145,8 +149,6 @@ def test_a_healing_that_runs_out_of_memory_goes_on_with_a_smaller_micro_batch(fo
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_hung_step_ends_its_process_and_is_done_again(folder, local, tmp_path):
-    import time
-
     import ray
 
     mark = tmp_path / "hung"
@@ -164,3 +166,62 @@ def test_a_hung_step_ends_its_process_and_is_done_again(folder, local, tmp_path)
     finally:
         ray.shutdown()
     assert mark.exists() and time.monotonic() - start < 300
+
+
+class Eater:
+    """Eats memory until Ray ends it; half of it after `shrink`."""
+
+    def __init__(self, n_bytes):
+        self.n_bytes, self.n_shrinks = n_bytes, 0
+
+    def info(self):
+        return worker_info()
+
+    def shrink(self):
+        self.n_bytes //= 4
+        self.n_shrinks += 1
+
+    def run(self, unit):
+        eaten = []
+        for _ in range(self.n_bytes >> 24):
+            eaten.append(bytearray(os.urandom(1 << 12) * (1 << 12)))
+            time.sleep(0.005)
+        time.sleep(2)  # so that Ray looks
+        return self.n_shrinks
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_less():
+    import psutil
+    import ray
+
+    eats = 3 << 30
+    for _ in range(3):  # what is left of the memory moves while others work
+        memory = psutil.virtual_memory()
+        if memory.available < 2 * eats:
+            pytest.skip("needs 6 GiB of free memory")
+        threshold = 1 - (memory.available - eats // 2) / memory.total
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=1 << 27,
+            _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
+        )
+        try:
+            results, events = [], []
+            actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
+            failures = run_units(
+                ["a"],
+                lambda actor=actor: actor.remote(eats),
+                n_workers=1,
+                on_result=lambda unit, result, duration_s, info, found=results: found.append(result),
+                watch=Watch(on_event=events.append),
+            )
+        finally:
+            ray.shutdown()
+        if not failures and results[0] >= 1:
+            return
+    pytest.fail(f"{failures} {results} {[event.error for event in events]}")

@@ -118,64 +118,6 @@ def test_a_hung_unit_is_ended_and_tried_again_and_fails_after_three_times(ray_lo
     assert retried.error.startswith("TimeoutError") and retried.worker["node"] and 2.0 <= retried.seconds < 5
 
 
-class Eater:
-    """Eats memory until Ray ends it; half of it after `shrink`."""
-
-    def __init__(self, n_bytes):
-        self.n_bytes, self.n_shrinks = n_bytes, 0
-
-    def info(self):
-        return worker_info()
-
-    def shrink(self):
-        self.n_bytes //= 4
-        self.n_shrinks += 1
-
-    def run(self, unit):
-        eaten = []
-        for _ in range(self.n_bytes >> 24):
-            eaten.append(bytearray(os.urandom(1 << 12) * (1 << 12)))
-            time.sleep(0.005)
-        time.sleep(2)  # so that Ray looks
-        return self.n_shrinks
-
-
-@pytest.mark.slow
-def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_less(tmp_path):
-    import psutil
-    import ray
-
-    eats = 3 << 30
-    for _ in range(3):  # what is left of the memory moves while others work
-        memory = psutil.virtual_memory()
-        if memory.available < 2 * eats:
-            pytest.skip("needs 6 GiB of free memory")
-        threshold = 1 - (memory.available - eats // 2) / memory.total
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=1 << 27,
-            _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
-        )
-        try:
-            results, events = [], []
-            actor = ray.remote(Eater).options(num_cpus=1, max_restarts=0)
-            failures = run_units(
-                ["a"],
-                lambda actor=actor: actor.remote(eats),
-                n_workers=1,
-                on_result=lambda unit, result, duration_s, info, found=results: found.append(result),
-                watch=Watch(on_event=events.append),
-            )
-        finally:
-            ray.shutdown()
-        if not failures and results[0] >= 1:
-            return
-    pytest.fail(f"{failures} {results} {[event.error for event in events]}")
-
-
 def test_actors_that_cannot_start_fail_the_units_instead_of_waiting(ray_local, tmp_path):
     results, failures, error = _run(
         ray_local, tmp_path, [(0, None), (1, None)], needs=tmp_path / "missing", n_workers=1, max_attempts=2
