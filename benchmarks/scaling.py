@@ -139,7 +139,7 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
     """What the loop of a sweep's units takes of the driver's processor, with a record for each treatment of each."""
     import ray
 
-    from orchestrator.run_folder import RunFolder, unit_key
+    from orchestrator.run_folder import RunFolder
     from tasks.units import run_units
 
     n_requests = round(shape.n_tasks * shape.n_items / len(shape.shares_tokens()) * REQUESTS_PER_ITEM)
@@ -150,11 +150,11 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
 
         def on_result(unit: tuple[int, float], result: dict, _s: float, info: dict) -> None:
             nonlocal record_s
-            start = time.process_time()
+            start, records = time.process_time(), []
             for first, last in itertools.pairwise((0, *range(1, shape.n_plans + 1, shape.n_layers))):
                 said = {name: values[first:last] for name, values in result.items()}
-                identity = {"unit": "sweep", "share": unit[0], "plans": [first, last]}
-                folder.write_record("sweep", unit_key(identity), identity, said)
+                records.append(({"unit": "sweep", "share": unit[0], "plans": [first, last]}, said))
+            folder.write_records("sweep", records)
             record_s += time.process_time() - start
 
         start = time.process_time()
@@ -213,7 +213,7 @@ def simulate(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for layer_us, put_ms in itertools.product([1e6 * measured.layer_call_s, *args.layer_us], args.put_ms):
             durations = [n * shape.layer_calls * layer_us / 1e6 * draw.choice(measured.relative_times) for n in tokens]
             n_records = len(durations) * (shape.n_treatments + 1) + shape.n_plans
-            put_s = (shape.n_treatments + 1) * put_ms / 1e3
+            put_s = put_ms / 1e3  # the records of a share are written side by side
             one_s = 0.0
             for n in args.workers:
                 row = cost[_nearest(cost, shape, n)]

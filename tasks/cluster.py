@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from layerboost.process import environment
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
       job's working directory, and with it our packages.
     * With an address: that cluster; our packages travel along as `py_modules`. The process must stand on a machine that
       the cluster's nodes can reach.
-    * Otherwise: an embedded cluster of this machine's CPUs and GPUs, without a dashboard, that ends with the process.
+    * Otherwise: an embedded cluster of this machine's CPUs and GPUs, on loopback alone and without a dashboard,
+      that ends with the process.
 
     Token authentication is turned on by itself where RAY_AUTH_MODE is unset and a token is at hand (RAY_AUTH_TOKEN,
     RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): a cluster that asks for none accepts it.
@@ -153,7 +156,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
     _keep_ray_off_stdout()
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        ray.init(address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
+        with _on_loopback():
+            ray.init(address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
         _started = True
         return _info()
     if not _in_job():
@@ -166,6 +170,23 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
             f"address: {address}: no cluster there ({error}); start one with ray start --head"
         ) from error
     return _info()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Keeps all servers of an embedded cluster on 127.0.0.1, as Ray does by itself on Windows and macOS.
+
+    Elsewhere it would take the machine's address and, without a token, commands from everybody who reaches it.
+    """
+    from ray._private import ray_constants
+
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):  # of the processes that it starts
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
 
 
 def use_token_if_at_hand() -> None:

@@ -27,6 +27,8 @@ _FOR_GOOD = {
 _FOR_GOOD_KINDS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_LIBRARIES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "requests", "urllib3"}
 _FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|os error (28|122)\b|\[errno (28|122)\]", re.I)
+_OS_ERROR_TEXT = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust, safetensors among them, hand over an errno."""
 
 
 class DiskFullError(OSError):
@@ -50,6 +52,8 @@ def is_passing(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _FOR_GOOD
+    if said := _OS_ERROR_TEXT.search(str(error)):
+        return int(said[1]) not in _FOR_GOOD
     return type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
 
 

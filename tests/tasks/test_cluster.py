@@ -1,5 +1,6 @@
 """Placement arithmetic, addresses that lead nowhere, and clusters that are joined, left and outlived."""
 
+import contextlib
 import os
 import random
 import socket
@@ -108,9 +109,20 @@ def test_the_embedded_cluster_starts_once_and_ends_with_shutdown(monkeypatch):
         assert info.started and info.cpus == 2 and len(info.nodes) == 1
         assert connect() == info
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        assert listening_addresses() == {"127.0.0.1"}
     finally:
         cluster.shutdown()
     assert not ray.is_initialized()
+
+
+def listening_addresses() -> set[str]:
+    """Where this process and those below it listen."""
+    me = psutil.Process()
+    found = set()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {c.laddr.ip for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+    return {address.removeprefix("::ffff:") for address in found}
 
 
 _JOIN = """

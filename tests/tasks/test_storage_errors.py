@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors import SafetensorError
 
 from tasks import storage_errors
 from tasks.storage import publish_folder, publish_tensors, read_tensors
@@ -73,6 +74,9 @@ def test_errors_of_the_network_pass():
     assert is_passing(network("could not connect"))
     assert is_passing(ConnectionResetError(errno.ECONNRESET, "reset"))
     assert is_passing(OSError(errno.ESTALE, "Stale file handle"))
+    assert is_passing(SafetensorError("Error while serializing: I/O error: Input/output error (os error 5) at path x"))
+    assert not is_passing(SafetensorError("I/O error: Read-only file system (os error 30)"))
+    assert not is_passing(SafetensorError("header too large"))
 
 
 def test_a_full_disk_is_known_through_what_wraps_it():

@@ -1,0 +1,100 @@
+"""A cluster that `ray up` starts from clusters/local.yaml on hosts of our own, and a project to run there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.hosts import ADDRESSES, Hosts, wait_until
+from tests.conftest import Inputs
+
+PROJECT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+JOB_SERVER = "http://127.0.0.1:8265"
+HEAD = f"{ADDRESSES[0]}:6379"
+TOKEN = {"RAY_AUTH_MODE": "token"}
+
+
+def copy_project(hosts: Hosts, inputs: Path, recipe: dict[str, Any]) -> Inputs:
+    """The working directory of a user, on the shared folder: the packages, and a recipe with its inputs beside."""
+    folder = hosts.shared / "project"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in ("layerboost", "tasks", "orchestrator", "recipes", "clusters"):
+        shutil.copytree(PROJECT / package, folder / package, ignore=ignored)
+    shutil.copytree(inputs, folder / "inputs")
+    copied = Inputs(folder / "inputs", recipe)
+    copied.write_recipe()
+    return copied
+
+
+def write_cluster_yaml(hosts: Hosts, environment: Mapping[str, str] | None = None) -> Path:
+    """The shipped file with addresses and user filled in, without its section for images, and one CPU for each host.
+
+    Args:
+        environment: variables of all of Ray's processes beside those that the file gives them.
+
+    Returns:
+        Its path on the hosts.
+    """
+    config = yaml.safe_load((PROJECT / "clusters" / "local.yaml").read_text())
+    config["provider"].update(head_ip=ADDRESSES[0], worker_ips=ADDRESSES[1:])
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": "/root/.ssh/hosts_key"}
+    del config["docker"]
+    settings = "".join(f"{name}={value} " for name, value in (environment or {}).items())
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        commands[-1] = settings + commands[-1].replace("ray start", "ray start --num-cpus=1")
+    (hosts.shared / "local.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return Path("/shared/local.yaml")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cluster that is up, as it is seen from drv through the tunnel of `ray dashboard`."""
+
+    hosts: Hosts
+    yaml: Path
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """What Ray's state API says of each node; nothing where it does not answer."""
+        command = ["ray", "list", "nodes", "--format", "json", "--detail", "--address", JOB_SERVER]
+        try:
+            return json.loads(self.hosts.run("drv", *command, env=TOKEN, expect=None))
+        except ValueError:
+            return []
+
+    def states(self) -> dict[str, str]:
+        """Address to state (ALIVE or DEAD)."""
+        # A node that came back is a new one; the old one stays in the list.
+        nodes = sorted(self.nodes(), key=lambda node: node["state"] == "ALIVE")
+        return {node["node_ip"]: node["state"] for node in nodes}
+
+    def all_alive(self) -> bool:
+        return self.states() == dict.fromkeys(ADDRESSES, "ALIVE")
+
+    def wait_for_nodes(self, timeout_s: float = 300) -> float:
+        """Seconds until all three are alive."""
+        return wait_until(self.all_alive, lambda: f"three nodes alive: {self.states()}", timeout_s)
+
+
+@contextmanager
+def launched(hosts: Hosts, cluster_yaml: Path) -> Iterator[Launched]:
+    """`ray up`, and `ray dashboard` as the way to it from drv, for the time of a block."""
+    hosts.run("drv", "ray", "get-auth-token", "--generate")
+    hosts.run("drv", "ray", "up", "--yes", "--no-config-cache", "--disable-usage-stats", str(cluster_yaml))
+    log = hosts.folder / "dashboard.log"
+    tunnel = hosts.start("drv", "ray", "dashboard", str(cluster_yaml), env=TOKEN, log=log)
+    try:
+        cluster = Launched(hosts, cluster_yaml)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        tunnel.kill()
+        tunnel.wait()
