@@ -68,10 +68,13 @@ def _ordered_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def _whole_gpus_above_one(value: Any) -> Any:
-    """Ray gives fractions of one GPU, but never one GPU and a half."""
-    if value != AUTO and value > 1 and not float(value).is_integer():
-        raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
+def _one_gpu_at_most(value: Any) -> Any:
+    """A second GPU would stand idle."""
+    if value != AUTO and value > 1:
+        raise ValueError(
+            "must be 1 or a fraction of it, since a worker computes on one GPU; "
+            "for a model that has no room in healing set healing.zero_stage: 3 and more healing_workers"
+        )
     return value
 
 
@@ -332,7 +335,7 @@ class PlacementSection(Section):
     gpus_per_worker: Annotated[
         float | Literal["auto"],
         BeforeValidator(auto_or(float, 0, "a number of GPUs of at least 0")),
-        AfterValidator(_whole_gpus_above_one),
+        AfterValidator(_one_gpu_at_most),
     ] = "auto"
     healing_workers: AutoCount = "auto"
     activations_gib: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_a_job_ends_right_although_a_raylet_is_killed_in_the_middle(hosts, clust
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, check=True, capture_output=True)
     assert_equal_results(fetched, here)
     cluster.wait_for_nodes()  # the killed one comes back
+
+
+@pytest.mark.skipif(os.environ.get("LAYERBOOST_TEST_LONG") != "1", reason="takes 15 min; set LAYERBOOST_TEST_LONG=1")
+def test_the_embedded_recipe_gives_the_same_by_both_doors_and_on_this_machine(hosts, cluster, project, tmp_path):
+    shorter = [
+        "quality.limit=20", "search.trials=6", "search.speed=bytes", "healing.tokens=8192",
+        "throughput.concurrency=[1]", "throughput.lengths=null",
+        "placement.cpus_per_worker=1", "placement.healing_workers=1",
+    ]  # fmt: skip
+    options = [part for value in shorter for part in ("--set", value)]
+    run = [PYTHON, "-m", "orchestrator", "run", "recipes/default.yaml", *options, "--out"]
+    submit = [PYTHON, "-m", "orchestrator", "submit", "recipes/default.yaml", *options, "--python", PYTHON]
+    hosts.run("drv", *SUBMIT, *run, "/shared/by-ray", env=TOKEN)
+    by_us = shlex.join([*submit, "--address", JOB_SERVER, "--out", "/shared/by-us"])
+    hosts.run("drv", "sh", "-c", f"cd /shared/project && {by_us}")
+    here = tmp_path / "here"
+    subprocess.run([*run, str(here)], cwd=PROJECT, check=True, capture_output=True)
+    for out in (hosts.shared / "by-ray", hosts.shared / "by-us"):
+        assert worker_hosts(out) == {"h0", "h1", "h2"}
+        assert_equal_results(out, here)
 
 
 def test_a_silent_node_is_noticed_in_seconds(hosts, cluster):

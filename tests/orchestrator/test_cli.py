@@ -200,12 +200,12 @@ WRONG = {
     "out under a file": (block_out, OUT_BLOCKED, "--out", "blocked/run", "not a folder"),
     "out unwritable": (damage_nothing, ["--out", "/proc/run"], "--out", "/proc/run", "folder you can write to"),
     "out of unknown kind": (damage_nothing, ["--out", "nope://run"], "--out", "nope://run", "local folder"),
-    "more GPUs than here": (
+    "more GPUs than a worker uses": (
         damage_nothing,
         ["--set", "placement.gpus_per_worker=64"],
         "placement.gpus_per_worker",
         "64",
-        "ask for at most that",
+        "a worker computes on one GPU",
     ),
     "more CPUs than here": (
         damage_nothing,
@@ -235,7 +235,7 @@ AS_PROCESSES = [
     "weights cut off",
     "text too short",
     "out unwritable",
-    "more GPUs than here",
+    "more GPUs than a worker uses",
     "no cluster there",
 ]
 

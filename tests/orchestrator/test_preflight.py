@@ -196,7 +196,6 @@ TWO_NODES = (NodeResources("b", "10.0.0.2", 8.0, 2.0), NodeResources("a", "10.0.
 @pytest.mark.parametrize(
     ("overrides", "field", "value"),
     [
-        (["placement.gpus_per_worker=3"], "placement.gpus_per_worker", 3),
         (["placement.gpus_per_worker=1", "placement.workers=4"], "placement.workers", 4),
         (["placement.gpus_per_worker=0.5", "placement.workers=7"], "placement.workers", 7),
         (["placement.cpus_per_worker=9"], "placement.cpus_per_worker", 9),
@@ -262,9 +261,9 @@ def test_the_resources_of_a_live_cluster(inputs, monkeypatch):
     try:
         cluster.add_node(num_cpus=2, num_gpus=2)
         assert sorted((node.cpus, node.gpus) for node in find_nodes(cluster.address)) == [(1.0, 1.0), (2.0, 2.0)]
-        run_preflight(inputs, "placement.gpus_per_worker=2", address=cluster.address)
-        with pytest.raises(InputError, match=r"placement\.gpus_per_worker: 3\.0: on the cluster no node"):
-            run_preflight(inputs, "placement.gpus_per_worker=3", address=cluster.address)
+        run_preflight(inputs, "placement.gpus_per_worker=1", "placement.workers=3", address=cluster.address)
+        with pytest.raises(InputError, match=r"placement\.workers: 4: on the cluster"):
+            run_preflight(inputs, "placement.gpus_per_worker=1", "placement.workers=4", address=cluster.address)
     finally:
         ray.shutdown()
         cluster.shutdown()
