@@ -19,8 +19,8 @@ export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=5000 RAY_heal
 ray get-auth-token --generate >/dev/null # ~/.ray/auth_token, which all nodes read
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-on() { # node command...
-  srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" "${@:2}"
+on() { # node command..., in a subshell: a signal to it must reach srun
+  exec srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" "${@:2}"
 }
 # A folder of our own: /tmp/ray may be another user's.
 common=(--block --temp-dir="/tmp/ray-$SLURM_JOB_ID" --num-cpus="$SLURM_CPUS_ON_NODE"

@@ -61,6 +61,7 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         "model": {"path": "./model"},
         "quality": {"text": "judge.txt", "sequences": 8, "sequence_tokens": 32},
         "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 4},
+        "search": {"window": 8},
         "placement": {"workers": 4, "cpus_per_worker": 1},
     })  # fmt: skip
     shutil.copytree(pristine_inputs, inputs.folder)

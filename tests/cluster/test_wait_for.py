@@ -13,15 +13,33 @@ from tests.cluster.hosts import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 WAIT_FOR = Path(__file__).resolve().parents[2] / "clusters" / "wait_for.py"
-# Ray's autoscaler, whose nodes are processes here; on a host of its own, since it ends all of Ray first.
+# Ray's autoscaler, whose nodes are processes here; on a host of its own, since it ends all of Ray first. The wheel
+# lacks the file of defaults that it begins with, so the folder gets it on that host.
 START = """
-from ray.cluster_utils import AutoscalingCluster
+import json, pathlib, shutil, subprocess
+import ray.cluster_utils
+
+commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+defaults = {
+    "cluster_name": "fake", "max_workers": 8, "head_node_type": "ray.head.default", "upscaling_speed": 1.0,
+    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+                 "disable_launch_config_check": True},
+    "available_node_types": {"ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0}},
+    "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False,
+    "rsync_exclude": [], "rsync_filter": [], **{f"{name}_commands": [] for name in commands},
+}
+folder = pathlib.Path(ray.__file__).parent / "autoscaler" / "_private" / "fake_multi_node"
+if not (folder / "example.yaml").exists():
+    copy = pathlib.Path("/tmp/fake_multi_node")
+    shutil.copytree(folder, copy)
+    (copy / "example.yaml").write_text(json.dumps(defaults))
+    subprocess.run(["mount", "--bind", copy, folder], check=True)
 
 def kind(hardware, gpus):
     return {"resources": {"CPU": 1, "GPU": gpus}, "labels": {"layerboost/hardware": hardware},
             "node_config": {}, "min_workers": 0, "max_workers": 2}
 
-AutoscalingCluster(
+ray.cluster_utils.AutoscalingCluster(
     head_resources={"CPU": 0},
     worker_node_types={"gpu-small": kind("small", 1), "gpu-large": kind("large", 4)},
     autoscaler_v2=True,
