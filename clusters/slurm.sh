@@ -17,6 +17,7 @@ export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # A machine that went silent is noticed within 40 seconds.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=6
 ray get-auth-token --generate >/dev/null # ~/.ray/auth_token, which all nodes read
+chmod 600 ~/.ray/auth_token
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 on() { # node command..., in a subshell: a signal to it must reach srun

@@ -37,6 +37,8 @@ from tests.results import assert_equal_results
 KINDS = ("worker killed", "node killed", "node cut off", "driver killed", "storage fails", "record truncated")
 MAX_CALLS = 4
 STORAGE_FAILS_S = 10.0
+_NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of processes that do nothing for a run, or without which a node is none."""
 _MARK = "/shared/storage-fails"
 
 RECIPE = {
@@ -89,9 +91,13 @@ class Run:
     def __init__(self, cluster: Launched, name: str):
         self.hosts, self.cluster, self.name = cluster.hosts, cluster, name
         self.out = cluster.hosts.shared / "out" / name
-        self.log = cluster.hosts.folder / f"{name}.log"
         self.n_calls = 0
         self.start_s = time.monotonic()
+
+    @property
+    def log(self) -> Path:
+        """What the last call wrote."""
+        return self.hosts.folder / f"{self.name}-{self.n_calls}.log"
 
     def call(self) -> subprocess.Popen:
         """Starts the command."""
@@ -129,7 +135,7 @@ class Run:
             return 0
 
     def kill_driver(self) -> None:
-        self.hosts.run("h0", "pkill", "-KILL", "-f", f"orchestrator run .*{self.name}")
+        self.hosts.run("h0", "pkill", "-KILL", "-f", f"orchestrator run .*{self.name}", expect=None)
 
 
 def storage_environment() -> dict[str, str]:
@@ -143,7 +149,7 @@ def disturb(run: Run, kind: str, draw: random.Random) -> str:
     if kind == "worker killed":
         for host in draw.sample(["h0", "h1", "h2"], 3):
             listed = hosts.run(host, "pgrep", "-af", "^ray::", expect=None).splitlines()
-            busy = [line for line in listed if "ray::IDLE" not in line]
+            busy = [line for line in listed if not any(name in line for name in _NO_WORKERS)]
             if busy:
                 pid, _, title = draw.choice(busy).partition(" ")
                 hosts.run(host, "kill", "-KILL", pid, expect=None)

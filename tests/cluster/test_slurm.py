@@ -59,12 +59,15 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         )
     inputs = Inputs(project / "inputs", {
         "model": {"path": "./model"},
-        "quality": {"text": "judge.txt", "sequences": 8, "sequence_tokens": 32},
-        "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 4},
+        # Units of a second, so that both nodes have some.
+        "quality": {"text": "long.txt", "sequences": 4000, "sequence_tokens": 32, "batch_size": 4},
+        "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 16, "compare": False},
         "search": {"window": 8},
-        "placement": {"workers": 4, "cpus_per_worker": 1},
+        "throughput": {"prompt_tokens": 16, "new_tokens": 4},
+        "placement": {"workers": 2, "cpus_per_worker": 2},
     })  # fmt: skip
     shutil.copytree(pristine_inputs, inputs.folder)
+    (inputs.folder / "long.txt").write_text("\n\n".join([(inputs.folder / "judge.txt").read_text()] * 240))
     inputs.write_recipe()
     variables = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "h[0-1]", "SLURM_CPUS_ON_NODE": "2"}
     settings = [f"{name}={value}" for name, value in variables.items()]

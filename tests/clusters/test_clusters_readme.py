@@ -17,7 +17,7 @@ README = PROJECT / "clusters" / "README.md"
 BLOCKS = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
 # Tools that are not here; what they are told is theirs to check.
 ELSEWHERE = {"aws", "docker", "gcloud", "kubectl", "scancel", "squeue"}
-SHELL = {"base64", "export", "mkdir", "sed", "tail"}
+SHELL = {"base64", "chmod", "export", "mkdir", "sed", "tail"}
 
 
 def command_lines() -> list[str]:
