@@ -104,25 +104,26 @@ def test_the_embedded_cluster_starts_once_and_ends_with_shutdown(monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = listening()
     info = connect(num_cpus=2)
     try:
         assert info.started and info.cpus == 2 and len(info.nodes) == 1
         assert connect() == info
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
-        assert listening_addresses() == {"127.0.0.1"}
+        assert {address for address, _ in listening() - before} == {"127.0.0.1"}
     finally:
         cluster.shutdown()
     assert not ray.is_initialized()
 
 
-def listening_addresses() -> set[str]:
-    """Where this process and those below it listen."""
+def listening() -> set[tuple[str, int]]:
+    """Addresses and ports where this process and those below it listen."""
     me = psutil.Process()
     found = set()
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found |= {c.laddr.ip for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
-    return {address.removeprefix("::ffff:") for address in found}
+            found |= {tuple(c.laddr) for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+    return {(address.removeprefix("::ffff:"), port) for address, port in found}
 
 
 _JOIN = """
