@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Inputs
+from tests.cluster.launched import copy_project
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-PROJECT = Path(__file__).resolve().parents[2]
 # As srun: runs a command on the named node in the caller's folder and environment, and ends it when it ends itself.
 SRUN = """#!/usr/bin/env python3
 import os, shlex, signal, subprocess, sys
@@ -34,6 +33,15 @@ for text in remote.stderr:
     sys.stderr.write(text)
 sys.exit(remote.wait())
 """
+RECIPE = {
+    "model": {"path": "./model"},
+    # Units of a second, so that both nodes have some.
+    "quality": {"text": "long.txt", "sequences": 4000, "sequence_tokens": 32, "batch_size": 4},
+    "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 16, "compare": False},
+    "search": {"window": 8},
+    "throughput": {"prompt_tokens": 16, "new_tokens": 4},
+    "placement": {"workers": 2, "cpus_per_worker": 2},
+}
 SCONTROL = """#!/bin/sh
 [ "$1 $2 $3" = "show hostnames h[0-1]" ] && printf 'h0\\nh1\\n'
 """
@@ -52,23 +60,8 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         # The home is shared on such machines; names are known.
         hosts.run(host, "sh", "-c", "mkdir -p /shared/home-ray && ln -sfn /shared/home-ray /root/.ray")
         hosts.run(host, "sh", "-c", "printf '10.77.0.10 h0\\n10.77.0.11 h1\\n' >> /etc/hosts")
-    project = hosts.shared / "project"
-    for package in ("layerboost", "tasks", "orchestrator", "clusters"):
-        shutil.copytree(
-            PROJECT / package, project / package, ignore=shutil.ignore_patterns("__pycache__", "model", "data")
-        )
-    inputs = Inputs(project / "inputs", {
-        "model": {"path": "./model"},
-        # Units of a second, so that both nodes have some.
-        "quality": {"text": "long.txt", "sequences": 4000, "sequence_tokens": 32, "batch_size": 4},
-        "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 16, "compare": False},
-        "search": {"window": 8},
-        "throughput": {"prompt_tokens": 16, "new_tokens": 4},
-        "placement": {"workers": 2, "cpus_per_worker": 2},
-    })  # fmt: skip
-    shutil.copytree(pristine_inputs, inputs.folder)
+    inputs = copy_project(hosts, pristine_inputs, RECIPE)
     (inputs.folder / "long.txt").write_text("\n\n".join([(inputs.folder / "judge.txt").read_text()] * 240))
-    inputs.write_recipe()
     variables = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "h[0-1]", "SLURM_CPUS_ON_NODE": "2"}
     settings = [f"{name}={value}" for name, value in variables.items()]
     path = f"PATH=/shared/slurm:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
