@@ -104,23 +104,25 @@ def test_the_embedded_cluster_starts_once_and_ends_with_shutdown(monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    before = listening()
+    me = psutil.Process()
+    before, children = listening([me]), set(me.children())
     info = connect(num_cpus=2)
     try:
         assert info.started and info.cpus == 2 and len(info.nodes) == 1
         assert connect() == info
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
-        assert {address for address, _ in listening() - before} == {"127.0.0.1"}
+        started = [child for child in me.children() if child not in children]
+        below = [process for child in started for process in child.children(recursive=True)]
+        assert {address for address, _ in listening([me, *started, *below]) - before} == {"127.0.0.1"}
     finally:
         cluster.shutdown()
     assert not ray.is_initialized()
 
 
-def listening() -> set[tuple[str, int]]:
-    """Addresses and ports where this process and those below it listen."""
-    me = psutil.Process()
+def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    """Addresses and ports where they listen."""
     found = set()
-    for process in [me, *me.children(recursive=True)]:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             found |= {tuple(c.laddr) for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
     return {(address.removeprefix("::ffff:"), port) for address, port in found}
