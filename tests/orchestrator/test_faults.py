@@ -1,4 +1,4 @@
-"""Whole runs of the command that something goes wrong with: a full disk, Ctrl-C, a model that cannot be judged."""
+"""Whole runs of the command that something goes wrong with: a full disk, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -97,68 +96,29 @@ def test_a_full_disk_stops_the_run_and_with_more_room_it_ends_as_if_nothing_had_
         pd.testing.assert_frame_equal(table(out, name), table(undisturbed, name), rtol=1e-5)
 
 
-def interrupted(inputs, out: Path, line: str, times: int) -> tuple[int, list[str]]:
-    """Exit code and lines of a run that gets Ctrl-C so many times from the first line on that begins as a pattern."""
+def interrupted(inputs, out: Path, line_start: str, times: int) -> tuple[int, list[str]]:
+    """Exit code and lines of a run that gets Ctrl-C so many times at the first line that starts so."""
     process = subprocess.Popen(
         command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     lines, sent = [], 0
     assert process.stderr is not None
-    for written in process.stderr:
-        lines.append(written)
-        is_warned = "press Ctrl-C again" in written
-        if (sent == 0 and re.match(line, written)) or (is_warned and sent < times):
+    for line in process.stderr:
+        lines.append(line)
+        is_warned = "press Ctrl-C again" in line
+        if (sent == 0 and line.startswith(line_start)) or (is_warned and sent < times):
             process.send_signal(signal.SIGINT)
             sent += 1
     assert sent == times, "".join(lines)
     return process.wait(), lines
 
 
-@pytest.mark.parametrize("line", ["sensitivity 1/", "search 2/", "heal step ", "measure .* start", "throughput 0/"])
-def test_the_first_interrupt_finishes_what_is_in_flight_in_each_stage(small, tmp_path, line):
+@pytest.mark.parametrize("line_start", ["sensitivity 1/", "search 2/", "throughput 0/"])
+def test_the_first_interrupt_finishes_what_is_in_flight_in_each_stage(small, tmp_path, line_start):
     out = tmp_path / "out"
-    code, lines = interrupted(small, out, line, times=1)
+    code, lines = interrupted(small, out, line_start, times=1)
     text = "".join(lines)
     assert code == 130 and "interrupted; the same command goes on" in lines[-1], text
     assert "Traceback" not in text
-    if line.startswith("heal"):
-        assert len(list((out / "healed").glob("*/healing.json"))) == 1
-        assert any(line.startswith("heal 1/2 done") for line in lines)
     assert json.loads((out / "progress.json").read_text())["state"] == "stopped"
     assert not (out / "run.lock").exists()
-
-
-def test_the_second_interrupt_stops_a_healing_at_once_and_it_goes_on_from_its_checkpoint(small, tmp_path):
-    out = tmp_path / "out"
-    small.values["healing"] = {**small.values["healing"], "tokens": 64 * 200}
-    small.write_recipe()
-    code, _ = interrupted(small, out, r"heal step ([6-9]|\d\d+)/", times=2)
-    assert code == 130 and not list((out / "healed").glob("*"))
-    result = run(small, out, "--until", "heal")
-    steps = [int(line.split()[2].split("/")[0]) for line in result.stderr.splitlines() if line.startswith("heal step")]
-    assert steps[0] > 3, "started over"
-
-
-def test_a_model_that_cannot_be_judged_fails_after_three_times_and_the_rest_is_done(small, tmp_path):
-    out = tmp_path / "out"
-    run(small, out, "--until", "heal")
-    broken, whole = sorted((out / "healed").iterdir())
-    (broken / "model.safetensors").write_bytes(b"no tensors")
-    result = run(small, out, expect=1)
-    assert "failed: measure" in result.stderr
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    retried = [event for event in events if event["what"] == "retried" and event["stage"] == "measure"]
-    by_unit: dict[str, list[int]] = {}
-    for event in retried:
-        by_unit.setdefault(json.dumps(event["name"]), []).append(event["attempt"])
-    assert by_unit and set(map(tuple, by_unit.values())) == {(1, 2)}
-    pareto = table(out, "pareto.csv")
-    assert set(pareto.loc[pareto["plan_id"] == whole.name, "status"]) == {"ok"}
-    assert "ok" not in set(pareto.loc[pareto["healed"] & (pareto["plan_id"] == broken.name), "status"])
-    assert json.loads((out / "progress.json").read_text())["state"] == "some units failed"
-    status = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "status", str(out)], capture_output=True, text=True, check=True
-    )
-    assert status.stdout.startswith("some units failed")
-    shutil.rmtree(broken)  # is healed again
-    run(small, out)
