@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layerboost.healing_spec import HeldOut
@@ -81,7 +81,7 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
     free_resources(job)
     with _progress_box(on_progress) as box, _train_settings():
         if job.transfer_phase is not None:
-            fit_layers(job, job.transfer_phase, lambda step: None if box is None else box.put.remote(step))
+            fit_layers(job, job.transfer_phase, lambda step: None if box is None else box.put.remote(asdict(step)))
         outcome = _trained(job, box)
     if "error" in outcome:
         raise NonFiniteLossError(outcome["error"])
@@ -105,16 +105,17 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
 
 def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
     """What the Train job returns; it goes on after a notice, and while workers that lack memory take less at a time."""
+    from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from .healing_worker import run_healing_worker
+    from .healing_start import start_healing_worker
 
     on_gpu = job.gpus_per_worker > 0
     resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
     trainer = TorchTrainer(
-        run_healing_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "progress": box},
+        start_healing_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": cloudpickle.dumps(job), "progress": box},
         torch_config=_config_with_notices(TorchConfig(backend="nccl" if on_gpu else "gloo"), job.metadata_servers),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=job.n_workers,
@@ -191,20 +192,6 @@ def _train_settings() -> Iterator[None]:
         yield
 
 
-class _ProgressBox:
-    """Actor that holds steps until the driver takes them."""
-
-    def __init__(self) -> None:
-        self._steps: list[HealingProgress] = []
-
-    def put(self, step: HealingProgress) -> None:
-        self._steps.append(step)
-
-    def take(self) -> list[HealingProgress]:
-        steps, self._steps = self._steps, []
-        return steps
-
-
 @contextmanager
 def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iterator[Any]:
     """An actor for the workers' steps while `on_progress` is called with them on a thread; None without a listener."""
@@ -213,7 +200,9 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
         return
     import ray
 
-    box: Any = ray.remote(num_cpus=0)(_ProgressBox).remote()
+    from .healing_start import ProgressBox
+
+    box: Any = ray.remote(num_cpus=0)(ProgressBox).remote()
     stopped = threading.Event()
     errors: list[Exception] = []
 
@@ -223,7 +212,7 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
             while not last_round:
                 last_round = stopped.wait(_POLL_S)
                 for step in ray.get(box.take.remote()):
-                    on_progress(step)
+                    on_progress(HealingProgress(**step))
         except Exception as error:  # raised below, on the caller's thread
             errors.append(error)
 

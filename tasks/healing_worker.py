@@ -38,11 +38,11 @@ _PROGRESS_FILE, _STATE_FILE = "progress.json", "state.safetensors"
 log = logging.getLogger(__name__)
 
 
-def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's function on each worker: all phases from the last checkpoint on, then the checkpoint's folder.
+def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
+    """What Ray Train runs on each worker: all phases from the last checkpoint on, then the checkpoint's folder.
 
     Args:
-        config: `job`, and `progress`, an actor handle or None.
+        listener: an actor handle of a `ProgressBox`, or None.
 
     Returns:
         a `Progress` as dictionary; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a
@@ -50,7 +50,7 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     from ray import train
 
-    job = with_noted_micro_batch(config["job"])
+    job = with_noted_micro_batch(job)
     prepare_process(job)
     note_resources(job)
     checkpoint = train.get_checkpoint()
@@ -60,7 +60,7 @@ def run_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
             ends_if_hung(job.step_timeout_s) as hung,
         ):
             restored = None if folder is None else Path(folder)
-            return _Worker(job, config["progress"], restored, hung).run()
+            return _Worker(job, listener, restored, hung).run()
     except NonFiniteLossError as error:
         return {"error": str(error)}
     except DiskFullError as error:
@@ -97,11 +97,11 @@ def read_progress(folder: Path, fingerprint: str) -> Progress | None:
 class _Worker:
     """One worker's way through the phases of a job."""
 
-    def __init__(self, job: HealingJob, progress: Any, restored: Path | None, hung: HungProcess):
+    def __init__(self, job: HealingJob, listener: Any, restored: Path | None, hung: HungProcess):
         from ray import train
         from ray.train.torch import get_device
 
-        self.job, self.spec, self.listener, self.hung = job, job.spec, progress, hung
+        self.job, self.spec, self.listener, self.hung = job, job.spec, listener, hung
         self.rank, self.world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
         self.device = get_device()
         found = None if restored is None else read_progress(restored, job.fingerprint)
@@ -157,7 +157,7 @@ class _Worker:
             self.hung.alive()
             self.done.curve.append(row)
             if self.rank == 0 and self.listener is not None:
-                self.listener.put.remote(clock.progress(row, self.spec.steps))
+                self.listener.put.remote(asdict(clock.progress(row, self.spec.steps)))
             if row.step in self.job.snapshot_steps:
                 self._snapshot(row.step, trained_parameters(engine, keep=self.rank == 0))
             is_going = self.is_going  # as the step's sum of losses has it, so that it is the same on all ranks

@@ -115,19 +115,37 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
+def small_recipe(**changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for the files of `write_inputs` whose runs are short, with changes to its sections."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": "./model"},
+        "quality": {"text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
+        "search": {"trials": 2, "window": 8},
+        "healing": {"tokens": 512, "text": "heal.txt", "batch_sequences": 2, "sequence_tokens": 32, "candidates": 1},
+        "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
+    }
+    return {name: sections.get(name, {}) | changes.get(name, {}) for name in {**sections, **changes}}
+
+
+def repeatable_recipe(**changes: dict[str, Any]) -> dict[str, Any]:
+    """The same, without tasks, such that two runs of it anywhere give the same tables but for speeds.
+
+    Measured speeds differ from run to run, and with them the plans; a result's last bits depend on threads and, healed,
+    on the number of workers.
+    """
+    sections = small_recipe(**changes)
+    sections["sensitivity"] = {"score": "nll"} | sections.get("sensitivity", {})
+    sections["search"] |= {"speed": "bytes"}
+    sections["placement"] = {"cpus_per_worker": 1, "healing_workers": 1} | sections.get("placement", {})
+    return sections
+
+
 @pytest.fixture
 def inputs(pristine_inputs: Path, tmp_path: Path) -> Inputs:
     """A copy of the inputs that a test may damage."""
     folder = tmp_path / "inputs"
     shutil.copytree(pristine_inputs, folder)
-    values = {
-        "model": {"path": "./model"},
-        "quality": {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
-        "search": {"trials": 2, "window": 8},
-        "healing": {"tokens": 1024, "text": "heal.txt", "batch_sequences": 2, "sequence_tokens": 32, "candidates": 1},
-        "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-    }
-    inputs = Inputs(folder, values)
+    inputs = Inputs(folder, small_recipe(quality={"tasks": ["./task.yaml"]}, healing={"tokens": 1024}))
     inputs.write_recipe()
     return inputs
 

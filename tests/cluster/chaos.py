@@ -30,8 +30,17 @@ from pathlib import Path
 import pandas as pd
 
 from tests.cluster.hosts import ADDRESSES, Hosts, why_not
-from tests.cluster.launched import HEAD, PYTHON, TOKEN, Launched, copy_project, launched, write_cluster_yaml
-from tests.conftest import write_inputs
+from tests.cluster.launched import (
+    HEAD,
+    LONG_TEXT,
+    PYTHON,
+    TOKEN,
+    Launched,
+    copy_project,
+    launched,
+    write_cluster_yaml,
+)
+from tests.conftest import repeatable_recipe, write_inputs
 from tests.results import assert_equal_results
 
 KINDS = ("worker killed", "node killed", "node cut off", "driver killed", "storage fails", "record truncated")
@@ -41,25 +50,11 @@ _NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Titles of processes that do nothing for a run, or without which a node is none."""
 _MARK = "/shared/storage-fails"
 
-RECIPE = {
-    "model": {"path": "./model"},
-    "quality": {"text": "long.txt", "sequences": 1200, "sequence_tokens": 32, "batch_size": 4},
-    "sensitivity": {"score": "nll", "treatments": ["none", "window"], "shares": 12, "compare": False},
-    # Measured speeds differ from run to run, and with them the plans.
-    "search": {"trials": 2, "window": 8, "speed": "bytes"},
-    "healing": {
-        "tokens": 2048,
-        "text": "heal.txt",
-        "batch_sequences": 2,
-        "sequence_tokens": 32,
-        "candidates": 1,
-        "curve": [],
-        "checkpoint_every_steps": 4,
-    },
-    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-    # A result's last bits depend on threads and, healed, on the number of workers.
-    "placement": {"cpus_per_worker": 1, "healing_workers": 1},
-}
+RECIPE = repeatable_recipe(
+    quality={"text": LONG_TEXT, "sequences": 1200, "batch_size": 4},
+    sensitivity={"treatments": ["none", "window"], "shares": 12, "compare": False},
+    healing={"tokens": 2048, "curve": [], "checkpoint_every_steps": 4},
+)
 
 
 @dataclass(frozen=True)
@@ -224,9 +219,7 @@ def outcomes(seeds: Sequence[int], folder: Path) -> Iterator[Outcome]:
         library = hosts.shared / "storage_fails.so"
         source = Path(__file__).with_name("storage_fails.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-        project = copy_project(hosts, write_inputs(folder / "inputs"), RECIPE)
-        judge = (project.folder / "judge.txt").read_text()
-        (project.folder / "long.txt").write_text("\n\n".join([judge] * 40))
+        copy_project(hosts, write_inputs(folder / "inputs"), RECIPE, long_text=40)
         with launched(hosts, write_cluster_yaml(hosts, storage_environment())) as cluster:
             undisturbed = Run(cluster, "undisturbed")
             undisturbed.finish(undisturbed.call())

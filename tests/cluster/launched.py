@@ -23,14 +23,22 @@ HEAD = f"{ADDRESSES[0]}:6379"
 TOKEN = {"RAY_AUTH_MODE": "token"}
 
 
-def copy_project(hosts: Hosts, inputs: Path, recipe: dict[str, Any]) -> Inputs:
-    """The working directory of a user, on the shared folder: the packages, and a recipe with its inputs beside."""
+LONG_TEXT = "long.txt"
+
+
+def copy_project(hosts: Hosts, inputs: Path, recipe: dict[str, Any], *, long_text: int) -> Inputs:
+    """The working directory of a user, on the shared folder: the packages, and a recipe with its inputs beside.
+
+    Args:
+        long_text: how often LONG_TEXT, for units that take a while, repeats the text that models are judged by.
+    """
     folder = hosts.shared / "project"
     ignored = shutil.ignore_patterns("__pycache__")
     for package in ("layerboost", "tasks", "orchestrator", "recipes", "clusters"):
         shutil.copytree(PROJECT / package, folder / package, ignore=ignored)
     shutil.copytree(inputs, folder / "inputs")
     copied = Inputs(folder / "inputs", recipe)
+    (copied.folder / LONG_TEXT).write_text("\n\n".join([(copied.folder / "judge.txt").read_text()] * long_text))
     copied.write_recipe()
     return copied
 

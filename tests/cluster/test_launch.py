@@ -15,6 +15,7 @@ from tests.cluster.hosts import ADDRESSES, Hosts, wait_until, why_not
 from tests.cluster.launched import (
     HEAD,
     JOB_SERVER,
+    LONG_TEXT,
     PROJECT,
     PYTHON,
     TOKEN,
@@ -23,7 +24,7 @@ from tests.cluster.launched import (
     launched,
     write_cluster_yaml,
 )
-from tests.conftest import Inputs
+from tests.conftest import Inputs, repeatable_recipe
 from tests.results import assert_equal_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -34,34 +35,19 @@ SILENT_NODE_NOTICED_S = 70
 """What the health checks of clusters/local.yaml promise (20 s), and room for a machine that three hosts share."""
 
 
-RECIPE = {
-    "model": {"path": "./model"},
-    # Units of some seconds, so that all nodes have one before the first is killed.
-    "quality": {"text": "long.txt", "sequences": 8000, "sequence_tokens": 32, "batch_size": 4},
-    "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"], "shares": 12},
-    # Measured speeds differ from run to run, and with them the plans.
-    "search": {"trials": 1, "window": 8, "speed": "bytes"},
-    "healing": {
-        "tokens": 512,
-        "text": "heal.txt",
-        "batch_sequences": 2,
-        "sequence_tokens": 32,
-        "candidates": 1,
-        "curve": [],
-    },
-    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-    # As the hosts below; a result's last bits depend on threads and, healed, on the number of workers.
-    "placement": {"cpus_per_worker": 1, "healing_workers": 1},
-}
+RECIPE = repeatable_recipe(
+    # Units of a second or two, so that all nodes have one before the first is killed.
+    quality={"text": LONG_TEXT, "sequences": 4000, "batch_size": 4},
+    sensitivity={"treatments": ["none", "window"], "shares": 8, "compare": False},
+    search={"trials": 1},
+    healing={"curve": []},
+)
 
 
 @pytest.fixture(scope="module")
 def project(hosts, pristine_inputs) -> Inputs:
-    """A user's working directory, with a text that is long enough for units of some seconds."""
-    project = copy_project(hosts, pristine_inputs, RECIPE)
-    judge = (project.folder / "judge.txt").read_text()
-    (project.folder / "long.txt").write_text("\n\n".join([judge] * 240))
-    return project
+    """A user's working directory."""
+    return copy_project(hosts, pristine_inputs, RECIPE, long_text=120)
 
 
 @pytest.fixture(scope="module")

@@ -11,29 +11,18 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import RAY
+from tests.conftest import repeatable_recipe
 from tests.results import assert_equal_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-RECIPE = {
-    "model": {"path": "./model"},
-    "quality": {"text": "judge.txt", "sequences": 16, "sequence_tokens": 32, "batch_size": 2},
-    "sensitivity": {"score": "nll", "treatments": ["none", "window"], "shares": 4, "compare": False},
-    # Measured speeds differ from run to run, and with them the plans.
-    "search": {"trials": 2, "window": 8, "speed": "bytes", "refine": None},
-    "healing": {
-        "tokens": 512,
-        "text": "heal.txt",
-        "batch_sequences": 2,
-        "sequence_tokens": 32,
-        "candidates": 1,
-        "curve": [],
-        "checkpoint_every_steps": 4,
-    },
-    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-    # A result's last bits depend on threads and, healed, on the number of workers.
-    "placement": {"workers": 1, "cpus_per_worker": 1, "healing_workers": 1},
-}
+RECIPE = repeatable_recipe(
+    quality={"sequences": 16, "batch_size": 2},
+    sensitivity={"treatments": ["none", "window"], "shares": 4, "compare": False},
+    search={"refine": None},
+    healing={"curve": [], "checkpoint_every_steps": 4},
+    placement={"workers": 1},
+)
 
 
 @pytest.fixture

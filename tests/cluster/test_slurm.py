@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.launched import copy_project
+from tests.cluster.launched import LONG_TEXT, copy_project
+from tests.conftest import repeatable_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -33,15 +34,12 @@ for text in remote.stderr:
     sys.stderr.write(text)
 sys.exit(remote.wait())
 """
-RECIPE = {
-    "model": {"path": "./model"},
+RECIPE = repeatable_recipe(
     # Units of a second, so that both nodes have some.
-    "quality": {"text": "long.txt", "sequences": 4000, "sequence_tokens": 32, "batch_size": 4},
-    "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 16, "compare": False},
-    "search": {"window": 8},
-    "throughput": {"prompt_tokens": 16, "new_tokens": 4},
-    "placement": {"workers": 2, "cpus_per_worker": 2},
-}
+    quality={"text": LONG_TEXT, "sequences": 4000, "batch_size": 4},
+    sensitivity={"treatments": ["none"], "shares": 16, "compare": False},
+    placement={"workers": 2, "cpus_per_worker": 2},
+)
 SCONTROL = """#!/bin/sh
 [ "$1 $2 $3" = "show hostnames h[0-1]" ] && printf 'h0\\nh1\\n'
 """
@@ -60,8 +58,7 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         # The home is shared on such machines; names are known.
         hosts.run(host, "sh", "-c", "mkdir -p /shared/home-ray && ln -sfn /shared/home-ray /root/.ray")
         hosts.run(host, "sh", "-c", "printf '10.77.0.10 h0\\n10.77.0.11 h1\\n' >> /etc/hosts")
-    inputs = copy_project(hosts, pristine_inputs, RECIPE)
-    (inputs.folder / "long.txt").write_text("\n\n".join([(inputs.folder / "judge.txt").read_text()] * 240))
+    copy_project(hosts, pristine_inputs, RECIPE, long_text=120)
     variables = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "h[0-1]", "SLURM_CPUS_ON_NODE": "2"}
     settings = [f"{name}={value}" for name, value in variables.items()]
     path = f"PATH=/shared/slurm:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"

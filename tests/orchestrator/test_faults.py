@@ -12,32 +12,22 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.conftest import Inputs, mounted_disk
+from tests.conftest import Inputs, mounted_disk, repeatable_recipe
 from tests.orchestrator.test_pipeline import command, environment, records, run, table
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-SMALL = {
-    "quality": {"tasks": [], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32},
-    "sensitivity": {"score": "nll", "treatments": ["none"], "shares": 2, "compare": False},
-    "search": {"trials": 2, "window": 8, "speed": "bytes", "refine": None},
-    "healing": {
-        "tokens": 512,
-        "text": "heal.txt",
-        "batch_sequences": 2,
-        "sequence_tokens": 32,
-        "candidates": 1,
-        "baselines": ["linear_window"],
-        "checkpoint_every_steps": 3,
-    },
-    "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-}
+SMALL = repeatable_recipe(
+    sensitivity={"treatments": ["none"], "shares": 2, "compare": False},
+    search={"refine": None},
+    healing={"baselines": ["linear_window"], "checkpoint_every_steps": 3},
+)
 
 
 @pytest.fixture
 def small(inputs) -> Inputs:
     """A run of half a minute that heals two plans."""
-    small = Inputs(inputs.folder, {"model": {"path": "./model"}, **SMALL})
+    small = Inputs(inputs.folder, SMALL)
     small.write_recipe()
     return small
 
