@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import RAY
+from tests.conftest import small_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -17,24 +18,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 def test_a_submitted_job_uses_both_nodes(cluster, project, tmp_path):
     address, environment = cluster
     judge = (project / "inputs" / "judge.txt").read_text()
-    (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 60))
-    recipe = {
-        "model": {"path": "./model"},
-        # Units of some seconds, so that the second node's worker is there before all are done.
-        "quality": {"text": "long.txt", "sequences": 2000, "sequence_tokens": 32, "batch_size": 1},
-        "sensitivity": {"score": "nll", "treatments": ["none", "window", "linear_window"]},
-        "search": {"trials": 1, "window": 8},
-        "healing": {
-            "tokens": 512,
-            "text": "heal.txt",
-            "batch_sequences": 3,
-            "sequence_tokens": 32,
-            "candidates": 1,
-            "curve": [],
-        },
-        "throughput": {"concurrency": [1], "prompt_tokens": 16, "new_tokens": 4},
-        "placement": {"healing_workers": 2},
-    }
+    (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 24))
+    recipe = small_recipe(
+        # Long enough that the second node's worker is there before all is done.
+        quality={"text": "long.txt", "sequences": 800, "batch_size": 1},
+        sensitivity={"score": "nll", "treatments": ["none", "window"], "shares": 16, "compare": False},
+        search={"trials": 1},
+        healing={"batch_sequences": 3, "curve": []},
+        placement={"healing_workers": 2},
+    )
     (project / "inputs" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "shared" / "run"
     submit = [

@@ -37,7 +37,7 @@ def recipes(project) -> list[Path]:
 
 
 def alone(recipe: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "orchestrator", "run", str(recipe), "--out", str(out)]
+    return [sys.executable, "-m", "orchestrator", "run", str(recipe), "--out", str(out), "--until", "heal"]
 
 
 def finish(commands: list[list[str]], logs: Path, environment: dict[str, str], cwd: Path) -> None:

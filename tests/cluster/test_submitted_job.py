@@ -192,7 +192,7 @@ def ray_job(cluster, verb: str, submission_id: str) -> str:
 
 def test_a_cut_line_loses_nothing_and_the_secret_is_not_shown(cluster, started, tmp_path):
     line = Line(int(cluster[0].rpartition(":")[2]))
-    arguments = ["--python", slow_lines(tmp_path, 60, 1), "--env", "HF_TOKEN", "--submission-id", "cut"]
+    arguments = ["--python", slow_lines(tmp_path, 30, 1), "--env", "HF_TOKEN", "--submission-id", "cut"]
     process, stdout, stderr = started(f"http://127.0.0.1:{line.port}", *arguments, HF_TOKEN=SECRET)
     for after in ("line 3\n", "line 15\n"):
         wait_for(stdout, after, process)
@@ -203,7 +203,7 @@ def test_a_cut_line_loses_nothing_and_the_secret_is_not_shown(cluster, started, 
     assert process.wait(180) == 1, stderr.read_text()
     assert "connected again" in stderr.read_text()
     written = re.findall(r"^line \d+$", stdout.read_text(), re.M)
-    assert written == [f"line {number}" for number in range(1, 61)]
+    assert written == [f"line {number}" for number in range(1, 31)]
     # Ray's own command adds lines about the job around its log.
     assert stdout.read_text() in ray_job(cluster, "logs", "cut")
     assert SECRET not in stdout.read_text() + stderr.read_text()

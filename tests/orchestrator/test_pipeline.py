@@ -235,19 +235,11 @@ def test_a_dry_run_counts_the_units_and_starts_nothing(undisturbed, tmp_path):
     assert rows["sensitivity"][:2] == ["9", "9"]
 
 
-def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, tmp_path):
+@pytest.fixture(scope="module")
+def disturbed_sweep(undisturbed, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a run until `sensitivity` whose workers were killed, and the units that it reports as done."""
     inputs, _, _ = undisturbed
-    out = tmp_path / "out"
-    run(inputs, out, "--until", "sensitivity")
-    assert (out / "sensitivity.csv").exists()
-    assert not (out / "pareto.csv").exists()
-    through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
-    assert "duration_s=" not in through_url.stderr
-
-
-def test_workers_killed_at_random_leave_the_same_table_and_no_unit_done_twice(undisturbed, tmp_path):
-    inputs, expected, _ = undisturbed
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("disturbed") / "out"
     process = subprocess.Popen(
         command(inputs, out, "--until", "sensitivity"),
         env=environment(),
@@ -266,8 +258,20 @@ def test_workers_killed_at_random_leave_the_same_table_and_no_unit_done_twice(un
                 kills += 1
     assert process.wait() == 0
     assert kills == 5
+    return out, finished
+
+
+def test_workers_killed_at_random_leave_the_same_table_and_no_unit_done_twice(undisturbed, disturbed_sweep):
+    (_, expected, _), (out, finished) = undisturbed, disturbed_sweep
     assert len(set(finished)) == len(finished) == 9
     pd.testing.assert_frame_equal(table(out, "sensitivity.csv"), table(expected, "sensitivity.csv"), rtol=1e-6)
+
+
+def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, disturbed_sweep):
+    (inputs, _, _), (out, _) = undisturbed, disturbed_sweep
+    assert not (out / "pareto.csv").exists()
+    through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
+    assert "duration_s=" not in through_url.stderr
 
 
 def workers_of(driver: int) -> list[int]:

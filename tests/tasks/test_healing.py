@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -442,7 +443,7 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path, scheme):
             Path(folder, "sub").mkdir()
             Path(folder, "sub", "a.txt").write_text(content)
             if fails:
-                raise OSError("disk full")
+                raise OSError(errno.ENOSPC, "disk full")
             Path(folder, "b.txt").write_text(content)
 
         return writer

@@ -119,8 +119,7 @@ def test_judging_with_too_little_memory_gives_the_same_scores(tmp_path, tiny_che
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.parametrize("max_failures", [0, 3])
-def test_a_healing_that_runs_out_of_memory_goes_on_with_a_smaller_micro_batch(folder, local, tmp_path, max_failures):
+def test_a_healing_that_runs_out_of_memory_goes_on_with_a_smaller_micro_batch(folder, local, tmp_path):
     import ray
 
     steps = tmp_path / "steps"
@@ -136,7 +135,8 @@ def test_a_healing_that_runs_out_of_memory_goes_on_with_a_smaller_micro_batch(fo
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        job = job_of(folder, f"memory-{max_failures}", max_failures=max_failures, on_step=run_out_twice)
+        # Ray Train goes on after the first time, and gives up after the second, which is no reason for us to.
+        job = job_of(folder, "memory", max_failures=1, on_step=run_out_twice)
         result = heal(job)
         check_result(result, job, local)
         assert result.micro_batch_sequences == 1  # of four
