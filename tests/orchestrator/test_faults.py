@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from orchestrator.cli import STAGES
 from tests.conftest import Inputs, mounted_disk, repeatable_recipe
 from tests.orchestrator.test_pipeline import command, environment, records, run, table
 
@@ -36,6 +37,8 @@ class Prepared:
     def until(self, stage: str) -> Path:
         out = self.folder / stage
         if not out.exists():
+            if (before := STAGES.index(stage)) > 0:
+                self.copy(STAGES[before - 1], out)
             run(self.inputs, out, "--until", stage)
         return out
 
@@ -156,7 +159,7 @@ def test_the_first_interrupt_finishes_what_is_in_flight_in_each_stage(small, tmp
 def test_the_second_interrupt_stops_a_healing_at_once_and_it_goes_on_from_its_checkpoint(small, tmp_path):
     out = small.copy("search", tmp_path / "out")
     inputs = Path(shutil.copytree(small.inputs.folder, tmp_path / "inputs"))
-    longer = Inputs(inputs, SMALL | {"healing": SMALL["healing"] | {"tokens": 64 * 200}})
+    longer = Inputs(inputs, SMALL | {"healing": SMALL["healing"] | {"tokens": 64 * 60}})
     longer.write_recipe()
     code, _ = interrupted(longer, out, r"heal step ([6-9]|\d\d+)/", times=2)
     assert code == 130 and not list((out / "healed").glob("*"))
