@@ -78,7 +78,7 @@ class RayCluster:
             shutil.rmtree(self.temp(number), ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster(tmp_path_factory):
     """A fresh cluster of two nodes that asks for a token."""
     home = tmp_path_factory.mktemp("home")
@@ -106,7 +106,7 @@ def ray_cluster(tmp_path_factory):
         cluster.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(ray_cluster) -> tuple[str, dict[str, str]]:
     """The address of its job server, and the environment that holds its token."""
     return f"http://127.0.0.1:{ray_cluster.dashboard}", ray_cluster.environment
