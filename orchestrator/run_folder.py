@@ -107,22 +107,19 @@ class RunFolder:
 
     # Records
 
-    def write_record(self, stage: str, key: str, identity: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes one record, whole or not at all.
+    def write_record(self, stage: str, identity: dict[str, Any], result: dict[str, Any]) -> None:
+        """Writes one record, whole or not at all, under the key of its identity.
 
         Args:
             stage: the stage's name, a folder under `records/`.
-            key: `unit_key(identity)`.
             identity: what changes the result, plain JSON.
             result: what came out, JSON (NaN and infinities allowed).
 
         Raises:
-            ValueError: if the key is not that of the identity.
             RunFolderLockedError: if this run held the lock and another has taken it over since.
         """
-        if key != unit_key(identity):
-            raise ValueError(f"key {key} is not that of the identity {canonical_json(identity)}")
         self.check_held()
+        key = unit_key(identity)
         payload: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
             "stage": stage,
@@ -145,7 +142,7 @@ class RunFolder:
         Raises:
             What `write_record` raises, when all that can be written are.
         """
-        _side_by_side(lambda each: self.write_record(stage, unit_key(each[0]), *each), results)
+        _side_by_side(lambda each: self.write_record(stage, *each), results)
 
     def read_record(self, stage: str, key: str) -> Record | None:
         """Reads one record; None if it is absent, or damaged, which is said in a warning."""

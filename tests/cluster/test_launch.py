@@ -112,7 +112,7 @@ def test_a_job_goes_on_although_a_raylet_is_killed_in_the_middle(hosts, cluster,
 @pytest.mark.skipif(os.environ.get("LAYERBOOST_TEST_LONG") != "1", reason="takes 15 min; set LAYERBOOST_TEST_LONG=1")
 def test_the_embedded_recipe_gives_the_same_by_both_doors_and_on_this_machine(hosts, cluster, project, tmp_path):
     shorter = [
-        "quality.limit=20", "search.trials=6", "search.speed=bytes", "healing.tokens=8192",
+        "quality.limit=20", "search.trials=4", "search.speed=bytes", "healing.tokens=8192", "healing.baselines=[]",
         "throughput.concurrency=[1]", "throughput.lengths=null",
         "placement.cpus_per_worker=1", "placement.healing_workers=1",
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from orchestrator.preflight import preflight
 from orchestrator.progress import Progress
 from orchestrator.recipe import load_recipe
 from orchestrator.results import RECIPE_FILE, RunState, load_state
-from orchestrator.run_folder import RunFolder, unit_key
+from orchestrator.run_folder import RunFolder
 from tasks.cluster import NodeResources
 
 TREATMENTS = ("softmax", "none", "linear_window", "window")
@@ -112,7 +112,7 @@ def test_what_is_recorded_costs_nothing_and_tells_what_the_rest_costs(inputs):
     run = context(inputs)
     before = stages_of(run)["search"]
     identity = {"unit": "made up"}
-    run.folder.write_record("search", unit_key(identity), identity, {"duration_s": 50.0})
+    run.folder.write_record("search", identity, {"duration_s": 50.0})
     after = stages_of(run)["search"]
     assert after.recorded == 1 and after.units == before.units
     assert after.seconds == pytest.approx(50 * (before.units - 1))

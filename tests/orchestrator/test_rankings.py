@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
 
     def record(name: str, result: dict[str, Any]) -> str:
         identity = {"of": name}
-        folder.write_record("sensitivity", unit_key(identity), identity, {**result, "duration_s": 1.0})
+        folder.write_record("sensitivity", identity, {**result, "duration_s": 1.0})
         return unit_key(identity)
 
     base = record("base", _scores(BASE))

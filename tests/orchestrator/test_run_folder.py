@@ -65,9 +65,9 @@ def test_records_come_back(folder):
     result = {"value": 0.1 + 0.2, "nothing": None, "items": [1, 2], "infinite": float("inf"), "text": "ü"}
     assert folder.read_record("search", KEY) is None
     assert folder.records("search") == []
-    folder.write_record("search", KEY, IDENTITY, result)
-    folder.write_record("search", unit_key(other), other, {})
-    folder.write_record("heal", KEY, IDENTITY, {})
+    folder.write_record("search", IDENTITY, result)
+    folder.write_record("search", other, {})
+    folder.write_record("heal", IDENTITY, {})
     record = RunFolder(folder.url).read_record("search", KEY)
     assert record is not None
     assert (record.identity, record.result) == (IDENTITY, result)
@@ -78,7 +78,7 @@ def test_records_come_back(folder):
 
 def test_records_are_replaced(folder):
     for value in (1, 2):
-        folder.write_record("search", KEY, IDENTITY, {"value": value})
+        folder.write_record("search", IDENTITY, {"value": value})
     assert [r.result for r in folder.records("search")] == [{"value": 2}]
 
 
@@ -86,11 +86,6 @@ def test_records_are_replaced(folder):
 def test_names_of_records_stay_in_the_folder(folder, stage, key):
     with pytest.raises(ValueError, match="must be"):
         folder.read_record(stage, key)
-
-
-def test_a_record_under_another_units_key_is_refused(folder):
-    with pytest.raises(ValueError, match="not that of the identity"):
-        folder.write_record("search", "0" * 16, IDENTITY, {})
 
 
 def _changed(text: str, **values: object) -> str:
@@ -111,7 +106,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_noticed_said_and_put_aside(folder, caplog, damage, reason):
     with folder.lock():
-        folder.write_record("search", KEY, IDENTITY, {"value": 0.5})
+        folder.write_record("search", IDENTITY, {"value": 0.5})
         folder.write_text(NAME, damage(folder.read_text(NAME)))
         with caplog.at_level(logging.WARNING):
             assert folder.read_record("search", KEY) is None
@@ -120,13 +115,13 @@ def test_damage_is_noticed_said_and_put_aside(folder, caplog, damage, reason):
         assert "redone" in caplog.text
         assert folder.names("records/search") == [f"{KEY}.json.damaged"]
         assert folder.records("search") == []
-        folder.write_record("search", KEY, IDENTITY, {"value": 0.5})
+        folder.write_record("search", IDENTITY, {"value": 0.5})
         assert folder.read_record("search", KEY).result == {"value": 0.5}
 
 
 def test_a_record_of_another_unit_is_damage(folder, caplog):
     other = IDENTITY | {"window": 9}
-    folder.write_record("search", unit_key(other), other, {"value": 1})
+    folder.write_record("search", other, {"value": 1})
     folder.write_text(NAME, folder.read_text(f"records/search/{unit_key(other)}.json"))
     assert folder.read_record("search", KEY) is None
     assert "belongs to another unit" in caplog.text
@@ -332,7 +327,7 @@ def test_a_run_that_lost_its_lock_writes_no_record(folder, monkeypatch):
         def write_for_10_s() -> None:
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
-                folder.write_record("search", KEY, IDENTITY, {})
+                folder.write_record("search", IDENTITY, {})
                 time.sleep(0.02)
 
         with pytest.raises(RunFolderLockedError, match=r"taken over by process .* on host elsewhere"):
