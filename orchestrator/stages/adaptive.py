@@ -116,7 +116,8 @@ class Rounds:
             plans = self._plans(layers)
             cut = self._cut(start, stop)
             self.n_units += len(cut)
-            missing = [SweepUnit(spec, share, plans) for share in cut if self._said(share, plans) is None]
+            said = self._said([(share, plans) for share in cut])
+            missing = [SweepUnit(spec, share, plans) for share, found in zip(cut, said, strict=True) if found is None]
             self.n_recorded += len(cut) - len(missing)
             units = missing or self._unscored(plans, cut)
             if units:
@@ -167,22 +168,26 @@ class Rounds:
         identity = self._run.inputs.plan_scores(plan, self.source.spec)
         return {**identity, "sample": [cut[0].start, cut[-1].stop, self._settings.seed]}
 
-    def _said(self, share: Share, plans: Sequence[Plan]) -> dict[str, Any] | None:
-        return self._run.recorded(self._run.inputs.sweep(self.source.spec, share, plans), (SWEEP,))
+    def _said(self, swept: Sequence[tuple[Share, Sequence[Plan]]]) -> list[dict[str, Any] | None]:
+        """What some plans said to each share; None where they were not asked yet."""
+        identities = [self._run.inputs.sweep(self.source.spec, share, plans) for share, plans in swept]
+        return self._run.all_recorded(identities, (SWEEP,))
 
     def _answers(self, plan: Plan, cut: Sequence[Share], *names: str) -> tuple:
         """What a plan said to each share, in whichever round that was."""
-        found = []
+        swept = []
         for share in cut:
             layers = next(layers for layers, start, stop in self._rounds if start <= share.start < stop)
-            plans = self._plans(layers)
-            said = self._said(share, plans)
+            swept.append((share, self._plans(layers)))
+        found = []
+        for (_, plans), said in zip(swept, self._said(swept), strict=True):
             assert said is not None
             found.append(tuple(tuple(said[name][plans.index(plan)]) for name in names))
         return tuple(found)
 
     def _unscored(self, plans: Sequence[Plan], cut: Sequence[Share]) -> list[Any]:
-        missing = [plan for plan in plans if self._run.recorded(self._identity(plan, cut)) is None]
+        recorded = self._run.all_recorded([self._identity(plan, cut) for plan in plans])
+        missing = [plan for plan, found in zip(plans, recorded, strict=True) if found is None]
         if self.source.name == TASKS_SOURCE:
             spec = self.source.spec
             return [ScoreUnit(spec, plan, tuple(cut), self._answers(plan, cut, "log_p", "greedy")) for plan in missing]
