@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer
-from orchestrator.recipe import InputError, environment_folder, load_recipe
+from orchestrator.recipe import InputError, load_recipe
+from orchestrator.recipe_sections import environment_folder
 from orchestrator.tables import print_rows
 
 

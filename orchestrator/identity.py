@@ -24,7 +24,8 @@ from layerboost.sources import sources_identity
 from layerboost.version import __version__
 from orchestrator.healing_recipe import SAMPLED, HealingText
 from orchestrator.model_check import ModelFacts
-from orchestrator.recipe import TEXT_SCORES, Recipe
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_sections import TEXT_SCORES
 from tasks.ablation import EvaluationUnit, ModelSource
 from tasks.measurement import ThroughputUnit
 from tasks.sampling import SampleUnit

@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cluster_check import Needs, check_nodes
 from orchestrator.doctor import MISSING, OK, WARN, Finding, findings_table
 from orchestrator.model_check import ModelFacts, check_model, check_tokenizer, without_prefix
-from orchestrator.recipe import (
-    DEVICE_PATTERN,
-    InputError,
-    QualitySection,
-    Recipe,
-    resolve_sequence_tokens,
-)
+from orchestrator.recipe import InputError, Recipe, resolve_sequence_tokens
+from orchestrator.recipe_sections import DEVICE_PATTERN, QualitySection
 from orchestrator.run_folder import RunFolder
 from orchestrator.text_check import check_healing_texts, check_plain_text
 from tasks.cluster import (
