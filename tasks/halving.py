@@ -19,7 +19,7 @@ from ray import tune
 from . import cluster
 from .healing import HealingJob, HealingResult, heal
 from .healing_job import located
-from .leftovers import free_resources
+from .leftovers import freeing_groups_of_the_dead
 from .tuning import UnitSearcher, quiet, temporary_folder
 from .units import Interrupt, UnitFailure, finish_on_interrupt
 from .watching import UNWATCHED, Watch
@@ -56,7 +56,7 @@ def heal_all(
     jobs = [located(job) for job in jobs]
     with finish_on_interrupt() as interrupt:
         searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts, watch)
-        with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder:
+        with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder, freeing_groups_of_the_dead():
             _tuner(jobs, searcher, folder, max_attempts).fit()
         if searcher.raised is not None:
             raise searcher.raised
@@ -139,7 +139,6 @@ class _JobSearcher(UnitSearcher[int]):
             self._on_result(self._jobs[index], outcome.result, outcome.duration_s)
 
     def _fail(self, index: int, error: str, n_attempts: int) -> None:
-        free_resources(self._jobs[index])
         self.failures.append(UnitFailure(self._jobs[index], error, n_attempts))
         if self._on_failure is not None:
             self._on_failure(self.failures[-1])

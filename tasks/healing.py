@@ -73,12 +73,10 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
     """
     from .healing_worker import Progress
-    from .leftovers import free_resources
     from .transfer import fit_layers
 
     start = time.monotonic()
     job = located(job)
-    free_resources(job)
     with _progress_box(on_progress) as box, _train_settings():
         if job.transfer_phase is not None:
             fit_layers(job, job.transfer_phase, lambda step: None if box is None else box.put.remote(asdict(step)))

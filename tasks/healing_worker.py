@@ -24,7 +24,6 @@ from layerboost.training import CurveRow, NonFiniteLossError, run_phase, split_h
 
 from .deepspeed_engine import make_engine, release, save_state, saved_parameters, trained_parameters
 from .healing_job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
-from .leftovers import note_resources
 from .memory import is_out_of_memory
 from .micro_batch import note_smaller_micro_batch, with_noted_micro_batch
 from .notices import TerminationNoticeError, notice_given
@@ -52,7 +51,6 @@ def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
 
     job = with_noted_micro_batch(job)
     prepare_process(job)
-    note_resources(job)
     checkpoint = train.get_checkpoint()
     try:
         with (

@@ -1,44 +1,83 @@
-"""What the workers of a Train job held when its driver died: the job's next attempt gives it back.
+"""What a Train job's controller held when it died with the trial that ran it: given back while the others go on.
 
-Ray Train leaves this to an actor that asks the dashboard whether the driver lives. A cluster without a dashboard never
-answers, and the placement group would keep its CPUs and GPUs until the cluster ends. So the group is noted in the
-cluster's own store, where whoever starts the job again finds it.
+Ray removes a placement group when the actor and the job that made it are both gone. A Tune trial that is killed takes its
+Train controller along, while the job lives on; Ray Train leaves that case to an actor that asks the dashboard, so that a
+cluster without one would keep the group's CPUs and GPUs until the job ends.
 """
 
 from __future__ import annotations
 
-from ray._raylet import PlacementGroupID
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from .healing_job import HealingJob
+import ray
+from ray._private.state import state as cluster_state
+from ray._raylet import ActorID, PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 2.0
+_END_WITHIN_S = 10.0
 
 
-def note_resources(job: HealingJob) -> None:
-    """Called in a worker of the job: notes the placement group that it runs in."""
-    group = get_current_placement_group()
-    if group is not None:
-        _internal_kv_put(_key(job), group.id.binary())
+@contextmanager
+def freeing_groups_of_the_dead() -> Iterator[None]:
+    """Meanwhile, every two seconds, removes what `free_groups_of_the_dead` finds; at the end waits for the last ones.
 
-
-def free_resources(job: HealingJob) -> None:
-    """Removes the placement group of an earlier attempt; there may be none.
-
-    Nothing runs in it any more: workers end with the driver that started them.
+    The controllers' deaths are known some time after the trials'. At the end, when no trial is left, their groups are
+    waited for, at most ten seconds.
     """
-    noted = _internal_kv_get(_key(job))
-    if noted is None:
-        return
-    group = PlacementGroup(PlacementGroupID(noted))
-    if placement_group_table(group).get("state", "REMOVED") != "REMOVED":
-        remove_placement_group(group)
-    _internal_kv_del(_key(job))
+    ended = threading.Event()
+
+    def sweep() -> None:
+        while not ended.wait(_EVERY_S):
+            try:
+                free_groups_of_the_dead()
+            except Exception:  # the cluster's state may be out of reach for a moment: the next round asks again
+                logger.warning("cannot ask which placement groups are left; asked again soon", exc_info=True)
+
+    thread = threading.Thread(target=sweep, name="leftovers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        deadline = time.monotonic() + _END_WITHIN_S
+        while free_groups_of_the_dead() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
-def _key(job: HealingJob) -> bytes:
-    return f"layerboost:placement_group:{job.storage_path}:{job.name}".encode()
+def free_groups_of_the_dead() -> int:
+    """Removes the placement groups of this Ray job that a dead actor made.
+
+    Returns:
+        How many groups are held by actors of this job other than the caller, before the removal.
+    """
+    groups = _groups_of_other_actors()
+    for group in groups:
+        if group.creator_actor_dead:
+            logger.info("gives back what a dead actor held: placement group %s", group.placement_group_id.hex())
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+    return len(groups)
+
+
+def _groups_of_other_actors() -> list[Any]:
+    """Of Ray's own records, which name a group's maker; its public table does not."""
+    context = ray.get_runtime_context()
+    actor_id = context.get_actor_id()
+    no_maker_or_caller = {ActorID.nil().binary(), b"" if actor_id is None else bytes.fromhex(actor_id)}
+    records = cluster_state._connect_and_get_accessor().get_placement_group_table()
+    return [
+        group
+        for group in map(PlacementGroupTableData.FromString, records)
+        if group.creator_job_id.hex() == context.get_job_id()
+        and group.creator_actor_id not in no_maker_or_caller
+        and group.state != PlacementGroupTableData.REMOVED
+    ]
