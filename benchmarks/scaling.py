@@ -8,7 +8,8 @@
 measures what one unit of a sweep costs the driver: the real loop hands out units that sleep, over real Ray calls, and
 writes a real record for each treatment; its processor time counts, whatever the workers do. `simulate` plays the sweep
 of larger models with the spread of the shares' times and the start of workers read from a run, and the driver as one
-server that takes what `driver` measured: makespan, efficiency, idle share, how busy the driver is, what is stored.
+server that takes what `driver` measured: it gives the workers that are done their next units, then writes the records
+of all that they brought, side by side. Makespan, efficiency, idle share, how busy the driver is, what is stored.
 
 A share of a real model takes as long as its layers: `--layer-us` is the time of one layer for one token of one plan,
 by default what the run took; 0.5 is near that of a model of 4 B parameters on a current data-centre GPU.
@@ -21,6 +22,7 @@ import csv
 import heapq
 import itertools
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -35,6 +37,7 @@ from typing import Any
 from results_csv import write_rows
 
 from layerboost.hardware import hardware_name
+from orchestrator.run_folder import SIDE_BY_SIDE
 from tasks.sweeping import auto_shares, shares
 
 ANSWERS = ("log_p", "greedy")
@@ -148,17 +151,23 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as work:
         folder = RunFolder(work)
 
+        records = []
+
         def on_result(unit: tuple[int, float], result: dict, _s: float, info: dict) -> None:
-            nonlocal record_s
-            start, records = time.process_time(), []
             for first, last in itertools.pairwise((0, *range(1, shape.n_plans + 1, shape.n_layers))):
                 said = {name: values[first:last] for name, values in result.items()}
                 records.append(({"unit": "sweep", "share": unit[0], "plans": [first, last]}, said))
+
+        def write() -> None:
+            nonlocal record_s
+            start = time.process_time()
             folder.write_records("sweep", records)
+            records.clear()
             record_s += time.process_time() - start
 
+        units = [(i, 0.5) for i in range(n_units)]
         start = time.process_time()
-        run_units([(i, 0.5) for i in range(n_units)], lambda: sleeper, n_workers=n_workers, on_result=on_result)
+        run_units(units, lambda: sleeper, n_workers=n_workers, on_result=on_result, on_results_end=write)
         busy_s = time.process_time() - start
         n_bytes = sum(file.stat().st_size for file in Path(work).rglob("*.json"))
     return {
@@ -213,12 +222,19 @@ def simulate(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for layer_us, put_ms in itertools.product([1e6 * measured.layer_call_s, *args.layer_us], args.put_ms):
             durations = [n * shape.layer_calls * layer_us / 1e6 * draw.choice(measured.relative_times) for n in tokens]
             n_records = len(durations) * (shape.n_treatments + 1) + shape.n_plans
-            put_s = put_ms / 1e3  # the records of a share are written side by side
             one_s = 0.0
             for n in args.workers:
                 row = cost[_nearest(cost, shape, n)]
-                driver_s, kib = float(row["driver_ms_per_unit"]) / 1e3 + put_s, float(row["record_kib_per_unit"])
-                seconds, idle, busy = simulate_sweep(durations, n, start_s=args.start_s, driver_s=driver_s)
+                record_s, kib = float(row["of_it_records_ms"]) / 1e3, float(row["record_kib_per_unit"])
+                seconds, idle, busy = simulate_sweep(
+                    durations,
+                    n,
+                    start_s=args.start_s,
+                    hand_out_s=float(row["driver_ms_per_unit"]) / 1e3 - record_s,
+                    record_s=record_s,
+                    n_records=shape.n_treatments + 1,
+                    put_s=put_ms / 1e3,
+                )
                 one_s = one_s or seconds  # the first number of workers is what the others are compared with
                 yield {
                     "shape": shape.name,
@@ -246,35 +262,46 @@ def _nearest(cost: dict[tuple[str, int], Any], shape: SweepShape, n_workers: int
 
 
 def simulate_sweep(
-    durations_s: Sequence[float], n_workers: int, *, start_s: float, driver_s: float
+    durations_s: Sequence[float],
+    n_workers: int,
+    *,
+    start_s: float,
+    hand_out_s: float,
+    record_s: float,
+    n_records: int,
+    put_s: float,
 ) -> tuple[float, float, float]:
     """Plays units on workers that ask one driver for the next one.
 
     Args:
         durations_s: of the units, in the order in which they are handed out.
         start_s: until a worker is ready for its first unit.
-        driver_s: that the driver is busy with each unit's result, one after the other.
+        hand_out_s: that the driver's processor takes to collect a result and give its worker the next unit.
+        record_s: that it takes to write a unit's records.
+        n_records: of a unit.
+        put_s: that the storage takes for a record; so many are written side by side as the run folder does.
 
     Returns:
         Makespan in seconds, idle share of the workers, busy share of the driver.
     """
     n_workers = min(n_workers, len(durations_s))
-    events = [(start_s, worker) for worker in range(n_workers)]  # when each worker wants its next unit
-    heapq.heapify(events)
-    driver_free_s, makespan_s = 0.0, 0.0
     waiting = list(reversed(durations_s))
-    handed_first = [False] * n_workers
-    while events:
-        now_s, worker = heapq.heappop(events)
-        if handed_first[worker]:  # a result comes in first
-            driver_free_s = max(driver_free_s, now_s) + driver_s
-            now_s = driver_free_s
-        makespan_s = max(makespan_s, now_s)
-        if waiting:
-            handed_first[worker] = True
-            heapq.heappush(events, (now_s + waiting.pop(), worker))
-    busy_s = sum(durations_s)
-    return makespan_s, 1 - busy_s / (n_workers * makespan_s), len(durations_s) * driver_s / makespan_s
+    ends_s = [start_s + waiting.pop() for _ in range(n_workers)]  # of the units in flight
+    heapq.heapify(ends_s)
+    now_s = driver_busy_s = 0.0
+    while ends_s:
+        now_s = begun_s = max(now_s, ends_s[0])
+        n_taken = 0
+        while ends_s and ends_s[0] <= begun_s:
+            heapq.heappop(ends_s)
+            n_taken += 1
+        for _ in range(n_taken):
+            now_s += hand_out_s
+            if waiting:
+                heapq.heappush(ends_s, now_s + waiting.pop())
+        now_s += n_taken * record_s + math.ceil(n_taken * n_records / SIDE_BY_SIDE) * put_s
+        driver_busy_s += now_s - begun_s
+    return now_s, 1 - sum(durations_s) / (n_workers * now_s), driver_busy_s / now_s
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ SCHEMA_VERSION = 1
 RECORDS = "records"
 LOCK_NAME = "run.lock"
 
-_SIDE_BY_SIDE = 16
+SIDE_BY_SIDE = 16
 """Requests under way at once: an object store answers many as fast as one."""
 
 Given = TypeVar("Given")
@@ -128,9 +128,9 @@ class RunFolder:
             "result": result,
             "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        payload["sha256"] = _checksum(payload)
-        text = json.dumps(payload, indent=1, ensure_ascii=False)
-        self.write_text(_record_name(stage, key), text + "\n")
+        lines = _members(payload)
+        lines.append(f'"sha256":"{_sha256(lines)}"')
+        self.write_text(_record_name(stage, key), "{" + ",\n".join(lines) + "}\n")
 
     def write_records(self, stage: str, results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         """Writes several records side by side, each whole or not at all.
@@ -182,7 +182,8 @@ class RunFolder:
             raise _DamagedRecordError("it is not a JSON object")
         if payload.get("schema") != SCHEMA_VERSION:
             raise _DamagedRecordError(f"its schema is {payload.get('schema')}, this version writes {SCHEMA_VERSION}")
-        if payload.get("sha256") != _checksum({name: payload[name] for name in payload if name != "sha256"}):
+        members = _members({name: payload[name] for name in payload if name != "sha256"})
+        if payload.get("sha256") != _sha256(members):
             raise _DamagedRecordError("its checksum does not fit its content")
         if (payload.get("stage"), payload.get("key")) != (stage, key) or unit_key(payload["identity"]) != key:
             raise _DamagedRecordError("it belongs to another unit")
@@ -419,7 +420,7 @@ def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got
     """What `do` gives for each, in order; the first error, when all have ended."""
     if len(each) < 2:
         return [do(one) for one in each]
-    with ThreadPoolExecutor(min(len(each), _SIDE_BY_SIDE), "records") as pool:
+    with ThreadPoolExecutor(min(len(each), SIDE_BY_SIDE), "records") as pool:
         return [future.result() for future in [pool.submit(do, one) for one in each]]
 
 
@@ -440,5 +441,11 @@ def _record_name(stage: str, key: str) -> str:
     return f"{RECORDS}/{stage}/{key}.json"
 
 
-def _checksum(payload: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(payload, allow_nan=True).encode()).hexdigest()
+def _members(payload: dict[str, Any]) -> list[str]:
+    """The members of a JSON object, each as canonical text, in order: a record has one a line."""
+    return [f"{json.dumps(name)}:{canonical_json(payload[name], allow_nan=True)}" for name in sorted(payload)]
+
+
+def _sha256(members: Sequence[str]) -> str:
+    """Of the canonical text of the object that has these members."""
+    return hashlib.sha256(("{" + ",".join(members) + "}").encode()).hexdigest()

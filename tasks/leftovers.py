@@ -1,8 +1,8 @@
 """What a Train job's controller held when it died with the trial that ran it: given back while the others go on.
 
-Ray removes a placement group when the actor and the job that made it are both gone. A Tune trial that is killed takes its
-Train controller along, while the job lives on; Ray Train leaves that case to an actor that asks the dashboard, so that a
-cluster without one would keep the group's CPUs and GPUs until the job ends.
+Ray removes a placement group when the actor and the job that made it are both gone. A Tune trial that is killed takes
+its Train controller along, while the job lives on; Ray Train leaves that case to an actor that asks the dashboard, so
+that a cluster without one would keep the group's CPUs and GPUs until the job ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster_state
 from ray._raylet import ActorID, PlacementGroupID
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 logger = logging.getLogger(__name__)

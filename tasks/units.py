@@ -65,6 +65,7 @@ def run_units(
     *,
     n_workers: int | Callable[[], int],
     on_result: Callable[[Unit, Any, float, dict], None],
+    on_results_end: Callable[[], None] | None = None,
     on_failure: Callable[[UnitFailure], None] | None = None,
     more_units: Callable[[], Sequence[Unit]] | None = None,
     max_attempts: int = 3,
@@ -72,10 +73,11 @@ def run_units(
 ) -> list[UnitFailure]:
     """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
 
-    One unit is in flight for each actor. An actor that dies is replaced and its unit tried again; so is a unit that
-    raises, on the same actor. An actor whose unit gives no result within `watch.timeout_s` is killed, which is the
-    same. Nodes may leave and join: a replacement waits for room while the others work on. Nothing
-    is waited for that nobody needs: an actor that never finds room is given up when the units are done.
+    One unit is in flight for each actor, which has its next one before the result of the last is handed over. An actor
+    that dies is replaced and its unit tried again; so is a unit that raises, on the same actor. An actor whose unit
+    gives no result within `watch.timeout_s` is killed, which is the same. Nodes may leave and join: a replacement waits
+    for room while the others work on. Nothing is waited for that nobody needs: an actor that never finds room is given
+    up when the units are done.
 
     The first Ctrl-C lets the units in flight finish and hands their results over, then raises KeyboardInterrupt; the
     second one raises at once.
@@ -87,6 +89,8 @@ def run_units(
             are added where a cluster grows under a running job.
         on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
             What it raises ends the run.
+        on_results_end: called when `on_result` has had all results that are there by now, at least once after each:
+            who writes them together is not outrun by many workers.
         on_failure: called in this process with each failure as it happens.
         more_units: called when all units are done, for those that follow from their results; the actors are kept. The
             run ends when it has none.
@@ -99,7 +103,7 @@ def run_units(
     units = list(units) or (list(more_units()) if more_units else [])
     if not units:
         return []
-    loop = _Loop(units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts, watch)
+    loop = _Loop(units, make_actor, n_workers, on_result, on_results_end, on_failure, more_units, max_attempts, watch)
     with finish_on_interrupt() as interrupt:
         try:
             loop.run(interrupt)
@@ -109,9 +113,12 @@ def run_units(
 
 
 class _Loop:
-    def __init__(self, units, make_actor, n_workers, on_result, on_failure, more_units, max_attempts, watch):
+    def __init__(
+        self, units, make_actor, n_workers, on_result, on_results_end, on_failure, more_units, max_attempts, watch
+    ):
         self.units, self.make_actor, self.max_attempts, self.watch = units, make_actor, max_attempts, watch
-        self.on_result, self.on_failure, self.more_units = on_result, on_failure, more_units
+        self.on_result, self.on_results_end = on_result, on_results_end
+        self.on_failure, self.more_units = on_failure, more_units
         self.ask_n_workers = n_workers if callable(n_workers) else None
         self.n_workers = n_workers() if callable(n_workers) else n_workers
         self.asked_s = time.monotonic()
@@ -141,9 +148,12 @@ class _Loop:
             pending = {
                 self._reference(worker): worker for worker in self.workers if self._reference(worker) is not None
             }
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
-            for reference in done:
-                self._collect(pending[reference], reference)
+            ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
+            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+            collected = [self._collect(pending[reference], reference) for reference in done]
+            if not interrupt.requested:
+                self._fill()
+            self._hand_over([result for result in collected if result is not None])
             self._end_hung_units()
             self._warn_if_starving()
 
@@ -183,7 +193,8 @@ class _Loop:
                 worker.result = worker.actor.run.remote(self.units[worker.unit])
                 self._tell("started", worker)
 
-    def _collect(self, worker: _Worker, reference) -> None:
+    def _collect(self, worker: _Worker, reference) -> tuple[Any, Any, float, dict] | None:
+        """What `on_result` is to be called with, if the worker has a result."""
         import ray
 
         try:
@@ -198,14 +209,21 @@ class _Loop:
         else:
             if worker.info is None:
                 worker.info, self.start_failures = value, 0
-                return
+                return None
             self._tell("done", worker)
             n_attempts = self.attempts[worker.unit]
             info = worker.info | ({"attempt": n_attempts} if n_attempts > 1 else {})
             if isinstance(value, dict) and SHRUNK in value:
                 info[SHRUNK] = value.pop(SHRUNK)
             unit, worker.unit, worker.result = self.units[worker.unit], None, None
-            self.on_result(unit, value, time.monotonic() - worker.started_s, info)
+            return unit, value, time.monotonic() - worker.started_s, info
+        return None
+
+    def _hand_over(self, results: Sequence[tuple[Any, Any, float, dict]]) -> None:
+        for result in results:
+            self.on_result(*result)
+        if results and self.on_results_end is not None:
+            self.on_results_end()
 
     def _end_hung_units(self) -> None:
         """Loses the workers whose units take longer than any should."""

@@ -49,6 +49,7 @@ class Sweep:
         self._plans = run.inputs.sweep_plans
         self._handed_out: set[Any] = set()
         self._answers_read: dict[tuple[SweepSource, Share, str], dict[str, Any]] = {}
+        self._unrecorded: list[tuple[SweepUnit, float, list[tuple[Identity, dict[str, Any]]]]] = []
         self._has_cosine = (
             any(source.name == TEXT_SOURCE for source in sources)
             and Treatment.NONE.value in self._plans
@@ -92,7 +93,8 @@ class Sweep:
                 run.inputs.source,
                 spec,
                 workers,
-                on_result=self._record,
+                on_result=self._take,
+                on_results_end=self._record_shares,
                 more_units=self._next_units,
                 n_workers=run.n_workers,
                 watch=run.watch(SENSITIVITY, self._name, n_workers=workers.n_workers),
@@ -200,7 +202,8 @@ class Sweep:
 
     # What came back
 
-    def _record(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+    def _take(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+        """Records what a worker gave; shares are kept for `_record_shares`."""
         run, inputs = self._run, self._run.inputs
         about = {"duration_s": duration_s, "worker": info}
         if isinstance(unit, CountUnit):
@@ -211,11 +214,19 @@ class Sweep:
             run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), {**result, **about})
             run.progress.finish_unit(duration_s, **self._name(unit))
         else:
-            self._record_share(unit, result, about)
-            run.progress.finish_unit(duration_s, **self._name(unit))
+            self._unrecorded.append((unit, duration_s, self._by_treatment(unit, result, about)))
 
-    def _record_share(self, unit: SweepUnit, result: dict, about: dict[str, Any]) -> None:
-        """One record for each treatment, so that a treatment that joins later needs no other anew."""
+    def _record_shares(self) -> None:
+        """Records the shares taken since the last time, side by side: with many workers several come at once."""
+        taken, self._unrecorded = self._unrecorded, []
+        self._run.record_all(SWEEP, [result for _, _, results in taken for result in results])
+        for unit, duration_s, _ in taken:
+            self._run.progress.finish_unit(duration_s, **self._name(unit))
+
+    def _by_treatment(
+        self, unit: SweepUnit, result: dict, about: dict[str, Any]
+    ) -> list[tuple[Identity, dict[str, Any]]]:
+        """A share as one record for each treatment, so that a treatment that joins later needs no other anew."""
         each_s, results = about["duration_s"] / len(unit.plans), []
         for plans in self._plans.values():
             if plans[0] not in unit.plans:
@@ -224,9 +235,9 @@ class Sweep:
             said = {
                 name: values[first : first + len(plans)] for name, values in result.items() if isinstance(values, list)
             }
-            identity: Identity = self._run.inputs.sweep(unit.spec, unit.share, plans)
+            identity = self._run.inputs.sweep(unit.spec, unit.share, plans)
             results.append((identity, {**said, **about, "duration_s": each_s * len(plans)}))
-        self._run.record_all(SWEEP, results)
+        return results
 
     def _name(self, unit: Any) -> dict[str, Any]:
         if isinstance(unit, EvaluationUnit):

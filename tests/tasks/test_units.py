@@ -152,5 +152,31 @@ def test_an_error_of_the_callback_ends_the_run(ray_local, tmp_path):
     assert isinstance(error, OSError) and str(error) == "disk full"
 
 
+def test_an_actor_works_on_while_its_result_is_taken(ray_local, tmp_path):
+    def take(unit, *_):
+        deadline = time.monotonic() + 20
+        while unit[0] == 0 and not (tmp_path / "1-slow").exists():
+            assert time.monotonic() < deadline, "the only actor waits for its result to be taken"
+            time.sleep(0.01)
+
+    _, failures, error = _run(ray_local, tmp_path, [(0, None), (1, "slow")], n_workers=1, on_result=take)
+    assert error is None and not failures
+
+
+def test_results_that_are_there_end_together(ray_local, tmp_path):
+    taken, ends = [], []
+
+    def take(unit, *_):
+        taken.append(unit[0])
+        time.sleep(0.3)
+
+    settings = {"on_result": take, "on_results_end": lambda: ends.append(len(taken))}
+    _, failures, error = _run(ray_local, tmp_path, [(n, None) for n in range(12)], **settings)
+    assert error is None and not failures
+    assert sorted(taken) == list(range(12))
+    assert ends == sorted(set(ends)) and ends[-1] == 12, "each result is followed by an end"
+    assert len(ends) < 12, "two actors were done while a result was taken"
+
+
 def test_no_units_need_no_actor():
     assert run_units([], lambda: pytest.fail("made an actor"), n_workers=2, on_result=pytest.fail) == []
