@@ -76,6 +76,13 @@ class Progress:
             self._tell("stage", units=total, recorded=recorded, workers=self._workers)
             self._write(self._text("start", recorded=recorded, workers=self._workers), keep=True)
 
+    def set_total(self, total: int) -> None:
+        """Says how many units the stage has by what is known now: some follow from what others give."""
+        with self._mutex:
+            if total != self._total:
+                self._total = total
+                self._tell("units", units=total)
+
     def finish_unit(self, duration_s: float, *, status: str = "done", **fields: object) -> None:
         """Says that a unit is finished.
 

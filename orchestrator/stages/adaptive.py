@@ -44,7 +44,7 @@ def adaptive_sensitivity(run: RunContext) -> bool:
             rounds.source.spec,
             workers,
             on_result=rounds.record,
-            more_units=rounds.next_units,
+            more_units=rounds.more_units,
             n_workers=run.n_workers,
             watch=run.watch(SENSITIVITY, rounds.name, n_workers=workers.n_workers),
         )
@@ -85,6 +85,12 @@ class Rounds:
         fresh = [unit for unit in self._replay() if unit not in self._handed_out]
         self._handed_out |= set(fresh)
         return fresh
+
+    def more_units(self) -> list[Any]:
+        """The next units of the stage that is under way: which rounds there are follows from the earlier ones."""
+        units = self.next_units()
+        self._run.progress.set_total(self.n_units)
+        return units
 
     def _replay(self) -> list[Any]:
         spec, run = self.source.spec, self._run

@@ -95,7 +95,7 @@ class Sweep:
                 workers,
                 on_result=self._take,
                 on_results_end=self._record_shares,
-                more_units=self._next_units,
+                more_units=self._more_units,
                 n_workers=run.n_workers,
                 watch=run.watch(SENSITIVITY, self._name, n_workers=workers.n_workers),
             )
@@ -158,6 +158,12 @@ class Sweep:
         return self._run.recorded(self._run.inputs.scores(cosine_unit(), self._text_source.spec))
 
     # What comes next
+
+    def _more_units(self) -> list[Any]:
+        """What follows from the records by now; how many shares there are is known when the items are counted."""
+        units = self._next_units()
+        self._run.progress.set_total(self.n_units())
+        return units
 
     def _next_units(self) -> list[Any]:
         """Everything that can be done now and was not handed out before."""

@@ -33,6 +33,20 @@ def test_one_plain_line_for_each_unit():
     assert len(lines) == 5
 
 
+def test_a_stage_may_turn_out_to_have_more_units():
+    stream, events = io.StringIO(), []
+    progress = Progress(stream)
+    progress.listeners.append(events.append)
+    progress.start_stage("sensitivity", 2)
+    progress.finish_unit(1.0)
+    progress.set_total(4)
+    progress.finish_unit(1.0)
+    progress.set_total(4)
+    assert stream.getvalue().splitlines()[-1] == "sensitivity 2/4 done duration_s=1.0 left_s=2"
+    assert progress.snapshot()["units"] == 4
+    assert [event["units"] for event in events if event["what"] in ("stage", "units")] == [2, 4]
+
+
 @pytest.mark.parametrize(("workers", "left_s"), [(1, 40.0), (2, 20.0), (3, 20.0), (4, 10.0), (9, 10.0)])
 def test_time_left_counts_waves_of_workers(workers, left_s):
     progress = Progress(io.StringIO())
