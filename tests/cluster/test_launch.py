@@ -30,7 +30,7 @@ from tests.results import assert_equal_results
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SUBMIT = ["ray", "job", "submit", "--address", JOB_SERVER, "--working-dir", "/shared/project", "--"]
-RUN = [PYTHON, "-m", "orchestrator", "run", "inputs/recipe.yaml", "--until", "sensitivity", "--out", "/shared/run"]
+SHORT = ["--until", "sensitivity"]
 SILENT_NODE_NOTICED_S = 70
 """What the health checks of clusters/local.yaml promise (20 s), and room for a machine that three hosts share."""
 
@@ -40,6 +40,11 @@ RECIPE = repeatable_recipe(
     quality={"text": LONG_TEXT, "sequences": 10000, "batch_size": 4},
     sensitivity={"treatments": ["none", "window"], "shares": 20, "compare": False},
 )
+
+
+def run(recipe: object, out: object, *options: str) -> list[str]:
+    """The command of a run."""
+    return [PYTHON, "-m", "orchestrator", "run", str(recipe), *options, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +63,11 @@ def cluster(hosts) -> Iterator[Launched]:
 def local_run(project, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
     """The job's recipe on this machine, which is at work while tests wait for the cluster."""
     out = tmp_path_factory.mktemp("here") / "run"
-    command = [PYTHON, "-m", "orchestrator", "run", str(project.recipe), "--until", "sensitivity", "--out", str(out)]
-    run = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.DEVNULL)
-    yield run, out
-    run.kill()
-    run.wait()
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen(run(project.recipe, out, *SHORT), env=environment, stdout=subprocess.DEVNULL)
+    yield process, out
+    process.kill()
+    process.wait()
 
 
 def worker_hosts(out: Path) -> set[str]:
@@ -95,7 +100,8 @@ def test_a_job_without_the_token_is_refused(hosts, cluster, project):
 
 def test_a_job_goes_on_although_a_raylet_is_killed_in_the_middle(hosts, cluster, project):
     out = hosts.shared / "run"
-    job = hosts.start("drv", *SUBMIT, *RUN, env=TOKEN, log=hosts.folder / "job.log")
+    command = [*SUBMIT, *run("inputs/recipe.yaml", "/shared/run", *SHORT)]
+    job = hosts.start("drv", *command, env=TOKEN, log=hosts.folder / "job.log")
     try:
         wait_until(lambda: job.poll() is not None or worker_hosts(out) == {"h0", "h1", "h2"}, "units on all nodes", 600)
         hosts.run("h1", "sh", "-c", "kill -KILL $(pidof raylet)")
@@ -117,13 +123,12 @@ def test_the_embedded_recipe_gives_the_same_by_both_doors_and_on_this_machine(ho
         "placement.cpus_per_worker=1", "placement.healing_workers=1",
     ]  # fmt: skip
     options = [part for value in shorter for part in ("--set", value)]
-    run = [PYTHON, "-m", "orchestrator", "run", "recipes/default.yaml", *options, "--out"]
     submit = [PYTHON, "-m", "orchestrator", "submit", "recipes/default.yaml", *options, "--python", PYTHON]
-    hosts.run("drv", *SUBMIT, *run, "/shared/by-ray", env=TOKEN)
+    hosts.run("drv", *SUBMIT, *run("recipes/default.yaml", "/shared/by-ray", *options), env=TOKEN)
     by_us = shlex.join([*submit, "--address", JOB_SERVER, "--out", "/shared/by-us"])
     hosts.run("drv", "sh", "-c", f"cd /shared/project && {by_us}")
     here = tmp_path / "here"
-    subprocess.run([*run, str(here)], cwd=PROJECT, check=True, capture_output=True)
+    subprocess.run(run("recipes/default.yaml", here, *options), cwd=PROJECT, check=True, capture_output=True)
     for out in (hosts.shared / "by-ray", hosts.shared / "by-us"):
         assert worker_hosts(out) == {"h0", "h1", "h2"}
         assert_equal_results(out, here)
@@ -143,8 +148,8 @@ def test_ray_down_stops_the_cluster(hosts, cluster):
 
 
 def test_the_job_gave_what_a_run_on_this_machine_gives(hosts, local_run):
-    run, out = local_run
-    assert run.wait(timeout=600) == 0
+    process, out = local_run
+    assert process.wait(timeout=600) == 0
     assert_equal_results(hosts.shared / "fetched", out)
 
 
