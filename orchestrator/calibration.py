@@ -23,7 +23,7 @@ from orchestrator.context import RunContext
 from orchestrator.identity import RunInputs
 from orchestrator.preflight import find_nodes
 from orchestrator.stages.healing_jobs import healing_placement
-from tasks.cluster import NodeResources, WorkerResources, resolve_workers
+from tasks.cluster import NodeResources, WorkerResources, addable, resolve_workers, with_node_to_come
 from tasks.measurement import exclusive_worker, measuring_threads
 from tasks.sweeping import MIN_AUTO_SHARES
 
@@ -78,6 +78,9 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
 def costs_of(run: RunContext, *, record: bool) -> Costs:
     """The recorded costs; else measured now: in this process, or to be recorded, by a worker of the run's cluster."""
     nodes = find_nodes(run.address)
+    if run.address is not None:
+        for _, labels in run.inputs.recipe.placement.labels:
+            nodes = with_node_to_come(nodes, addable(), labels)
     recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), (CALIBRATION,))
     run.progress.start_stage(CALIBRATION, 1, recorded=int(recorded is not None))
     start = time.monotonic()

@@ -379,7 +379,9 @@ def check_quality(quality: QualitySection, facts: ModelFacts, tokenizer: Any) ->
     Raises:
         InputError: for the first that is not.
     """
-    _check_tasks((*quality.tasks, *quality.final_tasks))
+    _check_tasks("quality.tasks", quality.tasks)
+    _check_tasks("quality.final_tasks", quality.final_tasks)
+    _check_tasks("quality.tasks", (*quality.tasks, *quality.final_tasks))
     if quality.text is not None:
         tokens = resolve_sequence_tokens(quality.sequence_tokens, facts.context_tokens)
         check_plain_text("quality.text", quality.text, tokens, tokenizer, facts)
@@ -400,10 +402,10 @@ def _check_retrieval(quality: QualitySection, facts: ModelFacts, tokenizer: Any)
         raise InputError(field, list(quality.retrieval), without_prefix(error, field)) from None
 
 
-def _check_tasks(tasks: Sequence[str]) -> None:
+def _check_tasks(field: str, tasks: Sequence[str]) -> None:
     from layerboost.evaluation import UnknownTaskError, check_tasks
 
-    field, value = "quality.tasks", ", ".join(tasks)
+    value = ", ".join(tasks)
     try:
         check_tasks(tasks)
     except UnknownTaskError as error:

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from tasks.watching import UnitEvent
 
 Event = dict[str, Any]
-"""What happened, JSON-able: `what` (`stage`, `end`, `started`, `retried`, `failed`, `recorded` or `note`), `stage`, and
-what else is known: `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error`, `text`."""
+"""What happened, JSON-able: `what` (`stage`, `units`, `end`, `started`, `retried`, `failed`, `recorded` or `note`),
+`stage`, and what else is known: `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error`, `text`."""
 
 _LAST_ERRORS = 5
 

@@ -98,7 +98,14 @@ def max_package_bytes() -> int:
 
 
 def _staying(folder: Path, needed: frozenset[Path], *, only_needed: bool = False) -> Iterator[Path]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError:
+        if any(folder in path.parents for path in needed):
+            raise
+        yield folder
+        return
+    for entry in entries:
         path = Path(entry.path)
         if path in needed:
             continue

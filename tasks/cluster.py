@@ -294,9 +294,21 @@ def labelled(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple
     return tuple(node for node in nodes if node.carries(labels))
 
 
+def with_node_to_come(
+    nodes: Sequence[NodeResources], growth: Sequence[NodeResources], labels: Mapping[str, str]
+) -> tuple[NodeResources, ...]:
+    """The nodes; and where none of them that carries the labels has a CPU or GPU to give, the largest of `growth`.
+
+    So it is with an idle cluster in a cloud, of which only the head is left.
+    """
+    if not growth or any(node.cpus or node.gpus for node in labelled(nodes, labels)):
+        return tuple(nodes)
+    return (*nodes, max(growth, key=lambda node: (node.gpus, node.cpus)))
+
+
 def selected(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """The labels that Ray is to be told; none where those of this machine do not count."""
-    return () if any(node.labels is None for node in nodes) else tuple(sorted(labels.items()))
+    return () if all(node.labels is None for node in nodes) else tuple(sorted(labels.items()))
 
 
 def no_such_node(labels: Mapping[str, str]) -> ResourcesError:

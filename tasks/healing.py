@@ -8,6 +8,7 @@ storage path and name, goes on from the last one, on as many workers as there ar
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from .notices import MetadataServers, TerminationNoticeError, listen_for_notices
 from .storage_errors import DiskFullError
 
 __all__ = ["HealingJob", "HealingProgress", "HealingResult", "StepEvent", "heal"]
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
@@ -70,6 +73,7 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         NonFiniteLossError: a loss or gradient was not a number; no checkpoint was written since.
         DiskFullError: there is no room for a checkpoint, a snapshot or the healed model; none is half written.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
+        ray.exceptions.RayActorError: so did the job's controller.
         ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
     """
     from .healing_worker import Progress
@@ -102,8 +106,12 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
 
 
 def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
-    """What the Train job returns; it goes on after a notice, and while workers that lack memory take less at a time."""
+    """What the Train job returns.
+
+    It goes on after a notice, while workers that lack memory take less at a time, and when its controller has died.
+    """
     from ray import cloudpickle
+    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -129,6 +137,7 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    n_deaths = 0
     while True:
         micro_batch_before = noted_micro_batch(job)
         try:
@@ -136,6 +145,11 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
         except TrainingFailedError as error:
             if noted_micro_batch(job) == micro_batch_before and not _is_by_notice(error):
                 raise
+        except RayActorError as error:
+            n_deaths += 1
+            if n_deaths > job.max_failures:
+                raise
+            logger.warning("the controller of a healing died: %s", str(error).splitlines()[0])
 
 
 def _is_by_notice(error: Exception) -> bool:
@@ -197,10 +211,14 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
         yield None
         return
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .healing_start import ProgressBox
 
-    box: Any = ray.remote(num_cpus=0)(ProgressBox).remote()
+    # Beside the one who asks: another node may go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    box: Any = ray.remote(ProgressBox).options(**options).remote()
     stopped = threading.Event()
     errors: list[Exception] = []
 
@@ -211,6 +229,8 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
                 last_round = stopped.wait(_POLL_S)
                 for step in ray.get(box.take.remote()):
                     on_progress(HealingProgress(**step))
+        except ray.exceptions.RayActorError as error:  # the healing goes on without its steps being told
+            logger.warning("steps of a healing are not told any more: %s", str(error).splitlines()[0])
         except Exception as error:  # raised below, on the caller's thread
             errors.append(error)
 

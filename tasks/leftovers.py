@@ -31,27 +31,33 @@ def freeing_groups_of_the_dead() -> Iterator[None]:
     """Meanwhile, every two seconds, removes what `free_groups_of_the_dead` finds; at the end waits for the last ones.
 
     The controllers' deaths are known some time after the trials'. At the end, when no trial is left, their groups are
-    waited for, at most ten seconds.
+    waited for, at most ten seconds; not where an error, or a Ctrl-C, ends it.
     """
     ended = threading.Event()
 
     def sweep() -> None:
         while not ended.wait(_EVERY_S):
-            try:
-                free_groups_of_the_dead()
-            except Exception:  # the cluster's state may be out of reach for a moment: the next round asks again
-                logger.warning("cannot ask which placement groups are left; asked again soon", exc_info=True)
+            _n_left()
 
     thread = threading.Thread(target=sweep, name="leftovers", daemon=True)
     thread.start()
     try:
         yield
+        deadline = time.monotonic() + _END_WITHIN_S
+        while _n_left() and time.monotonic() < deadline:
+            time.sleep(0.2)
     finally:
         ended.set()
         thread.join()
-        deadline = time.monotonic() + _END_WITHIN_S
-        while free_groups_of_the_dead() and time.monotonic() < deadline:
-            time.sleep(0.2)
+
+
+def _n_left() -> int:
+    """As `free_groups_of_the_dead`; 0 while the cluster cannot be asked, which is no reason to end a healing."""
+    try:
+        return free_groups_of_the_dead()
+    except Exception:
+        logger.warning("cannot ask which placement groups are left", exc_info=True)
+        return 0
 
 
 def free_groups_of_the_dead() -> int:

@@ -20,7 +20,17 @@ from layerboost.serving_bench import ServingCondition, ServingMeasurement, local
 from layerboost.serving_environment import ServingEnvironment, ServingError
 
 from .ablation import ModelSource, actor_maker
-from .cluster import NodeResources, WorkerResources, labelled, no_such_node, resources, selected
+from .cluster import (
+    NodeResources,
+    ResourcesError,
+    WorkerResources,
+    addable,
+    labelled,
+    no_such_node,
+    resources,
+    selected,
+    with_node_to_come,
+)
 from .storage import local_folder
 from .units import UnitFailure, run_units, worker_info
 from .watching import UNWATCHED, Watch
@@ -158,7 +168,7 @@ def measure_groups(
     room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
     server may take minutes to fail, twice.
     """
-    alone = exclusive_worker(resources(), labels)
+    alone = exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
     with_vllm = any(unit.environment is not None for group in groups for unit in group)
     max_attempts = max_attempts or (2 if with_vllm else 3)
     return run_units(
@@ -182,7 +192,7 @@ def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *ar
     """
     import ray
 
-    worker = exclusive_worker(resources(), labels)
+    worker = exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
     try:
         return ray.get(ray.remote(ask).options(**worker.actor_options()).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
@@ -202,10 +212,12 @@ def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) 
     """A worker that has the largest node with some labels (most GPUs, then most CPUs) for itself, and one of its GPUs.
 
     Raises:
-        ResourcesError: no node carries the labels.
+        ResourcesError: no node carries the labels, or none that does has a CPU or GPU to give.
     """
     usable = labelled(nodes, labels)
     if not usable:
         raise no_such_node(labels)
+    if not any(node.cpus or node.gpus for node in usable):
+        raise ResourcesError("workers", 1, "no node has a CPU or GPU to give; start one with ray start --address")
     node = max(usable, key=lambda node: (node.gpus, node.cpus))
     return WorkerResources(1, node.cpus, min(1.0, node.gpus), labels=selected(nodes, labels))

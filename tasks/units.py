@@ -151,10 +151,11 @@ class _Loop:
             ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
             collected = [self._collect(pending[reference], reference) for reference in done]
+            # Not after the hand-over, which may take long: what was ready by then would count as hung.
+            self._end_hung_units()
             if not interrupt.requested:
                 self._fill()
             self._hand_over([result for result in collected if result is not None])
-            self._end_hung_units()
             self._warn_if_starving()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,16 @@ def inputs(pristine_inputs: Path, tmp_path: Path) -> Inputs:
     inputs = Inputs(folder, small_recipe(quality={"tasks": ["./task.yaml"]}, healing={"tokens": 1024}))
     inputs.write_recipe()
     return inputs
+
+
+def wait_for_cpus(expected: float, timeout_s: float = 20) -> None:
+    """Waits until the connected cluster has so many CPUs to give."""
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while ray.available_resources().get("CPU", 0.0) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU", 0.0) == expected, "something keeps its CPUs"
 
 
 @contextmanager

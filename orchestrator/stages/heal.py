@@ -27,6 +27,7 @@ from orchestrator.stages.speed import speedup
 from tasks.ablation import EvaluationUnit
 from tasks.healing import HealingProgress
 from tasks.healing import heal as heal_on_cluster
+from tasks.leftovers import freeing_groups_of_the_dead
 from tasks.units import finish_on_interrupt
 from tasks.watching import UnitEvent
 
@@ -44,7 +45,7 @@ def heal(run: RunContext) -> bool:
     if todo and not sample_text(run):
         todo = []  # what is healed already is measured all the same
     run.progress.start_stage("heal", len(origins), recorded=len(origins) - len(todo))
-    with finish_on_interrupt() as interrupt:
+    with finish_on_interrupt() as interrupt, freeing_groups_of_the_dead():
         for plan in todo:
             _heal(run, plan, origins[plan], identities[plan])
             if interrupt.requested:

@@ -108,9 +108,9 @@ def healing_workers(run: RunContext, n_jobs: int = 1) -> cluster.WorkerResources
         n_jobs: jobs that may run side by side.
     """
     run.connect()
-    nodes = cluster.resources()
-    wanted = healing_placement(run.inputs, nodes, n_jobs)
     labels = run.inputs.recipe.placement.labels.heal
+    nodes = cluster.with_node_to_come(cluster.resources(), cluster.addable(), labels)
+    wanted = healing_placement(run.inputs, nodes, n_jobs)
     return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes, labels=labels))
 
 

@@ -36,8 +36,8 @@ sys.exit(remote.wait())
 """
 RECIPE = repeatable_recipe(
     # Units of a second, so that both nodes have some.
-    quality={"text": LONG_TEXT, "sequences": 8000, "batch_size": 4},
-    sensitivity={"treatments": ["none"], "shares": 32, "compare": False},
+    quality={"text": LONG_TEXT, "sequences": 4000, "batch_size": 4},
+    sensitivity={"treatments": ["none"], "shares": 16, "compare": False},
     placement={"workers": 2, "cpus_per_worker": 2},
 )
 SCONTROL = """#!/bin/sh
@@ -58,7 +58,7 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         # The home is shared on such machines; names are known.
         hosts.run(host, "sh", "-c", "mkdir -p /shared/home-ray && ln -sfn /shared/home-ray /root/.ray")
         hosts.run(host, "sh", "-c", "printf '10.77.0.10 h0\\n10.77.0.11 h1\\n' >> /etc/hosts")
-    copy_project(hosts, pristine_inputs, RECIPE, long_text=240)
+    copy_project(hosts, pristine_inputs, RECIPE, long_text=120)
     variables = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "h[0-1]", "SLURM_CPUS_ON_NODE": "2"}
     settings = [f"{name}={value}" for name, value in variables.items()]
     path = f"PATH=/shared/slurm:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"

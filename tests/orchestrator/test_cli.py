@@ -98,6 +98,13 @@ WRONG = {
     "unknown key": (damage_nothing, ["--set", "healing.tokns=5"], "healing.tokns", "5", "did you mean tokens?"),
     "unknown section": (damage_nothing, ["--set", "serach.trials=5"], "serach", "trials", "did you mean search?"),
     "misspelt task": (damage_nothing, ["--set", "quality.tasks=[arc_esy]"], "quality.tasks", "arc_esy", "arc_easy"),
+    "misspelt final task": (
+        damage_nothing,
+        ["--set", "quality.final_tasks=[arc_esy]"],
+        "quality.final_tasks",
+        "arc_esy",
+        "arc_easy",
+    ),
     "missing task file": (damage_nothing, ["--set", "quality.tasks=[./t.yaml]"], "quality.tasks", "t.yaml", "missing"),
     "missing task data": (drop_items, [], "quality.tasks", "task.yaml", "items.jsonl"),
     "missing model folder": (damage_nothing, ["--set", "model.path=./modle"], "model.path", "modle", "did you mean"),

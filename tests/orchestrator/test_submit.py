@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import random
 import shutil
 import threading
@@ -75,6 +76,21 @@ def test_what_is_heavy_stays_and_what_the_recipe_names_travels(project, tmp_path
     create_package(job.runtime_env()["working_dir"], archive, include_gitignore=True, excludes=excludes)
     assert {name for name in ZipFile(archive).namelist() if not name.endswith("/")} == names
     assert archive.stat().st_size <= job.package.n_bytes <= archive.stat().st_size * 1.1
+
+
+def test_a_folder_that_cannot_be_read_stays_unless_something_in_it_is_needed(project, monkeypatch):
+    shutil.copytree(project / "model", project / "locked" / "model")
+    scan = os.scandir
+
+    def refuse(path):  # as for those who are not root
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "locked" in prepared().package.stays
+    with pytest.raises(PermissionError):
+        prepared("--set", "model.path=./locked/model")
 
 
 def test_large_files_travel_where_the_recipe_or_its_tasks_name_them(project):

@@ -20,7 +20,15 @@ from layerboost.plan import Plan
 from layerboost.sources import TextSource
 from tasks import cluster
 from tasks.ablation import EvaluationUnit, ModelSource, evaluate_units
-from tasks.cluster import ClusterError, NodeResources, ResourcesError, connect, our_package_folders, resolve_workers
+from tasks.cluster import (
+    ClusterError,
+    NodeResources,
+    ResourcesError,
+    connect,
+    our_package_folders,
+    resolve_workers,
+    with_node_to_come,
+)
 from tasks.healing import heal
 from tasks.healing_job import HealingJob
 from tasks.measurement import exclusive_worker
@@ -231,6 +239,20 @@ def test_labels_choose_among_the_nodes_and_say_nothing_on_a_machine_alone():
             ask(nodes=[small, large], labels={"hardware": "c"})
     alone = resolve_workers(nodes=[replace(small, labels=None)], labels=wanted)
     assert alone.n_workers == 1 and "label_selector" not in alone.actor_options()
+
+
+def test_a_node_to_come_counts_where_none_that_is_there_has_anything_to_give():
+    head, small = (replace(node, labels=(("hardware", "a"),)) for node in _nodes((0, 0), (4, 1)))
+    growth = [replace(node, labels=None) for node in _nodes((8, 1), (48, 4), (96, 0))]
+    assert with_node_to_come([head, small], growth, {}) == (head, small)
+    assert with_node_to_come([head], [], {}) == (head,)
+    with pytest.raises(ResourcesError, match="no node has a CPU or GPU to give"):
+        exclusive_worker([head], {})
+    for living, labels in (([head], {}), ([head, small], {"hardware": "b"})):
+        nodes = with_node_to_come(living, growth, labels)
+        assert nodes == (*living, growth[1])
+        alone = exclusive_worker(nodes, labels)
+        assert (alone.cpus, alone.gpus, alone.labels) == (48, 1, tuple(labels.items()))
 
 
 @pytest.mark.cluster

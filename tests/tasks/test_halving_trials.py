@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from layerboost.sources import TextSource
 from tasks.cluster import NodeResources
 from tasks.halving import heal_all, jobs_at_once
 from tasks.healing import HealingJob
+from tests.conftest import wait_for_cpus
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -110,7 +110,4 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
         assert (result.output, result.tokens) == (None, SPEC.tokens)
         assert result.snapshots == {STEPS: str(tmp_path / "snapshots" / name / f"{STEPS}.safetensors")}
         assert load_file(result.snapshots[STEPS])
-    deadline = time.monotonic() + 5
-    while ray_local.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray_local.available_resources().get("CPU") == 2, "the killed trial's job keeps its CPUs"
+    wait_for_cpus(2)  # also those of the killed trial's job

@@ -37,7 +37,9 @@ from layerboost.training import (
 )
 from tasks.healing import HealingJob, StepEvent, heal
 from tasks.healing_worker import Progress, read_progress
+from tasks.leftovers import freeing_groups_of_the_dead
 from tasks.storage import publish_folder, publish_tensors, read_tensors
+from tests.conftest import wait_for_cpus
 
 PLAN = Plan.parse("LNSW", window=3)
 SPEC = HealingSpec(
@@ -190,6 +192,29 @@ def test_killed_workers_end_with_the_losses_and_snapshots_of_the_undisturbed_run
         student = student_from(parent, PLAN, SPEC, load_file(url))
         with torch.no_grad():
             torch.testing.assert_close(student(input_ids=ids).logits, expected[share], rtol=0, atol=1e-3)
+
+
+@pytest.mark.cluster
+def test_a_healing_outlives_the_actor_that_tells_its_steps_and_trains_controller(cluster, folder, local, tmp_path):
+    def kill_once(event: StepEvent) -> None:
+        import psutil
+
+        for step, actor in ((2, "ray::ProgressBox"), (5, "ray::TrainController")):
+            mark = tmp_path / actor
+            if event.step == step and not mark.exists():
+                mark.touch()
+                for process in psutil.process_iter(["cmdline"]):
+                    if (process.info["cmdline"] or [""])[0].startswith(actor):
+                        process.kill()
+
+    job = job_of(folder, "without-controller", on_step=kill_once, max_failures=1, checkpoint_every_steps=1)
+    told = []
+    with freeing_groups_of_the_dead():
+        result = heal(job, on_progress=told.append)
+    assert (tmp_path / "ray::ProgressBox").exists() and (tmp_path / "ray::TrainController").exists()
+    check_result(result, job, local)
+    assert len(told) < STEPS
+    wait_for_cpus(4)
 
 
 _DRIVER = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 import ray
@@ -11,6 +10,7 @@ from ray import cloudpickle
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tasks.leftovers import free_groups_of_the_dead, freeing_groups_of_the_dead
+from tests.conftest import wait_for_cpus
 
 pytestmark = pytest.mark.cluster
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -42,13 +42,6 @@ def started():
     trial = ray.remote(num_cpus=0)(Trial).remote()
     ray.get(trial.start.remote())
     return trial
-
-
-def wait_for_cpus(expected: float) -> None:
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0.0) != expected and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert ray.available_resources().get("CPU", 0.0) == expected
 
 
 def test_the_group_of_a_dead_maker_is_given_back_and_others_are_kept(ray_local):

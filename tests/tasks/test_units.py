@@ -118,6 +118,17 @@ def test_a_hung_unit_is_ended_and_tried_again_and_fails_after_three_times(ray_lo
     assert retried.error.startswith("TimeoutError") and retried.worker["node"] and 2.0 <= retried.seconds < 5
 
 
+def test_a_slow_hand_over_makes_no_unit_hung(ray_local, tmp_path):
+    def take(unit, *_):
+        time.sleep(2.5 if unit[0] == 0 else 0)
+
+    events = []
+    settings = {"on_result": take, "watch": Watch(1.5, events.append)}
+    _, failures, error = _run(ray_local, tmp_path, [(n, None) for n in range(4)], **settings)
+    assert error is None and not failures
+    assert {event.what for event in events} == {"started", "done"}
+
+
 def test_actors_that_cannot_start_fail_the_units_instead_of_waiting(ray_local, tmp_path):
     results, failures, error = _run(
         ray_local, tmp_path, [(0, None), (1, None)], needs=tmp_path / "missing", n_workers=1, max_attempts=2
