@@ -64,8 +64,10 @@ def free_groups_of_the_dead() -> int:
     """Removes the placement groups of this Ray job that a dead actor made.
 
     Returns:
-        How many groups are held by actors of this job other than the caller, before the removal.
+        How many groups are held by actors of this job other than the caller, before the removal; 0 without a cluster.
     """
+    if not ray.is_initialized():
+        return 0
     groups = _groups_of_other_actors()
     for group in groups:
         if group.creator_actor_dead:

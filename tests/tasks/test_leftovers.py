@@ -44,6 +44,13 @@ def started():
     return trial
 
 
+def test_without_a_cluster_there_is_nothing_to_free(caplog):
+    assert not ray.is_initialized()
+    with freeing_groups_of_the_dead():
+        pass
+    assert not caplog.records and not ray.is_initialized()
+
+
 def test_the_group_of_a_dead_maker_is_given_back_and_others_are_kept(ray_local):
     own = placement_group([{"CPU": 0.5}])
     ray.get(own.ready())
