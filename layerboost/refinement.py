@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -83,6 +83,7 @@ class Refiner(ABC):
         max_plans: plans to evaluate at most, the start included.
         round_plans: plans in a round at most.
         known: losses that cost nothing, of any plans of the model.
+        pinned: layers that keep the start's treatment in every plan that competes with it.
 
     Raises:
         RefinementError: an argument is out of its range.
@@ -95,6 +96,8 @@ class Refiner(ABC):
         max_plans: int,
         round_plans: int = 16,
         known: Mapping[Plan, float] | None = None,
+        *,
+        pinned: Collection[int] = (),
     ):
         for name, value in (("max_plans", max_plans), ("round_plans", round_plans)):
             if value < 1:
@@ -104,7 +107,7 @@ class Refiner(ABC):
         self.max_plans = max_plans
         self.round_plans = round_plans
         self.n_evaluated = 0
-        self._space = _Space(start)
+        self._space = _Space(start, pinned)
         self._prior = self._space.prior(costs)
         self._losses: dict[Plan, float] = {}
         self._pending: tuple[Plan, ...] | None = None
@@ -195,7 +198,7 @@ class PairwiseModel(Refiner):
     meets no plan without a loss, or with the budget.
 
     Args:
-        start: as in Refiner; so are costs, max_plans, round_plans and known.
+        start: as in Refiner; so are costs, max_plans, round_plans, known and pinned.
         pair_fraction: part of `max_plans` to spend on plans with two treated layers; the all-softmax plan adds one.
             Those in `known` serve too, and are not counted.
 
@@ -211,9 +214,10 @@ class PairwiseModel(Refiner):
         round_plans: int = 16,
         known: Mapping[Plan, float] | None = None,
         *,
+        pinned: Collection[int] = (),
         pair_fraction: float = PAIR_FRACTION,
     ):
-        super().__init__(start, costs, max_plans, round_plans, known)
+        super().__init__(start, costs, max_plans, round_plans, known, pinned=pinned)
         if not 0 <= pair_fraction <= 1:
             raise RefinementError(f"pair_fraction: {pair_fraction} is no part of the budget; give 0 to 1")
         self._base = Plan.uniform(Treatment.SOFTMAX, len(start))
@@ -246,7 +250,7 @@ class PairwiseModel(Refiner):
         rng = np.random.default_rng(self.n_evaluated)
         start = self._space.encode(self.start)
         starts = [start, *(self._space.encode(plan) for plan, _ in self._ranked()[:_EVALUATED_STARTS])]
-        starts += [rng.permutation(start) for _ in range(_RANDOM_STARTS)]
+        starts += [self._space.permuted(start, rng) for _ in range(_RANDOM_STARTS)]
         met: dict[tuple[int, ...], float] = {}
         for plan in starts:
             for codes, predicted in self._descent(model, plan):
@@ -276,6 +280,7 @@ def make_refiner(
     round_plans: int = 16,
     known: Mapping[Plan, float] | None = None,
     *,
+    pinned: Collection[int] = (),
     pair_fraction: float = PAIR_FRACTION,
 ) -> Refiner:
     """The refiner by its name; `pair_fraction` is for `pairwise` only.
@@ -284,9 +289,9 @@ def make_refiner(
         RefinementError: the method is unknown, or an argument is out of its range.
     """
     if method == "greedy":
-        return GreedySwaps(start, costs, max_plans, round_plans, known)
+        return GreedySwaps(start, costs, max_plans, round_plans, known, pinned=pinned)
     if method == "pairwise":
-        return PairwiseModel(start, costs, max_plans, round_plans, known, pair_fraction=pair_fraction)
+        return PairwiseModel(start, costs, max_plans, round_plans, known, pinned=pinned, pair_fraction=pair_fraction)
     raise RefinementError(f"method: '{method}' is unknown; use greedy or pairwise")
 
 
@@ -296,12 +301,18 @@ class _Space:
     A slot is one treatment but softmax of one layer; a plan's features (n_slots,) are 1 where it fills the slot.
     """
 
-    def __init__(self, start: Plan):
+    def __init__(self, start: Plan, pinned: Collection[int] = ()):
         self._start = start
+        self._free = [layer for layer in range(len(start)) if layer not in pinned]
+        self._pinned = sorted(set(range(len(start))) - set(self._free))
         self._treatments = [Treatment.SOFTMAX, *sorted(set(start.treatments) - {Treatment.SOFTMAX})]
 
     def competes(self, plan: Plan) -> bool:
-        return plan.window == self._start.window and sorted(plan.treatments) == sorted(self._start.treatments)
+        return (
+            plan.window == self._start.window
+            and sorted(plan.treatments) == sorted(self._start.treatments)
+            and all(plan.treatments[layer] == self._start.treatments[layer] for layer in self._pinned)
+        )
 
     def encode(self, plan: Plan) -> np.ndarray:
         return np.array([self._treatments.index(treatment) for treatment in plan.treatments])
@@ -316,12 +327,18 @@ class _Space:
         ].astype(np.float64)
 
     def swaps(self, codes: np.ndarray) -> np.ndarray:
-        """All codes (n, n_layers) with two layers of different treatments swapped, in the order of the layers."""
-        pairs = [(i, j) for i, j in combinations(range(len(codes)), 2) if codes[i] != codes[j]]
+        """All codes (n, n_layers) with two free layers of different treatments swapped, in the order of the layers."""
+        pairs = [(i, j) for i, j in combinations(self._free, 2) if codes[i] != codes[j]]
         swapped = np.tile(codes, (len(pairs), 1))
         for row, (i, j) in zip(swapped, pairs, strict=True):
             row[[i, j]] = row[[j, i]]
         return swapped
+
+    def permuted(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The codes (n_layers,) in another order, but for pinned layers."""
+        permuted = codes.copy()
+        permuted[self._free] = rng.permutation(codes[self._free])
+        return permuted
 
     def prior(self, costs: Costs) -> _Quadratic:
         main = np.array([costs[treatment] for treatment in self._treatments[1:]], dtype=np.float64).ravel()
@@ -345,10 +362,12 @@ class _Space:
             return []
         filled, others = self.features(own[None])[0], self.features(neighbours)
         changes = np.abs(prior.predict(others) - prior.predict(filled[None]))
-        distance = _rounded(np.where(others != filled, changes[:, None], np.inf).min(axis=0))
+        distance = np.where(others != filled, changes[:, None], np.inf).min(axis=0)
+        reached = np.flatnonzero(np.isfinite(distance))  # by no swap: of pinned layers
+        distance[reached] = _rounded(distance[reached])
         pairs = [
             (i, j)
-            for i, j in combinations(range(len(distance)), 2)
+            for i, j in combinations(reached.tolist(), 2)
             if (i - j) % len(own) and (i // len(own) != j // len(own) or (own == i // len(own) + 1).sum() > 1)
         ]
         return sorted(pairs, key=lambda pair: (distance[pair[0]] + distance[pair[1]], pair))

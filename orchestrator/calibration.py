@@ -75,12 +75,18 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
     return Costs(slowness(), load_s, n_parameters, model.dtype.itemsize, evaluation, healed, decode, sampled_s)
 
 
-def costs_of(run: RunContext, *, record: bool) -> Costs:
-    """The recorded costs; else measured now: in this process, or to be recorded, by a worker of the run's cluster."""
+def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
+    """The nodes that there are, and those that an idle cluster will start for the run."""
     nodes = find_nodes(run.address)
     if run.address is not None:
         for _, labels in run.inputs.recipe.placement.labels:
             nodes = with_node_to_come(nodes, addable(), labels)
+    return nodes
+
+
+def costs_of(run: RunContext, *, record: bool) -> Costs:
+    """The recorded costs; else measured now: in this process, or to be recorded, by a worker of the run's cluster."""
+    nodes = nodes_of(run)
     recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), (CALIBRATION,))
     run.progress.start_stage(CALIBRATION, 1, recorded=int(recorded is not None))
     start = time.monotonic()

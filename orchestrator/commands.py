@@ -103,7 +103,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
             rows.append(_row(facts.path, metric.task, metric.metric, metric.n_items, metric.value, metric.stderr))
         rows.append(_row(facts.path, "mean", "quality", None, *quality(scores)))
         rows.append(_row(facts.path, "mean", "quality_retained", None, *retained(every_scores[0], scores)))
-    print_rows(rows if arguments.form else _side_by_side(rows, arguments.models), arguments.form)
+    names = [facts.path for facts in every_facts]
+    print_rows(rows if arguments.form else _side_by_side(rows, names), arguments.form)
     return 0
 
 
@@ -329,8 +330,8 @@ def _load(facts: ModelFacts, arguments: argparse.Namespace, device: str) -> Any:
 def _check_new_folder(out: Path) -> None:
     from orchestrator.run_folder import RunFolder
 
+    if ":/" in str(out):  # of a URL: a Path has one slash there
+        raise InputError("--out", out, "must be a local folder")
     if out.is_dir() and any(out.iterdir()):
         raise InputError("--out", out, "is there already and not empty; give a new folder")
-    if "://" in str(out):
-        raise InputError("--out", out, "must be a local folder")
     RunFolder(out).preflight_writable()

@@ -19,10 +19,9 @@ from layerboost.healing_spec import HealingSpec, mark_steps
 from layerboost.plan import Plan, Treatment
 from layerboost.serving_bench import VLLM, ServingCondition
 from layerboost.sweep import DEFAULT_BUDGET_BYTES
-from orchestrator.calibration import evaluation_workers, healing_workers
+from orchestrator.calibration import evaluation_workers, healing_workers, nodes_of
 from orchestrator.context import RunContext
 from orchestrator.identity import TASKS_SOURCE
-from orchestrator.preflight import find_nodes
 from orchestrator.results import SCORE_STAGES, SWEEP, RunState, find_record
 from orchestrator.run_folder import RunFolder, unit_key
 from orchestrator.stages.curve import CURVE
@@ -180,7 +179,7 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
 class _Estimator:
     def __init__(self, run: RunContext, costs: Costs):
         self.run, self.costs, self.inputs = run, costs, run.inputs
-        self.nodes = nodes = find_nodes(run.address)
+        self.nodes = nodes = nodes_of(run)
         self.workers = evaluation_workers(self.inputs, nodes)
         self.healers = healing_workers(self.inputs, nodes)
         self.gpus_to_measure = min(1.0, max(node.gpus for node in nodes))
@@ -264,8 +263,7 @@ class _Estimator:
             found.append(self._judging(SAMPLE, n, len(self.run.folder.records(SAMPLE)), each_s, has_tasks=False))
         if halving is not None:
             steps = rungs(halving.plans, self.healing.candidates, halving.first, halving.rungs)
-            found.append(self._halving(steps, n_recorded))
-            n_recorded = max(0, n_recorded - sum(rung.n_plans for rung in steps))
+            found.append(self._halving(steps, len(self.run.folder.records(HALVING))))
         n_healed = self._n_healed()
         n_left = max(0, n_healed - n_recorded)
         each_s = self._recorded_s("heal") or self._mean_healing_s(spec)

@@ -23,7 +23,8 @@ class ModelFacts:
 
     Attributes:
         path: the local folder or hub name.
-        commit: the hub's commit that the revision means now; None for a local folder or an unreachable hub.
+        commit: the hub's commit that the revision means now, or the cached one where the hub cannot be reached; None
+            for a local folder.
         local_files_only: whether the model comes from the cache because the hub cannot be reached.
         config: the transformers config.
         n_layers: decoder layers.
@@ -226,7 +227,8 @@ def _check_hub(name: str, revision: str | None, field: str, revision_field: str)
     except Exception as error:
         if isinstance(cached, str):
             logger.warning("the hub cannot be reached (%s); using %s from the cache", first_line(error), name)
-            return None, True
+            # .../snapshots/<commit>/config.json; without the commit the run would not find its records.
+            return Path(cached).parent.name, True
         raise InputError(
             field,
             name,

@@ -22,6 +22,7 @@ from orchestrator.identity import RunInputs
 from orchestrator.model_check import ModelFacts
 from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
+from orchestrator.report import REPORT_FILES
 from orchestrator.reporting import report_files
 from orchestrator.results import RECIPE_FILE, RUN_FILE, RunState, load_state
 from orchestrator.run_folder import RunFolder
@@ -131,14 +132,13 @@ def _estimate(context: RunContext) -> None:
     if context.state.estimates:
         return
     try:
-        costs = costs_of(context, record=True)
+        stages = estimate_stages(context, costs_of(context, record=True))
     except Exception as error:  # a run can do without
         if is_disk_full(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         context.progress.note("no estimate: the calibration failed", because=reason)
         return
-    stages = estimate_stages(context, costs)
     context.state.estimates = [stage.to_dict() for stage in stages]
     context.progress.note(expected_line(stages))
 
@@ -157,6 +157,9 @@ def _context(
 
 def _write_report(folder: RunFolder) -> None:
     files, summary = report_files(folder)
+    for name in REPORT_FILES:  # what an earlier state of the run had and this one has not
+        if name not in files and folder.exists(name):
+            folder.remove(name)
     for name, content in files.items():
         folder.write_bytes(name, content)
     print(f"{summary}\nreport: {folder}/report.html")

@@ -67,6 +67,9 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
         check_vllm(recipe.throughput.environment, [facts], address, labels=recipe.placement.labels.time)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
+    if recipe.quality.text is not None:
+        for length in recipe.sensitivity.context_tokens:
+            check_plain_text("sensitivity.context_tokens", recipe.quality.text, length, tokenizer, facts)
     tokens = resolve_sequence_tokens(recipe.quality.sequence_tokens, facts.context_tokens)
     for index, text in enumerate(recipe.sensitivity.texts):
         check_plain_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layerboost.evaluation import Scores
+from layerboost.evaluation import QualityError, Scores
 from layerboost.plan import Plan, Treatment
 from layerboost.ranking import (
     DropMatrix,
@@ -204,13 +204,22 @@ def _drops(folder: RunFolder, units: list[dict[str, Any]], n_layers: int) -> dic
         elif record is not None and base is not None:
             variant = Scores.from_dict(record["scores"])
             for score in measured_scores(variant):
-                rows.setdefault(score, []).append(item_drops(base, variant, score))
+                if (of_layer := _item_drops(base, variant, score)) is not None:
+                    rows.setdefault(score, []).append(of_layer)
     found = {
         score: {task: np.stack([of_layer[task] for of_layer in layers]) for task in layers[0]}
         for score, layers in rows.items()
         if len(layers) == n_layers
     }
     return found | cosine
+
+
+def _item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray] | None:
+    """As `item_drops`; None for a score that is no mean of items, such as a perplexity by words."""
+    try:
+        return item_drops(base, variant, score)
+    except QualityError:
+        return None
 
 
 def _search_base(state: RunState) -> str | None:
@@ -240,8 +249,10 @@ def _interaction(base: Scores, plan: Scores, singles: list[Scores], score: str) 
         "measured_drop": measured.drop,
         "measured_drop_stderr": measured.drop_stderr,
     }
-    by_task = item_drops(base, plan, score)
-    of_singles = [item_drops(base, single, score) for single in singles]
+    by_task = _item_drops(base, plan, score)
+    of_singles = [drops for single in singles if (drops := _item_drops(base, single, score)) is not None]
+    if by_task is None or len(of_singles) < len(singles):
+        return {**row, "interaction_stderr": None}
     differences = [
         paired_difference(drops.tolist(), np.sum([single[task] for single in of_singles], axis=0).tolist(), resamples=1)
         for task, drops in by_task.items()

@@ -25,6 +25,7 @@ from orchestrator.recipe_sections import (
     TEXT_SCORES,
     TREATMENT_OF_LETTER,
     AdaptiveSection,
+    LabelsSection,
     LengthsSection,
     ModelSection,
     PlacementSection,
@@ -355,6 +356,7 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
         ("throughput", "lengths"): LengthsSection,
         ("healing", "halving"): HalvingSection,
         ("healing", "text"): HealingText,
+        ("placement", "labels"): LabelsSection,
     }
     if tuple(location[:2]) in nested:
         return nested[tuple(location[:2])]

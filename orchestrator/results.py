@@ -187,10 +187,17 @@ def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> li
     """
     trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
     searched = {Plan.from_dict(trial) for trial in trials}
-    trials += [_baseline_trial(folder, entry) for entry in state.baselines if Plan.from_dict(entry) not in searched]
-    concurrency = max((unit["concurrency"] for unit in state.throughput), default=0)
+    base = next((scores_of(folder, trial.get("key")) for trial in state.trials if trial["origin"] == "base"), None)
+    trials += [
+        _baseline_trial(folder, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
+    ]
+    timed = state.throughput or [
+        {**unit, "origin": "base" if set(Plan.from_dict(unit).treatments) == {Treatment.SOFTMAX} else "speed"}
+        for unit in (state.speed or {"measured": []})["measured"]
+    ]
+    concurrency = max((unit["concurrency"] for unit in timed), default=0)
     measured, base_tok_per_s = {}, None
-    for unit in state.throughput:
+    for unit in timed:
         record = find_record(folder, unit["key"], ("throughput",))
         if record is None or unit["concurrency"] != concurrency:
             continue
@@ -220,9 +227,12 @@ def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> li
     return rows
 
 
-def _baseline_trial(folder: RunFolder, entry: dict[str, Any]) -> dict[str, Any]:
-    """A baseline as if the search had met it."""
+def _baseline_trial(folder: RunFolder, entry: dict[str, Any], base: Scores | None) -> dict[str, Any]:
+    """A baseline as if the search had met it: judged by the tasks that the search judges by, as `base` was."""
     scores = scores_of(folder, entry["key"])
+    if scores is not None and base is not None:
+        judged_by = {(metric.task, metric.metric) for metric in base.primary()}
+        scores = Scores([metric for metric in scores.metrics if (metric.task, metric.metric) in judged_by])
     value, stderr = (None, None) if scores is None else quality(scores)
     judged = {"quality": value, "quality_stderr": stderr, "status": "failed" if scores is None else "ok"}
     return {**entry, **judged, "objective": None, "remove_below": None, "keep_above": None}

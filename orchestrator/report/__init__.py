@@ -93,6 +93,40 @@ class ReportData:
     warnings: list[str] = field(default_factory=list)
 
 
+_TABLES = {
+    "sensitivity.csv": "sensitivity",
+    "candidates.csv": "candidates",
+    "pareto.csv": "pareto",
+    "healing_curves.csv": "healing_curves",
+    "healing_quality.csv": "quality_curve",
+    "baselines.csv": "baselines",
+    "branches.csv": "branches",
+    "rankings.csv": "rankings",
+    "rank_correlations.csv": "correlations",
+    "interactions.csv": "interactions",
+    "tiers.csv": "tiers",
+    "lengths.csv": "lengths",
+    "halving.csv": "halving",
+    "fidelity.csv": "fidelity",
+    "speed.csv": "speed",
+    "estimates.csv": "estimates",
+}
+_PICTURES = {
+    "pareto": "front",
+    "sensitivity": "sensitivity",
+    "healing": "healing",
+    "healing_quality": "quality_curve",
+    "plans": "plans",
+    "rank_correlations": "correlations",
+    "interactions": "interactions",
+    "lengths": "lengths",
+    "halving": "halving",
+    "speed": "speed",
+}
+REPORT_FILES = ("report.html", *_TABLES, *(f"{name}.{form}" for name in _PICTURES for form in ("png", "svg")))
+"""All that a report may consist of; what there is nothing to say in is left out."""
+
+
 def render(data: ReportData) -> dict[str, bytes]:
     """Renders a report without touching a disk; equal data gives equal bytes.
 
@@ -107,38 +141,9 @@ def render(data: ReportData) -> dict[str, bytes]:
         sensitivity, healing, healing_quality, plans, rank_correlations, interactions, lengths, halving, speed).
     """
     drawings = _draw(data)
-    tables = {
-        "sensitivity.csv": data.sensitivity,
-        "candidates.csv": data.candidates,
-        "pareto.csv": data.pareto,
-        "healing_curves.csv": data.healing_curves,
-        "healing_quality.csv": data.quality_curve,
-        "baselines.csv": data.baselines,
-        "branches.csv": data.branches,
-        "rankings.csv": data.rankings,
-        "rank_correlations.csv": data.correlations,
-        "interactions.csv": data.interactions,
-        "tiers.csv": data.tiers,
-        "lengths.csv": data.lengths,
-        "halving.csv": data.halving,
-        "fidelity.csv": data.fidelity,
-        "speed.csv": data.speed,
-        "estimates.csv": data.estimates,
-    }
-    pictures: dict[str, Picture | None] = {
-        "pareto": drawings.front,
-        "sensitivity": drawings.sensitivity,
-        "healing": drawings.healing,
-        "healing_quality": drawings.quality_curve,
-        "plans": drawings.plans,
-        "rank_correlations": drawings.correlations,
-        "interactions": drawings.interactions,
-        "lengths": drawings.lengths,
-        "halving": drawings.halving,
-        "speed": drawings.speed,
-    }
-    files = {name: to_csv(table) for name, table in tables.items() if len(table)}
-    for name, picture in pictures.items():
+    files = {name: to_csv(table) for name, of in _TABLES.items() if len(table := getattr(data, of))}
+    for name, of in _PICTURES.items():
+        picture: Picture | None = getattr(drawings, of)
         if picture is not None:
             files |= {f"{name}.png": picture.png, f"{name}.svg": picture.svg}
     return files | {"report.html": page(data, drawings)}

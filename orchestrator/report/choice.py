@@ -40,7 +40,7 @@ HALVING_COLUMNS = {
     "plan": "str",
     "window": "Int64",
     "origin": "str",
-    "rung": "Int64",  # from 0
+    "rung": "Int64",  # from 1
     "share": "float64",  # of the healing budget, at the end of the rung
     "tokens": "Int64",
     "quality": "float64",
@@ -57,7 +57,7 @@ HALVING_COLUMNS = {
 FIDELITY_COLUMNS = {
     "of": "str",  # what is ranked
     "rung_a": "Int64",
-    "rung_b": "Int64",  # the later one; empty for the end of healing
+    "rung_b": "Int64",  # the later one; one more than the last for the end of healing
     "share_a": "float64",
     "share_b": "float64",
     "n_plans": "Int64",

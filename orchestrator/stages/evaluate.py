@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from layerboost.evaluation import QualityError, quality
 from orchestrator.context import RunContext
+from orchestrator.recipe import InputError
+from orchestrator.results import scores_of
 from orchestrator.run_folder import unit_key
 from tasks.ablation import base_unit
 
 
 def evaluate(run: RunContext) -> bool:
-    """Judges the base. Returns whether the next stage can follow."""
+    """Judges the base. Returns whether the next stage can follow.
+
+    Raises:
+        InputError: the tasks give no quality to compare plans by.
+    """
     unit, spec = base_unit(), run.inputs.full_spec
     run.state.base_key = unit_key(run.inputs.scores(unit, spec))
-    return run.evaluate("evaluate", spec, {unit: {"model": "base"}})
+    done = run.evaluate("evaluate", spec, {unit: {"model": "base"}})
+    if (base := scores_of(run.folder, run.state.base_key)) is not None:
+        try:
+            quality(base)
+        except QualityError as error:  # before hours of what the search could not rank
+            raise InputError("quality.tasks", ", ".join(run.inputs.recipe.quality.tasks), str(error)) from None
+    return done

@@ -68,7 +68,10 @@ class _Rounds:
         costs = cost_matrix(run.folder, run.state)
         each = max(1, settings.plans // max(1, len(starts)))
         self.max_plans = each * len(starts)
-        self.refiners: list[Refiner] = [make_refiner(settings.method, start, costs, each) for start in starts]
+        pinned = run.inputs.plan_space.pinned
+        self.refiners: list[Refiner] = [
+            make_refiner(settings.method, start, costs, each, pinned=pinned) for start in starts
+        ]
         self._base = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
         self._handed_out: set[Plan] = set()
         self._judged: set[Plan] = set()

@@ -188,6 +188,18 @@ def test_a_plan_of_one_treatment_has_no_swaps(method):
     assert refine(refiner, lambda plan: 1.0) == [[start]]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_pinned_layers_keep_the_treatment_of_the_start(method, small):
+    pinned = [0, 3]
+    refiner = make(method, small, 40, pinned=pinned, pair_fraction=0.0)
+    proposed = [plan for plans in refine(refiner, small.loss) for plan in plans]
+    assert len(proposed) > 5 and small.start in proposed
+    assert {tuple(plan.treatments[layer] for layer in pinned) for plan in proposed} == {
+        tuple(small.start.treatments[layer] for layer in pinned)
+    }
+    assert all(refiner.best[0].treatments[layer] == small.start.treatments[layer] for layer in pinned)
+
+
 def test_greedy_ends_in_a_plan_that_no_swap_improves(small):
     refiner = make("greedy", small, 1000, round_plans=5)
     refine(refiner, small.loss)

@@ -164,6 +164,13 @@ WRONG = {
         "judge.txt",
         "another",
     ),
+    "context longer than the text": (
+        shorten_text,
+        ["--set", "quality.sequence_tokens=4", "--set", "sensitivity.context_tokens=[32]"],
+        "sensitivity.context_tokens",
+        "judge.txt",
+        "longer text",
+    ),
     "text too short": (shorten_text, [], "quality.text", "judge.txt", "longer text"),
     "text missing": (damage_nothing, ["--set", "quality.text=juge.txt"], "quality.text", "juge.txt", "path"),
     "dataset unreachable": (damage_nothing, ["--set", "healing.text=some/data"], "healing.text", "some/data", "hub"),
@@ -423,6 +430,8 @@ def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
     measured = {(row["model"], row["task"], row["metric"]): row for row in rows}
     assert float(measured[models[0], "mean", "quality_retained"]["value"]) == 1.0
     assert (models[0], "text", "kl") not in measured
+    assert cli.main(["evaluate", f"{models[0]}/", models[1], "--recipe", str(inputs.recipe)]) == 0
+    assert "kl" in capsys.readouterr().out, "only the second model has a divergence"
     assert float(measured[models[1], "text", "kl"]["value"]) > 0
     for model in models:
         assert float(measured[model, "text", "nll"]["value"]) > 0
@@ -478,6 +487,14 @@ def test_stdout_carries_the_result_alone(inputs):
     assert done.stdout.startswith("new: SSS (plan_id ")
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["convert", "--plan", "SSS"], ["export"]])
+def test_a_checkpoint_goes_to_a_local_folder(inputs, capsys, monkeypatch, command):
+    monkeypatch.chdir(inputs.folder)
+    assert cli.main([*command, str(inputs.model), "--out", "s3://bucket/model"]) == 2
+    assert_refused(2, "", capsys.readouterr().err, "--out", "bucket/model", "local folder")
+    assert not (inputs.folder / "s3:").exists()
 
 
 def test_export_refuses_what_no_stock_format_can_say(inputs, capsys):

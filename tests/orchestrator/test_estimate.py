@@ -50,7 +50,6 @@ COSTS = Costs(
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch):
     nodes = (NodeResources("here", "localhost", 1.0, 0.0),)
-    monkeypatch.setattr(module, "find_nodes", lambda address: nodes)
     monkeypatch.setattr(calibration, "find_nodes", lambda address: nodes)
 
 
@@ -99,6 +98,12 @@ def test_halving_adds_its_rungs(inputs):
     assert (found["halving"].units, found["halving"].tokens) == (4, 4 * 256)
     assert found["halving"].seconds == pytest.approx(4 * 4 * 1.0 + 4 * 6.0)
     assert found["heal"].units == 1
+    run = context(inputs, *overrides)
+    for number in range(4):
+        run.folder.write_record("halving", {"healing": number}, {"duration_s": 1.0})
+    done = stages_of(run)
+    assert (done["halving"].recorded, done["halving"].seconds) == (4, 0)
+    assert (done["heal"].recorded, done["heal"].seconds) == (0, found["heal"].seconds)
 
 
 def test_conditions_between_those_that_were_timed(inputs):
@@ -121,7 +126,7 @@ def test_what_is_recorded_costs_nothing_and_tells_what_the_rest_costs(inputs):
 def test_more_workers_share_the_units(inputs, monkeypatch):
     alone = stages_of(context(inputs))["sensitivity"].seconds
     nodes = (NodeResources("here", "localhost", 2.0, 0.0),)
-    monkeypatch.setattr(module, "find_nodes", lambda address: nodes)
+    monkeypatch.setattr(calibration, "find_nodes", lambda address: nodes)
     shared = stages_of(context(inputs))["sensitivity"].seconds
     assert alone / 2 < shared < 0.75 * alone, "workers that run together are each slower than one alone"
 

@@ -107,6 +107,25 @@ def test_a_hub_name_without_a_connection(inputs, monkeypatch):
         check_model("nobody/no-such-model")
 
 
+def test_a_model_from_the_cache_has_the_commit_that_it_has_online(inputs, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--some--model"
+    shutil.copytree(inputs.model, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    facts = check_model("some/model", revision="main")
+    assert (facts.commit, facts.local_files_only) == (commit, True)
+
+
 def test_a_hub_model_with_pickles_only(monkeypatch):
     from types import SimpleNamespace
 

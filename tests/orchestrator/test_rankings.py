@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from layerboost.plan import Plan
-from layerboost.scores import Scores, mean_score
+from layerboost.scores import MetricScore, Scores, mean_score, quality
 from layerboost.statistics import paired_difference
 from orchestrator.rankings import correlation_rows, interaction_rows, ranking_rows, tier_rows, views
-from orchestrator.results import RunState, sensitivity_rows
+from orchestrator.results import RunState, candidate_rows, sensitivity_rows
 from orchestrator.run_folder import RunFolder, unit_key
 
 N_LAYERS, N_ITEMS = 4, 40
@@ -54,6 +54,46 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
     ]
     state.healed = [{"plan": "NSNS", "window": None, "key": "healed"}]
     return folder, state
+
+
+def test_a_score_that_is_no_mean_of_items_gives_no_ranking(run):
+    folder, state = run
+    perplexity = MetricScore("wiki", "word_perplexity", 20.0, None, False, primary=True)
+
+    def with_perplexity(key: str) -> None:
+        record = folder.read_record("sensitivity", key)
+        scores = Scores.from_dict(record.result["scores"])
+        scores.metrics.append(perplexity)
+        folder.write_record("sensitivity", record.identity, {**record.result, "scores": scores.to_dict()})
+
+    for key in {*(unit["key"] for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1]["key"]}:
+        with_perplexity(key)
+    assert {view.score for view in views(folder, state)} == {"nll", "cosine"}
+    rows = {row["score"]: row for row in interaction_rows(folder, state)}
+    assert rows["benchmark"]["interaction_stderr"] is None and rows["nll"]["interaction_stderr"] > 0
+
+
+def test_a_baseline_is_judged_by_what_the_search_judges_by(run):
+    folder, state = run
+    metrics = [
+        mean_score("text", "nll", BASE.tolist(), False, primary=True),
+        MetricScore("last", "acc", 0.1, None, True, primary=True),
+    ]
+    identity = {"of": "baseline"}
+    folder.write_record("sensitivity", identity, {"scores": Scores(metrics).to_dict(), "duration_s": 1.0})
+    scored = {"quality": 0.5, "quality_stderr": 0.1, "speedup": 1.0, "objective": None}
+    state.trials = [trial | scored for trial in state.trials]
+    state.baselines = [{"plan": "NNSS", "window": None, "origin": "first", "speedup": 1.2, "key": unit_key(identity)}]
+    *_, row = candidate_rows(folder, state, lambda plan, concurrency: None)
+    assert row["quality"] == pytest.approx(quality(Scores(metrics[:1]))[0])
+
+    # Before the finalists are timed the search's own timings tell speeds.
+    timing = {"of": "timing"}
+    folder.write_record("throughput", timing, {"output_throughput_tok_per_s": 100.0})
+    state.speed = {"measured": [{"plan": "SSSS", "window": None, "concurrency": 8, "key": unit_key(timing)}]}
+    base, *others = candidate_rows(folder, state, lambda plan, concurrency: (float(concurrency), 0.5))
+    assert (base["output_throughput_tok_per_s"], base["predicted_throughput_tok_per_s"]) == (100, 8)
+    assert {row["output_throughput_tok_per_s"] for row in others} == {None}
 
 
 def test_every_score_is_a_ranking_and_the_chosen_one_comes_first(run):

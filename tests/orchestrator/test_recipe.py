@@ -159,6 +159,7 @@ WRONG = [
     ("placement.gpus_per_worker=1.5", "placement.gpus_per_worker", "1.5", "a worker computes on one GPU"),
     ("placement.gpus_per_worker=2", "placement.gpus_per_worker", "2", "a worker computes on one GPU"),
     ("placement.gpus_per_worker=-1", "placement.gpus_per_worker", "-1", "auto or a number"),
+    ("placement.labels={evalute: a}", "placement.labels.evalute", "a", "did you mean evaluate?"),
     ("model.path=", "model.path", "missing", "string"),
     ("model.path=''", "model.path", "(empty)", "must not be empty"),
     ("model.device=gpu", "model.device", "gpu", "cuda"),

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from layerboost.plan import Plan
+from orchestrator import pipeline
 from orchestrator.report import ReportData, render
 from orchestrator.report.certainty import (
     CORRELATION_COLUMNS,
@@ -37,6 +38,7 @@ from orchestrator.report.tables import (
     sensitivity_table,
     to_csv,
 )
+from orchestrator.run_folder import RunFolder
 from tests.report_rows import (
     Page,
     candidate_rows,
@@ -405,6 +407,15 @@ def test_names_and_losses_that_a_plotting_library_could_trip_over():
         if name.endswith(".svg"):
             ElementTree.fromstring(content)
     assert sum(trap in attrs["alt"] for attrs in Page(files["report.html"]).all("img")) == 3
+
+
+def test_what_an_earlier_state_of_the_run_had_is_not_left_beside_the_report(tmp_path, monkeypatch, capsys):
+    for name in ("lengths.csv", "pareto.png", "report.html", "notes.csv", "run.json"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(pipeline, "report_files", lambda folder: ({"report.html": b"new"}, "said"))
+    pipeline._write_report(RunFolder(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "notes.csv", "run.json"}
+    assert (tmp_path / "report.html").read_text() == "new" and "said" in capsys.readouterr().out
 
 
 def test_nothing_measured_still_renders():
