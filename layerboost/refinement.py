@@ -303,8 +303,8 @@ class _Space:
 
     def __init__(self, start: Plan, pinned: Collection[int] = ()):
         self._start = start
+        self._pinned = sorted(pinned)
         self._free = [layer for layer in range(len(start)) if layer not in pinned]
-        self._pinned = sorted(set(range(len(start))) - set(self._free))
         self._treatments = [Treatment.SOFTMAX, *sorted(set(start.treatments) - {Treatment.SOFTMAX})]
 
     def competes(self, plan: Plan) -> bool:

@@ -78,9 +78,9 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
 def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
     """The nodes that there are, and those that an idle cluster will start for the run."""
     nodes = find_nodes(run.address)
-    if run.address is not None:
-        for _, labels in run.inputs.recipe.placement.labels:
-            nodes = with_node_to_come(nodes, addable(), labels)
+    growth = () if run.address is None else addable()
+    for _, labels in run.inputs.recipe.placement.labels:
+        nodes = with_node_to_come(nodes, growth, labels)
     return nodes
 
 

@@ -157,9 +157,9 @@ def _context(
 
 def _write_report(folder: RunFolder) -> None:
     files, summary = report_files(folder)
-    for name in REPORT_FILES:  # what an earlier state of the run had and this one has not
-        if name not in files and folder.exists(name):
-            folder.remove(name)
+    # What an earlier state of the run had and this one has not.
+    for name in set(REPORT_FILES).intersection(folder.names()).difference(files):
+        folder.remove(name)
     for name, content in files.items():
         folder.write_bytes(name, content)
     print(f"{summary}\nreport: {folder}/report.html")

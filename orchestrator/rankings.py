@@ -23,7 +23,14 @@ from layerboost.ranking import (
 from layerboost.sensitivity import MEAN_TASK, item_drops, mean_drop
 from layerboost.statistics import mean_of_differences, paired_difference
 from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE
-from orchestrator.results import RunState, find_record, measured_scores, scores_of, sensitivity_rows
+from orchestrator.results import (
+    RunState,
+    find_record,
+    measured_scores,
+    scores_of,
+    search_base_key,
+    sensitivity_rows,
+)
 from orchestrator.run_folder import RunFolder
 
 METHODS: tuple[Method, ...] = ("spearman", "kendall")
@@ -125,7 +132,7 @@ def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, A
     Plan, base and single layers are compared over the same items, so that the interaction is paired as well.
     """
     seen: set[tuple[Plan, str]] = set()
-    for base, tried in ((_search_base(state), state.trials), (state.base_key, state.finalists)):
+    for base, tried in ((search_base_key(state), state.trials), (state.base_key, state.finalists)):
         base_scores = scores_of(folder, base)
         if base_scores is None:
             continue
@@ -220,10 +227,6 @@ def _item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarr
         return item_drops(base, variant, score)
     except QualityError:
         return None
-
-
-def _search_base(state: RunState) -> str | None:
-    return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
 
 
 def _single_layers(folder: RunFolder, state: RunState, base: Scores) -> dict[tuple[Treatment, int, str], Scores]:

@@ -179,6 +179,11 @@ Predictor = Callable[[Plan, int], tuple[float, float] | None]
 """Output throughput (tok/s) of a plan at a concurrency, and its standard error; None where nothing predicts it."""
 
 
+def search_base_key(state: RunState) -> str | None:
+    """Key of the base's scores by what the search judges by; None where it has none."""
+    return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
+
+
 def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
 
@@ -187,23 +192,19 @@ def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> li
     """
     trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
     searched = {Plan.from_dict(trial) for trial in trials}
-    base = next((scores_of(folder, trial.get("key")) for trial in state.trials if trial["origin"] == "base"), None)
+    base = scores_of(folder, search_base_key(state))
     trials += [
         _baseline_trial(folder, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
     ]
-    timed = state.throughput or [
-        {**unit, "origin": "base" if set(Plan.from_dict(unit).treatments) == {Treatment.SOFTMAX} else "speed"}
-        for unit in (state.speed or {"measured": []})["measured"]
-    ]
+    timed = state.throughput or (state.speed or {"measured": []})["measured"]
     concurrency = max((unit["concurrency"] for unit in timed), default=0)
-    measured, base_tok_per_s = {}, None
+    measured = {}
     for unit in timed:
         record = find_record(folder, unit["key"], ("throughput",))
         if record is None or unit["concurrency"] != concurrency:
             continue
         measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
-        if unit["origin"] == "base":
-            base_tok_per_s = record["output_throughput_tok_per_s"]
+    base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
     nan = float("nan")
     points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
     rows = []

@@ -168,7 +168,7 @@ def measure_groups(
     room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
     server may take minutes to fail, twice.
     """
-    alone = exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
+    alone = _exclusive_worker_here(labels)
     with_vllm = any(unit.environment is not None for group in groups for unit in group)
     max_attempts = max_attempts or (2 if with_vllm else 3)
     return run_units(
@@ -192,7 +192,7 @@ def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *ar
     """
     import ray
 
-    worker = exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
+    worker = _exclusive_worker_here(labels)
     try:
         return ray.get(ray.remote(ask).options(**worker.actor_options()).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
@@ -206,6 +206,11 @@ def measuring_threads(alone: WorkerResources) -> int:
     small model was seen to take fifty times as long.
     """
     return max(1, alone.threads - 1)
+
+
+def _exclusive_worker_here(labels: Mapping[str, str]) -> WorkerResources:
+    """On the connected cluster, which may have to start a node for it."""
+    return exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
 
 
 def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:

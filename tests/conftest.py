@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,10 +154,12 @@ def wait_for_cpus(expected: float, timeout_s: float = 20) -> None:
     """Waits until the connected cluster has so many CPUs to give."""
     import ray
 
-    deadline = time.monotonic() + timeout_s
-    while ray.available_resources().get("CPU", 0.0) != expected and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert ray.available_resources().get("CPU", 0.0) == expected, "something keeps its CPUs"
+    from tests.cluster.hosts import wait_until
+
+    def free() -> float:
+        return ray.available_resources().get("CPU", 0.0)
+
+    wait_until(lambda: free() == expected, lambda: f"{expected} CPUs to give, there are {free()}", timeout_s)
 
 
 @contextmanager

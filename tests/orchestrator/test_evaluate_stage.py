@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 
 from layerboost.scores import MetricScore, Scores
-from orchestrator.context import RunContext
-from orchestrator.identity import RunInputs
-from orchestrator.preflight import preflight
-from orchestrator.progress import Progress
-from orchestrator.recipe import InputError, load_recipe
-from orchestrator.results import RunState
-from orchestrator.run_folder import RunFolder
+from orchestrator.recipe import InputError
 from orchestrator.stages.evaluate import evaluate
 from tasks.ablation import base_unit
+from tests.orchestrator.test_healing_stage import context
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
-def test_tasks_that_are_better_when_lower_end_the_run_before_its_sweep(inputs, tmp_path, higher_is_better):
-    recipe, folder = load_recipe(inputs.recipe), RunFolder(tmp_path / "out")
-    run = RunContext(RunInputs(recipe, preflight(recipe, folder)), folder, RunState("m", 3, "nll", {}), Progress())
+def test_tasks_that_are_better_when_lower_end_the_run_before_its_sweep(inputs, higher_is_better):
+    run = context(inputs)
     scores = Scores([MetricScore("stereotypes", "likelihood_diff", 0.4, None, higher_is_better, primary=True)])
     run.record("evaluate", run.inputs.scores(base_unit(), run.inputs.full_spec), {"scores": scores.to_dict()})
     if higher_is_better:
