@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from layerboost.adaptive import AdaptiveTiers, TierRule
-from layerboost.ranking import DropMatrix
-from orchestrator.rankings import views
-from orchestrator.results import load_state
-from orchestrator.run_folder import RunFolder
-from tasks.sweeping import mixed_tasks
+from layerboost.evaluation.shares import mixed_tasks
+from layerboost.sensitivity.adaptive_tiers import AdaptiveTiers, TierRule
+from layerboost.sensitivity.ranking import DropMatrix
+from orchestrator.results.rankings import views
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.state import load_state
 
 
 def adaptive(matrix: DropMatrix, rule: TierRule, error: float, first_items: int, seed: int) -> tuple[list[str], float]:

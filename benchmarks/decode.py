@@ -31,9 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import layerboost
 from layerboost import Plan, Treatment, convert
-from layerboost.byte_model import decode_bytes, held_bytes, predicted_speedup
-from layerboost.decoding import measure_decode, measure_together
-from layerboost.hardware import MIB, copy_bandwidth_bytes_per_s, hardware_name
+from layerboost.speed.byte_model import decode_bytes, held_bytes, predicted_speedup
+from layerboost.speed.decoding import measure_decode, measure_together
+from layerboost.speed.hardware import MIB, copy_bandwidth_bytes_per_s, hardware_name
 
 SMALLWORLD = Path(layerboost.__file__).parent / "smallworld" / "model"
 SHAPES = {

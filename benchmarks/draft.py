@@ -20,10 +20,10 @@ import transformers
 from results_csv import write_rows
 
 from layerboost import Treatment
-from layerboost.byte_model import decode_bytes
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import plan_of
-from layerboost.data import pack, read_documents
+from layerboost.speed.byte_model import decode_bytes
+from layerboost.text.documents import pack, read_documents
 
 PROPOSED = (1, 2, 4, 8)
 

@@ -36,23 +36,25 @@ import transformers
 from sensitivity_sweep import cloze_task_files
 
 from layerboost import Plan, Treatment
-from layerboost.baselines import baseline_plans
-from layerboost.batches import PackedText
-from layerboost.branches import branch_check
-from layerboost.byte_model import predicted_speedup
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
-from layerboost.data import pack, read_documents
-from layerboost.evaluation import QualitySpec, Scores, evaluate
-from layerboost.hardware import hardware_name
-from layerboost.healing_spec import HealingSpec
-from layerboost.likelihood import score_text
-from layerboost.refinement import make_refiner
-from layerboost.sensitivity import cosine_scores, single_layer_plan
-from layerboost.sources import TextSource, pack_sources
-from layerboost.statistics import paired_difference
-from layerboost.sweep import LayerSweep
-from layerboost.training import heal_locally, student_from
+from layerboost.evaluation.evaluate import evaluate
+from layerboost.evaluation.likelihood import score_text
+from layerboost.evaluation.scores import QualitySpec, Scores
+from layerboost.evaluation.statistics import paired_difference
+from layerboost.healing.branches import branch_check
+from layerboost.healing.spec import HealingSpec
+from layerboost.healing.training import heal_locally, student_from
+from layerboost.search.baselines import baseline_plans
+from layerboost.search.refinement import make_refiner
+from layerboost.sensitivity.cosine import cosine_scores
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.speed.byte_model import predicted_speedup
+from layerboost.speed.hardware import hardware_name
+from layerboost.sweep.layer_sweep import LayerSweep
+from layerboost.text.batches import PackedText
+from layerboost.text.documents import pack, read_documents
+from layerboost.text.sources import TextSource, pack_sources
 
 BASELINES = (
     *("window", "linear_window", "linear", "interleaved_1/2", "interleaved_1/4"),

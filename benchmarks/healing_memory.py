@@ -32,12 +32,12 @@ import transformers
 from decode import SHAPES, build
 
 from layerboost import Plan, Treatment, convert
-from layerboost.batches import GlobalBatches, PackedText
-from layerboost.distillation import make_trainee
-from layerboost.hardware import hardware_name
-from layerboost.healing_spec import HEAL, HealingSpec, Phase
-from layerboost.losses import distillation_loss, positions_at_once
-from layerboost.training import TorchEngine, run_phase
+from layerboost.healing.distillation import make_trainee
+from layerboost.healing.losses import distillation_loss, positions_at_once
+from layerboost.healing.spec import HEAL, HealingSpec, Phase
+from layerboost.healing.training import TorchEngine, run_phase
+from layerboost.speed.hardware import hardware_name
+from layerboost.text.batches import GlobalBatches, PackedText
 
 VOCABULARIES = (2_048, 8_192, 32_768, 131_072)
 STEPS = 4

@@ -34,15 +34,15 @@ from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layerboost import Plan, convert
-from layerboost.adapters import add_lora
-from layerboost.batches import GlobalBatches, PackedText
 from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.data import pack, read_documents
-from layerboost.distillation import make_trainee
-from layerboost.hardware import hardware_name
-from layerboost.healing_spec import HEAL, HealingSpec, Phase
-from layerboost.sources import TextSource
-from layerboost.training import TorchEngine, run_phase
+from layerboost.healing.adapters import add_lora
+from layerboost.healing.distillation import make_trainee
+from layerboost.healing.spec import HEAL, HealingSpec, Phase
+from layerboost.healing.training import TorchEngine, run_phase
+from layerboost.speed.hardware import hardware_name
+from layerboost.text.batches import GlobalBatches, PackedText
+from layerboost.text.documents import pack, read_documents
+from layerboost.text.sources import TextSource
 
 COLUMNS = (
     *("model", "plan", "window", "batch_sequences", "sequence_tokens", "rank", "steps", "pairs"),
@@ -89,7 +89,8 @@ class OursOnRay:
 
     def take(self, n: int) -> tuple[float, list[float]]:
         """Seconds of `n` steps behind two that warm up, and the losses of all."""
-        from tasks.healing import HealingJob, heal
+        from tasks.healing.job import HealingJob
+        from tasks.healing.run import heal
 
         self.jobs += 1
         times = Path(self.folder) / f"times-{self.jobs}"

@@ -23,9 +23,15 @@ import torch
 import torch.nn.functional as F
 
 from layerboost import attention
-from layerboost.attention import FEATURE_LOGIT_CAP, LinearWindow, add_to_state, linear_window_attention, naive_attention
-from layerboost.hardware import copy_bandwidth_bytes_per_s, hardware_name
+from layerboost.attention import (
+    FEATURE_LOGIT_CAP,
+    LinearWindow,
+    add_to_state,
+    linear_window_attention,
+    naive_attention,
+)
 from layerboost.plan import Treatment
+from layerboost.speed.hardware import copy_bandwidth_bytes_per_s, hardware_name
 
 COLUMNS = (
     *("phase", "form", "tokens", "batch", "heads", "kv_heads", "head_dim", "window", "dtype"),

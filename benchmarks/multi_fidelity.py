@@ -42,12 +42,12 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 
 from layerboost import Plan, Treatment
-from layerboost.baselines import baseline_plans
 from layerboost.checkpoint import load_model
-from layerboost.healing_spec import HealingSpec
-from layerboost.pareto import choose_spread, front, hypervolume
-from layerboost.refinement import predicted_drop
-from layerboost.sensitivity import cosine_scores
+from layerboost.healing.spec import HealingSpec
+from layerboost.search.baselines import baseline_plans
+from layerboost.search.pareto import choose_spread, front, hypervolume
+from layerboost.search.refinement import predicted_drop
+from layerboost.sensitivity.cosine import cosine_scores
 from orchestrator.report.canvas import STYLE
 
 matplotlib.use("Agg")

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer
 from layerboost.cache import preallocated_cache
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import plan_of
-from layerboost.data import pack, read_documents
+from layerboost.text.documents import pack, read_documents
 
 WEIGHTS: dict[str, Callable[[], Any]] = {
     "int8 weights": Int8WeightOnlyConfig,

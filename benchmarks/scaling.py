@@ -36,9 +36,9 @@ from typing import Any
 
 from results_csv import write_rows
 
-from layerboost.hardware import hardware_name
-from orchestrator.run_folder import SIDE_BY_SIDE
-from tasks.sweeping import auto_shares, shares
+from layerboost.evaluation.shares import auto_shares, shares
+from layerboost.speed.hardware import hardware_name
+from orchestrator.run.folder import SIDE_BY_SIDE
 
 ANSWERS = ("log_p", "greedy")
 REQUESTS_PER_ITEM = 4  # choices of a multiple-choice item
@@ -142,8 +142,8 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
     """What the loop of a sweep's units takes of the driver's processor, with a record for each treatment of each."""
     import ray
 
-    from orchestrator.run_folder import RunFolder
-    from tasks.units import run_units
+    from orchestrator.run.folder import RunFolder
+    from tasks.pool.pool import run_units
 
     n_requests = round(shape.n_tasks * shape.n_items / len(shape.shares_tokens()) * REQUESTS_PER_ITEM)
     n_units, record_s = max(64, 2 * n_workers), 0.0

@@ -28,18 +28,18 @@ import optuna
 import torch
 import transformers
 
-from layerboost.byte_model import decode_bytes, predicted_speedup
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.convert import convert
-from layerboost.data import pack, read_documents
-from layerboost.front_search import FrontSwaps
-from layerboost.knapsack import knapsack_front, spread_order
-from layerboost.likelihood import score_sequences, score_text
-from layerboost.pareto import front, hypervolume
+from layerboost.evaluation.likelihood import score_sequences, score_text
 from layerboost.plan import Plan, Treatment, plan_from_thresholds
-from layerboost.plan_space import PlanSpace
-from layerboost.sensitivity import single_layer_plan
-from layerboost.sweep import LayerSweep
+from layerboost.search.front_swaps import FrontSwaps
+from layerboost.search.knapsack import knapsack_front, spread_order
+from layerboost.search.pareto import front, hypervolume
+from layerboost.search.plan_space import PlanSpace
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.speed.byte_model import decode_bytes, predicted_speedup
+from layerboost.sweep.layer_sweep import LayerSweep
+from layerboost.text.documents import pack, read_documents
 
 CONDITION = {"concurrency": 32, "context_tokens": 512, "dtype_bytes": 2}
 TREATMENTS = (Treatment.SOFTMAX, Treatment.LINEAR_WINDOW, Treatment.NONE)

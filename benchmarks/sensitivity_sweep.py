@@ -39,12 +39,13 @@ from decode import SHAPES, build
 import layerboost
 from layerboost import Plan, Treatment, convert
 from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.evaluation import PlanEvaluation, QualitySpec
-from layerboost.hardware import hardware_name
-from layerboost.likelihood import answer_requests
-from layerboost.packing import Request
-from layerboost.sensitivity import single_layer_plan
-from layerboost.sweep import LayerSweep
+from layerboost.evaluation.likelihood import answer_requests
+from layerboost.evaluation.plan_evaluation import PlanEvaluation
+from layerboost.evaluation.scores import QualitySpec
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.speed.hardware import hardware_name
+from layerboost.sweep.layer_sweep import LayerSweep
+from layerboost.sweep.request_tries import Request
 
 EMBEDDED = Path(layerboost.__file__).parent / "smallworld"
 
@@ -210,8 +211,9 @@ def compare_workers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The shares of a sweep on one and on two workers of one CPU each, timed once model and tasks are loaded."""
     import ray
 
-    from tasks.ablation import ModelSource
-    from tasks.sweeping import CountUnit, SweepUnit, SweepWorker, shares
+    from layerboost.checkpoint import ModelSource
+    from layerboost.evaluation.shares import shares
+    from tasks.sweep import CountUnit, SweepUnit, SweepWorker
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     source = ModelSource(args.model, device="cpu")
@@ -274,10 +276,10 @@ def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 _MEMORY_PROBE = """
 import json, resource, sys, time, torch
 from layerboost.checkpoint import load_model
-from layerboost.likelihood import score_text
+from layerboost.evaluation.likelihood import score_text
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import single_layer_plan
-from layerboost.sweep import LayerSweep
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.sweep.layer_sweep import LayerSweep
 torch.set_num_threads(2)
 model = load_model(sys.argv[1])
 n_layers, tokens = model.config.num_hidden_layers, int(sys.argv[3])

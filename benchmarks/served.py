@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from layerboost import Plan, convert
-from layerboost.byte_model import ByteModel
 from layerboost.checkpoint import save_checkpoint
-from layerboost.hardware import MIB
-from layerboost.serving_bench import ServingCondition, ServingMeasurement, measure_served
-from layerboost.serving_environment import ServingError, find_environment
+from layerboost.speed.byte_model import ByteModel
+from layerboost.speed.hardware import MIB
+from layerboost.speed.vllm_bench import ServingCondition, ServingMeasurement, measure_served
+from layerboost.speed.vllm_environment import ServingError, find_environment
 
 CHOSEN = ("none 50 %", "none 75 %", "none 50 %, linear_window 25 %")
 

@@ -24,10 +24,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerboost import Plan, Treatment, convert
-from layerboost.byte_model import native_windows
 from layerboost.checkpoint import load_model
-from layerboost.decoding import DecodeMeasurement, measure_together
-from layerboost.speed_model import SpeedModel, counts, design_plans
+from layerboost.families import native_windows
+from layerboost.speed.decoding import DecodeMeasurement, measure_together
+from layerboost.speed.speed_model import SpeedModel, counts, design_plans
 
 SHAPES = {
     # Layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary; random weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .convert import plan_of
 from .plan import Treatment
+from .storage.publish import local_folder
 
 
 class CheckpointError(ValueError):
@@ -128,3 +130,33 @@ def model_card(model: PreTrainedModel, facts: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parent model comes from, and how it is held. `device` "auto" takes the worker's GPU if it has one."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, path: str | None = None):
+        """The parent, or the checkpoint at `path` held in the same way."""
+        with local_folder(path or self.path) as folder:
+            return load_model(
+                folder,
+                dtype=self.dtype,
+                device=self.resolved_device(),
+                revision=None if path else self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+    def load_tokenizer(self):
+        return load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def resolved_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"

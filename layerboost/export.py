@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from .byte_model import native_windows
 from .convert import parent_config, plan_of, sharing_parameters
+from .families import native_windows
 from .modeling import parent_class
 from .plan import Treatment
 

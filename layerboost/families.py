@@ -108,3 +108,12 @@ def decoder_layers(model) -> nn.ModuleList:
 def attention_module(model, layer: int) -> nn.Module:
     """The attention module of one layer (or what a conversion put in its place)."""
     return getattr(decoder_layers(model)[layer], family_of(model.config).attention)
+
+
+def native_windows(config) -> tuple[int | None, ...]:
+    """The window that the parent itself gives each layer, as transformers' own cache understands the config."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    n_layers = config.get_text_config().num_hidden_layers
+    return tuple(getattr(layer, "sliding_window", None) for layer in layers[:n_layers])

@@ -32,7 +32,7 @@ from .cache import PlanCache
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
 from .plan import Plan, Treatment
 
-_CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py")
+CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py")
 _CLASS_PREFIX = "LayerBoost"
 
 
@@ -271,7 +271,7 @@ class ConvertedModel(_AnyModel):
         """Saves the model and its code, so that `trust_remote_code=True` loads it where this package is not."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _CODE_FILES:
+        for name in CODE_FILES:
             source, target = Path(__file__).parent / name, folder / name
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)

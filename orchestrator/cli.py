@@ -8,12 +8,11 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-STAGES = ("evaluate", "sensitivity", "search", "heal", "report")
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+from orchestrator.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from orchestrator.run.kinds import STAGE_NAMES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
     run.add_argument("--out", metavar="DIR", help="run folder, local or any fsspec URL (default: runs/<recipe's name>)")
     _add_overrides(run)
-    run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage (default: %(default)s)")
+    run.add_argument(
+        "--until", choices=STAGE_NAMES, default=STAGE_NAMES[-1], help="stop after this stage (default: %(default)s)"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the units, their cost and what is already recorded")
     _add_address(run)
 
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--out", metavar="DIR", help="run folder that every node reaches, an absolute path or a URL")
     _add_overrides(submit)
-    submit.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    submit.add_argument("--until", choices=STAGE_NAMES, default=STAGE_NAMES[-1], help="stop after this stage")
     submit.add_argument(
         "--env",
         dest="variables",
@@ -193,18 +194,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _handler(command: str):
-    if command in ("run", "report"):
-        return {"run": run_command, "report": report_command}[command]
-    module = f"orchestrator.{command if command in ('doctor', 'status', 'submit') else 'commands'}"
-    return getattr(importlib.import_module(module), command)
+def _handler(command: str) -> Callable[[argparse.Namespace], int]:
+    """The function of a command; its module, and what that imports, is loaded only now."""
+    module = {"export": "convert"}.get(command, command)
+    package = "orchestrator.submit.submit" if command == "submit" else f"orchestrator.commands.{module}"
+    return getattr(importlib.import_module(package), command)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code that it stands for."""
-    from orchestrator.recipe import InputError
-    from orchestrator.run_folder import RunFolderLockedError
-    from tasks.storage_errors import DiskFullError
+    from layerboost.storage.errors import DiskFullError
+    from orchestrator.recipe.errors import InputError
+    from orchestrator.run.lock import RunFolderLockedError
 
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
@@ -214,48 +215,6 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, DiskFullError):
         return f"error: --out: {text}", EXIT_FAILED
     return f"error: {type(error).__name__}: {text}; --verbose shows where", EXIT_FAILED
-
-
-def run_command(arguments: argparse.Namespace) -> int:
-    """`layerboost run`."""
-    from orchestrator.recipe import load_recipe
-    from orchestrator.run_folder import RunFolder
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    folder = RunFolder(arguments.out or Path("runs", Path(arguments.recipe).stem))
-    from orchestrator.preflight import preflight
-
-    facts = preflight(recipe, folder, address=arguments.address)
-    from orchestrator import pipeline
-    from orchestrator.progress import Progress
-
-    if arguments.dry_run:
-        return pipeline.dry_run(recipe, folder, facts)
-    progress = Progress()
-    try:
-        return pipeline.run(recipe, folder, facts, until=arguments.until, address=arguments.address, progress=progress)
-    finally:
-        progress.close()
-
-
-def report_command(arguments: argparse.Namespace) -> int:
-    """`layerboost report`."""
-    from orchestrator.recipe import InputError
-    from orchestrator.run_folder import RECORDS, RunFolder
-
-    folders = [RunFolder(folder) for folder in arguments.folders]
-    for folder in folders:
-        if not folder.exists(RECORDS):
-            raise InputError("DIR", folder.url, "holds no records of a run; give the --out of an earlier run")
-    if len(folders) > 1:
-        from orchestrator.comparison import compare
-
-        return compare(folders, RunFolder(arguments.out or "comparison"))
-    if arguments.out is not None:
-        raise InputError("--out", arguments.out, "is for several runs; the report of one goes into its own folder")
-    from orchestrator import pipeline
-
-    return pipeline.report(folders[0])
 
 
 def _same_command(argv: Sequence[str] | None) -> str:

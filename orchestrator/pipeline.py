@@ -15,22 +15,29 @@ import sys
 
 import yaml
 
-from orchestrator.context import RunContext
-from orchestrator.disk import disk_full_message
-from orchestrator.environment import environment
-from orchestrator.identity import RunInputs
-from orchestrator.model_check import ModelFacts
-from orchestrator.progress import Progress
-from orchestrator.recipe import Recipe
-from orchestrator.report import REPORT_FILES
-from orchestrator.reporting import report_files
-from orchestrator.results import RECIPE_FILE, RUN_FILE, RunState, load_state
-from orchestrator.run_folder import RunFolder
-from orchestrator.run_lock import RunFolderLockedError
-from orchestrator.stages import STAGES
-from orchestrator.watching import FAILED, watching
-from tasks import cluster
-from tasks.storage_errors import DiskFullError, is_disk_full
+from layerboost.storage.errors import DiskFullError, is_disk_full
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.report.render import REPORT_FILES
+from orchestrator.results.report_data import report_files
+from orchestrator.run.context import RunContext
+from orchestrator.run.disk import disk_full_message
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import RunInputs
+from orchestrator.run.live_files import FAILED, watching
+from orchestrator.run.lock import RunFolderLockedError
+from orchestrator.run.model_facts import ModelFacts
+from orchestrator.run.progress import Progress
+from orchestrator.run.state import RECIPE_FILE, RUN_FILE, RunState, load_state
+from orchestrator.run.versions import environment
+from orchestrator.stages.evaluate import evaluate
+from orchestrator.stages.heal import heal
+from orchestrator.stages.measure import measure
+from orchestrator.stages.search import search
+from orchestrator.stages.sensitivity import sensitivity
+from tasks.cluster import connection
+
+STAGES = {"evaluate": evaluate, "sensitivity": sensitivity, "search": search, "heal": heal, "report": measure}
+"""`report` measures the finalists; the report itself follows from the records."""
 
 REPORT = "report"
 """What the clock calls the writing of the report."""
@@ -67,7 +74,7 @@ def run(
                 save()
                 if name == until or not can_go_on:
                     break
-            cluster.shutdown()
+            connection.shutdown()
             _write_report(folder)
             progress.stop_clock(REPORT)
             save()
@@ -82,7 +89,7 @@ def run(
             save()
             raise
         finally:
-            cluster.shutdown()
+            connection.shutdown()
         if context.state.failures:
             watched.state = FAILED
     for failure in context.state.failures:
@@ -102,8 +109,8 @@ def report(folder: RunFolder) -> int:
 
 def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
     """Prints each stage's units, how many are recorded, and what the rest will cost. Starts and writes nothing."""
-    from orchestrator.calibration import costs_of
-    from orchestrator.estimate import device_mib, estimate_stages, estimate_table, expected_line
+    from orchestrator.costs.estimate import device_mib, estimate_stages, estimate_table, expected_line
+    from orchestrator.costs.measure import costs_of
 
     context = _context(recipe, folder, facts, Progress(), None)
     stages = estimate_stages(context, costs_of(context, record=False))
@@ -126,8 +133,8 @@ def _go_on_counting(context: RunContext) -> dict[str, float]:
 
 def _estimate(context: RunContext) -> None:
     """Estimates what the run will cost before its first call, and says so."""
-    from orchestrator.calibration import costs_of
-    from orchestrator.estimate import estimate_stages, expected_line
+    from orchestrator.costs.estimate import estimate_stages, expected_line
+    from orchestrator.costs.measure import costs_of
 
     if context.state.estimates:
         return

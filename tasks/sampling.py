@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from layerboost.sampling import SamplingSpec, sample_documents
-
-from .ablation import ModelSource, actor_maker
-from .cluster import WorkerResources
-from .memory import in_memory
-from .units import UnitFailure, run_units, worker_info
-from .watching import UNWATCHED, Watch
+from layerboost.checkpoint import ModelSource
+from layerboost.text.sampling import SamplingSpec, sample_documents
+from tasks.cluster.resources import WorkerResources
+from tasks.pool.actors import actor_maker
+from tasks.pool.out_of_memory import in_memory
+from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.watch import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)

@@ -9,229 +9,21 @@ the finished plans as `known`: it takes the same way, and evaluates only what is
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import json
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
 
-from layerboost.plan import Plan, Treatment
-from layerboost.plan_space import PlanSpace
+from ray import tune
 
-from .cluster import WorkerResources
-from .units import UnitFailure, finish_on_interrupt
-from .watching import UNWATCHED, Watch
-
-OBJECTIVES = ("objective", "speedup")
-"""Both are maximised."""
-
-Values = Mapping[str, Any]
-"""What an evaluation gave: `quality`, and whatever else is to be recorded with it (JSON-able)."""
-
-Outcome = tuple[float, float]
-"""A plan's OBJECTIVES."""
-
-Evaluator = Callable[[Plan], Values]
-Judge = Callable[[Plan, Values, Values], Outcome]
-"""From a plan, its values and those of the untouched model, which nothing can be judged without."""
-
-
-@dataclass(frozen=True)
-class SearchSpec:
-    """What is searched. Everything in it changes the plans that are tried.
-
-    Attributes:
-        space: the plans that may be proposed; its window is that of the uniform baselines too.
-        method: what proposes them; see `tasks.proposers`.
-        trials: plans that may be proposed. With `thresholds` each pair of thresholds counts, whatever plan it gives;
-            the other methods propose no plan twice, and what is a fixed point anyway is not counted.
-        middle: treatment of the layers between the thresholds. Like the next three, of `thresholds` alone.
-        sampler: what moves the thresholds.
-        remove_below, keep_above: ranges of the thresholds; None spans all drops and a margin around them.
-        plans: plans to evaluate in any case, beside the untouched model and the uniform ones.
-        lag: trials that may be under way together. Part of the search, not of the placement: each trial is chosen
-            without knowing the last lag - 1 ones.
-    """
-
-    space: PlanSpace
-    method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
-    trials: int = 40
-    middle: Treatment = Treatment.LINEAR_WINDOW
-    seed: int = 0
-    sampler: Literal["tpe", "nsga2"] = "tpe"
-    remove_below: tuple[float, float] | None = None
-    keep_above: tuple[float, float] | None = None
-    plans: tuple[Plan, ...] = ()
-    lag: int = 8
-
-
-@dataclass
-class TrialResult:
-    """One point of the search.
-
-    Attributes:
-        origin: `base`, `all_none`, `all_window`, `all_linear_window`, `given` or `search`.
-        remove_below, keep_above: the thresholds, None for points that have none.
-        values: what the evaluator gave, and both OBJECTIVES; None where it failed.
-        error: why it failed.
-        repeated: True where the plan had been met before, in this search or in `known`, and was not evaluated again.
-    """
-
-    plan: Plan
-    origin: str
-    remove_below: float | None = None
-    keep_above: float | None = None
-    values: dict[str, Any] | None = None
-    error: str | None = None
-    repeated: bool = False
-
-    @property
-    def status(self) -> str:
-        return "done" if self.error is None else "failed"
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A plan to try, and the thresholds that gave it where some did."""
-
-    plan: Plan
-    remove_below: float | None = None
-    keep_above: float | None = None
-
-
-class Proposer(Protocol):
-    """A method of search, asked and told in the order that the module gives."""
-
-    def suggest(self, trial: int) -> Suggestion | None:
-        """The plan of a trial; None where there is none before more is told, or none ever when all is told."""
-
-    def tell(self, trial: int, outcome: Outcome | None) -> None:
-        """What a trial's plan is worth; None where it failed."""
-
-
-def fixed_points(spec: SearchSpec, n_layers: int) -> list[tuple[str, Plan]]:
-    """The points that every search has, origin and plan: untouched, the uniform ones, the given ones; none twice."""
-    points = [
-        ("base", Plan.uniform(Treatment.SOFTMAX, n_layers)),
-        ("all_none", Plan.uniform(Treatment.NONE, n_layers)),
-        ("all_window", Plan.uniform(Treatment.WINDOW, n_layers, spec.space.window)),
-        ("all_linear_window", Plan.uniform(Treatment.LINEAR_WINDOW, n_layers, spec.space.window)),
-        *(("given", plan) for plan in spec.plans),
-    ]
-    for _, plan in points:
-        plan.check_length(n_layers)
-    by_id: dict[str, tuple[str, Plan]] = {}
-    for origin, plan in points:
-        by_id.setdefault(plan.plan_id, (origin, plan))
-    return list(by_id.values())
-
-
-class SearchState:
-    """Which plan comes next, what is known, and what the proposer is told; see the module for the order.
-
-    Knows nothing of Ray: `next_plan` and `finish` may be called by anything that evaluates plans. A trial has an
-    outcome when its plan and the untouched model are evaluated; without the latter the search ends.
-
-    Args:
-        spec: what is searched.
-        proposer: chooses the plans.
-        judge: gives a plan's outcome; one that is not finite counts as failed.
-        known: values of plans by `plan_id`, from records; they are not evaluated again.
-    """
-
-    def __init__(self, spec: SearchSpec, proposer: Proposer, judge: Judge, known: Mapping[str, Values]):
-        self.spec, self._proposer, self._judge = spec, proposer, judge
-        self._values = dict(known)
-        self._errors: dict[str, str] = {}
-        self._outcomes: dict[str, Outcome] = {}
-        self._met: set[str] = set()
-        self._queue: deque[Plan] = deque()
-        self.points: list[TrialResult] = []
-        self._trials: list[TrialResult] = []
-        self._n_counted = self._n_told = self._n_to_tell = 0
-        self._ended = False
-        for origin, plan in fixed_points(spec, spec.space.n_layers):
-            self._add(TrialResult(plan, origin))
-        self._base = self.points[0].plan.plan_id
-
-    def next_plan(self) -> Plan | None:
-        """A plan to evaluate, None while there is none (and for ever when `exhausted`)."""
-        self._ask()
-        return self._queue.popleft() if self._queue else None
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no further plan will come, whatever the results still out."""
-        return not self._queue and (self._ended or self._n_counted >= self.spec.trials)
-
-    def finish(self, plan: Plan, values: Values | None, error: str | None = None) -> None:
-        """Takes in what a plan's evaluation gave: its values or an error."""
-        if values is not None:
-            self._values[plan.plan_id] = values
-        else:
-            self._errors[plan.plan_id] = error or "no values"
-            self._ended = self._ended or plan.plan_id == self._base
-
-    def results(self) -> list[TrialResult]:
-        """All points so far that have an outcome or an error, the fixed ones first, then the trials in their order."""
-        for point in self.points:
-            outcome = self._outcome(point.plan)
-            point.error = self._errors.get(point.plan.plan_id)
-            if outcome is not None:
-                point.values = {**self._values[point.plan.plan_id], **dict(zip(OBJECTIVES, outcome, strict=True))}
-        return [point for point in self.points if point.values is not None or point.error is not None]
-
-    def _ask(self) -> None:
-        while not self._ended and self._n_counted < self.spec.trials:
-            while self._n_told < self._n_to_tell:
-                if not self._tell():
-                    return
-            suggestion = self._proposer.suggest(len(self._trials))
-            if suggestion is not None:
-                trial = TrialResult(suggestion.plan, "search", suggestion.remove_below, suggestion.keep_above)
-                self._n_counted += self.spec.method == "thresholds" or trial.plan.plan_id not in self._met
-                self._trials.append(trial)
-                self._add(trial)
-                self._n_to_tell = len(self._trials) - self.spec.lag + 1
-            elif self._n_told < len(self._trials):
-                self._n_to_tell = self._n_told + 1
-            else:
-                self._ended = True
-
-    def _tell(self) -> bool:
-        """Tells the proposer the oldest trial it does not know; False while that one has no outcome."""
-        plan = self._trials[self._n_told].plan
-        outcome = self._outcome(plan)
-        if outcome is None and plan.plan_id not in self._errors:
-            return False
-        self._proposer.tell(self._n_told, outcome)
-        self._n_told += 1
-        return True
-
-    def _outcome(self, plan: Plan) -> Outcome | None:
-        """What a plan is worth; None where that is not known, or (then with an error) never will be."""
-        plan_id = plan.plan_id
-        if self._base in self._errors:
-            self._errors.setdefault(plan_id, "the untouched model, which plans are compared with, has failed")
-        if plan_id in self._outcomes or plan_id in self._errors:
-            return self._outcomes.get(plan_id)
-        if plan_id not in self._values or self._base not in self._values:
-            return None
-        outcome = self._judge(plan, self._values[plan_id], self._values[self._base])
-        for name, value in zip(OBJECTIVES, outcome, strict=True):
-            if not math.isfinite(value):
-                self._errors[plan_id] = f"{name}: {value} is not a finite number"
-                return None
-        self._outcomes[plan_id] = outcome
-        return outcome
-
-    def _add(self, point: TrialResult) -> None:
-        self.points.append(point)
-        plan_id = point.plan.plan_id
-        point.repeated = plan_id in self._met or plan_id in self._values
-        if not point.repeated:
-            self._queue.append(point.plan)
-        self._met.add(plan_id)
+from layerboost.plan import Plan
+from layerboost.search.loop import Evaluator, SearchState, TrialResult, check_values
+from tasks.cluster.resources import WorkerResources
+from tasks.pool.out_of_memory import SHRUNK
+from tasks.pool.pool import Interrupt, UnitFailure, finish_on_interrupt, worker_info
+from tasks.pool.watch import UNWATCHED, Watch, ends_if_hung
+from tasks.tune import UnitSearcher, quiet, temporary_folder
 
 
 def run_search(
@@ -263,7 +55,7 @@ def run_search(
     Returns:
         All points, fixed ones first, then the trials in their order.
     """
-    from .tuning import run_trials
+    from tasks.search import run_trials
 
     with finish_on_interrupt() as interrupt:
         run_trials(state, make_evaluator, resources, interrupt, on_plan, on_failure, max_attempts, storage_path, watch)
@@ -272,9 +64,136 @@ def run_search(
     return state.results()
 
 
-def check_values(values: Values) -> str | None:
-    """Why an evaluator's values cannot be used, None where they can."""
-    value = values.get("quality")
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return f"quality: {value} is not a finite number"
-    return None
+class PlanTrial(tune.Trainable):
+    """Evaluates the plan in its config, in one step. The process is reused for the next plan.
+
+    The evaluator is made in the first step and not in `setup`: Tune gives a waiting trial to the first process that is
+    free and ends the one that was starting for it, so processes must start faster than trials end, or only one would
+    ever get to work.
+    """
+
+    def setup(  # type: ignore[override]
+        self,
+        config: dict,
+        make_evaluator: Callable[[], Evaluator],
+        max_attempts: int = 3,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._make_evaluator, self._max_attempts, self._timeout_s = make_evaluator, max_attempts, timeout_s
+        self._evaluate: Evaluator | None = None
+
+    def reset_config(self, new_config: dict) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        plan = Plan.from_dict(self.config)
+        outcome: dict[str, Any] = {"values": None, "error": None, "worker": worker_info(), "n_attempts": 0}
+        while outcome["values"] is None and outcome["n_attempts"] < self._max_attempts:
+            outcome["n_attempts"] += 1
+            try:
+                if self._evaluate is None:
+                    self._evaluate = self._make_evaluator()
+                start = time.perf_counter()
+                with ends_if_hung(self._timeout_s):
+                    outcome["values"] = values = dict(self._evaluate(plan))
+                outcome["worker"] |= {SHRUNK: values.pop(SHRUNK)} if SHRUNK in values else {}
+                outcome["evaluation_s"] = time.perf_counter() - start
+                outcome["error"] = check_values(values)
+            except Exception as error:  # raised to Tune it would cost the process, and the model in it
+                outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        if outcome["n_attempts"] > 1:
+            outcome["worker"]["attempt"] = outcome["n_attempts"]
+        return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
+
+
+class StateSearcher(UnitSearcher[Plan]):
+    """The plans of a SearchState."""
+
+    def __init__(
+        self,
+        state: SearchState,
+        n_workers: int,
+        interrupt: Interrupt,
+        on_plan: Callable[[Plan, dict, float, dict], None],
+        on_failure: Callable[[UnitFailure], None] | None,
+        max_attempts: int,
+        watch: Watch,
+    ):
+        super().__init__(n_workers, interrupt, max_attempts, watch)
+        self._state, self._on_plan, self._on_failure = state, on_plan, on_failure
+        self._ahead: Plan | None = None
+
+    def peek(self) -> Plan | None:
+        """The plan that comes next, None where there is nothing to evaluate (yet)."""
+        self._ahead = self._ahead or self._state.next_plan()
+        return self._ahead
+
+    def _next(self) -> Plan | None:
+        plan, self._ahead = self.peek(), None
+        return plan
+
+    def _exhausted(self) -> bool:
+        return self._state.exhausted
+
+    def _config(self, plan: Plan) -> dict[str, Any]:
+        return plan.to_dict()
+
+    def _take(self, plan: Plan, outcome: str) -> None:
+        found = json.loads(outcome)
+        if found["error"] is not None:
+            self._fail(plan, found["error"], found["n_attempts"])
+        else:
+            self._state.finish(plan, found["values"])
+            self._on_plan(plan, found["values"], found["evaluation_s"], found["worker"])
+
+    def _fail(self, plan: Plan, error: str, n_attempts: int) -> None:
+        self._state.finish(plan, None, error)
+        if self._on_failure is not None:
+            self._on_failure(UnitFailure(plan, error, n_attempts))
+
+
+def run_trials(
+    state: SearchState,
+    make_evaluator: Callable[[], Evaluator],
+    resources: WorkerResources,
+    interrupt: Interrupt,
+    on_plan: Callable[[Plan, dict, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None,
+    max_attempts: int,
+    storage_path: str | None,
+    watch: Watch,
+) -> None:
+    """Runs Tune until the state is exhausted or an interrupt is requested; see `run_search` for the arguments."""
+    searcher = StateSearcher(state, resources.n_workers, interrupt, on_plan, on_failure, max_attempts, watch)
+    if searcher.peek() is None:
+        return
+    bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            PlanTrial, make_evaluator=make_evaluator, max_attempts=max_attempts, timeout_s=watch.timeout_s
+        ),
+        tune.PlacementGroupFactory(
+            [{name: amount for name, amount in bundle.items() if amount}],
+            bundle_label_selector=[dict(resources.labels)] if resources.labels else None,
+        ),
+    )
+    with quiet(max_pending=resources.n_workers), temporary_folder(storage_path) as folder:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=len(state.points) + state.spec.trials,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"plan_{trial.trial_id}",
+                trial_dirname_creator=lambda trial: f"plan_{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=folder,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=max_attempts - 1),
+            ),
+        ).fit()
+    if searcher.raised is not None:
+        raise searcher.raised

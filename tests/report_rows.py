@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pandas as pd
 
 from layerboost.plan import Plan
-from orchestrator.report import ReportData
 from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
+from orchestrator.report.data import ReportData
 from orchestrator.report.healing import healing_table
 from orchestrator.report.tables import candidates_table, pareto_table, sensitivity_table
 

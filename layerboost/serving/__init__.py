@@ -6,9 +6,7 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 from __future__ import annotations
 
 from ..families import supported_families
-
-SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of the parents whose converted models vLLM can serve."""
+from .families import SERVED_FAMILIES
 
 _OPERATOR = "vllm::layerboost_linear_window"
 

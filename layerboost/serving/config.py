@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..families import CONVERTED_PREFIX
 from ..plan import Plan, Treatment
-from . import SERVED_FAMILIES
+from .families import SERVED_FAMILIES
 
 logger = init_logger(__name__)
 

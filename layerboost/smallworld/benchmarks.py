@@ -13,7 +13,7 @@ import random
 from itertools import count
 from typing import Any
 
-from layerboost.smallworld.world import FIRST_NAMES, LINKS, Scene, scene
+from .world import FIRST_NAMES, LINKS, Scene, scene
 
 N_ITEMS = 300
 N_CHOICES = 4

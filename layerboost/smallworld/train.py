@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layerboost.smallworld.benchmarks import N_ITEMS, TASKS, items
-from layerboost.smallworld.world import SEPARATOR, document, documents
+from .benchmarks import N_ITEMS, TASKS, items
+from .world import SEPARATOR, document, documents
 
 MODEL_DIR = Path(__file__).parent / "model"
 TOKENIZER_DOCUMENTS = 4000

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layerboost.smallworld.benchmarks import GENERATION_TASKS, TASKS, task_jsonl, task_yaml
-from layerboost.smallworld.world import corpus
+from .benchmarks import GENERATION_TASKS, TASKS, task_jsonl, task_yaml
+from .world import corpus
 
 DATA_DIR = Path(__file__).parent / "data"
 TRAIN_BYTES = 1_500_000

@@ -17,7 +17,7 @@ from orchestrator.report.html import flat, render_page
 from orchestrator.report.tables import PARETO_COLUMNS, to_csv, with_score_columns
 
 if TYPE_CHECKING:
-    from orchestrator.report import ReportData
+    from orchestrator.report.data import ReportData
 
 MAX_RUNS = 6
 """Runs that one figure can tell apart by colour."""

@@ -41,7 +41,7 @@ from orchestrator.report.healing import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.report import ReportData
+    from orchestrator.report.data import ReportData
 
 _SVG_STYLE = f"""<style>
 :root {{ --ink: {INK}; --paper: {PAPER}; --grid: {GRID}; }}

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from layerboost.pareto import front
 from layerboost.plan import Plan, Treatment
+from layerboost.search.pareto import front
 
 Row = Mapping[str, Any]
 

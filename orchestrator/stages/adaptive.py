@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from layerboost.adaptive import AdaptiveTiers, TierRule
-from layerboost.evaluation import Scores
+from layerboost.evaluation.scores import Scores
+from layerboost.evaluation.shares import Share, mixed_tasks, shares
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import item_drops
-from orchestrator.context import Identity, RunContext
-from orchestrator.identity import TASKS_SOURCE
-from orchestrator.recipe import InputError
-from orchestrator.results import SWEEP
-from orchestrator.run_folder import unit_key
-from tasks.sweeping import CountUnit, ScoreUnit, Share, SweepUnit, joined_text_scores, mixed_tasks, shares, sweep_units
+from layerboost.sensitivity.adaptive_tiers import AdaptiveTiers, TierRule
+from layerboost.sensitivity.drops import item_drops
+from orchestrator.recipe.errors import InputError
+from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.inputs import TASKS_SOURCE
+from orchestrator.run.kinds import SWEEP
+from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, joined_text_scores, sweep_units
 
 SENSITIVITY = "sensitivity"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from layerboost.baselines import baseline_plans, is_of_same_budget
 from layerboost.plan import Plan, Treatment
-from orchestrator.context import RunContext
-from tasks.ablation import cosine_unit
+from layerboost.search.baselines import baseline_plans, is_of_same_budget
+from orchestrator.run.context import RunContext
+from tasks.evaluation import cosine_unit
 
 COSINE = "cosine"
 

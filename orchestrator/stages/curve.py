@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.healing_spec import HealingSpec, mark_steps
+from layerboost.healing.spec import HealingSpec, mark_steps
 from layerboost.plan import Plan
-from orchestrator.context import RunContext
-from orchestrator.run_folder import unit_key
-from tasks.ablation import EvaluationUnit
-
-CURVE = "curve"
-"""Stage of the records that hold scores at shares of the budget."""
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import CURVE
+from tasks.evaluation import EvaluationUnit
 
 _SNAPSHOTS = "snapshots"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from layerboost.evaluation import QualityError, quality
-from orchestrator.context import RunContext
-from orchestrator.recipe import InputError
-from orchestrator.results import scores_of
-from orchestrator.run_folder import unit_key
-from tasks.ablation import base_unit
+from layerboost.evaluation.scores import QualityError, quality
+from orchestrator.recipe.errors import InputError
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.records import scores_of
+from tasks.evaluation import base_unit
 
 
 def evaluate(run: RunContext) -> bool:

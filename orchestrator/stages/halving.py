@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.evaluation import Scores
-from layerboost.halving import rungs, total_tokens
-from layerboost.healing_spec import HealingSpec
+from layerboost.evaluation.scores import Scores
+from layerboost.healing.rungs import rungs, total_tokens
+from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
-from orchestrator.context import RunContext
-from orchestrator.run_folder import unit_key
-from orchestrator.stages.curve import CURVE, snapshot_folder, snapshot_name, snapshot_unit, state_key
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import CURVE
+from orchestrator.stages.candidates import most_promising
+from orchestrator.stages.curve import snapshot_folder, snapshot_name, snapshot_unit, state_key
 from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, healing_workers, rung_job
-from orchestrator.stages.promise import most_promising, objective
+from orchestrator.stages.objective import objective
 from orchestrator.stages.sampled import sample_text
-from tasks.healing import HealingJob, HealingResult
+from tasks.healing.job import HealingJob
+from tasks.healing.run import HealingResult
 
 HALVING = "halving"
 """Stage of the records that hold the healings of rungs."""
@@ -79,7 +82,7 @@ def _tokens_at(run: RunContext, share: float) -> int:
 
 def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: HealingSpec) -> None:
     """Heals what is neither judged nor waits to be. Failed ones are named; the rest goes on."""
-    from tasks.halving import heal_all, jobs_at_once
+    from tasks.healing.rungs import heal_all, jobs_at_once
 
     identities = {plan: run.inputs.healing(plan, spec) for plan in origins}
     todo = [plan for plan in origins if not (_is_judged(run, plan, spec) or _waits(run, plan, spec))]

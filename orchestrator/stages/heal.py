@@ -7,29 +7,27 @@ import time
 from typing import Any
 
 from layerboost.plan import Plan
-from orchestrator.context import RunContext
-from orchestrator.results import CANDIDATE_ORIGINS
-from orchestrator.run_folder import unit_key
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
 from orchestrator.stages.baselines import baselines
+from orchestrator.stages.candidates import candidates, say_that_none_is_allowed
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
 from orchestrator.stages.halving import halve
 from orchestrator.stages.healing_jobs import (
     CHECKPOINTS,
-    healed_folder,
     healed_name,
+    healed_unit,
     healing_job,
     healing_result,
     healing_workers,
 )
-from orchestrator.stages.promise import most_promising
 from orchestrator.stages.sampled import sample_text
 from orchestrator.stages.speed import speedup
-from tasks.ablation import EvaluationUnit
-from tasks.healing import HealingProgress
-from tasks.healing import heal as heal_on_cluster
-from tasks.leftovers import freeing_groups_of_the_dead
-from tasks.units import finish_on_interrupt
-from tasks.watching import UnitEvent
+from tasks.healing.job import HealingProgress
+from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
+from tasks.healing.run import heal as heal_on_cluster
+from tasks.pool.pool import finish_on_interrupt
+from tasks.pool.watch import UnitEvent
 
 _MARKER = "healing.json"
 _PROGRESS_LINES = 10
@@ -67,7 +65,7 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
     halving = run.inputs.recipe.healing.halving
     chosen = candidates(run, None if halving is None else halving.plans)
     if not chosen:
-        _say_that_none_is_allowed(run)
+        say_that_none_is_allowed(run)
     if halving is not None:
         chosen = halve(run, chosen)
     others = baselines(run, chosen)
@@ -98,43 +96,6 @@ def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> dict[str
         "quality_key": unit_key(run.inputs.scores(healed_unit(run, plan), run.inputs.full_spec, key)),
         "curve": curve_entries(run, plan, key) if run.inputs.recipe.healing.curve else [],
     }
-
-
-def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
-    """The searched and given plans to heal: the most promising that hold the recipe's pins and limits.
-
-    Args:
-        n: how many at most; the recipe's number if None.
-    """
-    trials = {plan: trial for plan, trial in _faster_plans(run).items() if run.inputs.plan_space.holds(plan)}
-    n = run.inputs.recipe.healing.candidates if n is None else n
-    plans = list(trials)
-    return [plans[index] for index in most_promising(run, list(trials.values()), n)]
-
-
-def _faster_plans(run: RunContext) -> dict[Plan, dict[str, Any]]:
-    """The trials of the plans that are faster than the base, slowest first."""
-    trials = [trial for trial in run.state.trials if trial["quality"] is not None]
-    distinct = {Plan.from_dict(trial): trial for trial in reversed(trials)}
-    found = [
-        (plan, trial)
-        for plan, trial in distinct.items()
-        if trial["origin"] in CANDIDATE_ORIGINS and trial["speedup"] > 1
-    ]
-    return dict(sorted(found, key=lambda item: (item[1]["speedup"], str(item[0]))))
-
-
-def _say_that_none_is_allowed(run: RunContext) -> None:
-    n_plans, space = len(_faster_plans(run)), run.inputs.plan_space
-    if n_plans:
-        names = [*(f"pin.{layer}" for layer in space.pinned), *(f"at_most.{limit.name}" for limit in space.limits)]
-        remedy = "loosen one, or let the search try more plans"
-        run.failed("candidates", {"plans": n_plans}, f"none of them holds constraints.{', '.join(names)}; {remedy}")
-
-
-def healed_unit(run: RunContext, plan: Plan) -> EvaluationUnit:
-    """What judges a healed checkpoint."""
-    return EvaluationUnit(checkpoint=healed_folder(run, plan))
 
 
 def is_healed(run: RunContext, plan: Plan, identity: dict[str, Any]) -> bool:

@@ -6,17 +6,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from layerboost.healing_spec import HealingSpec, mark_steps
+from layerboost.healing.spec import HealingSpec, mark_steps
 from layerboost.plan import Plan
-from layerboost.sources import TextSource
-from orchestrator.context import RunContext, placed
-from orchestrator.healing_recipe import SAMPLED
-from orchestrator.identity import RunInputs, shipped
+from layerboost.text.sources import TextSource
+from orchestrator.recipe.healing import SAMPLED
+from orchestrator.run.content import shipped
+from orchestrator.run.context import RunContext, placed
+from orchestrator.run.inputs import RunInputs
 from orchestrator.stages.curve import snapshot_folder
 from orchestrator.stages.sampled import sampled_folder
-from tasks import cluster
-from tasks.healing import HealingJob, HealingResult
-from tasks.memory import SHRUNK
+from tasks.cluster import connection
+from tasks.cluster.resources import (
+    MAX_AUTO_CPU_WORKERS_PER_NODE,
+    NodeResources,
+    WorkerResources,
+    labelled,
+    with_node_to_come,
+)
+from tasks.evaluation import EvaluationUnit
+from tasks.healing.job import HealingJob
+from tasks.healing.run import HealingResult
+from tasks.pool.out_of_memory import SHRUNK
 
 CHECKPOINTS = "healing"
 """Where the checkpoints of healing that is under way are kept, in the run folder."""
@@ -51,7 +61,7 @@ def healing_result(job: HealingJob, result: HealingResult, duration_s: float) ->
     }
 
 
-def healing_job(run: RunContext, plan: Plan, key: str, workers: cluster.WorkerResources) -> HealingJob:
+def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources) -> HealingJob:
     """The job that heals a plan; its name is the unit's key, so that it resumes from its own checkpoints."""
     inputs, folder = run.inputs, run.folder
     healing, spec, teacher = inputs.recipe.healing, inputs.healing_spec, inputs.facts.teacher
@@ -86,7 +96,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: cluster.WorkerRe
     )
 
 
-def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: cluster.WorkerResources) -> HealingJob:
+def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: WorkerResources) -> HealingJob:
     """The job that heals a plan by another spec, and keeps what it trained instead of a checkpoint."""
     return replace(healing_job(run, plan, key, workers), spec=spec, output=None, snapshots=())
 
@@ -101,7 +111,7 @@ def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
     )
 
 
-def healing_workers(run: RunContext, n_jobs: int = 1) -> cluster.WorkerResources:
+def healing_workers(run: RunContext, n_jobs: int = 1) -> WorkerResources:
     """As the recipe says; `auto` takes every GPU that a step has a sequence for, or one worker with a node's CPUs.
 
     Args:
@@ -109,21 +119,19 @@ def healing_workers(run: RunContext, n_jobs: int = 1) -> cluster.WorkerResources
     """
     run.connect()
     labels = run.inputs.recipe.placement.labels.heal
-    nodes = cluster.with_node_to_come(cluster.resources(), cluster.addable(), labels)
+    nodes = with_node_to_come(connection.resources(), connection.addable(), labels)
     wanted = healing_placement(run.inputs, nodes, n_jobs)
-    return placed(lambda: cluster.resolve_workers(*wanted, nodes=nodes, labels=labels))
+    return placed(lambda: connection.resolve_workers(*wanted, nodes=nodes, labels=labels))
 
 
-def healing_placement(
-    inputs: RunInputs, nodes: Sequence[cluster.NodeResources], n_jobs: int = 1
-) -> tuple[int, float, float]:
+def healing_placement(inputs: RunInputs, nodes: Sequence[NodeResources], n_jobs: int = 1) -> tuple[int, float, float]:
     """Workers of one job, and CPUs and GPUs of each, that healing takes of some nodes; they may be more than there are.
 
     Jobs side by side share the CPUs, since starting a job keeps one CPU busy however many it has. They do not share the
     GPUs: fewer for each would have to hold more.
     """
     placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
-    nodes = cluster.labelled(nodes, placement.labels.heal)
+    nodes = labelled(nodes, placement.labels.heal)
     n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
     asked = placement.healing_workers
     n_workers = max(1, min(n_gpus, batch)) if asked == "auto" else int(asked)
@@ -131,6 +139,11 @@ def healing_placement(
         return n_workers, 1.0, 1.0
     # As many CPUs for each as all of them can have, whatever node they come to lie on.
     largest = int(max((node.cpus for node in nodes), default=1))
-    n_jobs = min(n_jobs, max(1, cluster.MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
+    n_jobs = min(n_jobs, max(1, MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
     fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers * n_jobs)
     return n_workers, float(next(fitting, 1)), 0.0
+
+
+def healed_unit(run: RunContext, plan: Plan) -> EvaluationUnit:
+    """What judges a healed checkpoint."""
+    return EvaluationUnit(checkpoint=healed_folder(run, plan))

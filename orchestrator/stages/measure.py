@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from layerboost.plan import Plan, Treatment
-from orchestrator.context import RunContext
-from orchestrator.results import REFINED, Finalist
-from orchestrator.run_folder import unit_key
-from orchestrator.stages.heal import healed_unit
-from orchestrator.stages.healing_jobs import healed_folder
-from orchestrator.stages.timing import THROUGHPUT, measuring_hardware, throughput_unit, time_models
-from tasks.ablation import EvaluationUnit, base_unit
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import THROUGHPUT
+from orchestrator.run.state import REFINED, Finalist
+from orchestrator.stages.healing_jobs import healed_folder, healed_unit
+from orchestrator.stages.timing import measuring_hardware, throughput_unit, time_models
+from tasks.evaluation import EvaluationUnit, base_unit
 
 LENGTHS = "lengths"
 """What progress and failures call the timings over prompt lengths."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerboost.evaluation import QualitySpec, Scores
+from layerboost.evaluation.scores import QualitySpec, Scores
 from layerboost.plan import Plan, Treatment
-from layerboost.refinement import Refiner, make_refiner
-from layerboost.sensitivity import mean_drop
-from orchestrator.context import RunContext
-from orchestrator.results import REFINED, cost_matrix
-from orchestrator.stages.heal import candidates
-from tasks.sweeping import PlansUnit, sweep_units
+from layerboost.search.refinement import Refiner, make_refiner
+from layerboost.sensitivity.drops import mean_drop
+from orchestrator.results.sensitivity import cost_matrix
+from orchestrator.run.context import RunContext
+from orchestrator.run.kinds import REFINE
+from orchestrator.run.state import REFINED
+from orchestrator.stages.candidates import candidates
+from tasks.sweep import PlansUnit, sweep_units
 
-REFINE = "refine"
 _PLANS_OF_A_UNIT = 8
 """Plans that one worker evaluates together: enough to share most of their layers."""
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from layerboost.sources import TOKENS_SUFFIX, write_token_rows
-from orchestrator.context import RunContext
-from orchestrator.run_folder import unit_key
+from layerboost.storage.errors import retried
+from layerboost.text.sources import TOKENS_SUFFIX, write_token_rows
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import SAMPLE
 from tasks.sampling import SampleUnit, sample_units
-from tasks.storage_errors import retried
-
-SAMPLE = "sample"
-"""Stage of the records that say which documents are there, and of how many tokens."""
 
 _DOCUMENTS_OF_A_UNIT = 32
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerboost.evaluation import Scores, quality
+from layerboost.evaluation.scores import Scores, quality
 from layerboost.plan import Plan, Treatment
-from orchestrator.context import RunContext
-from orchestrator.results import SCORE_STAGES, cost_matrix
-from orchestrator.run_folder import unit_key
-from orchestrator.stages.promise import objective
+from layerboost.search.loop import Outcome, SearchState, TrialResult, Values
+from layerboost.search.proposers import make_proposer
+from orchestrator.results.sensitivity import cost_matrix
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import SCORE_STAGES, TRIALS
+from orchestrator.stages.objective import objective
 from orchestrator.stages.refine import refine
 from orchestrator.stages.speed import layer_times, measure_speed, speedup
-from tasks.ablation import EvaluationUnit, plan_evaluator_maker
-from tasks.proposers import make_proposer
-from tasks.search import Outcome, SearchState, TrialResult, Values, run_search
-from tasks.units import UnitFailure
-
-TRIALS = "search-trials"
-"""Stage of the record that holds which plans were proposed, and by which thresholds where there were some."""
+from tasks.evaluation import EvaluationUnit, plan_evaluator_maker
+from tasks.pool.pool import UnitFailure
+from tasks.search import run_search
 
 
 def search(run: RunContext) -> bool:

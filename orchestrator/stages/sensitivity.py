@@ -10,26 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from layerboost.evaluation.shares import Share, auto_shares, shares
 from layerboost.plan import Plan, Treatment
-from orchestrator.context import Identity, RunContext
-from orchestrator.identity import TASKS_SOURCE, TEXT_SOURCE, SweepSource
-from orchestrator.results import SWEEP
-from orchestrator.run_folder import unit_key
+from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE, SweepSource
+from orchestrator.run.kinds import SENSITIVITY, SWEEP
 from orchestrator.stages.adaptive import adaptive_sensitivity
-from tasks.ablation import EvaluationUnit, cosine_unit
-from tasks.sweeping import (
-    CountUnit,
-    ScoreUnit,
-    Share,
-    SweepUnit,
-    auto_shares,
-    joined_text_scores,
-    shares,
-    sweep_units,
-)
-from tasks.units import UnitFailure
-
-SENSITIVITY = "sensitivity"
+from tasks.evaluation import EvaluationUnit, cosine_unit
+from tasks.pool.pool import UnitFailure
+from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, joined_text_scores, sweep_units
 
 
 def sensitivity(run: RunContext) -> bool:

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.byte_model import native_windows
+from layerboost.families import native_windows
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity import single_layer_plan
-from layerboost.speed_model import SpeedFitError, SpeedModel, counts, design_plans
-from orchestrator.context import RunContext
-from orchestrator.results import find_record
-from orchestrator.run_folder import canonical_json
-from orchestrator.stages.timing import THROUGHPUT, measuring_hardware, throughput_unit, time_models
-from tasks.measurement import ThroughputUnit
-
-SPEED = "speed"
-"""What progress and failures call the timings that models are fitted to."""
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.speed.speed_model import SpeedFitError, SpeedModel, counts, design_plans
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import canonical_json
+from orchestrator.run.kinds import SPEED, THROUGHPUT
+from orchestrator.run.records import find_record
+from orchestrator.stages.timing import measuring_hardware, throughput_unit, time_models
+from tasks.timing import ThroughputUnit
 
 
 def measure_speed(run: RunContext) -> None:

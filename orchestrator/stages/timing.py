@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 
-from layerboost.decoding import DecodeMeasurement
-from layerboost.hardware import hardware_name
 from layerboost.plan import Plan
-from layerboost.serving_bench import VLLM, ServingMeasurement
-from layerboost.serving_environment import ServingEnvironment
-from orchestrator.context import RunContext
-from orchestrator.preflight import serving_environment
-from orchestrator.run_folder import unit_key
-from tasks.measurement import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
-from tasks.units import UnitFailure
-
-THROUGHPUT = "throughput"
-"""Stage of the records that hold timings."""
+from layerboost.speed.decoding import DecodeMeasurement
+from layerboost.speed.hardware import hardware_name
+from layerboost.speed.vllm_bench import VLLM, ServingMeasurement
+from layerboost.speed.vllm_environment import ServingEnvironment
+from orchestrator.checks.serving import serving_environment
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
+from orchestrator.run.kinds import THROUGHPUT
+from tasks.pool.pool import UnitFailure
+from tasks.timing import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
 
 
 def time_models(

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from orchestrator.report import render
 from orchestrator.report.choice import halving_table, lengths_table, speed_table
 from orchestrator.report.comparison import Run, render_comparison
+from orchestrator.report.render import render
 from orchestrator.report.tables import pareto_table
 from tests.report_rows import pareto_rows, sample
 

@@ -252,7 +252,7 @@ def test_our_packages_travel_where_the_working_directory_has_none(cluster, tmp_p
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     script = (
-        "import sys; from orchestrator.job_log import JobServer, exit_code, follow\n"
+        "import sys; from orchestrator.submit.job_log import JobServer, exit_code, follow\n"
         "server = JobServer(sys.argv[1])\n"
         "environment = {'working_dir': '.', 'py_modules': server.send_our_packages()}\n"
         "server.start('packages', sys.argv[2], environment)\n"

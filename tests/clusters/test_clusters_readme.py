@@ -85,7 +85,7 @@ def check_layerboost(arguments: list[str]) -> None:
     from orchestrator.cli import build_parser
 
     if arguments[0] == "submit":
-        pytest.importorskip("orchestrator.submit", reason="needs layerboost submit")
+        pytest.importorskip("orchestrator.submit.submit", reason="needs layerboost submit")
     parsed = build_parser().parse_args(arguments)
     assert isinstance(parsed, argparse.Namespace)
     if getattr(parsed, "recipe", None):

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import layerboost
 from layerboost import Plan, PlanCache, Treatment, convert, plan_of, restore
 from layerboost.attention import LinearWindow
-from layerboost.byte_model import ByteModel
 from layerboost.cache import cache_bytes, cache_tensors
 from layerboost.checkpoint import CheckpointError, load_model, save_checkpoint
 from layerboost.convert import ConversionError
 from layerboost.families import UnsupportedFamilyError, attention_module, family_of
+from layerboost.speed.byte_model import ByteModel
 from tests.models import VARIANTS, tiny_model
 
 FAMILIES = [*layerboost.supported_families(), *VARIANTS]

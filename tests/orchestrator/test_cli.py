@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from layerboost.serving_bench import ServingMeasurement
-from layerboost.serving_environment import ServingEnvironment
+from layerboost.speed.vllm_bench import ServingMeasurement
+from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import cli
 from tests.models import tiny_model
 
@@ -392,7 +392,7 @@ def test_an_unexpected_error_is_one_line_unless_verbose(inputs, monkeypatch, cap
 
 
 def test_a_second_run_on_a_folder_is_refused(inputs, monkeypatch, capsys):
-    from orchestrator.run_folder import RunFolder
+    from orchestrator.run.folder import RunFolder
 
     def run(recipe, folder, facts, **_):
         with folder.lock():
@@ -460,7 +460,7 @@ def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
 
 def test_bench_with_vllm(inputs, capsys, monkeypatch):
     environment = ServingEnvironment("/venv", "0.9", "0.2", "2.0", "5.0", "a machine (2 cores)")
-    monkeypatch.setattr("orchestrator.preflight.serving_environment", lambda folder, address, labels: environment)
+    monkeypatch.setattr("orchestrator.checks.serving.serving_environment", lambda folder, address, labels: environment)
 
     def measure(environment, model, conditions, *, dtype, on_result):
         for condition in conditions:
@@ -469,7 +469,7 @@ def test_bench_with_vllm(inputs, capsys, monkeypatch):
             told = (speed, 1.0, *range(6), None, 8.0, 4, 16, 64, 16, [])
             on_result(condition, ServingMeasurement("vllm", "0.9", *about, *told))
 
-    monkeypatch.setattr("layerboost.serving_bench.measure_served", measure)
+    monkeypatch.setattr("layerboost.speed.vllm_bench.measure_served", measure)
     shutil.copytree(inputs.model, inputs.folder / "new")
     sizes = ["--concurrency", "1", "2", "--prompt-tokens", "16", "--new-tokens", "4", "--engine", "vllm", "--json"]
     assert cli.main(["bench", str(inputs.model), str(inputs.folder / "new"), *sizes]) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from orchestrator.cli import STAGES
+from orchestrator.run.kinds import STAGE_NAMES
 from tests.conftest import Inputs, mounted_disk, repeatable_recipe
 from tests.orchestrator.test_pipeline import command, environment, records, run, table
 
@@ -37,8 +37,8 @@ class Prepared:
     def until(self, stage: str) -> Path:
         out = self.folder / stage
         if not out.exists():
-            if (before := STAGES.index(stage)) > 0:
-                self.copy(STAGES[before - 1], out)
+            if (before := STAGE_NAMES.index(stage)) > 0:
+                self.copy(STAGE_NAMES[before - 1], out)
             run(self.inputs, out, "--until", stage)
         return out
 

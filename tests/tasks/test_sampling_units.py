@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.sampling import SamplingSpec, sample_documents
-from tasks.ablation import ModelSource
-from tasks.cluster import WorkerResources
+from layerboost.checkpoint import ModelSource, load_model, load_tokenizer
+from layerboost.text.sampling import SamplingSpec, sample_documents
+from tasks.cluster.resources import WorkerResources
 from tasks.sampling import SampleUnit, SamplingWorker, sample_units
 
 SPEC = SamplingSpec(max_tokens=12, seed=4, temperature=1.5, batch_size=3)

@@ -10,11 +10,12 @@ import pytest
 from ray import cloudpickle
 
 from layerboost.plan import Plan, PlanError, Treatment
-from layerboost.plan_space import Limit, PlanSpace
-from tasks.cluster import WorkerResources
-from tasks.proposers import make_proposer
-from tasks.search import SearchSpec, SearchState, Suggestion, fixed_points, run_search
-from tasks.watching import UNWATCHED, Watch
+from layerboost.search.loop import SearchSpec, SearchState, Suggestion, fixed_points
+from layerboost.search.plan_space import Limit, PlanSpace
+from layerboost.search.proposers import make_proposer
+from tasks.cluster.resources import WorkerResources
+from tasks.pool.watch import UNWATCHED, Watch
+from tasks.search import run_search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -1,0 +1,264 @@
+"""Likelihood of tokens: of sequences, of answers, and the divergence from the base, without keeping the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..sweep.layer_sweep import LayerSweep
+from ..sweep.request_tries import Request, pack_requests
+from .calibration_error import N_BINS, bin_gaps
+
+_LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Vocabulary-wide numbers worked out at once: few enough for a CPU's caches, enough to keep a GPU busy."""
+
+_Reader = Callable[[torch.Tensor], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
+"""Token ids (batch, tokens) to a row for each position that predicts a token, and the function from rows to logits."""
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Scores of each sequence, averaged over its predicted tokens.
+
+    Attributes:
+        nll: Nats per predicted token.
+        kl: KL(base || model) in nats per predicted token; None without a base.
+        gaps: (n, 15), calibration of the likeliest tokens (`calibration.bin_gaps`).
+    """
+
+    nll: list[float]
+    kl: list[float] | None
+    gaps: torch.Tensor
+
+
+@torch.no_grad()
+def score_sequences(
+    model: nn.Module, sequences: torch.Tensor, *, base: nn.Module | None = None, batch_size: int = 8
+) -> SequenceScores:
+    """Scores each token of each sequence but the first, given those before it.
+
+    The vocabulary-wide numbers are worked out in float32 for a few positions at a time; what is kept of each position
+    is a few numbers.
+
+    Args:
+        model: A causal language model.
+        sequences: Token ids, shape (sequences, tokens), at least two tokens long.
+        base: The untouched parent to measure the divergence from.
+        batch_size: Sequences in a forward pass.
+    """
+    models = [model] if base is None else [model, base]
+    training = [m.training for m in models]
+    for m in models:
+        m.eval()
+    try:
+        read = reader(model, sequences[:1, :2])
+        read_base = None if base is None else reader(base, sequences[:1, :2])
+        rows = _rows_at_once(model)
+        scores = [_score_batch(batch, read, read_base, rows) for batch in sequences.split(batch_size)]
+    finally:
+        for m, was_training in zip(models, training, strict=True):
+            m.train(was_training)
+    nll, kl, gaps = (torch.cat(parts) for parts in zip(*scores, strict=True))
+    return SequenceScores(nll.tolist(), None if base is None else kl.tolist(), gaps)
+
+
+def _score_batch(
+    batch: torch.Tensor, read: _Reader, read_base: _Reader | None, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns mean NLL, mean KL and gaps of each sequence; `rows` positions have their logits worked out at once."""
+    states, logits_of = read(batch)
+    base_states, base_logits_of = (states, logits_of) if read_base is None else read_base(batch)
+    targets = batch[:, 1:].reshape(-1).to(states.device)
+    nll, confidence = (torch.empty(len(targets), dtype=torch.float64) for _ in range(2))
+    kl = torch.zeros(len(targets), dtype=torch.float64)
+    correct = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(targets), rows):
+        here = slice(start, start + rows)
+        log_p = logits_of(states[here]).float().log_softmax(-1)  # (rows, vocabulary)
+        nll[here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
+        confidence[here], correct[here] = _likeliest(log_p, targets[here])
+        if read_base is not None:
+            base_log_p = base_logits_of(base_states[here]).float().log_softmax(-1).to(log_p.device)
+            kl[here] = (base_log_p.exp() * (base_log_p - log_p)).sum(-1).double().cpu()
+    by_sequence = (values.view(len(batch), -1) for values in (confidence, correct))
+    return nll.view(len(batch), -1).mean(1), kl.view(len(batch), -1).mean(1), bin_gaps(*by_sequence)
+
+
+def _likeliest(log_p: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability of the likeliest token and whether it is the target, from (rows, vocabulary); on the CPU."""
+    highest, token = log_p.max(-1)
+    return highest.double().exp().cpu(), (token == targets).cpu()
+
+
+def reader(model: nn.Module, sample: torch.Tensor) -> _Reader:
+    """Returns how to read a model: to the last hidden state where its head is all that follows, else to the logits.
+
+    Some families scale or cap the logits after the head. Instead of listing them, both ways are tried on `sample`.
+    """
+    device = next(model.parameters()).device
+
+    def full_logits(batch: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=batch.to(device), use_cache=False).logits
+
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(model, PreTrainedModel) and head is not None and model.base_model is not model:
+        decoder = model.base_model
+
+        def hidden_states(batch: torch.Tensor) -> torch.Tensor:
+            return decoder(input_ids=batch.to(device), use_cache=False).last_hidden_state
+
+        if torch.equal(head(hidden_states(sample)), full_logits(sample)):
+            return lambda batch: (hidden_states(batch)[:, :-1].flatten(0, 1), head)
+    return lambda batch: (full_logits(batch)[:, :-1].flatten(0, 1), nn.Identity())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What P plans say to n requests.
+
+    Attributes:
+        log_p: (P, n) float64, log-probability of the scored tokens.
+        greedy: (P, n) bool, whether each scored token is the likeliest one.
+    """
+
+    log_p: torch.Tensor
+    greedy: torch.Tensor
+
+
+@torch.inference_mode()
+def answer_requests(sweep: LayerSweep, requests: Sequence[Request], *, batch_rows: int = 8) -> Answers:
+    """Answers requests by all plans of a sweep at once.
+
+    Logits are worked out only where a request reads them, in float32, for a few positions at a time.
+
+    Args:
+        sweep: the model and the plans.
+        requests: as lm-eval's harness would make them, cut to the model's context.
+        batch_rows: rows of the longest kind in one pass (see `pack_requests`), fewer where the budget asks for it.
+    """
+    n_plans = len(sweep.paths)
+    log_p = torch.zeros(n_plans, len(requests), dtype=torch.float64)
+    greedy = torch.ones(n_plans, len(requests), dtype=torch.bool)
+    longest = max((len(request.tokens) for request in requests), default=1)
+    batch_rows = min(batch_rows, sweep.rows_at_once(longest))
+    for forest in pack_requests(requests, batch_rows=batch_rows, hidden_size=sweep.model.config.hidden_size):
+
+        def read(plans: list[int], states: list[torch.Tensor], forest=forest) -> None:
+            nodes = forest.read_nodes.to(states[0].device)
+            at_nodes = torch.cat([of_plan.flatten(0, 1)[nodes] for of_plan in states])
+            log_p_edges, greedy_edges = _read_edges(sweep, at_nodes, forest.edge_node, forest.edge_token, len(nodes))
+            for plan, p, g in zip(plans, log_p_edges, greedy_edges, strict=True):
+                log_p[plan].index_add_(0, forest.edge_request, p)
+                greedy[plan, forest.edge_request[~g]] = False
+
+        sweep.run(forest.tokens, read, forest=forest)
+    return Answers(log_p, greedy)
+
+
+def _read_edges(
+    sweep: LayerSweep, states: torch.Tensor, edge_node: torch.Tensor, edge_token: torch.Tensor, n_nodes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability, and whether it is the likeliest token, of each edge by each plan: (P, e) both.
+
+    Args:
+        states: (P * n_nodes, d) hidden states behind the last layer.
+        edge_node, edge_token: (e,), sorted by node.
+    """
+    n_plans = len(states) // n_nodes
+    of_plan = torch.arange(n_plans)[:, None] * n_nodes
+    nodes, tokens = (of_plan + edge_node).flatten(), edge_token.repeat(n_plans)
+    log_p, greedy = torch.empty(len(nodes), dtype=torch.float64), torch.empty(len(nodes), dtype=torch.bool)
+    rows = _rows_at_once(sweep.model)
+    starts = torch.arange(0, len(states), rows)
+    first_edges = torch.searchsorted(nodes, torch.cat([starts, torch.tensor([len(states)])])).tolist()
+    for start, first, last in zip(starts.tolist(), first_edges, first_edges[1:], strict=False):
+        logits = sweep.logits(states[start : start + rows]).float()  # (rows, vocabulary)
+        here = (nodes[first:last] - start).to(logits.device)
+        followed = tokens[first:last].to(logits.device)
+        peak, likeliest = logits.max(dim=-1)
+        normalizer = peak + (logits - peak[:, None]).exp_().sum(dim=-1).log()
+        log_p[first:last] = (logits[here, followed] - normalizer[here]).double().cpu()
+        greedy[first:last] = (likeliest[here] == followed).cpu()
+    return log_p.view(n_plans, -1), greedy.view(n_plans, -1)
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of P plans over n sequences, averaged over each one's predicted tokens.
+
+    Attributes:
+        nll: (P, n) float64, nats per predicted token.
+        kl: (P, n) float64, KL(base || plan) in nats per predicted token.
+        gaps: (P, n, 15) float64, calibration of the likeliest tokens (`calibration.bin_gaps`).
+    """
+
+    nll: torch.Tensor
+    kl: torch.Tensor
+    gaps: torch.Tensor
+
+
+@torch.inference_mode()
+def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_size: int = 8) -> TextScores:
+    """Scores sequences by all plans of a sweep at once; the base's logits are worked out once for all of them.
+
+    Args:
+        sweep: the model and the plans.
+        sequences: token ids (n, tokens), at least two tokens long.
+        base: index of the plan that the others diverge from.
+        batch_size: sequences in a pass, fewer where the sweep's budget asks for it.
+    """
+    n_plans = len(sweep.paths)
+    nll, kl = (torch.empty(n_plans, len(sequences), dtype=torch.float64) for _ in range(2))
+    gaps = torch.empty(n_plans, len(sequences), N_BINS, dtype=torch.float64)
+    batch_size = min(batch_size, sweep.rows_at_once(sequences.shape[1]))
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        here = slice(start, start + len(batch))
+        base_states: list[torch.Tensor] = []
+
+        def keep_base(plans: list[int], states: list[torch.Tensor], kept=base_states) -> None:
+            kept.append(states[0])
+
+        def read(plans: list[int], states: list[torch.Tensor], batch=batch, here=here, kept=base_states) -> None:
+            of_base = kept[0] if kept else states[plans.index(base)]
+            nll[plans, here], kl[plans, here], gaps[plans, here] = _score_states(sweep, batch, states, of_base)
+
+        # What the others diverge from must be there with each of them; where not all fit together it runs first.
+        if len(set(sweep.paths)) > sweep.room(*batch.shape):
+            sweep.run(batch, keep_base, plans=[base])
+        sweep.run(batch, read)
+    return TextScores(nll, kl, gaps)
+
+
+def _score_states(
+    sweep: LayerSweep, batch: torch.Tensor, states: list[torch.Tensor], of_base: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean NLL and KL of each sequence by each plan, (P, B) float64, and the gaps, (P, B, 15)."""
+    targets = batch[:, 1:].reshape(-1).to(of_base.device)
+    nll, kl, confidence = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(3))
+    correct = torch.empty(len(states), len(targets), dtype=torch.bool)
+    rows = _rows_at_once(sweep.model)
+    predicting = torch.arange(batch.numel(), device=of_base.device).view(batch.shape)[:, :-1].flatten()
+    for start in range(0, len(targets), rows):
+        here = slice(start, start + rows)
+        positions = predicting[here]
+        base_log_p = sweep.logits(of_base.flatten(0, 1)[positions]).float().log_softmax(-1)  # (rows, vocabulary)
+        base_p = base_log_p.exp()
+        for plan, of_plan in enumerate(states):
+            log_p = sweep.logits(of_plan.flatten(0, 1)[positions]).float().log_softmax(-1)
+            nll[plan, here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
+            kl[plan, here] = (base_p * (base_log_p - log_p)).sum(-1).double().cpu()
+            confidence[plan, here], correct[plan, here] = _likeliest(log_p, targets[here])
+    shape = (len(states), len(batch))
+    gaps = bin_gaps(*(values.view(len(states) * len(batch), -1) for values in (confidence, correct)))
+    return nll.view(*shape, -1).mean(2), kl.view(*shape, -1).mean(2), gaps.view(*shape, N_BINS)
+
+
+def _rows_at_once(model: nn.Module) -> int:
+    """Positions whose logits are worked out together."""
+    device = next(model.parameters()).device.type
+    return max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE["cuda"]) // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]

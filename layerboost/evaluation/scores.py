@@ -1,0 +1,217 @@
+"""Scores of a model, and the quality that they make; needs no model, so that records can be compared at any time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .statistics import PairingError, mean_of_independent, mean_stderr, ratio_residual_stderr
+
+
+class QualityError(ValueError):
+    """A quality that cannot be measured or compared as asked."""
+
+
+@dataclass(frozen=True)
+class QualitySpec:
+    """What a model is judged by.
+
+    The likelihood is measured over the first `n_sequences` sequences that the text packs into (`data.pack`), all the
+    full ones if None; each token of a sequence but the first is predicted from those before it.
+
+    Attributes:
+        tasks: lm-eval names (tasks, groups, tags) or paths of task files.
+        limit: Items of each task, from its first; all if None.
+        text: Where the text for likelihood comes from (`data.read_documents`); none if None.
+        n_sequences: Sequences of the text; all if None.
+        sequence_tokens: Tokens in a sequence.
+        batch_size: Sequences or requests in a forward pass.
+        num_fewshot: Examples in a prompt; what each task says if None.
+        retrieval: Distances in tokens over which the model must find again what the text said (`retrieval`).
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    text: str | None = None
+    n_sequences: int | None = 64
+    sequence_tokens: int = 512
+    batch_size: int = 8
+    num_fewshot: int | None = None
+    retrieval: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "retrieval", tuple(self.retrieval))
+        if not self.tasks and self.text is None:
+            raise QualityError("quality: neither tasks nor text; name at least one benchmark or a text")
+        least = {"limit": 1, "n_sequences": 1, "sequence_tokens": 2, "batch_size": 1, "num_fewshot": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise QualityError(f"quality.{name}: {value} is too small; give at least {minimum}")
+
+
+@dataclass
+class MetricScore:
+    """One metric of one task.
+
+    Attributes:
+        task: lm-eval's name of the task or group, or `text`.
+        metric: lm-eval's name of the metric, with `@filter` behind it where the filter is not the default one;
+            `margin`, `ece`, `nll`, `kl` or `retrieval@<distance>` for ours.
+        value: The task's score.
+        stderr: Its standard error; None where lm-eval gives none.
+        higher_is_better: Direction of the metric.
+        items: Score of each item in the task's order, whose mean is `value`; None where the value is no mean of items.
+        n_items: Items scored.
+        primary: Whether the metric stands for its task in the quality.
+        generated: Whether the model wrote the answers itself instead of reading given ones.
+        gaps: Of `ece`, what its error and paired comparisons are worked out from (`calibration`).
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    items: list[float] | None = None
+    n_items: int | None = None
+    primary: bool = False
+    generated: bool = False
+    gaps: list[list[list[float]]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_items is None and self.items is not None:
+            self.n_items = len(self.items)
+
+
+@dataclass
+class Scores:
+    """All metrics of one model."""
+
+    metrics: list[MetricScore] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the scores as plain values that JSON can hold."""
+        return {"metrics": [asdict(metric) for metric in self.metrics]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """Returns the scores that `to_dict` wrote."""
+        return cls([MetricScore(**metric) for metric in values["metrics"]])
+
+    def get(self, task: str, metric: str) -> MetricScore:
+        """Returns one metric.
+
+        Raises:
+            QualityError: If it was not measured, naming what was.
+        """
+        for score in self.metrics:
+            if (score.task, score.metric) == (task, metric):
+                return score
+        measured = ", ".join(f"{score.task}/{score.metric}" for score in self.metrics)
+        raise QualityError(f"metric: {task}/{metric} was not measured; there are {measured}")
+
+    def primary(self) -> list[MetricScore]:
+        """Returns the metrics that make the quality: one for each task, or the text's likelihood without tasks."""
+        return [score for score in self.metrics if score.primary]
+
+
+def mean_score(
+    task: str, metric: str, items: list[float], higher_is_better: bool, *, primary: bool = False
+) -> MetricScore:
+    """Returns the score of a metric that is the mean of its items."""
+    value = math.fsum(items) / len(items)
+    return MetricScore(task, metric, value, mean_stderr(items), higher_is_better, items, primary=primary)
+
+
+def quality(scores: Scores) -> tuple[float, float | None]:
+    """Returns a model's quality, higher is better, and its standard error.
+
+    It is the mean over tasks of each one's primary metric, or exp(-NLL) of the text without tasks. Perplexities count
+    as their reciprocal, which is a probability like the accuracies beside it. Tasks are independent of each other.
+
+    Raises:
+        QualityError: If there is no primary metric or one is of the kind where lower is better.
+    """
+    terms = _quality_terms(scores)
+    return math.fsum(term.value for term in terms) / len(terms), mean_of_independent([term.stderr for term in terms])
+
+
+def retained(base: Scores, other: Scores) -> tuple[float, float | None]:
+    """Returns the other model's quality divided by the base's, and its standard error by the delta method.
+
+    Within a task the models are paired item by item where both have items; tasks are independent of each other. The
+    ratio is NaN, without error, where the base's quality is zero.
+
+    Raises:
+        QualityError: If the two were not measured by the same tasks.
+    """
+    base_terms, other_terms = _quality_terms(base), _quality_terms(other)
+    names, other_names = [term.name for term in base_terms], [term.name for term in other_terms]
+    if names != other_names:
+        raise QualityError(
+            f"scores: {', '.join(other_names)} against the base's {', '.join(names)}; judge both by the same tasks"
+        )
+    base_quality, other_quality = quality(base)[0], quality(other)[0]
+    if base_quality == 0.0:
+        return math.nan, None
+    ratio = other_quality / base_quality
+    residuals = [_residual_stderr(b, o, ratio) for b, o in zip(base_terms, other_terms, strict=True)]
+    stderr = mean_of_independent(residuals)
+    return ratio, None if stderr is None else stderr / abs(base_quality)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A task's contribution to the quality; `items` average to `value` and vary as it does."""
+
+    name: str
+    value: float
+    stderr: float | None
+    items: list[float] | None
+
+
+AS_PROBABILITY: dict[str, Callable[[float], tuple[float, float]]] = {
+    "nll": lambda x: (math.exp(-x), -math.exp(-x)),
+    "perplexity": lambda x: (1 / x, -1 / x**2),
+    "word_perplexity": lambda x: (1 / x, -1 / x**2),
+    "byte_perplexity": lambda x: (1 / x, -1 / x**2),
+    "bits_per_byte": lambda x: (2**-x, -math.log(2) * 2**-x),
+}
+"""Probability that a lower-is-better metric stands for, and its derivative."""
+
+
+def _quality_terms(scores: Scores) -> list[_Term]:
+    if not scores.primary():
+        raise QualityError("scores: no quality metric among them; evaluate at least one task or a text")
+    return [_quality_term(score) for score in scores.primary()]
+
+
+def _quality_term(score: MetricScore) -> _Term:
+    name = f"{score.task}/{score.metric}"
+    if score.higher_is_better:
+        return _Term(name, score.value, score.stderr, score.items)
+    as_probability = AS_PROBABILITY.get(score.metric.partition("@")[0])
+    if as_probability is None:
+        raise QualityError(
+            f"quality.tasks: {name} is better when lower; use a task with a metric that is better when higher"
+        )
+    value, slope = as_probability(score.value)
+    # To first order the transformed mean moves with each item as this linear function of it does.
+    items = None if score.items is None else [value + slope * (item - score.value) for item in score.items]
+    return _Term(name, value, None if score.stderr is None else abs(slope) * score.stderr, items)
+
+
+def _residual_stderr(base: _Term, other: _Term, ratio: float) -> float | None:
+    """Returns the standard error of other - ratio * base in one task."""
+    if base.items is not None and other.items is not None:
+        try:
+            return ratio_residual_stderr(base.items, other.items, ratio)
+        except PairingError as error:
+            raise QualityError(f"scores: {base.name}: {error}") from error
+    if base.stderr is None or other.stderr is None:
+        return None
+    return math.hypot(other.stderr, ratio * base.stderr)

@@ -1,0 +1,1 @@
+"""Healing: distillation of a converted model from its untouched parent."""

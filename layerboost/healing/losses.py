@@ -1,0 +1,203 @@
+"""Losses of healing over chunks of positions, so that no tensor of batch x length x vocabulary ever exists.
+
+The gradient by the logits has a closed form, so that a chunk's logits are needed once: its gradient is worked out in
+the forward pass, and the backward pass only scales it. Every loss is a mean over targets, the tokens to be predicted,
+so that a batch cut into slices gives the whole batch's loss and gradient when slices are weighted by their targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..attention import wide
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Maps hidden states (N, d) to logits (N, vocabulary)."""
+
+
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+"""Vocabulary-wide numbers that exist at once: 16 MiB in fp32 on a CPU, enough to keep a GPU busy."""
+
+
+def positions_at_once(vocabulary: int, device: torch.device) -> int:
+    """Positions whose logits are worked out together, so that their memory does not grow with the vocabulary."""
+    return max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cuda"]) // vocabulary)
+
+
+class Divergence(StrEnum):
+    """How far the student's distribution of the next token is from the teacher's."""
+
+    FORWARD_KL = "forward_kl"
+    """KL(teacher || student): covers all that the teacher finds likely."""
+    REVERSE_KL = "reverse_kl"
+    """KL(student || teacher): avoids what the teacher finds unlikely."""
+    JENSEN_SHANNON = "jensen_shannon"
+    """Mean of the KLs of both to their mean; at most ln 2."""
+
+
+def divergence_and_gradient(
+    kind: Divergence, student_logits: torch.Tensor, teacher_logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence in nats (N,) and its gradient by the student's logits (N, V), from both logits (N, V) in fp32."""
+    if kind is Divergence.FORWARD_KL:
+        # Logarithms of whole rows cost more than all the rest: two for each row will do.
+        student, teacher = F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
+        value = torch.linalg.vecdot(teacher, teacher_logits - student_logits)
+        value += _log_normaliser(student_logits, student) - _log_normaliser(teacher_logits, teacher)
+        return value, student.sub_(teacher)
+    student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
+    student = student_logs.exp()
+    if kind is Divergence.REVERSE_KL:
+        ratio = student_logs - teacher_logs
+        value = torch.linalg.vecdot(student, ratio)
+        return value, student.mul_(ratio.sub_(value[:, None]))
+    teacher = teacher_logs.exp()
+    mixed_logs = torch.logaddexp(student_logs, teacher_logs) - math.log(2)
+    ratio = student_logs - mixed_logs
+    to_student = torch.linalg.vecdot(student, ratio)
+    to_teacher = torch.linalg.vecdot(teacher, teacher_logs - mixed_logs)
+    return 0.5 * (to_student + to_teacher), student.mul_(ratio.sub_(to_student[:, None])).mul_(0.5)
+
+
+def _log_normaliser(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """log sum exp of each row (N,), read off the likeliest entry."""
+    return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
+
+
+def distillation_loss(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    input_ids: torch.Tensor,
+    *,
+    targets: torch.Tensor | None = None,
+    head_trains: bool = False,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    temperature: float = 1.0,
+    divergence_weight: float = 1.0,
+    cross_entropy_weight: float = 0.0,
+    chunk_tokens: int = 1024,
+) -> torch.Tensor:
+    """Divergence of the student's next token from the teacher's and cross-entropy of the text's, a mean over targets.
+
+    Args:
+        student_states, teacher_states: (B, T, d), what the heads take.
+        student_head, teacher_head: map (N, d) to logits (N, vocabulary).
+        input_ids: (B, T).
+        targets: (B, T) bool, True where a token is to be predicted; None for all but each row's first.
+        head_trains: whether parameters of `student_head` need gradients; its chunks are then worked out once more in
+            the backward pass.
+        divergence: which one.
+        temperature: both logits are divided by it and the divergence is multiplied by its square (Hinton et al., 2015).
+        chunk_tokens: positions whose logits exist at the same time.
+
+    Returns:
+        Scalar in fp32 (fp64 for states in fp64), nats per target; zero where there are no targets.
+    """
+    next_ids = input_ids[:, 1:].reshape(-1)
+    student_states, teacher_states = (x[:, :-1].flatten(0, 1) for x in (student_states, teacher_states))
+    if targets is not None:  # positions without a target cost nothing
+        kept = targets[:, 1:].reshape(-1).nonzero()[:, 0]
+        next_ids, student_states, teacher_states = next_ids[kept], student_states[kept], teacher_states[kept]
+    scale = 1.0 / max(len(next_ids), 1)
+    terms = _Terms(Divergence(divergence), temperature, divergence_weight, cross_entropy_weight)
+    arguments = (student_states, teacher_states, next_ids, scale, student_head, teacher_head, terms, chunk_tokens)
+    return _recomputed_loss(*arguments) if head_trains else _ChunkedLoss.apply(*arguments)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The weighted terms of the loss of some positions, with their gradient by the student's logits."""
+
+    divergence: Divergence
+    temperature: float
+    divergence_weight: float
+    cross_entropy_weight: float
+
+    def __call__(self, logits, teacher_logits, next_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the loss over positions, and its gradient (N, V)."""
+        total, gradient = logits.new_zeros(()), None
+        if self.divergence_weight:
+            if self.temperature == 1:
+                values, gradient = divergence_and_gradient(self.divergence, logits, teacher_logits)
+            else:
+                cooled = logits / self.temperature, teacher_logits / self.temperature
+                values, gradient = divergence_and_gradient(self.divergence, *cooled)
+            total = total + self.divergence_weight * self.temperature**2 * values.sum()
+            gradient = gradient.mul_(self.divergence_weight * self.temperature)
+        if self.cross_entropy_weight:
+            logs = F.log_softmax(logits, dim=-1)
+            total = total - self.cross_entropy_weight * logs.gather(1, next_ids[:, None]).sum()
+            of_text = logs.exp().scatter_add_(1, next_ids[:, None], logits.new_full((len(logits), 1), -1.0))
+            of_text = of_text.mul_(self.cross_entropy_weight)
+            gradient = of_text if gradient is None else gradient.add_(of_text)
+        return total, torch.zeros_like(logits) if gradient is None else gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss by chunks of positions; the states' gradient is worked out in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+        total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
+        ctx.gradient = torch.empty_like(states) if states.requires_grad else None
+        for part in _chunks(len(states), chunk_tokens):
+            chunk = states[part].detach().requires_grad_(states.requires_grad)
+            with torch.set_grad_enabled(states.requires_grad):
+                logits = head(chunk)
+            loss, gradient = terms(wide(logits.detach()), wide(teacher_head(teacher_states[part])), next_ids[part])
+            total += loss * scale
+            if ctx.gradient is not None:
+                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, gradient.mul_(scale).to(logits.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        return ctx.gradient * grad_outputs[0], *[None] * 7
+
+
+def _recomputed_loss(states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+    """The loss by chunks of positions, each of which is worked out again in the backward pass."""
+
+    def chunk_sum(chunk, teacher_chunk, ids):
+        logits = wide(head(chunk))
+        with torch.no_grad():
+            loss, gradient = terms(logits, wide(teacher_head(teacher_chunk)), ids)
+        # Has the value of `loss` and the gradient that belongs to it.
+        carrier = (logits * gradient).sum()
+        return loss + carrier - carrier.detach()
+
+    total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
+    for part in _chunks(len(states), chunk_tokens):
+        chunk = states[part], teacher_states[part], next_ids[part]
+        total = total + checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) * scale
+    return total
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def relative_error(
+    student: torch.Tensor, teacher: torch.Tensor, sequence_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared error over the teacher's variance, both within each sequence of (B, T, d), a mean over the sequences.
+
+    Args:
+        sequence_weights: (B,), of the mean; equal if None.
+    """
+    teacher = teacher.float()
+    error = (student.float() - teacher).square().mean(dim=(1, 2))
+    errors = error / teacher.var(dim=(1, 2), correction=0).clamp(min=1e-12)
+    if sequence_weights is None:
+        return errors.mean()
+    return (errors * sequence_weights).sum() / sequence_weights.sum().clamp(min=1)

@@ -1,0 +1,236 @@
+"""The search as data: its specification, what a trial gave, and the state that proposers are asked and told by."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ..plan import Plan, Treatment
+from .plan_space import PlanSpace
+
+OBJECTIVES = ("objective", "speedup")
+"""Both are maximised."""
+
+
+Values = Mapping[str, Any]
+"""What an evaluation gave: `quality`, and whatever else is to be recorded with it (JSON-able)."""
+
+
+Outcome = tuple[float, float]
+"""A plan's OBJECTIVES."""
+
+
+Evaluator = Callable[[Plan], Values]
+
+
+Judge = Callable[[Plan, Values, Values], Outcome]
+"""From a plan, its values and those of the untouched model, which nothing can be judged without."""
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """What is searched. Everything in it changes the plans that are tried.
+
+    Attributes:
+        space: the plans that may be proposed; its window is that of the uniform baselines too.
+        method: what proposes them; see `layerboost.search.proposers`.
+        trials: plans that may be proposed. With `thresholds` each pair of thresholds counts, whatever plan it gives;
+            the other methods propose no plan twice, and what is a fixed point anyway is not counted.
+        middle: treatment of the layers between the thresholds. Like the next three, of `thresholds` alone.
+        sampler: what moves the thresholds.
+        remove_below, keep_above: ranges of the thresholds; None spans all drops and a margin around them.
+        plans: plans to evaluate in any case, beside the untouched model and the uniform ones.
+        lag: trials that may be under way together. Part of the search, not of the placement: each trial is chosen
+            without knowing the last lag - 1 ones.
+    """
+
+    space: PlanSpace
+    method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
+    trials: int = 40
+    middle: Treatment = Treatment.LINEAR_WINDOW
+    seed: int = 0
+    sampler: Literal["tpe", "nsga2"] = "tpe"
+    remove_below: tuple[float, float] | None = None
+    keep_above: tuple[float, float] | None = None
+    plans: tuple[Plan, ...] = ()
+    lag: int = 8
+
+
+@dataclass
+class TrialResult:
+    """One point of the search.
+
+    Attributes:
+        origin: `base`, `all_none`, `all_window`, `all_linear_window`, `given` or `search`.
+        remove_below, keep_above: the thresholds, None for points that have none.
+        values: what the evaluator gave, and both OBJECTIVES; None where it failed.
+        error: why it failed.
+        repeated: True where the plan had been met before, in this search or in `known`, and was not evaluated again.
+    """
+
+    plan: Plan
+    origin: str
+    remove_below: float | None = None
+    keep_above: float | None = None
+    values: dict[str, Any] | None = None
+    error: str | None = None
+    repeated: bool = False
+
+    @property
+    def status(self) -> str:
+        return "done" if self.error is None else "failed"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A plan to try, and the thresholds that gave it where some did."""
+
+    plan: Plan
+    remove_below: float | None = None
+    keep_above: float | None = None
+
+
+class Proposer(Protocol):
+    """A method of search, asked and told in the order that the module gives."""
+
+    def suggest(self, trial: int) -> Suggestion | None:
+        """The plan of a trial; None where there is none before more is told, or none ever when all is told."""
+
+    def tell(self, trial: int, outcome: Outcome | None) -> None:
+        """What a trial's plan is worth; None where it failed."""
+
+
+def fixed_points(spec: SearchSpec, n_layers: int) -> list[tuple[str, Plan]]:
+    """The points that every search has, origin and plan: untouched, the uniform ones, the given ones; none twice."""
+    points = [
+        ("base", Plan.uniform(Treatment.SOFTMAX, n_layers)),
+        ("all_none", Plan.uniform(Treatment.NONE, n_layers)),
+        ("all_window", Plan.uniform(Treatment.WINDOW, n_layers, spec.space.window)),
+        ("all_linear_window", Plan.uniform(Treatment.LINEAR_WINDOW, n_layers, spec.space.window)),
+        *(("given", plan) for plan in spec.plans),
+    ]
+    for _, plan in points:
+        plan.check_length(n_layers)
+    by_id: dict[str, tuple[str, Plan]] = {}
+    for origin, plan in points:
+        by_id.setdefault(plan.plan_id, (origin, plan))
+    return list(by_id.values())
+
+
+class SearchState:
+    """Which plan comes next, what is known, and what the proposer is told; see the module for the order.
+
+    Knows nothing of Ray: `next_plan` and `finish` may be called by anything that evaluates plans. A trial has an
+    outcome when its plan and the untouched model are evaluated; without the latter the search ends.
+
+    Args:
+        spec: what is searched.
+        proposer: chooses the plans.
+        judge: gives a plan's outcome; one that is not finite counts as failed.
+        known: values of plans by `plan_id`, from records; they are not evaluated again.
+    """
+
+    def __init__(self, spec: SearchSpec, proposer: Proposer, judge: Judge, known: Mapping[str, Values]):
+        self.spec, self._proposer, self._judge = spec, proposer, judge
+        self._values = dict(known)
+        self._errors: dict[str, str] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._met: set[str] = set()
+        self._queue: deque[Plan] = deque()
+        self.points: list[TrialResult] = []
+        self._trials: list[TrialResult] = []
+        self._n_counted = self._n_told = self._n_to_tell = 0
+        self._ended = False
+        for origin, plan in fixed_points(spec, spec.space.n_layers):
+            self._add(TrialResult(plan, origin))
+        self._base = self.points[0].plan.plan_id
+
+    def next_plan(self) -> Plan | None:
+        """A plan to evaluate, None while there is none (and for ever when `exhausted`)."""
+        self._ask()
+        return self._queue.popleft() if self._queue else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no further plan will come, whatever the results still out."""
+        return not self._queue and (self._ended or self._n_counted >= self.spec.trials)
+
+    def finish(self, plan: Plan, values: Values | None, error: str | None = None) -> None:
+        """Takes in what a plan's evaluation gave: its values or an error."""
+        if values is not None:
+            self._values[plan.plan_id] = values
+        else:
+            self._errors[plan.plan_id] = error or "no values"
+            self._ended = self._ended or plan.plan_id == self._base
+
+    def results(self) -> list[TrialResult]:
+        """All points so far that have an outcome or an error, the fixed ones first, then the trials in their order."""
+        for point in self.points:
+            outcome = self._outcome(point.plan)
+            point.error = self._errors.get(point.plan.plan_id)
+            if outcome is not None:
+                point.values = {**self._values[point.plan.plan_id], **dict(zip(OBJECTIVES, outcome, strict=True))}
+        return [point for point in self.points if point.values is not None or point.error is not None]
+
+    def _ask(self) -> None:
+        while not self._ended and self._n_counted < self.spec.trials:
+            while self._n_told < self._n_to_tell:
+                if not self._tell():
+                    return
+            suggestion = self._proposer.suggest(len(self._trials))
+            if suggestion is not None:
+                trial = TrialResult(suggestion.plan, "search", suggestion.remove_below, suggestion.keep_above)
+                self._n_counted += self.spec.method == "thresholds" or trial.plan.plan_id not in self._met
+                self._trials.append(trial)
+                self._add(trial)
+                self._n_to_tell = len(self._trials) - self.spec.lag + 1
+            elif self._n_told < len(self._trials):
+                self._n_to_tell = self._n_told + 1
+            else:
+                self._ended = True
+
+    def _tell(self) -> bool:
+        """Tells the proposer the oldest trial it does not know; False while that one has no outcome."""
+        plan = self._trials[self._n_told].plan
+        outcome = self._outcome(plan)
+        if outcome is None and plan.plan_id not in self._errors:
+            return False
+        self._proposer.tell(self._n_told, outcome)
+        self._n_told += 1
+        return True
+
+    def _outcome(self, plan: Plan) -> Outcome | None:
+        """What a plan is worth; None where that is not known, or (then with an error) never will be."""
+        plan_id = plan.plan_id
+        if self._base in self._errors:
+            self._errors.setdefault(plan_id, "the untouched model, which plans are compared with, has failed")
+        if plan_id in self._outcomes or plan_id in self._errors:
+            return self._outcomes.get(plan_id)
+        if plan_id not in self._values or self._base not in self._values:
+            return None
+        outcome = self._judge(plan, self._values[plan_id], self._values[self._base])
+        for name, value in zip(OBJECTIVES, outcome, strict=True):
+            if not math.isfinite(value):
+                self._errors[plan_id] = f"{name}: {value} is not a finite number"
+                return None
+        self._outcomes[plan_id] = outcome
+        return outcome
+
+    def _add(self, point: TrialResult) -> None:
+        self.points.append(point)
+        plan_id = point.plan.plan_id
+        point.repeated = plan_id in self._met or plan_id in self._values
+        if not point.repeated:
+            self._queue.append(point.plan)
+        self._met.add(plan_id)
+
+
+def check_values(values: Values) -> str | None:
+    """Why an evaluator's values cannot be used, None where they can."""
+    value = values.get("quality")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return f"quality: {value} is not a finite number"
+    return None

@@ -1,0 +1,1 @@
+"""What each layer's attention is worth, and how sure that is."""

@@ -1,0 +1,65 @@
+"""Cosine distance between a block's input and output: a score that needs no ablation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..families import attention_module, decoder_layers, family_of
+
+
+@torch.inference_mode()
+def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> torch.Tensor:
+    """How far each layer's attention turns the residual stream: 1 - cosine of what goes into the block and comes out.
+
+    The score of LLM-Drop (arXiv 2406.15786): a layer with a small one can go. The stream before the block is the
+    layer's input; behind it, the same plus what attention (and the norm behind it, where the family has one) adds.
+
+    Args:
+        model: an untouched causal language model.
+        sequences: token ids (n, tokens), without padding.
+        batch_size: sequences in a forward pass.
+
+    Returns:
+        fp64 on the CPU (n_layers, n): the mean over the tokens of each sequence.
+    """
+    layers = decoder_layers(model)
+    blocks = [_AttentionBlock(model, index) for index in range(len(layers))]
+    try:
+        for batch in sequences.split(batch_size):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        for block in blocks:
+            block.remove()
+    return torch.stack([torch.cat(block.distances) for block in blocks])
+
+
+class _AttentionBlock:
+    """Hooks on one layer that compare the residual stream before and behind its attention."""
+
+    def __init__(self, model, layer: int):
+        self.distances: list[torch.Tensor] = []
+        decoder_layer = decoder_layers(model)[layer]
+        norms = family_of(model.config).attention_norms(model.config)
+        self._multiplier = getattr(decoder_layer, "residual_multiplier", 1.0)  # Granite
+        self._added = attention_module(model, layer)
+        # A norm behind attention is the last thing that touches what attention adds to the stream.
+        behind = [name for name in norms if name.startswith("post_attention")]
+        last = getattr(decoder_layer, behind[0]) if behind else self._added
+        self._handles = [
+            decoder_layer.register_forward_pre_hook(self._before, with_kwargs=True),
+            last.register_forward_hook(self._after),
+        ]
+
+    def _before(self, module, args, kwargs) -> None:
+        self._stream = args[0] if args else kwargs["hidden_states"]
+
+    def _after(self, module, args, output) -> None:
+        added = output[0] if isinstance(output, tuple) else output
+        before = self._stream.float()
+        after = before + self._multiplier * added.float()
+        self.distances.append((1 - F.cosine_similarity(before, after, dim=-1)).mean(dim=-1).double().cpu())
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

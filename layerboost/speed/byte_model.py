@@ -1,0 +1,184 @@
+"""Bytes: what a decode step must read, which is the limit of its speed, and what a model and its cache hold."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ..convert import convert
+from ..families import attention_module, decoder_layers, head_dim, kv_heads, native_windows
+from ..plan import Plan, Treatment
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer with one treatment makes a decode step read.
+
+    Attributes:
+        n_parameters: of the whole layer.
+        kv_values_per_token: numbers that the cache keeps for a token of one sequence.
+        window_tokens: the newest tokens that the cache keeps, None for all.
+        state_values: fp32 numbers of constant state for one sequence.
+    """
+
+    n_parameters: int
+    kv_values_per_token: int
+    window_tokens: int | None
+    state_values: int
+
+
+class ByteModel:
+    """Bytes that one decode step must read: the limit of decoding, the same on every machine.
+
+    Weights are read once for a step (an untied input embedding only at the rows looked up); for each sequence the
+    cache: all context tokens in a softmax layer (the newest in a natively sliding one), the window's in a windowed one,
+    and the fp32 state of linear_window: (features x head_dim + features) for each key/value head. Activations are left
+    out; every expert of a mixture is counted.
+
+    The parameters are counted on a real model of the config, converted, on the meta device: no memory, no weights.
+    """
+
+    def __init__(self, config):
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+        self.n_layers = len(decoder_layers(base))
+        self.hidden_size = base.config.get_text_config().hidden_size
+        text_config = base.config.get_text_config()
+        self._kv_values = 2 * kv_heads(text_config) * head_dim(text_config)
+        self._native_windows = native_windows(base.config)
+        self._parameters: dict[Treatment, list[int]] = {}
+        self._states: list[int] = []
+        for treatment in Treatment:
+            # Any window does: it changes no parameter.
+            variant = (
+                base if treatment is Treatment.SOFTMAX else convert(base, Plan.uniform(treatment, self.n_layers, 16))
+            )
+            self._parameters[treatment] = [_n_parameters(layer) for layer in decoder_layers(variant)]
+            if treatment is Treatment.LINEAR_WINDOW:
+                self._states = [_state_values(attention_module(variant, i)) for i in range(self.n_layers)]
+        embedding = base.get_input_embeddings().weight
+        head = base.get_output_embeddings()
+        tied = head is not None and head.weight is embedding
+        self._untied_embedding = 0 if tied else embedding.numel()
+        self._other_parameters = _n_parameters(base) - sum(self._parameters[Treatment.SOFTMAX]) - self._untied_embedding
+
+    def layer(self, index: int, treatment: Treatment, window: int | None = None) -> LayerBytes:
+        """What layer `index` costs with a treatment; `window` in tokens where the treatment needs one."""
+        n_parameters = self._parameters[treatment][index]
+        if treatment is Treatment.NONE:
+            return LayerBytes(n_parameters, 0, 0, 0)
+        state = self._states[index] if treatment is Treatment.LINEAR_WINDOW else 0
+        native = self._native_windows[index]
+        kept = window if treatment.needs_window else None if native is None else native - 1  # as transformers keeps it
+        return LayerBytes(n_parameters, self._kv_values, kept, state)
+
+    def weight_bytes(self, plan: Plan | None, *, concurrency: int, dtype_bytes: int) -> int:
+        """Bytes of the weights that a step reads, the looked-up embedding rows among them."""
+        layers = sum(layer.n_parameters for layer in self._layers(plan))
+        return (layers + self._other_parameters + concurrency * self.hidden_size) * dtype_bytes
+
+    def held_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+        """Bytes of all weights and of the cache: what a server holds beside the activations of one call."""
+        layers = sum(layer.n_parameters for layer in self._layers(plan))
+        cache = self.cache_bytes(plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes)
+        return (layers + self._other_parameters + self._untied_embedding) * dtype_bytes + cache
+
+    def cache_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+        """Bytes of the live cache of `concurrency` sequences of `context_tokens` tokens each."""
+        sequence = 0
+        for layer in self._layers(plan):
+            tokens = context_tokens if layer.window_tokens is None else min(layer.window_tokens, context_tokens)
+            sequence += layer.kv_values_per_token * tokens * dtype_bytes + layer.state_values * 4
+        return concurrency * sequence
+
+    def decode_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+        """Bytes that one decode step reads; `plan` None is the untouched model."""
+        return self.weight_bytes(plan, concurrency=concurrency, dtype_bytes=dtype_bytes) + self.cache_bytes(
+            plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
+        )
+
+    def _layers(self, plan: Plan | None) -> list[LayerBytes]:
+        if plan is None:
+            return [self.layer(i, Treatment.SOFTMAX) for i in range(self.n_layers)]
+        plan.check_length(self.n_layers)
+        return [self.layer(i, treatment, plan.window) for i, treatment in enumerate(plan.treatments)]
+
+
+def decode_bytes(config, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+    """Bytes that one decode step of a model with this config reads under a plan (None: untouched); see ByteModel.
+
+    Args:
+        config: the untouched parent's config.
+        concurrency: sequences decoded together.
+        context_tokens: tokens that each sequence's cache covers before the step.
+        dtype_bytes: bytes of a weight and of a cached number.
+    """
+    return _byte_model(config).decode_bytes(
+        plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
+    )
+
+
+def held_bytes(config, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+    """Bytes of all weights and of a cache of `context_tokens` tokens a sequence; arguments as of `decode_bytes`."""
+    return _byte_model(config).held_bytes(
+        plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
+    )
+
+
+def predicted_speedup(config, plan: Plan, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> float:
+    """Decode throughput of the plan over the base's where bytes are the limit: the base's bytes / the plan's bytes."""
+    condition = {"concurrency": concurrency, "context_tokens": context_tokens, "dtype_bytes": dtype_bytes}
+    return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition)
+
+
+def kv_bytes_of_layers(config, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:
+    """Bytes by which each layer's cache grows for each token of one sequence, past every window, by treatment.
+
+    Args:
+        config: the untouched parent's config.
+        dtype_bytes: bytes of a cached number.
+    """
+    model = _byte_model(config)
+    found = {}
+    for treatment in Treatment:
+        layers = [model.layer(index, treatment, 1) for index in range(model.n_layers)]
+        found[treatment] = tuple(
+            0.0 if layer.window_tokens is not None else float(layer.kv_values_per_token * dtype_bytes)
+            for layer in layers
+        )
+    return found
+
+
+class _ConfigKey:
+    """A config as a dictionary key: configs of equal content are equal."""
+
+    def __init__(self, config):
+        self.config, self._text = config, config.to_json_string(use_diff=False)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _ConfigKey) and self._text == other._text
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_byte_model(key: _ConfigKey) -> ByteModel:
+    return ByteModel(key.config)
+
+
+def _byte_model(config) -> ByteModel:
+    return _cached_byte_model(_ConfigKey(config))
+
+
+def _n_parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _state_values(attention) -> int:
+    feature_map = attention.linear_window
+    return feature_map.n_kv_heads * feature_map.n_features * (feature_map.head_dim + 1)

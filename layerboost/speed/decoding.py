@@ -1,0 +1,328 @@
+"""Decoding: measured speed, memory and KV bytes of a live model, with caches that no step copies."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+
+from ..cache import LinearWindowLayer, PlanCache, cache_bytes, preallocated_cache
+from ..families import head_dim, kv_heads, native_windows
+from .hardware import PeakMemory, hardware_name
+
+PREFILL_TOKENS = {"cpu": 256, "cuda": 16_384}
+"""Tokens of all sequences that one call of a prefill takes: what it works with stays small beside the cache."""
+
+MIN_PREFILL_CHUNK_TOKENS = 16
+
+
+class DecodeSettingError(ValueError):
+    """A condition that cannot be measured; the message names the setting, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class DecodeMeasurement:
+    """What one serving condition cost with the transformers engine: greedy, one batch, prefill apart from decode.
+
+    Attributes:
+        threads: torch's CPU threads.
+        output_throughput_tok_per_s: concurrency x decode steps / decode seconds, where each step counts with its median
+            over the repeats. Prefill, which gives each sequence its first token, is not in it.
+        output_throughput_stderr: standard error of the mean of the repeats.
+        ttft_ms_p50: median over the repeats of the prefill's milliseconds (time to first token); 0 where the
+            prompts were not read.
+        tpot_ms_p50: median over all decode steps of all repeats (time per output token, the first left out).
+        peak_memory_mib: the bytes of the model's weights plus the growth over a whole untimed pass: on CUDA of what the
+            allocator holds, on CPU of the process's resident memory, sampled each 2 ms.
+        kv_bytes_per_token: bytes by which the live cache grows for each token of one sequence, past every window.
+    """
+
+    engine: str
+    hardware: str
+    dtype: str
+    threads: int
+    concurrency: int
+    prompt_tokens: int
+    new_tokens: int
+    output_throughput_tok_per_s: float
+    output_throughput_stderr: float
+    ttft_ms_p50: float
+    tpot_ms_p50: float
+    peak_memory_mib: float
+    kv_bytes_per_token: float
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    repeats_tok_per_s: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> DecodeMeasurement:
+        return cls(**data)
+
+    def scaled(self, factor: float) -> DecodeMeasurement:
+        """As it would have been on a machine `factor` times as fast."""
+        return replace(
+            self,
+            output_throughput_tok_per_s=self.output_throughput_tok_per_s * factor,
+            output_throughput_stderr=self.output_throughput_stderr * factor,
+            ttft_ms_p50=self.ttft_ms_p50 / factor,
+            tpot_ms_p50=self.tpot_ms_p50 / factor,
+            prefill_s=[seconds / factor for seconds in self.prefill_s],
+            decode_s=[seconds / factor for seconds in self.decode_s],
+            repeats_tok_per_s=[speed * factor for speed in self.repeats_tok_per_s],
+        )
+
+
+def measure_decode(
+    model,
+    *,
+    concurrency: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 3,
+    seed: int = 0,
+    read_prompts: bool = True,
+) -> DecodeMeasurement:
+    """Times greedy decoding of `concurrency` random prompts through the model's own forward and cache.
+
+    One whole pass goes before the timed ones: it warms up, and the memory is read off it so that the reading does not
+    disturb the clock. Every step ends with a synchronisation, as a server that hands out each token would.
+
+    Args:
+        model: a causal language model, converted or not, on the device to be measured.
+        concurrency: sequences decoded together in one batch.
+        prompt_tokens: length of each prompt, of tokens drawn evenly from the vocabulary.
+        new_tokens: tokens to generate for each sequence, at least 2: the prefill gives the first.
+        repeats: timed passes, at least 3.
+        seed: of the prompts.
+        read_prompts: False fills the cache with random numbers instead: decoding after a context that would take long
+            to read. Its steps cost the same.
+
+    Raises:
+        DecodeSettingError: a setting that is too small, or more tokens than the model has positions.
+    """
+    return measure_together(
+        [model],
+        concurrency=concurrency,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        seed=seed,
+        read_prompts=read_prompts,
+    )[0]
+
+
+@torch.inference_mode()
+def measure_together(
+    models: Sequence,
+    *,
+    concurrency: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 3,
+    seed: int = 0,
+    read_prompts: bool = True,
+) -> list[DecodeMeasurement]:
+    """Times models of one vocabulary on one device side by side, so that a machine that drifts is fair to all of them.
+
+    Each of the `repeats` rounds has one pass of every model, in an order drawn anew. By how much a round was slower
+    than the others, all models together tell; it is taken out of each pass. See `measure_decode` for the arguments.
+
+    Returns:
+        One measurement for each model, in order.
+    """
+    for model in models:
+        _check_settings(model, concurrency, prompt_tokens, new_tokens, repeats)
+        model.eval()
+    prompts = _random_tokens(models[0], concurrency, prompt_tokens, seed)
+    kv_bytes = [kv_bytes_per_token(model, seed=seed) for model in models]
+    peaks_mib = []
+    for model in models:
+        warm_up = prompts[:, : _prefill_chunk_tokens(model, concurrency)]
+        timed_generation(model, warm_up, 2)  # what the libraries keep for themselves is not the model's
+        with PeakMemory(model) as memory:
+            timed_generation(model, prompts, new_tokens, read_prompts)
+        peaks_mib.append(memory.peak_mib)
+    prefill_s = np.empty((len(models), repeats))
+    steps_s = np.empty((len(models), repeats, new_tokens - 1))
+    order = random.Random(seed)
+    for repeat in range(repeats):
+        for index in order.sample(range(len(models)), len(models)):
+            prefill_s[index, repeat], steps_s[index, repeat], _ = timed_generation(
+                models[index], prompts, new_tokens, read_prompts
+            )
+    slowness = _slowness_of_rounds(steps_s.sum(axis=2))
+    prefill_s /= slowness
+    steps_s /= slowness[:, None]
+    # What is taken out was read off the same passes, which then scatter less than they did.
+    spread = math.sqrt(len(models) / (len(models) - 1)) if len(models) > 1 else 1.0
+    found = []
+    for model, prefills_s, passes_s, kv, peak_mib in zip(models, prefill_s, steps_s, kv_bytes, peaks_mib, strict=True):
+        decode_s = passes_s.sum(axis=1)
+        throughput = concurrency * (new_tokens - 1) / decode_s
+        found.append(
+            DecodeMeasurement(
+                engine="transformers",
+                hardware=hardware_name(model.device),
+                dtype=str(model.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+                concurrency=concurrency,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                # Step by step: another process that gets in between hits other steps in each pass, what is slow by
+                # itself the same ones.
+                output_throughput_tok_per_s=float(concurrency * (new_tokens - 1) / np.median(passes_s, axis=0).sum()),
+                output_throughput_stderr=float(spread * throughput.std(ddof=1) / math.sqrt(repeats)),
+                ttft_ms_p50=float(1e3 * np.median(prefills_s)),
+                tpot_ms_p50=float(1e3 * np.median(passes_s)),
+                peak_memory_mib=peak_mib,
+                kv_bytes_per_token=kv,
+                prefill_s=prefills_s.tolist(),
+                decode_s=decode_s.tolist(),
+                repeats_tok_per_s=throughput.tolist(),
+            )
+        )
+    return found
+
+
+def _slowness_of_rounds(passes_s: np.ndarray) -> np.ndarray:
+    """(rounds,) by how much each round was slower than the middle one, from seconds (models, rounds)."""
+    if len(passes_s) == 1:  # one model cannot tell the machine's slowness from its own scatter
+        return np.ones(passes_s.shape[1])
+    logs = np.log(passes_s)
+    slowness = np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
+    return np.exp(slowness - np.median(slowness))
+
+
+@torch.inference_mode()
+def kv_bytes_per_token(model, *, seed: int = 0, n_sequences: int = 2, n_tokens: int = 8) -> float:
+    """Bytes by which the live cache grows for each token of one sequence, counted past every window of the model.
+
+    A layer with a constant state or a full window counts nothing. The cache is filled by a prefill up to the largest
+    window (or as far as the model has positions), then grown token by token.
+    """
+    start = _largest_window(model.config) + 1
+    n_positions = _n_positions(model.config)
+    if n_positions is not None:
+        start = max(1, min(start, n_positions - n_tokens))
+    tokens = _random_tokens(model, n_sequences, start, seed)
+    cache, token = _forward(model, tokens, None)
+    before = cache_bytes(cache)
+    for _ in range(n_tokens):
+        cache, token = _forward(model, token, cache)
+    return (cache_bytes(cache) - before) / n_tokens / n_sequences
+
+
+def _largest_window(config) -> int:
+    """The largest window of a model's own sliding layers and of its plan, at least 1."""
+    native = native_windows(config)
+    plan_window = (getattr(config, "layerboost", None) or {}).get("window")
+    return max(window or 1 for window in (*native, plan_window))
+
+
+def _n_positions(config) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_settings(model, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+    for name, value, least in (
+        ("concurrency", concurrency, 1),
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 2),
+        ("repeats", repeats, 3),
+    ):
+        if value < least:
+            raise DecodeSettingError(f"{name}: {value} is too small; give at least {least}")
+    n_positions = _n_positions(model.config)
+    if n_positions is not None and prompt_tokens + new_tokens > n_positions:
+        raise DecodeSettingError(
+            f"prompt_tokens: {prompt_tokens} with {new_tokens} new tokens is more than the model's {n_positions} "
+            f"positions; lower prompt_tokens to at most {n_positions - new_tokens}"
+        )
+
+
+def _random_tokens(model, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same prompts on every device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (n_sequences, n_tokens), generator=generator).to(model.device)
+
+
+def _forward(model, tokens: torch.Tensor, cache):
+    """One forward call; the cache, and the greedy next token of each sequence (n, 1)."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(type(model).forward) else {}
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last_only)
+    return output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+
+@functools.cache
+def _forward_parameters(forward: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def timed_generation(
+    model, prompts: torch.Tensor, new_tokens: int, read_prompts: bool = True
+) -> tuple[float, list[float], torch.Tensor]:
+    """Greedy decoding of a batch, with a cache that has room for all of it from the start.
+
+    Args:
+        model: a causal language model, converted or not.
+        prompts: (concurrency, tokens), on the model's device.
+        new_tokens: for each sequence; the prefill gives the first.
+        read_prompts: as of `measure_decode`.
+
+    Returns:
+        Seconds of the prefill, seconds of each decode step, generated tokens (concurrency, new_tokens).
+    """
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    cache = preallocated_cache(model.config, prompts.shape[1] + new_tokens)
+    chunks: Sequence[torch.Tensor] = prompts.split(_prefill_chunk_tokens(model, len(prompts)), dim=1)
+    if not read_prompts:
+        if prompts.shape[1] > 1:
+            fill_cache(cache, model, len(prompts), prompts.shape[1] - 1)
+        chunks = [prompts[:, -1:]]
+    synchronize()
+    start = time.perf_counter()
+    for chunk in chunks:
+        cache, token = _forward(model, chunk, cache)
+    synchronize()
+    prefill_s = time.perf_counter() - start if read_prompts else 0.0
+    steps_s, tokens = [], [token]
+    for _ in range(new_tokens - 1):
+        start = time.perf_counter()
+        cache, token = _forward(model, token, cache)
+        synchronize()
+        steps_s.append(time.perf_counter() - start)
+        tokens.append(token)
+    return prefill_s, steps_s, torch.cat(tokens, dim=1)
+
+
+def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
+    """Makes a new cache look as if it had seen `n_tokens` tokens: random numbers, the same in all heads."""
+    config = model.config.get_text_config()
+    shape = (n_sequences, kv_heads(config), n_tokens, head_dim(config))
+    for layer in cache.layers:
+        if isinstance(layer, DummyLayer):
+            continue
+        assert isinstance(layer, CacheLayerMixin)
+        keys, values = torch.randn(2, n_tokens, shape[-1], device=model.device, dtype=model.dtype)
+        layer.update(keys.expand(shape), values.expand(shape))
+        if isinstance(layer, LinearWindowLayer):
+            norms = torch.rand((*shape[:2], 2 * shape[-1]), device=model.device)
+            layer.state = torch.randn((*norms.shape, shape[-1]), device=model.device), norms
+    if isinstance(cache, PlanCache):
+        cache.seen_tokens = n_tokens
+
+
+def _prefill_chunk_tokens(model, n_sequences: int) -> int:
+    """Tokens of each sequence that one call of a prefill takes."""
+    return max(MIN_PREFILL_CHUNK_TOKENS, PREFILL_TOKENS[model.device.type] // n_sequences)

@@ -1,0 +1,1 @@
+"""Many plans in one pass over the same items."""

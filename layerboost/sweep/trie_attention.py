@@ -1,0 +1,160 @@
+"""Attention over forests (`packing.Forest`): what each query sees, and the functions that look no further.
+
+Rows are short beside a model's width, so scores are worked out densely; only the keys behind a block of queries are
+left out, and behind the last layer everything that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import dense_attention, softmax_attention
+from ..plan import Treatment
+from .request_tries import Forest
+
+_QUERY_BLOCK_TOKENS = 64
+
+Step = tuple[Treatment, int | None]
+"""What a plan does at one layer: the treatment, and its window where it has one."""
+
+
+@dataclass
+class ForestMask:
+    """Which keys a query sees, (B, Q, T) bool: by softmax those `inside`, through the feature map those `older`.
+
+    `columns` (Q,) are the queries that anybody needs behind this layer, None for all T of them.
+    """
+
+    inside: torch.Tensor
+    older: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def of_rows(self, rows: torch.Tensor) -> ForestMask:
+        return ForestMask(self.inside[rows], None if self.older is None else self.older[rows], self.columns)
+
+
+class ForestMasks:
+    """The masks of a forest for each layer and treatment, each made once.
+
+    Args:
+        forest: on the model's device.
+        family_masks: for each layer the family's own mask over positions, (1, 1, P, P); None where it is causal.
+    """
+
+    def __init__(self, forest: Forest, family_masks: list[torch.Tensor | None]):
+        self.forest, self._family_masks = forest, family_masks
+        self._visible = forest.visible()
+        columns = (forest.read_nodes % forest.tokens.shape[1]).unique()
+        # Gathering a few of the columns is worth it, gathering most of them not.
+        self.read_columns = columns if 2 * len(columns) <= forest.tokens.shape[1] else None
+        self._made: dict[Any, ForestMask] = {}
+
+    def mask(self, layer: int, step: Step) -> ForestMask:
+        is_last = layer == len(self._family_masks) - 1
+        family_mask = None if step[0].needs_window else self._family_masks[layer]
+        key = (is_last, step, None if family_mask is None else layer)
+        if key not in self._made:
+            self._made[key] = self._make(step, family_mask, self.read_columns if is_last else None)
+        return self._made[key]
+
+    def _make(self, step: Step, family_mask: torch.Tensor | None, columns: torch.Tensor | None) -> ForestMask:
+        seen, query_depths, depths = self._visible, self.forest.depths, self.forest.depths
+        if columns is not None:
+            seen, query_depths = seen[:, columns], depths[:, columns]
+        treatment, window = step
+        if treatment.needs_window:
+            assert window is not None
+            inside = seen & (query_depths[:, :, None] - depths[:, None] < window)
+            older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
+            return ForestMask(inside, older, columns)
+        if family_mask is not None:
+            over_positions = family_mask[0, 0] if family_mask.dtype == torch.bool else family_mask[0, 0] == 0
+            seen = seen & over_positions[query_depths[:, :, None], depths[:, None]]
+        return ForestMask(seen, None, columns)
+
+
+@contextlib.contextmanager
+def at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[None]:
+    """Has an MLP, which treats each token by itself, compute some columns of (B, T, d) only; the others become zero."""
+    if mlp is None or columns is None:
+        yield
+        return
+    n_tokens = 0
+
+    def gather(module: nn.Module, args: tuple) -> tuple:
+        nonlocal n_tokens
+        n_tokens = args[0].shape[1]
+        return (args[0][:, columns], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, output: Any) -> Any:
+        some = output[0] if isinstance(output, tuple) else output
+        whole = some.new_zeros(some.shape[0], n_tokens, some.shape[-1]).index_copy(1, columns, some)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = (mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """An attention function of transformers from one that takes queries (B, H, Q, D) and their `ForestMask`."""
+
+    def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+        columns = attention_mask.columns
+        some = query if columns is None else query[:, :, columns]
+        output = attend(module, some, key, value, attention_mask, scaling, softcap).transpose(1, 2)
+        if columns is not None:
+            whole = output.new_zeros(output.shape[0], query.shape[2], *output.shape[2:])
+            output = whole.index_copy(1, columns, output)
+        return output, None
+
+    return forward
+
+
+def _attend_softmax(module, query, key, value, mask, scaling, softcap):
+    n_groups = query.shape[1] // key.shape[1]
+    if n_groups > 1:
+        key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
+    if mask.columns is not None:
+        return softmax_attention(query, key, value, mask.inside[:, None], scaling, softcap, 0.0)
+    # No query sees a key behind it: blocks of queries need not meet the keys behind the block.
+    outputs = []
+    for start in range(0, query.shape[2], _QUERY_BLOCK_TOKENS):
+        end = min(start + _QUERY_BLOCK_TOKENS, query.shape[2])
+        inside = mask.inside[:, None, start:end, :end]
+        outputs.append(
+            softmax_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end], inside, scaling, softcap, 0.0)
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_linear_window(module, query, key, value, mask, scaling, softcap):
+    feature_map = module.linear_window
+    return dense_attention(
+        query, key, value, mask.inside, mask.older, scaling=scaling, feature_map=feature_map, softcap=softcap
+    )
+
+
+def _attend_uncapped(module, query, key, value, mask, scaling, softcap):
+    return _attend_softmax(module, query, key, value, mask, scaling, None)
+
+
+SOFTMAX_FOREST = "layerboost_softmax_forest"
+CAPPED_FOREST = "layerboost_capped_softmax_forest"
+LINEAR_WINDOW_FOREST = "layerboost_linear_window_forest"
+for _name, _attend in (
+    (SOFTMAX_FOREST, _attend_uncapped),
+    (CAPPED_FOREST, _attend_softmax),
+    (LINEAR_WINDOW_FOREST, _attend_linear_window),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _forest_forward(_attend))

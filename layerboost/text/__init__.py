@@ -1,0 +1,1 @@
+"""Text for judging and healing: read, mixed, formatted, packed, batched, sampled."""

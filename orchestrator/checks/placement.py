@@ -1,0 +1,97 @@
+"""Checks the placement: whether the devices, nodes and labels that a recipe asks for exist."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from orchestrator.checks.findings import WARN, Finding
+from orchestrator.recipe.errors import InputError, without_prefix
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.sections import DEVICE_PATTERN
+from tasks.cluster.connection import ClusterError, connect, resolve_workers
+from tasks.cluster.resources import NodeResources, ResourcesError, labelled, no_such_node
+
+
+def check_device(device: str, field: str = "model.device") -> None:
+    """Raises InputError if this machine does not have the device."""
+    if not re.fullmatch(DEVICE_PATTERN, device):
+        raise InputError(field, device, "must be auto, cpu, mps, cuda or cuda:N")
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    if kind == "mps":
+        count = int(torch.backends.mps.is_available())
+    else:
+        count = torch.xpu.device_count() if kind == "xpu" else torch.cuda.device_count()
+    if count <= int(index or 0):
+        raise InputError(field, device, f"this machine has {count} of {kind}; use auto or cpu")
+
+
+def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
+    """The CPUs and GPUs of this machine, or of each node of the Ray cluster at an address.
+
+    The connection to a cluster stays, for the run that follows.
+
+    Raises:
+        InputError: if the cluster does not answer, or refuses us.
+    """
+    if address is None:
+        import torch
+
+        return (
+            NodeResources(
+                "here", "localhost", float(os.cpu_count() or 1), float(torch.cuda.device_count()), labels=None
+            ),
+        )
+    try:
+        return connect(address).nodes
+    except ClusterError as error:
+        raise InputError("--address", address, without_prefix(error, f"address: {address}")) from error
+
+
+def check_placement(
+    recipe: Recipe, nodes: Sequence[NodeResources], where: str, *, growth: Sequence[NodeResources] = ()
+) -> list[Finding]:
+    """Whether the nodes can hold what the placement asks for; returns rows for what waits for an autoscaler.
+
+    Args:
+        recipe: the run's.
+        nodes: that are there.
+        where: they are, for the error.
+        growth: nodes that an autoscaler could add.
+
+    Raises:
+        InputError: for more than there could ever be, for which Ray would wait for ever.
+    """
+    placement = recipe.placement
+    labels = {"workers": placement.labels.evaluate, "healing_workers": placement.labels.heal}
+    for kind, asked in placement.labels:
+        if not growth and not labelled(nodes, asked):
+            error = no_such_node(asked)
+            raise InputError(f"placement.labels.{kind}", error.value, f"on {where} {error.remedy}")
+    wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
+    if recipe.healing.tokens and placement.healing_workers != "auto":
+        # Each has a whole GPU, or at least one CPU.
+        healers = labelled(nodes, placement.labels.heal)
+        n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in healers)
+        wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))
+    pending = []
+    for field, workers in wanted:
+        try:
+            resolve_workers(*workers, nodes=nodes, labels=labels[field])
+        except ResourcesError as error:
+            at_fault = f"placement.{field if error.field == 'workers' or field == 'healing_workers' else error.field}"
+            try:
+                resolve_workers(*workers, nodes=nodes, growth=growth, labels=labels[field])
+            except ResourcesError as never:
+                raise InputError(at_fault, never.value, f"on {where} {never.remedy}") from None
+            pending.append(
+                Finding(
+                    at_fault, f"{error.value}: {error.remedy}", WARN, "wait for the autoscaler, which can add nodes"
+                )
+            )
+    return pending

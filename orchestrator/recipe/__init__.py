@@ -1,0 +1,1 @@
+"""The recipe: what to run, as one frozen object that is checked once, when it is read."""

@@ -1,0 +1,74 @@
+"""What the plan that people will serve must hold: the recipe's `constraints`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from layerboost.plan import Plan
+from orchestrator.recipe.fields import CountOrZero, Number, Section
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AtLeast = Literal["quality", "quality_retained", "speedup", "output_throughput_tok_per_s"]
+AtMost = Literal[
+    "kv_bytes_per_token", "n_softmax", "n_linear_window", "n_window", "peak_memory_mib", "ttft_ms_p50", "tpot_ms_p50"
+]
+
+
+class ConstraintsSection(Section):
+    """What the plan that people will serve must hold: columns of pareto.csv, and layers pinned to a treatment.
+
+    Pins, numbers of layers and KV bytes are known of a plan before it is tried, so the search proposes no other plans.
+    """
+
+    at_least: dict[AtLeast, Number] = Field(default_factory=dict)
+    at_most: dict[AtMost, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
+    pin: dict[CountOrZero, Literal["softmax", "linear_window", "window", "none"]] = Field(default_factory=dict)
+
+    def bounds(self) -> list[Bound]:
+        """Each constraint by itself."""
+        return [
+            *(Bound(f"at_least.{column}", column, bound, 1) for column, bound in self.at_least.items()),
+            *(Bound(f"at_most.{column}", column, bound, -1) for column, bound in self.at_most.items()),
+            *(Bound(f"pin.{layer}", layer, treatment, 0) for layer, treatment in self.pin.items()),
+        ]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One constraint.
+
+    Attributes:
+        name: as the recipe has it, such as `at_most.n_softmax`.
+        of: a column of pareto.csv, or a layer.
+        value: the bound, or the layer's treatment.
+        sign: 1 at least, -1 at most, 0 a pin.
+    """
+
+    name: str
+    of: str | int
+    value: float | str
+    sign: int
+
+    def holds(self, row: pd.Series) -> bool:
+        """Whether a row of pareto.csv holds it; what was not measured does not."""
+        if self.sign == 0:
+            return Plan.parse(row["plan"], 1).treatments[int(self.of)] == self.value
+        return bool(self.sign * float(row[self.of]) >= self.sign * float(self.value))  # nan holds nothing
+
+    def shortfall(self, row: pd.Series) -> float:
+        """By what part of the bound a row misses it; 0 where it holds, 1 for a pin, infinite where nothing is known."""
+        if self.holds(row):
+            return 0.0
+        if self.sign == 0:
+            return 1.0
+        missing = self.sign * (float(self.value) - float(row[self.of]))
+        return math.inf if math.isnan(missing) else missing / max(abs(float(self.value)), 1e-12)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value:g}" if isinstance(self.value, float) else f"{self.name}: {self.value}"

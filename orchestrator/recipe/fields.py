@@ -1,0 +1,72 @@
+"""What the sections of a recipe are made of: the error that every mistake becomes, and types of fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+AUTO = "auto"
+DEFAULT_SEQUENCE_TOKENS = 512
+
+
+def as_number(value: Any) -> Any:
+    """YAML reads `1e7` as a text, and `true` would silently become 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def auto_or(kind: type[int | float], minimum: float, words: str) -> Callable[[Any], Any]:
+    """A check that lets `auto` pass, and numbers of a kind from `minimum` on."""
+
+    def check(value: Any) -> Any:
+        if value == AUTO:
+            return AUTO
+        try:
+            number = float(as_number(value))
+            if not minimum <= number < float("inf") or (kind is int and not number.is_integer()):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"must be auto or {words}") from None
+        return kind(number)
+
+    return check
+
+
+def unique_entries(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuses a list that names something twice."""
+    if len(set(value)) != len(value):
+        raise ValueError("names the same entry twice; keep one")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(as_number), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(as_number), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(as_number)]
+Name = Annotated[str, AfterValidator(_not_blank)]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(auto_or(int, 1, "a whole number of at least 1"))]
+
+
+class Section(BaseModel):
+    """A frozen mapping of known fields."""
+
+    # `model_` is pydantic's own prefix; the recipe's first section is called `model`.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def resolve_sequence_tokens(sequence_tokens: int | None, context_tokens: int | None) -> int:
+    """The tokens of a sequence: as asked, else 512 or the model's context where that is shorter."""
+    if sequence_tokens is not None:
+        return sequence_tokens
+    return min(DEFAULT_SEQUENCE_TOKENS, context_tokens or DEFAULT_SEQUENCE_TOKENS)

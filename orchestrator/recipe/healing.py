@@ -1,0 +1,207 @@
+"""The recipe's `healing` section: what is distilled on what, by which loss, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from orchestrator.recipe.errors import InputError
+from orchestrator.recipe.fields import (
+    Count,
+    CountOrZero,
+    Name,
+    Number,
+    Section,
+    as_number,
+    resolve_sequence_tokens,
+    unique_entries,
+)
+
+if TYPE_CHECKING:
+    from layerboost.healing.spec import HealingSpec
+    from layerboost.text.sources import TextSource
+
+SAMPLED: Final = "sampled"
+
+Share = Annotated[Number, Field(gt=0, lt=1)]
+Weight = Annotated[Number, Field(ge=0)]
+
+
+class HealingText(Section):
+    """One source of text: a file or hub dataset, or (`sampled`) what the parent itself writes at `temperature`.
+
+    `weight` is the source's share of the tokens, relative to the others'; 1 where a file names none.
+    """
+
+    path: Name | None = None
+    weight: Annotated[Number, Field(gt=0)] | None = None
+    split: Name | None = None
+    field: Name | None = None
+    format: Literal["text", "chat", "sampled"] = "text"
+    temperature: Annotated[Number, Field(gt=0)] | None = None
+
+    def source(self) -> TextSource:
+        """A file or hub dataset as healing takes it."""
+        from layerboost.text.sources import TextSource
+
+        assert self.path is not None and self.format != SAMPLED
+        return TextSource(self.path, self.weight or 1.0, self.split or "train", self.field, self.format)
+
+
+class HalvingSection(Section):
+    """Successive halving over tokens: `plans` candidates are healed on the share `first` of the budget.
+
+    After each of the `rungs` the most promising go on with a healing of more tokens; the last, on the whole budget, is
+    that of `healing.candidates`. Shares and numbers of plans go down and up in equal ratios.
+    """
+
+    plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 18
+    first: Share = 0.1
+    rungs: Count = 1
+
+
+class HealingSection(Section):
+    """Distillation from the untouched parent, or from a larger `teacher`; `tokens: 0` means no healing.
+
+    Attributes:
+        text: a file or hub name, or a list of sources; `split` and `field` are those of sources that name none.
+        documents: whether attention reads across the documents that a sequence is packed from.
+        transfer: fit the feature maps of all linear_window layers in one pass, or each layer in a task of its own,
+            which needs less memory and gives the same.
+        stop_when_flat: end a candidate early once its held-out divergence falls by less than this share; see
+            `HealingSpec`.
+        halving: heal many plans on few tokens and the most promising on all of them; the rest is as without it.
+        curve: shares of the budget at which quality is measured, beside 0 and 1; no curve where there are none.
+        baselines: plans by other rules that are healed on the same tokens; see `layerboost.search.baselines`.
+    """
+
+    tokens: CountOrZero = 0
+    text: tuple[HealingText, ...] = ()
+    split: Name = "train"
+    field: Name | None = None
+    documents: Literal["joined", "apart"] = "joined"
+    candidates: Count = 3
+    halving: HalvingSection | None = None
+    baselines: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
+    curve: Annotated[tuple[Share, ...], AfterValidator(unique_entries)] = (0.01, 0.03, 0.1, 0.3)
+    teacher: Name | None = None
+    teacher_revision: str | None = None
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 32
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
+    batch_sequences: Count = 4
+    sequence_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] | None = None
+    transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    transfer_learning_rate: Annotated[Number, Field(gt=0)] = 5e-2
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    divergence_weight: Weight = 1.0
+    cross_entropy_weight: Weight = 0.0
+    hidden_weight: Weight = 0.0
+    window_dropout: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    stop_when_flat: Share | None = None
+    seed: CountOrZero = 0
+    # What follows changes memory and safety, not results.
+    zero_stage: Annotated[int, BeforeValidator(as_number), Field(ge=0, le=3)] = 2
+    transfer: Literal["together", "by_layer"] = "together"
+    micro_batch_sequences: Count | None = None
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    checkpoint_every_steps: Count = 50
+    max_failures: CountOrZero = 3
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_source_by_its_name(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return ({"path": value},) if isinstance(value, str) else value
+
+    @field_validator("baselines")
+    @classmethod
+    def _known_baselines(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names:
+            from layerboost.search.baselines import BaselineError, check_baseline
+
+            for index, name in enumerate(names):
+                try:
+                    check_baseline(name)
+                except BaselineError as error:
+                    remedy = str(error).removeprefix(f"baseline: '{name}' ")
+                    raise InputError(f"healing.baselines[{index}]", name, remedy) from None
+        return names
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> HealingSection:
+        if self.tokens > 0 and not self.text:
+            raise InputError(
+                "healing.text",
+                None,
+                f"needed to heal on {self.tokens} tokens; give a file, a hub name, or a list of sources",
+            )
+        for index, text in enumerate(self.text):
+            _check_text(f"healing.text[{index}]", text)
+        if sum(text.format == SAMPLED for text in self.text) > 1:
+            raise InputError("healing.text", SAMPLED, "stands in the list twice; keep one source of sampled text")
+        if not (self.divergence_weight or self.cross_entropy_weight or self.hidden_weight):
+            raise InputError(
+                "healing.divergence_weight",
+                self.divergence_weight,
+                "leaves no loss; give it, cross_entropy_weight or hidden_weight a value above 0",
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise InputError("healing.offload_optimizer", True, "needs healing.zero_stage 1, 2 or 3; give one of them")
+        if self.halving is not None and self.halving.plans <= self.candidates:
+            raise InputError(
+                "healing.halving.plans",
+                self.halving.plans,
+                f"leaves nothing to choose for healing.candidates {self.candidates}; give more, or leave halving out",
+            )
+        if self.teacher is None and self.teacher_revision is not None:
+            raise InputError("healing.teacher_revision", self.teacher_revision, "has no healing.teacher; give both")
+        return self
+
+    def named_sources(self) -> Iterator[tuple[str, HealingText]]:
+        """Each source with nothing left open, and what errors call it."""
+        for index, text in enumerate(self.text):
+            name = "healing.text" if len(self.text) == 1 else f"healing.text[{index}].path"
+            yield (
+                name,
+                text.model_copy(
+                    update={
+                        "weight": 1.0 if text.weight is None else text.weight,
+                        "split": text.split or self.split,
+                        "field": text.field or self.field,
+                    }
+                ),
+            )
+
+    def spec(self, context_tokens: int | None) -> HealingSpec:
+        """The section as `layerboost.healing.spec` takes it, for a model of so long a context."""
+        from layerboost.healing.spec import HealingSpec
+
+        shared = {field.name for field in fields(HealingSpec)} & set(type(self).model_fields)
+        values = {name: getattr(self, name) for name in shared}
+        return HealingSpec(
+            **values | {"sequence_tokens": resolve_sequence_tokens(self.sequence_tokens, context_tokens)}
+        )
+
+
+def _check_text(name: str, text: HealingText) -> None:
+    if text.format == SAMPLED:
+        if text.path is not None:
+            raise InputError(f"{name}.path", text.path, "sampled text comes from the model; leave the path out")
+        if text.weight is None:
+            raise InputError(f"{name}.weight", None, "sampled text needs a share of the tokens; give a number above 0")
+        for field in ("split", "field"):
+            if getattr(text, field) is not None:
+                raise InputError(f"{name}.{field}", getattr(text, field), "sampled text has none; leave it out")
+        return
+    if text.path is None:
+        raise InputError(f"{name}.path", None, "needed; give a file or a hub name, or the format sampled")
+    if text.temperature is not None:
+        raise InputError(f"{name}.temperature", text.temperature, "is of sampled text only; leave it out")

@@ -1,0 +1,139 @@
+"""What to run: the recipe, read once at the door, checked, and frozen after.
+
+A recipe is a YAML file of eight sections. Everything in it changes results, except `placement`, which says where the
+work runs, and what in `healing` only memory depends on; neither is part of an identity. Every mistake becomes one
+`InputError` with field, value and remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import model_validator
+
+from orchestrator.recipe.constraints import ConstraintsSection
+from orchestrator.recipe.errors import InputError
+from orchestrator.recipe.fields import Section
+from orchestrator.recipe.healing import HealingSection
+from orchestrator.recipe.sections import (
+    TASK_SCORES,
+    TEXT_SCORES,
+    TREATMENT_OF_LETTER,
+    ModelSection,
+    PlacementSection,
+    QualitySection,
+    SearchSection,
+    SensitivitySection,
+    ThroughputSection,
+)
+
+
+class Recipe(Section):
+    """A whole recipe, checked and frozen. `load_recipe` reads one from a file."""
+
+    model: ModelSection
+    quality: QualitySection
+    sensitivity: SensitivitySection = SensitivitySection()
+    search: SearchSection = SearchSection()
+    constraints: ConstraintsSection = ConstraintsSection()
+    healing: HealingSection = HealingSection()
+    throughput: ThroughputSection = ThroughputSection()
+    placement: PlacementSection = PlacementSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_from_score(cls, data: Any) -> Any:
+        """Plans have no cosine score, so the search has to go by the quality."""
+        if not isinstance(data, dict):
+            return data
+        sensitivity, search = data.get("sensitivity") or {}, data.get("search") or {}
+        is_cosine = isinstance(sensitivity, dict) and sensitivity.get("score") == "cosine"
+        if is_cosine and isinstance(search, dict) and search.get("objective") is None:
+            return {**data, "search": {**search, "objective": "quality"}}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_from_quality(cls, data: Any) -> Any:
+        """Without a text the default score cannot be the text's likelihood."""
+        if not isinstance(data, dict):
+            return data
+        quality, sensitivity = data.get("quality"), data.get("sensitivity") or {}
+        has_no_text = isinstance(quality, dict) and quality.get("text") is None
+        if has_no_text and isinstance(sensitivity, dict) and sensitivity.get("score") is None:
+            return {**data, "sensitivity": {**sensitivity, "score": "margin"}}
+        return data
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        score = self.sensitivity.score
+        if score in TEXT_SCORES and self.quality.text is None:
+            raise InputError("sensitivity.score", score, "needs quality.text; give one, or use benchmark or margin")
+        if score in TASK_SCORES and not self.quality.tasks:
+            raise InputError("sensitivity.score", score, "needs quality.tasks; give some, or use nll, kl or cosine")
+        if "none" not in self.sensitivity.treatments:
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "lacks none; the search sorts layers by what removal costs, so add it",
+            )
+        if score == "cosine" and self.sensitivity.treatments != ("none",):
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "the cosine score only says what removal costs; use [none], or the score nll or kl",
+            )
+        if score == "cosine" and self.sensitivity.adaptive is not None:
+            raise InputError(
+                "sensitivity.adaptive", score, "the cosine score needs no ablation to save; leave adaptive out"
+            )
+        if score == "cosine" and self.search.objective == "score":
+            raise InputError("search.objective", "score", "plans have no cosine score; use quality")
+        if self.search.refine is not None:
+            if score == "cosine":
+                raise InputError("search.refine", score, "plans have no cosine score; choose another sensitivity.score")
+            if self.sensitivity.adaptive is not None:
+                raise InputError(
+                    "search.refine", "adaptive", "needs all layers on the same items; leave one of them out"
+                )
+            needed = {self.search.middle, *(TREATMENT_OF_LETTER[x] for plan in self.search.plans for x in plan)}
+            if lacking := sorted(needed - {"softmax", *self.sensitivity.treatments}):
+                raise InputError(
+                    "sensitivity.treatments",
+                    list(self.sensitivity.treatments),
+                    f"lacks {', '.join(lacking)}, whose costs search.refine needs; add it",
+                )
+        if self.sensitivity.adaptive is not None and self.sensitivity.treatments != ("none",):
+            raise InputError(
+                "sensitivity.treatments",
+                list(self.sensitivity.treatments),
+                "adaptive sorts layers by what removal costs; use [none], or leave sensitivity.adaptive out",
+            )
+        if self.sensitivity.context_tokens and self.quality.text is None:
+            raise InputError(
+                "sensitivity.context_tokens", list(self.sensitivity.context_tokens), "needs quality.text; give one"
+            )
+        for name, source in self.healing.named_sources():
+            # The quality text is read from the split that a hub dataset is read from when none is named.
+            if self.healing.tokens > 0 and (source.path, source.split) == (self.quality.text, "train"):
+                raise InputError(
+                    name,
+                    source.path,
+                    "is what quality.text judges by, so the score would be of text seen; give another text or split",
+                )
+        if self.healing.tokens and "cosine" in self.healing.baselines and self.quality.text is None:
+            raise InputError(
+                "healing.baselines",
+                "cosine",
+                "ranks layers over quality.text; give one, or leave cosine out",
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a result, as plain JSON values: all but where the work runs."""
+        return self.model_dump(mode="json", exclude={"placement": True, "throughput": {"environment"}})
+
+    def resolved_yaml(self) -> str:
+        """The recipe with every default written out; loads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

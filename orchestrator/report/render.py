@@ -1,0 +1,105 @@
+"""Renders a report: its CSVs, pictures and page, out of tables alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from orchestrator.report.canvas import Picture
+from orchestrator.report.certainty_figures import correlation_picture, interaction_picture
+from orchestrator.report.choice_figures import halving_picture, lengths_picture, speed_picture
+from orchestrator.report.data import ReportData
+from orchestrator.report.figures import pareto_picture, sensitivity_picture, strips_picture
+from orchestrator.report.front import conditions, marked, plan_labels
+from orchestrator.report.healing_figures import healing_picture, quality_curve_picture
+from orchestrator.report.html import Drawings, page
+from orchestrator.report.tables import to_csv
+
+MAX_STRIPS = 40
+"""Plans drawn as strips in a picture, those on the front first; the tables list all."""
+
+
+_TABLES = {
+    "sensitivity.csv": "sensitivity",
+    "candidates.csv": "candidates",
+    "pareto.csv": "pareto",
+    "healing_curves.csv": "healing_curves",
+    "healing_quality.csv": "quality_curve",
+    "baselines.csv": "baselines",
+    "branches.csv": "branches",
+    "rankings.csv": "rankings",
+    "rank_correlations.csv": "correlations",
+    "interactions.csv": "interactions",
+    "tiers.csv": "tiers",
+    "lengths.csv": "lengths",
+    "halving.csv": "halving",
+    "fidelity.csv": "fidelity",
+    "speed.csv": "speed",
+    "estimates.csv": "estimates",
+}
+_PICTURES = {
+    "pareto": "front",
+    "sensitivity": "sensitivity",
+    "healing": "healing",
+    "healing_quality": "quality_curve",
+    "plans": "plans",
+    "rank_correlations": "correlations",
+    "interactions": "interactions",
+    "lengths": "lengths",
+    "halving": "halving",
+    "speed": "speed",
+}
+REPORT_FILES = ("report.html", *_TABLES, *(f"{name}.{form}" for name in _PICTURES for form in ("png", "svg")))
+"""All that a report may consist of; what there is nothing to say in is left out."""
+
+
+def render(data: ReportData) -> dict[str, bytes]:
+    """Renders a report without touching a disk; equal data gives equal bytes.
+
+    Args:
+        data: tables as the builders of `tables`, `certainty`, `healing` and `choice` make them.
+
+    Returns:
+        Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
+        pareto.csv, healing_curves.csv, healing_quality.csv, baselines.csv, branches.csv, rankings.csv,
+        rank_correlations.csv, interactions.csv, tiers.csv, lengths.csv, halving.csv, fidelity.csv, speed.csv,
+        estimates.csv); PNG and SVG of each picture there is something to draw for (pareto at the highest concurrency,
+        sensitivity, healing, healing_quality, plans, rank_correlations, interactions, lengths, halving, speed).
+    """
+    drawings = _draw(data)
+    files = {name: to_csv(table) for name, of in _TABLES.items() if len(table := getattr(data, of))}
+    for name, of in _PICTURES.items():
+        picture: Picture | None = getattr(drawings, of)
+        if picture is not None:
+            files |= {f"{name}.png": picture.png, f"{name}.svg": picture.svg}
+    return files | {"report.html": page(data, drawings)}
+
+
+def _draw(data: ReportData) -> Drawings:
+    labels = plan_labels(data.pareto, data.candidates)
+    names = _names(labels, data.pareto)
+    found = conditions(data.pareto)
+    return Drawings(
+        names=names,
+        front=pareto_picture(marked(data.pareto, found[0])) if found else None,
+        plans=strips_picture(list(labels.values())[:MAX_STRIPS]),
+        sensitivity=sensitivity_picture(data.sensitivity),
+        healing=healing_picture(data.healing_curves, names),
+        quality_curve=quality_curve_picture(data.quality_curve, names),
+        correlations=correlation_picture(data.correlations),
+        interactions=interaction_picture(data.interactions),
+        lengths=lengths_picture(data.lengths, names),
+        halving=halving_picture(data.halving, names),
+        speed=speed_picture(data.speed),
+    )
+
+
+def _names(labels: Mapping[str, tuple[str, str]], pareto: pd.DataFrame) -> dict[str, str]:
+    """What to call each plan: its label with its id; a baseline by the name that it was healed under."""
+    names = {key: label if key in label else f"{label} {key}" for key, (label, _) in labels.items()}
+    healed = pareto[pareto["healed"].fillna(False).astype(bool)]
+    for key, origin in zip(healed["plan_id"], healed["origin"], strict=True):
+        if origin != "search" and origin not in names[key].split():
+            names[key] = f"{origin} {key}"
+    return names

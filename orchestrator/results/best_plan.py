@@ -1,0 +1,99 @@
+"""Which measured plan to serve under the recipe's constraints, or which of them to loosen, in words."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from orchestrator.recipe.constraints import Bound, ConstraintsSection
+from orchestrator.report.front import conditions, headline, under
+
+_QUALITIES = ("quality", "quality_retained")
+
+
+def verdict(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[str]:
+    """One sentence for each serving condition: the best plan under the constraints, or which of them to loosen.
+
+    Args:
+        pareto: pareto.csv with its column `feasible`.
+        constraints: the recipe's; without any there is nothing to say.
+    """
+    if not constraints.bounds():
+        return []
+    return [_sentence(under(pareto, condition), constraints, str(condition)) for condition in conditions(pareto)]
+
+
+def best_rows(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[int]:
+    """Index labels of the rows that are best under the constraints, at most one for each serving condition."""
+    if not constraints.bounds():
+        return []
+    found = [best_row(under(pareto, condition), constraints) for condition in conditions(pareto)]
+    return [row.name for row in found if row is not None]  # type: ignore[misc]
+
+
+def _sentence(rows: pd.DataFrame, constraints: ConstraintsSection, condition: str) -> str:
+    held = ", ".join(map(str, constraints.bounds()))
+    if (best := best_row(rows, constraints)) is not None:
+        state = "the untouched base" if best["origin"] == "base" else f"{best['plan']} ({best['plan_id']})"
+        if best["flags"] is not None and pd.notna(best["flags"]):
+            state += f", which is flagged ({best['flags']})"
+        return f"Best under {held}: {state}, {headline(best)}."
+    said = f"No plan holds {held} ({condition})."
+    if options := loosenings(rows, constraints):
+        bound, row = options[0]
+        return f"{said} Loosen {bound.name} {_to(bound, row)}: {row['plan']} ({row['plan_id']}) holds all else."
+    if (nearest := nearest_row(rows, constraints)) is None:
+        return f"{said} Nothing was measured successfully."
+    row, missed = nearest
+    wanted = " and ".join(f"{bound.name} {_to(bound, row)}" for bound in missed)
+    return f"{said} No single one stands in the way; {row['plan']} ({row['plan_id']}) needs {wanted}."
+
+
+def _to(bound: Bound, row: pd.Series) -> str:
+    return "(unpin it)" if bound.sign == 0 else f"to {float(row[bound.of]):.4g}"
+
+
+def feasible(pareto: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series:
+    """Which rows of pareto.csv hold all constraints; missing everywhere where there are none, and for failed rows."""
+    bounds = constraints.bounds()
+    held = [
+        all(bound.holds(row) for bound in bounds) if bounds and row["status"] == "ok" else None
+        for _, row in pareto.iterrows()
+    ]
+    return pd.Series(held, index=pareto.index, dtype="boolean")
+
+
+def best_row(rows: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series | None:
+    """The row of one serving condition to serve: the fastest that holds a bound of quality, else the best in quality.
+
+    None where no row that succeeded holds all constraints.
+    """
+    allowed = rows[rows["feasible"].fillna(False).astype(bool)]
+    if allowed.empty:
+        return None
+    speed = "output_throughput_tok_per_s"
+    order = [speed, "quality"] if any(name in constraints.at_least for name in _QUALITIES) else ["quality", speed]
+    return allowed.sort_values([*order, "plan_id"], ascending=[False, False, True], kind="stable").iloc[0]
+
+
+def loosenings(rows: pd.DataFrame, constraints: ConstraintsSection) -> list[tuple[Bound, pd.Series]]:
+    """Where no row holds all constraints: those that alone stand in the way, each with the row that would do.
+
+    The row is the one that misses the bound by least; the bound missed by the smallest part of itself comes first.
+    """
+    bounds, found = constraints.bounds(), []
+    ok = rows[rows["status"] == "ok"]
+    for bound in bounds:
+        others = [row for _, row in ok.iterrows() if all(other.holds(row) for other in bounds if other is not bound)]
+        if others:
+            found.append((bound, min(others, key=lambda row: (bound.shortfall(row), row["plan_id"]))))
+    return sorted(found, key=lambda item: item[0].shortfall(item[1]))
+
+
+def nearest_row(rows: pd.DataFrame, constraints: ConstraintsSection) -> tuple[pd.Series, list[Bound]] | None:
+    """The row that misses the constraints by least in all, and which it misses; None without a row that succeeded."""
+    bounds = constraints.bounds()
+    ok = [row for _, row in rows[rows["status"] == "ok"].iterrows()]
+    if not ok:
+        return None
+    row = min(ok, key=lambda row: (sum(bound.shortfall(row) for bound in bounds), row["plan_id"]))
+    return row, [bound for bound in bounds if not bound.holds(row)]

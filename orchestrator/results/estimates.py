@@ -1,0 +1,41 @@
+"""What each stage was expected to take, beside what it took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.kinds import HALVING
+from orchestrator.run.state import RunState
+
+
+def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    """Rows of estimates.csv: what each stage was expected to take beside what it took, None where it is not known.
+
+    `ratio` is actual over expected seconds. A stage that nothing was expected of has no ratio.
+    """
+    healed = {stage: sum(record.result["tokens"] for record in folder.records(stage)) for stage in ("heal", HALVING)}
+    expected = {entry["stage"]: entry for entry in state.estimates}
+    spent: dict[str, float] = {}
+    for name, seconds in state.stage_s.items():
+        stage = HALVING if name.startswith(HALVING) else name  # each rung is a stage of its own to progress
+        spent[stage] = spent.get(stage, 0.0) + seconds
+    rows = []
+    for stage in [*expected, *(stage for stage in spent if stage not in expected)]:
+        entry, actual_s = expected.get(stage, {}), spent.get(stage)
+        estimated_s, gpus = entry.get("seconds"), entry.get("gpus", 0.0)
+        rows.append(
+            {
+                "stage": stage,
+                "units": entry.get("units"),
+                "estimated_s": estimated_s,
+                "actual_s": actual_s,
+                "ratio": actual_s / estimated_s if estimated_s and actual_s is not None else None,
+                "estimated_tokens": entry.get("tokens") or None,
+                "actual_tokens": healed.get(stage) or None,
+                "estimated_gpu_hours": None if estimated_s is None else estimated_s * gpus / 3600,
+                "actual_gpu_hours": None if actual_s is None else actual_s * gpus / 3600,
+                "memory_mib": entry.get("memory_mib"),
+            }
+        )
+    return rows

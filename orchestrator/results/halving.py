@@ -1,0 +1,87 @@
+"""From records to tables, for halving: what each plan was worth after each rung, and what early ranks told of later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from layerboost.evaluation.scores import quality
+from layerboost.healing.rungs import agreement
+from layerboost.plan import Plan
+from orchestrator.results.plans import quality_cells
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.records import scores_of
+from orchestrator.run.state import RunState
+
+_VALUES = ("quality", "quality_stderr", "quality_retained", "quality_retained_stderr")
+
+
+def halving_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of halving.csv: each plan in each rung; what failed has no quality.
+
+    Qualities are by what the search judges by; `final_quality` is that of pareto.csv, of plans that healed fully.
+    """
+    base = scores_of(folder, next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None))
+    final = _final_qualities(folder, state)
+    for entry in state.halving:
+        plan = Plan.from_dict(entry)
+        cells = quality_cells(base, scores_of(folder, entry["quality_key"]))
+        yield {
+            "plan_id": plan.plan_id,
+            **{name: entry[name] for name in ("plan", "window", "origin", "rung", "share", "tokens")},
+            **{name: cells.get(name) for name in _VALUES},
+            **{name: entry[name] for name in ("objective", "speedup", "survived")},
+            "final_quality": final.get(plan),
+        }
+
+
+def fidelity_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of fidelity.csv: how well the order of plans at one share of the budget tells that at the next one.
+
+    Rung 0 is before healing. The plans are those that both have: from the second rung on, survivors alone, which lie
+    closer together than all plans do, so that correlations are lower than theirs would be. The whole budget follows the
+    last rung, by quality alone.
+    """
+    if not state.halving:
+        return
+    n_rungs = max(entry["rung"] for entry in state.halving)
+    shares = {0: 0.0} | {entry["rung"]: entry["share"] for entry in state.halving} | {n_rungs + 1: 1.0}
+    values: dict[str, dict[int, dict[Plan, float]]] = {
+        name: {rung: {} for rung in shares} for name in ("objective", "quality")
+    }
+    for trial in reversed(state.trials):
+        _note(values, 0, Plan.from_dict(trial), trial)
+    for row in halving_rows(folder, state):
+        _note(values, row["rung"], Plan.from_dict(row), row)
+    values["quality"][n_rungs + 1] = _final_qualities(folder, state)
+    for rung in range(n_rungs + 1):
+        for name, by_rung in values.items():
+            early, late = by_rung[rung], by_rung[rung + 1]
+            plans = [plan for plan in early if plan in late]
+            if not plans:
+                continue
+            found = agreement([early[plan] for plan in plans], [late[plan] for plan in plans])
+            yield {
+                "of": name,
+                "rung_a": rung,
+                "rung_b": rung + 1,
+                "share_a": shares[rung],
+                "share_b": shares[rung + 1],
+                "n_plans": found.n_plans,
+                "spearman": found.spearman,
+                "spearman_low": found.ci_low,
+                "spearman_high": found.ci_high,
+            }
+
+
+def _note(values: dict[str, dict[int, dict[Plan, float]]], rung: int, plan: Plan, measured: dict[str, Any]) -> None:
+    for name, by_rung in values.items():
+        if measured.get(name) is not None:
+            by_rung[rung][plan] = measured[name]
+
+
+def _final_qualities(folder: RunFolder, state: RunState) -> dict[Plan, float]:
+    """Quality after the whole budget of the plans of the rungs."""
+    halved = {Plan.from_dict(entry) for entry in state.halving}
+    healed = {Plan.from_dict(entry): scores_of(folder, entry["quality_key"]) for entry in state.healed}
+    return {plan: quality(scores)[0] for plan, scores in healed.items() if plan in halved and scores is not None}

@@ -1,0 +1,118 @@
+"""From records to tables, for healing: losses, the quality curve, baselines beside candidates, branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from layerboost.evaluation.scores import Scores, retained
+from layerboost.plan import Plan
+from layerboost.sensitivity.drops import mean_drop
+from orchestrator.results.plans import quality_cells
+from orchestrator.results.sensitivity import measured_scores
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.records import find_record, healing_record, scores_of
+from orchestrator.run.state import CANDIDATE_ORIGINS, RunState
+
+
+def healing_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of healing_curves.csv: every step of every healed plan, with what was measured on held-out text after it.
+
+    Text may be measured before the first step, which is then step 0 and has no loss.
+    """
+    for entry in state.healed:
+        plan_id, record = Plan.from_dict(entry).plan_id, healing_record(folder, entry["key"])
+        held_out = {at["step"]: at["divergence"] for at in record["held_out"]}
+        if 0 in held_out:
+            first = record["curve"][0]
+            yield {
+                "plan_id": plan_id,
+                **first,
+                "step": 0,
+                "tokens": 0,
+                "loss": None,
+                "held_out_divergence": held_out[0],
+            }
+        for row in record["curve"]:
+            yield {"plan_id": plan_id, **row, "held_out_divergence": held_out.get(row["step"])}
+
+
+def early_stops(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    """The healed plans whose budget was not spent, with the tokens that were and the budget."""
+    found = []
+    for entry in state.healed:
+        record = healing_record(folder, entry["key"])
+        if record["stopped_early"]:
+            about = {"plan_id": Plan.from_dict(entry).plan_id, "origin": entry["origin"]}
+            found.append({**about, "tokens": record["tokens"], "budget": record["budget"]})
+    return found
+
+
+def quality_curve_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of healing_quality.csv: each healed plan before healing, at shares of the budget, and as it was saved."""
+    base = scores_of(folder, state.base_key)
+    for entry in state.healed:
+        if not entry["curve"]:
+            continue
+        record = healing_record(folder, entry["key"])
+        last = {"share": record["tokens"] / record["budget"], "tokens": record["tokens"], "key": entry["quality_key"]}
+        for point in (*entry["curve"], last):
+            if cells := quality_cells(base, scores_of(folder, point["key"])):
+                yield {
+                    "plan_id": Plan.from_dict(entry).plan_id,
+                    "origin": entry["origin"],
+                    "share": point["share"],
+                    "tokens": point["tokens"],
+                    **cells,
+                }
+
+
+def baseline_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of baselines.csv: each healed baseline beside each healed candidate of the same attention budget.
+
+    The errors of ratio and gain are paired over the items.
+    """
+    guided = [entry for entry in state.healed if entry["origin"] in CANDIDATE_ORIGINS]
+    others = [entry for entry in state.healed if entry["origin"] not in CANDIDATE_ORIGINS]
+    for other, candidate in product(others, guided):
+        if _budget(other) != _budget(candidate):
+            continue
+        of_other, of_candidate = (scores_of(folder, entry["quality_key"]) for entry in (other, candidate))
+        if of_other is None or of_candidate is None:
+            continue
+        ratio, ratio_stderr = retained(of_candidate, of_other)
+        yield {
+            "plan_id": Plan.from_dict(other).plan_id,
+            **{name: other[name] for name in ("plan", "window", "origin")},
+            "candidate_id": Plan.from_dict(candidate).plan_id,
+            "candidate": candidate["plan"],
+            "quality_ratio": ratio,
+            "quality_ratio_stderr": ratio_stderr,
+            **_nll_gain(of_candidate, of_other),
+        }
+
+
+def branch_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of branches.csv: the loss of the text with both branches of linear_window layers, and with one zeroed."""
+    for entry in state.branches:
+        record, plan = find_record(folder, entry["key"]), Plan.from_dict(entry)
+        for row in [] if record is None else record["branches"]:
+            about = {"plan_id": plan.plan_id, "origin": entry["origin"], "window": plan.window}
+            yield {**about, "branch_zeroed": row["zeroed"], **{name: row[name] for name in _BRANCH_VALUES}}
+
+
+_BRANCH_VALUES = ("nll", "nll_loss", "nll_loss_stderr", "n_items")
+
+
+def _budget(entry: dict[str, Any]) -> tuple[str, int | None]:
+    """What decides a plan's speed: its number of layers of each treatment, and its window."""
+    return "".join(sorted(entry["plan"])), entry["window"]
+
+
+def _nll_gain(candidate: Scores, other: Scores) -> dict[str, float | None]:
+    """How much less a text costs the other one, where both read one."""
+    if "nll" not in measured_scores(other):
+        return {}
+    drop = mean_drop(candidate, other, "nll")
+    return {"nll_gain": -drop.drop, "nll_gain_stderr": drop.drop_stderr}

@@ -1,0 +1,178 @@
+"""From records to tables: what `run.json` lists, read back as the rows that users see. Computes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layerboost.evaluation.flags import flag_text, flags
+from layerboost.evaluation.scores import Scores, quality, retained
+from layerboost.plan import Plan, Treatment
+from layerboost.search.pareto import front
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.records import find_record, healing_record, scores_of
+from orchestrator.run.state import Finalist, RunState
+
+Predictor = Callable[[Plan, int], tuple[float, float] | None]
+"""Output throughput (tok/s) of a plan at a concurrency, and its standard error; None where nothing predicts it."""
+
+
+def search_base_key(state: RunState) -> str | None:
+    """Key of the base's scores by what the search judges by; None where it has none."""
+    return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
+
+
+def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
+    """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
+
+    Throughput is that at the highest concurrency; where no plan's speed was fitted, it is predicted as the base's times
+    the plan's gain in bytes. `on_front` is of quality and predicted speed.
+    """
+    trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
+    searched = {Plan.from_dict(trial) for trial in trials}
+    base = scores_of(folder, search_base_key(state))
+    trials += [
+        _baseline_trial(folder, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
+    ]
+    timed = state.throughput or (state.speed or {"measured": []})["measured"]
+    concurrency = max((unit["concurrency"] for unit in timed), default=0)
+    measured = {}
+    for unit in timed:
+        record = find_record(folder, unit["key"], ("throughput",))
+        if record is None or unit["concurrency"] != concurrency:
+            continue
+        measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
+    base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
+    nan = float("nan")
+    points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
+    rows = []
+    for trial, on_front in zip(trials, front(points), strict=True):
+        plan = Plan.from_dict(trial)
+        predicted = predict(plan, concurrency)
+        if predicted is None and base_tok_per_s is not None and trial["speedup"] is not None:
+            predicted = base_tok_per_s * trial["speedup"], float("nan")
+        tok_per_s, stderr = predicted or (None, None)
+        rows.append(
+            {
+                "plan_id": plan.plan_id,
+                **{name: trial[name] for name in ("plan", "window", "origin", "remove_below", "keep_above", "status")},
+                **{name: trial[name] for name in ("quality", "quality_stderr", "objective")},
+                "predicted_throughput_tok_per_s": tok_per_s,
+                "predicted_throughput_stderr": stderr,
+                "output_throughput_tok_per_s": measured.get(plan),
+                "on_front": on_front,
+            }
+        )
+    return rows
+
+
+def _baseline_trial(folder: RunFolder, entry: dict[str, Any], base: Scores | None) -> dict[str, Any]:
+    """A baseline as if the search had met it: judged by the tasks that the search judges by, as `base` was."""
+    scores = scores_of(folder, entry["key"])
+    if scores is not None and base is not None:
+        judged_by = {(metric.task, metric.metric) for metric in base.primary()}
+        scores = Scores([metric for metric in scores.metrics if (metric.task, metric.metric) in judged_by])
+    value, stderr = (None, None) if scores is None else quality(scores)
+    judged = {"quality": value, "quality_stderr": stderr, "status": "failed" if scores is None else "ok"}
+    return {**entry, **judged, "objective": None, "remove_below": None, "keep_above": None}
+
+
+def pareto_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
+    """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
+    base = scores_of(folder, state.base_key)
+    timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
+    concurrencies = list(dict.fromkeys(unit["concurrency"] for unit in state.throughput))
+    rows = []
+    for entry in state.finalists:
+        finalist = Finalist.from_dict(entry)
+        plan, healed = finalist.plan, finalist.healed_key is not None
+        about: dict[str, Any] = {
+            "plan_id": plan.plan_id,
+            **plan.to_dict(),
+            "origin": finalist.origin,
+            "healed": healed,
+            "heal_tokens": healing_record(folder, entry["healed_key"])["tokens"] if healed else 0,
+            **quality_cells(base, scores_of(folder, entry["quality_key"])),
+            "flags": _flags(base, scores_of(folder, entry["quality_key"])),
+        }
+        for concurrency in concurrencies:
+            timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
+            tok_per_s, stderr = predict(plan, concurrency) or (None, None)
+            missing = [
+                what
+                for what, there in (("quality", "quality" in about), ("throughput", timing is not None))
+                if not there
+            ]
+            rows.append(
+                {
+                    **about,
+                    "concurrency": concurrency,
+                    **{name: value for name, value in (timing or {}).items() if name in _TIMING_COLUMNS},
+                    "predicted_throughput_tok_per_s": tok_per_s,
+                    "predicted_throughput_stderr": stderr,
+                    "status": "failed" if missing else "ok",
+                    "error": _error(state, finalist, missing) if missing else None,
+                }
+            )
+    return rows + [_failed_healing(failure) for failure in state.failures if failure["stage"] == "heal"]
+
+
+_TIMING_COLUMNS = (
+    "engine",
+    "hardware",
+    "prompt_tokens",
+    "new_tokens",
+    "output_throughput_tok_per_s",
+    "output_throughput_stderr",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "peak_memory_mib",
+    "kv_bytes_per_token",
+    "engine_version",
+    "ttft_ms_p99",
+    "tpot_ms_p99",
+    "itl_ms_p50",
+    "itl_ms_p99",
+    "kv_cache_tokens",
+)
+
+
+def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
+    """Scores, quality and quality retained of a row, with their errors; nothing where they are not recorded."""
+    if base is None or scores is None:
+        return {}
+    value, stderr = quality(scores)
+    ratio, ratio_stderr = retained(base, scores)
+    return {
+        "scores": scores.to_dict()["metrics"],
+        "quality": value,
+        "quality_stderr": stderr,
+        "quality_retained": ratio,
+        "quality_retained_stderr": ratio_stderr,
+    }
+
+
+def _flags(base: Scores | None, scores: Scores | None) -> str | None:
+    """What a model lost although its accuracy held; None where nothing is lost or known."""
+    return None if base is None or scores is None else flag_text(flags(base, scores)) or None
+
+
+def _failed_healing(failure: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.parse(failure["name"]["plan"], failure["name"].get("window"))
+    return {
+        "plan_id": plan.plan_id,
+        **plan.to_dict(),
+        "origin": failure["name"]["origin"],
+        "healed": True,
+        "status": "failed",
+        "error": failure["error"],
+    }
+
+
+def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
+    errors = [
+        failure["error"]
+        for failure in state.failures
+        if failure["stage"] in ("measure", "speed", "throughput") and failure["name"].get("plan") == str(finalist.plan)
+    ]
+    return errors[0] if errors else f"no record of {' and '.join(missing)}"

@@ -1,0 +1,259 @@
+"""How sure the ranking of layers is, from the records of a run: rows of the report's tables. Computes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from layerboost.evaluation.scores import QualityError, Scores
+from layerboost.evaluation.statistics import mean_of_differences, paired_difference
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity.drops import MEAN_TASK, item_drops, mean_drop
+from layerboost.sensitivity.ranking import (
+    DropMatrix,
+    Method,
+    indistinct_neighbours,
+    items_until_stable,
+    rank_correlation,
+    split_half,
+    straddles,
+)
+from orchestrator.results.plans import search_base_key
+from orchestrator.results.sensitivity import measured_scores, sensitivity_rows
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE
+from orchestrator.run.records import find_record, scores_of
+from orchestrator.run.state import RunState
+
+METHODS: tuple[Method, ...] = ("spearman", "kendall")
+
+
+@dataclass(frozen=True)
+class View:
+    """One ranking of layers: by a score over the items of a source."""
+
+    treatment: str
+    score: str
+    source: str
+    context_tokens: int | None
+    is_chosen: bool
+    matrix: DropMatrix
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.score, self.source, *([] if self.context_tokens is None else [str(self.context_tokens)])])
+
+
+def views(folder: RunFolder, state: RunState) -> list[View]:
+    """Every ranking that the records hold, the chosen score's first.
+
+    A score over several tasks gives a ranking for each and one over all of them. Texts and lengths beside the quality's
+    own are ranked by NLL alone. An adaptive sweep gives none: its layers have not seen the same items.
+    """
+    if not state.sensitivity or state.adaptive is not None:
+        return []
+    chosen_source = _source(state.sensitivity[0])
+    found: list[View] = []
+    for (source, tokens, treatment), units in _by_source(state).items():
+        drops = _drops(folder, units, state.n_layers)
+        for score, by_task in drops.items():
+            is_chosen = score == state.score and (source, tokens) == chosen_source
+            is_extra = source != TASKS_SOURCE and (source, tokens) != _main_text(state)
+            if not by_task or (is_extra and score != "nll"):
+                continue
+            if source != TASKS_SOURCE:
+                found.append(View(treatment, score, source, tokens, is_chosen, DropMatrix(by_task)))
+                continue
+            for task, matrix in by_task.items() if len(by_task) > 1 else ():
+                found.append(View(treatment, score, task, None, False, DropMatrix({task: matrix})))
+            name = MEAN_TASK if len(by_task) > 1 else next(iter(by_task))
+            found.append(View(treatment, score, name, None, is_chosen, DropMatrix(by_task)))
+    return sorted(found, key=lambda view: not view.is_chosen)
+
+
+def ranking_rows(found: list[View]) -> Iterator[dict[str, Any]]:
+    """Rows of rankings.csv."""
+    for view in found:
+        order = np.argsort(view.matrix.sensitivity(), kind="stable")
+        row: dict[str, Any] = {
+            "treatment": view.treatment,
+            "score": view.score,
+            "source": view.source,
+            "context_tokens": view.context_tokens,
+            "chosen": view.is_chosen,
+            "n_items": view.matrix.n_items,
+            "ranking": " ".join(map(str, order)),
+        }
+        if min(drops.shape[1] for drops in view.matrix.tasks.values()) >= 2 and view.matrix.n_layers >= 2:
+            halves = split_half(view.matrix)
+            pairs = indistinct_neighbours(view.matrix)
+            row |= {
+                "split_half_spearman": halves.spearman,
+                "split_half_low": halves.ci_low,
+                "split_half_high": halves.ci_high,
+                "items_until_stable": items_until_stable(view.matrix),
+                "indistinct_pairs": " ".join(f"{pair.lower}<{pair.upper}" for pair in pairs),
+            }
+        yield row
+
+
+def correlation_rows(found: list[View]) -> Iterator[dict[str, Any]]:
+    """Rows of rank_correlations.csv: each pair of rankings of the same treatment."""
+    for a, b in combinations(found, 2):
+        if a.treatment != b.treatment or a.matrix.n_layers < 2:
+            continue
+        sizes = [{task: drops.shape for task, drops in view.matrix.tasks.items()} for view in (a, b)]
+        same_items = sizes[0] == sizes[1] and a.context_tokens == b.context_tokens
+        for method in METHODS:
+            correlation = rank_correlation(a.matrix, b.matrix, method=method, same_items=same_items)
+            yield {
+                "treatment": a.treatment,
+                "view_a": a.name,
+                "view_b": b.name,
+                "method": method,
+                "correlation": correlation.value,
+                "ci_low": correlation.ci_low,
+                "ci_high": correlation.ci_high,
+            }
+
+
+def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of interactions.csv: each plan that was tried and whose treatments were all measured layer by layer.
+
+    Plans of the search are compared by what the search judges by, the finalists that are not healed by everything.
+    Plan, base and single layers are compared over the same items, so that the interaction is paired as well.
+    """
+    seen: set[tuple[Plan, str]] = set()
+    for base, tried in ((search_base_key(state), state.trials), (state.base_key, state.finalists)):
+        base_scores = scores_of(folder, base)
+        if base_scores is None:
+            continue
+        layers = _single_layers(folder, state, base_scores)
+        for entry in tried:
+            plan = Plan.from_dict(entry)
+            treated = {t for t in plan.treatments if t is not Treatment.SOFTMAX}
+            scores = scores_of(folder, entry.get("key") or entry.get("quality_key"))
+            if scores is None or entry.get("healed_key") or not treated:
+                continue
+            for score in measured_scores(scores):
+                singles = [layers.get((t, layer, score)) for layer, t in enumerate(plan.treatments) if t in treated]
+                if (plan, score) in seen or None in singles:
+                    continue
+                seen.add((plan, score))
+                yield {
+                    "plan_id": plan.plan_id,
+                    **plan.to_dict(),
+                    "origin": entry["origin"],
+                    "score": score,
+                    **_interaction(base_scores, scores, [single for single in singles if single is not None], score),
+                }
+
+
+def tier_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of tiers.csv: the layers of the healed plans that came from thresholds."""
+    drops = {
+        row["layer"]: row
+        for row in sensitivity_rows(folder, state)
+        if row["task"] == MEAN_TASK and row["treatment"] == Treatment.NONE.value
+    }
+    trials = {Plan.from_dict(trial): trial for trial in reversed(state.trials)}
+    for entry in state.healed:
+        plan = Plan.from_dict(entry)
+        trial = trials.get(plan)
+        if trial is None or trial["remove_below"] is None or len(drops) < len(plan):
+            continue
+        thresholds = {name: trial[name] for name in ("remove_below", "keep_above")}
+        for layer, treatment in enumerate(plan.treatments):
+            row = drops[layer]
+            holds = straddles(row["drop_ci_low"], row["drop_ci_high"], **thresholds)
+            yield {
+                "plan_id": plan.plan_id,
+                "plan": str(plan),
+                "layer": layer,
+                "treatment": treatment.value,
+                **{name: row[name] for name in ("drop", "drop_ci_low", "drop_ci_high")},
+                **thresholds,
+                "straddles": " ".join(name for name, held in zip(thresholds, holds, strict=True) if held),
+            }
+
+
+def _source(unit: dict[str, Any]) -> tuple[str, int | None]:
+    return unit["source"], unit["context_tokens"]
+
+
+def _main_text(state: RunState) -> tuple[str, int | None] | None:
+    return next((_source(unit) for unit in state.sensitivity if unit["source"] == TEXT_SOURCE), None)
+
+
+def _by_source(state: RunState) -> dict[tuple[str, int | None, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, int | None, str], list[dict[str, Any]]] = {}
+    for unit in state.sensitivity:
+        found.setdefault((*_source(unit), unit["treatment"]), []).append(unit)
+    return found
+
+
+def _drops(folder: RunFolder, units: list[dict[str, Any]], n_layers: int) -> dict[str, dict[str, np.ndarray]]:
+    """Score to task to (n_layers, n_items), where every layer is recorded."""
+    rows: dict[str, list[dict[str, np.ndarray]]] = {}
+    cosine: dict[str, dict[str, np.ndarray]] = {}
+    for unit in units:
+        record, base = find_record(folder, unit["key"]), scores_of(folder, unit["base_key"])
+        if record is not None and "cosine" in record:
+            cosine = {"cosine": {TEXT_SOURCE: np.asarray(record["cosine"])}}
+        elif record is not None and base is not None:
+            variant = Scores.from_dict(record["scores"])
+            for score in measured_scores(variant):
+                if (of_layer := _item_drops(base, variant, score)) is not None:
+                    rows.setdefault(score, []).append(of_layer)
+    found = {
+        score: {task: np.stack([of_layer[task] for of_layer in layers]) for task in layers[0]}
+        for score, layers in rows.items()
+        if len(layers) == n_layers
+    }
+    return found | cosine
+
+
+def _item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray] | None:
+    """As `item_drops`; None for a score that is no mean of items, such as a perplexity by words."""
+    try:
+        return item_drops(base, variant, score)
+    except QualityError:
+        return None
+
+
+def _single_layers(folder: RunFolder, state: RunState, base: Scores) -> dict[tuple[Treatment, int, str], Scores]:
+    """Scores of each single treated layer, for each score that the base has over the same items."""
+    of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
+    found: dict[tuple[Treatment, int, str], Scores] = {}
+    for unit in state.sensitivity:
+        record = find_record(folder, unit["key"])
+        if record is None or "scores" not in record:
+            continue
+        scores = Scores.from_dict(record["scores"])
+        # A base has no divergence from itself where nobody asked for it.
+        if all(of_base.get((s.task, s.metric)) == s.n_items for s in scores.metrics if s.metric != "kl"):
+            for score in measured_scores(scores):
+                found.setdefault((Treatment(unit["treatment"]), unit["layer"], score), scores)
+    return found
+
+
+def _interaction(base: Scores, plan: Scores, singles: list[Scores], score: str) -> dict[str, Any]:
+    measured = mean_drop(base, plan, score)
+    row = {
+        "predicted_drop": float(sum(mean_drop(base, single, score).drop for single in singles)),
+        "measured_drop": measured.drop,
+        "measured_drop_stderr": measured.drop_stderr,
+    }
+    by_task = _item_drops(base, plan, score)
+    of_singles = [drops for single in singles if (drops := _item_drops(base, single, score)) is not None]
+    if by_task is None or len(of_singles) < len(singles):
+        return {**row, "interaction_stderr": None}
+    differences = [
+        paired_difference(drops.tolist(), np.sum([single[task] for single in of_singles], axis=0).tolist(), resamples=1)
+        for task, drops in by_task.items()
+    ]
+    return {**row, "interaction_stderr": mean_of_differences(differences).stderr}

@@ -1,0 +1,81 @@
+"""The report of a run from its records: tables, pictures, and what the terminal says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from orchestrator.recipe.constraints import ConstraintsSection
+from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
+from orchestrator.report.choice import estimates_table, fidelity_table, halving_table, lengths_table, speed_table
+from orchestrator.report.data import ReportData
+from orchestrator.report.front import conditions, format_front_table, headline, headline_row
+from orchestrator.report.healing import baselines_table, branches_table, healing_table, quality_curve_table
+from orchestrator.report.render import render
+from orchestrator.report.tables import candidates_table, pareto_table, sensitivity_table
+from orchestrator.results.best_plan import best_rows, feasible, verdict
+from orchestrator.results.cost import cost_table
+from orchestrator.results.estimates import estimate_rows
+from orchestrator.results.halving import fidelity_rows, halving_rows
+from orchestrator.results.healing import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
+from orchestrator.results.plans import candidate_rows, pareto_rows
+from orchestrator.results.rankings import correlation_rows, interaction_rows, ranking_rows, tier_rows, views
+from orchestrator.results.sensitivity import sensitivity_rows
+from orchestrator.results.speed import length_rows, predictions, speed_rows
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.state import RECIPE_FILE, load_state
+
+
+def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
+    """The report's files by name, and what the terminal says: the front, and the best plan of it."""
+    data = report_data(folder)
+    summary = ""
+    if serving := conditions(data.pareto):
+        row = headline_row(data.pareto, serving[0])
+        said = data.verdict[:1] or ([] if row is None else [headline(row)])
+        summary = "\n\n".join([format_front_table(data.pareto), *said]) + "\n"
+    return render(data), summary
+
+
+def report_data(folder: RunFolder) -> ReportData:
+    """All that a report of a run shows, from its records.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    state, recipe_yaml = load_state(folder), folder.read_text(RECIPE_FILE)
+    constraints = ConstraintsSection.model_validate(yaml.safe_load(recipe_yaml).get("constraints", {}))
+    found, predict = views(folder, state), predictions(state)
+    pareto = pareto_table(pareto_rows(folder, state, predict))
+    pareto["feasible"] = feasible(pareto, constraints)
+    return ReportData(
+        # A folder is often called `model`: the one around it says whose.
+        title="/".join(Path(state.model).parts[-2:]),
+        recipe_yaml=recipe_yaml,
+        sensitivity=sensitivity_table(sensitivity_rows(folder, state)),
+        candidates=candidates_table(candidate_rows(folder, state, predict)),
+        pareto=pareto,
+        verdict=verdict(pareto, constraints),
+        best=best_rows(pareto, constraints),
+        speed=speed_table(speed_rows(folder, state)),
+        lengths=lengths_table(length_rows(folder, state)),
+        halving=halving_table(halving_rows(folder, state)),
+        fidelity=fidelity_table(fidelity_rows(folder, state)),
+        healing_curves=healing_table(healing_rows(folder, state)),
+        quality_curve=quality_curve_table(quality_curve_rows(folder, state)),
+        baselines=baselines_table(baseline_rows(folder, state)),
+        branches=branches_table(branch_rows(folder, state)),
+        early_stops=early_stops(folder, state),
+        environment=state.environment,
+        estimates=estimates_table(estimate_rows(folder, state)),
+        cost=cost_table(folder, state),
+        rankings=rankings_table(ranking_rows(found)),
+        correlations=correlations_table(correlation_rows(found)),
+        interactions=interactions_table(interaction_rows(folder, state)),
+        tiers=tiers_table(tier_rows(folder, state)),
+        warnings=[
+            f"{failure['stage']} failed for {failure['name']}: {failure['error'].splitlines()[0]}"
+            for failure in state.failures
+        ],
+    )

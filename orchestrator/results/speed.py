@@ -1,0 +1,93 @@
+"""From records to tables, for speed: predictions beside what was measured, and speed over prompt lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from layerboost.plan import Plan
+from layerboost.speed.speed_model import SpeedModel
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.records import find_record
+from orchestrator.run.state import Finalist, RunState
+
+Prediction = Callable[[Plan, int], tuple[float, float] | None]
+"""Tokens per second and their standard error, of a plan at a concurrency; None where nothing was fitted to that."""
+
+_STAGES = ("throughput",)
+
+_LENGTH_VALUES = (
+    "engine",
+    "hardware",
+    "output_throughput_tok_per_s",
+    "output_throughput_stderr",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "peak_memory_mib",
+    "kv_bytes_per_token",
+)
+
+
+def predictions(state: RunState) -> Prediction:
+    """The predicted output throughput of every plan."""
+    models = [SpeedModel.from_dict(model) for model in (state.speed or {"models": []})["models"]]
+    of_concurrency = {model.concurrency: model for model in models}
+
+    def predict(plan: Plan, concurrency: int) -> tuple[float, float] | None:
+        model = of_concurrency.get(concurrency)
+        return None if model is None else model.predict(plan)
+
+    return predict
+
+
+def speed_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of speed.csv: each measured model under each condition that a model was fitted to, with its prediction."""
+    predict, fitted = predictions(state), [] if state.speed is None else state.speed["measured"]
+    in_fit = {entry["key"] for entry in fitted}
+    entries = {entry["key"]: {**entry, "healed_key": None} for entry in fitted}
+    entries |= {entry["key"]: entry for entry in state.throughput}
+    for key, entry in entries.items():
+        plan, concurrency = Plan.from_dict(entry), entry["concurrency"]
+        predicted, record = predict(plan, concurrency), find_record(folder, key, _STAGES)
+        if predicted is None or record is None:
+            continue
+        throughput = record["output_throughput_tok_per_s"]
+        yield {
+            "plan_id": plan.plan_id,
+            **plan.to_dict(),
+            "healed": entry["healed_key"] is not None,
+            "concurrency": concurrency,
+            "in_fit": key in in_fit,
+            "predicted_throughput_tok_per_s": predicted[0],
+            "predicted_throughput_stderr": predicted[1],
+            "output_throughput_tok_per_s": throughput,
+            "relative_error": predicted[0] / throughput - 1,
+        }
+
+
+def length_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of lengths.csv: each finalist at each prompt length; what failed stays, with its error."""
+    for entry in state.lengths:
+        finalist, record = Finalist.from_dict(entry), find_record(folder, entry["key"], _STAGES)
+        condition = {name: entry[name] for name in ("concurrency", "prompt_tokens", "new_tokens")}
+        yield {
+            "plan_id": finalist.plan.plan_id,
+            **finalist.plan.to_dict(),
+            "origin": finalist.origin,
+            "healed": finalist.healed_key is not None,
+            **condition,
+            **({} if record is None else {name: record[name] for name in _LENGTH_VALUES}),
+            "status": "failed" if record is None else "ok",
+            "error": _error(state, finalist, condition) if record is None else None,
+        }
+
+
+def _error(state: RunState, finalist: Finalist, condition: dict[str, int]) -> str:
+    name = {"plan": str(finalist.plan), "healed": "yes" if finalist.healed_key else "no"} | condition
+    name.pop("new_tokens")
+    errors = [
+        failure["error"]
+        for failure in state.failures
+        if failure["stage"] == "lengths" and name.items() <= failure["name"].items()
+    ]
+    return errors[0] if errors else "no record of throughput"

@@ -1,0 +1,1 @@
+"""A run: its folder, records, state, identities, progress, and what its stages share."""

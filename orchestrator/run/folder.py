@@ -1,0 +1,449 @@
+"""The run folder: where records and results live, on a local disk or behind any fsspec URL.
+
+    records/<stage>/<key>.json    one record for each finished unit of work
+    everything else               artefacts: CSVs, pictures, healed checkpoints, the resolved recipe
+
+A record holds its unit's identity, its result and a checksum. It is written whole or not at all: under another name and
+renamed on a local disk, in a single put on an object store. One run at a time holds the folder, by a lock file.
+What a network or a file server fails in is tried again for half a minute (`layerboost.storage.errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from layerboost.storage.errors import DiskFullError, is_disk_full, retried
+from orchestrator.recipe.errors import InputError
+from orchestrator.run.lock import RunFolderLock
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+RECORDS = "records"
+LOCK_NAME = "run.lock"
+
+SIDE_BY_SIDE = 16
+"""Requests under way at once: an object store answers many as fast as one."""
+
+Given = TypeVar("Given")
+Got = TypeVar("Got")
+
+
+def canonical_json(value: Any, *, allow_nan: bool = False) -> str:
+    """JSON that is the same text for the same content: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
+
+
+def unit_key(identity: dict[str, Any]) -> str:
+    """The name of a unit of work: the first 16 hex digits of the hash of what changes its result.
+
+    Args:
+        identity: plain JSON values only. Leave out where the unit runs.
+
+    Raises:
+        TypeError, ValueError: if the identity is not plain JSON (NaN is not).
+    """
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished unit of work as it was read back."""
+
+    stage: str
+    key: str
+    identity: dict[str, Any]
+    result: dict[str, Any]
+
+
+class _DamagedRecordError(ValueError):
+    """Why a record cannot be believed."""
+
+
+class RunFolder:
+    """A folder of records and artefacts. Creating the object touches nothing.
+
+    Args:
+        url: a local path, or any URL that fsspec knows (`file://`, `s3://`, `memory://`).
+
+    Raises:
+        InputError: if no filesystem is known for the URL.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        try:
+            self.fs, path = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise InputError("--out", self.url, f"{error}; give a local folder or a URL that fsspec can open") from None
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
+        self._lock: RunFolderLock | None = None
+
+    def __repr__(self) -> str:
+        return f"RunFolder({self.url!r})"
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else self.url
+
+    # Records
+
+    def write_record(self, stage: str, identity: dict[str, Any], result: dict[str, Any]) -> None:
+        """Writes one record, whole or not at all, under the key of its identity.
+
+        Args:
+            stage: the stage's name, a folder under `records/`.
+            identity: what changes the result, plain JSON.
+            result: what came out, JSON (NaN and infinities allowed).
+
+        Raises:
+            RunFolderLockedError: if this run held the lock and another has taken it over since.
+        """
+        self.check_held()
+        key = unit_key(identity)
+        payload: dict[str, Any] = {
+            "schema": SCHEMA_VERSION,
+            "stage": stage,
+            "key": key,
+            "identity": identity,
+            "result": result,
+            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        lines = _members(payload)
+        lines.append(f'"sha256":"{_sha256(lines)}"')
+        self.write_text(_record_name(stage, key), "{" + ",\n".join(lines) + "}\n")
+
+    def write_records(self, stage: str, results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Writes several records side by side, each whole or not at all.
+
+        Args:
+            stage: as in `write_record`.
+            results: identity and result of each.
+
+        Raises:
+            What `write_record` raises, when all that can be written are.
+        """
+        _side_by_side(lambda each: self.write_record(stage, *each), results)
+
+    def read_record(self, stage: str, key: str) -> Record | None:
+        """Reads one record; None if it is absent, or damaged, which is said in a warning."""
+        name = _record_name(stage, key)
+        try:
+            return self._parse_record(stage, key, self.read_bytes(name))
+        except FileNotFoundError:
+            return None
+        except _DamagedRecordError as error:
+            self._put_damaged_aside(name, str(error))
+            return None
+
+    def read_records(self, stage: str, keys: Sequence[str]) -> list[Record | None]:
+        """Reads several records side by side, each as `read_record` does."""
+        return _side_by_side(lambda key: self.read_record(stage, key), keys)
+
+    def has_record(self, stage: str, key: str) -> bool:
+        """True if a sound record of this unit is there."""
+        return self.read_record(stage, key) is not None
+
+    def records(self, stage: str) -> list[Record]:
+        """All sound records of a stage, ordered by key."""
+        folder = self._join(_record_name(stage, "0" * 16)).rpartition("/")[0]
+        try:
+            names = [PurePosixPath(str(path)).name for path in self._list(folder)]
+        except FileNotFoundError:
+            return []
+        keys = sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
+        return [record for record in self.read_records(stage, keys) if record is not None]
+
+    def _parse_record(self, stage: str, key: str, data: bytes) -> Record:
+        try:
+            payload = json.loads(data)
+        except ValueError:
+            raise _DamagedRecordError("it is not valid JSON") from None
+        if not isinstance(payload, dict):
+            raise _DamagedRecordError("it is not a JSON object")
+        if payload.get("schema") != SCHEMA_VERSION:
+            raise _DamagedRecordError(f"its schema is {payload.get('schema')}, this version writes {SCHEMA_VERSION}")
+        members = _members({name: payload[name] for name in payload if name != "sha256"})
+        if payload.get("sha256") != _sha256(members):
+            raise _DamagedRecordError("its checksum does not fit its content")
+        if (payload.get("stage"), payload.get("key")) != (stage, key) or unit_key(payload["identity"]) != key:
+            raise _DamagedRecordError("it belongs to another unit")
+        return Record(stage, key, payload["identity"], payload["result"])
+
+    def _put_damaged_aside(self, name: str, reason: str) -> None:
+        remark = ""
+        # A reader without the lock leaves the folder as it is; the run that holds the lock cleans up.
+        if self._lock is not None:
+            aside = f"{name}.damaged"
+            retried(self.fs.mv)(self._join(name), self._join(aside))
+            remark = f" (kept as {aside})"
+        logger.warning(
+            "record %s is damaged: %s; its unit counts as not done and will be redone%s", name, reason, remark
+        )
+
+    # Artefacts
+
+    @retried
+    def exists(self, name: str = "") -> bool:
+        """True if the artefact, or with no name the folder itself, is there."""
+        return self.fs.exists(self._join(name))
+
+    @retried
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes an artefact, whole or not at all.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
+        self.write_once(name, data)
+
+    def write_once(self, name: str, data: bytes) -> None:
+        """Writes an artefact, whole or not at all, and waits for no storage that fails."""
+        path = self._join(name)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        hidden = _hidden_beside(path)
+        try:
+            with open(hidden, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(hidden, path)
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(hidden)
+            if is_disk_full(error):
+                raise DiskFullError(f"{path} of {len(data) / 2**20:,.2f} MiB cannot be written: {error}") from error
+            raise
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a UTF-8 artefact, whole or not at all."""
+        self.write_bytes(name, text.encode())
+
+    @retried
+    def read_bytes(self, name: str) -> bytes:
+        """Reads an artefact. Raises FileNotFoundError if it is absent."""
+        return self.fs.cat_file(self._join(name))
+
+    def read_text(self, name: str) -> str:
+        """Reads a UTF-8 artefact. Raises FileNotFoundError if it is absent."""
+        return self.read_bytes(name).decode()
+
+    def open(self, name: str, mode: str = "rb") -> IO[Any]:
+        """Opens an artefact in place. Writing this way is not atomic: prefer `write_bytes` or `new_folder`."""
+        if "r" not in mode:
+            self.fs.makedirs(self._join(name).rpartition("/")[0], exist_ok=True)
+        return self.fs.open(self._join(name), mode)
+
+    def names(self, name: str = "") -> list[str]:
+        """The names of what lies directly in a subfolder, sorted; empty if it is absent."""
+        try:
+            return sorted(PurePosixPath(str(path)).name for path in self._list(self._join(name)))
+        except FileNotFoundError:
+            return []
+
+    @retried
+    def remove(self, name: str) -> None:
+        """Removes an artefact or a subfolder, if it is there."""
+        if not name:
+            raise ValueError("refusing to remove the whole run folder")
+        if self.exists(name):
+            self.fs.rm(self._join(name), recursive=True)
+
+    def local_path(self, name: str = "") -> Path:
+        """The path of an artefact in a local folder.
+
+        Raises:
+            ValueError: if the folder is not local; `fetch_folder` and `new_folder` work for all.
+        """
+        if not self.is_local:
+            raise ValueError(f"{self.url} is not a local folder")
+        return Path(self._join(name))
+
+    def place(self, name: str) -> str:
+        """Path or URL of an artefact, for those who read and write it on their own."""
+        return self._join(name) if self.is_local else f"{self.url}/{name}"
+
+    @contextlib.contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """Gives an empty local folder that becomes the artefact `name` when the block ends without an error.
+
+        An artefact of that name that is there already is replaced.
+        """
+        target = self._join(name)
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="layerboost-") as staging:
+                yield Path(staging)
+                self.remove(name)
+                retried(self.fs.put)(f"{staging}/", f"{target}/", recursive=True)
+            return
+        hidden = Path(_hidden_beside(target))
+        hidden.mkdir(parents=True)
+        try:
+            yield hidden
+            self.remove(name)
+            os.replace(hidden, target)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def fetch_folder(self, name: str) -> Iterator[Path]:
+        """Gives a subfolder as a local folder: itself where the run folder is local, else a copy for the block's time.
+
+        Raises:
+            FileNotFoundError: if it is absent.
+        """
+        if not self.exists(name):
+            raise FileNotFoundError(f"{self}/{name}")
+        if self.is_local:
+            yield self.local_path(name)
+            return
+        with tempfile.TemporaryDirectory(prefix="layerboost-") as copy:
+            retried(self.fs.get)(f"{self._join(name)}/", f"{copy}/", recursive=True)
+            yield Path(copy)
+
+    def storage(self, name: str = "") -> tuple[str, Any]:
+        """(path, pyarrow filesystem) of a subfolder, as Ray Train's `storage_path` and `storage_filesystem`."""
+        from pyarrow import fs as arrow_fs
+
+        if self.is_local:
+            return self._join(name), arrow_fs.LocalFileSystem()
+        return self._join(name), arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(self.fs))
+
+    # The folder as a whole
+
+    def lock(self) -> contextlib.AbstractContextManager[RunFolder]:
+        """Holds the folder for one run, and creates it where it is absent.
+
+        Raises:
+            RunFolderLockedError: if another run holds it, naming who.
+        """
+        return self._locked()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[RunFolder]:
+        retried(self.fs.makedirs)(self.path, exist_ok=True)
+        lock = RunFolderLock(self.fs, self._join(LOCK_NAME), is_local=self.is_local, folder=str(self))
+        lock.acquire()
+        self._lock = lock
+        try:
+            self._sweep()
+            yield self
+        finally:
+            self._lock = None
+            lock.release()
+
+    def check_held(self) -> None:
+        """Raises RunFolderLockedError if this run held the lock and another has taken it over since."""
+        if self._lock is not None:
+            self._lock.check_held()
+
+    def _sweep(self) -> None:
+        """Removes what a killed run left half written; only the holder of the lock may."""
+        if not self.is_local:
+            return
+        for leftover in Path(self.path).rglob(".*.tmp"):
+            if _HIDDEN.fullmatch(leftover.name):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+
+    def preflight_writable(self) -> None:
+        """Checks that the folder can be created and written, and leaves nothing behind.
+
+        Raises:
+            InputError: naming the folder, why it cannot be written, and what to do.
+        """
+        if self.is_local:
+            self._preflight_local()
+            return
+        probe = f"{self.path}/.probe-{uuid.uuid4().hex[:8]}"
+        try:
+            self.fs.pipe_file(probe, b"")
+            self.fs.rm_file(probe)
+        except Exception as error:
+            raise InputError("--out", self.url, f"cannot be written ({error}); check the URL and the rights") from None
+
+    def _preflight_local(self) -> None:
+        ancestor = Path(self.path)
+        # A broken link is no place to build under, though it does not "exist".
+        while not os.path.lexists(ancestor):
+            ancestor = ancestor.parent
+        if not ancestor.is_dir():
+            raise InputError("--out", self.path, f"{ancestor} is not a folder; give a folder")
+        try:
+            # As root the permission bits say nothing, and a full or read-only disk only shows when it is written.
+            with tempfile.TemporaryFile(dir=ancestor) as file:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(
+                "--out", self.path, f"{ancestor} cannot be written ({reason}); give a folder you can write to"
+            ) from None
+
+    def _join(self, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if os.path.isabs(name) or ".." in parts:
+            raise ValueError(f"{name} does not lie in the run folder")
+        return "/".join((self.path, *parts))
+
+    @retried
+    def _list(self, path: str) -> list[str]:
+        self.fs.invalidate_cache(path)
+        return self.fs.ls(path, detail=False)
+
+
+def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got]:
+    """What `do` gives for each, in order; the first error, when all have ended."""
+    if len(each) < 2:
+        return [do(one) for one in each]
+    with ThreadPoolExecutor(min(len(each), SIDE_BY_SIDE), "records") as pool:
+        return [future.result() for future in [pool.submit(do, one) for one in each]]
+
+
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+def _hidden_beside(path: str) -> str:
+    """A name on the same disk, so that renaming to `path` is atomic, that no listing of results takes for one."""
+    parent, base = os.path.split(path)
+    return f"{parent}/.{base}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _record_name(stage: str, key: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", stage):
+        raise ValueError(f"stage {stage!r} must be lower-case letters, digits, _ and -")
+    if not re.fullmatch(r"[0-9a-f]{16}", key):
+        raise ValueError(f"key {key!r} must be 16 hex digits, as unit_key gives")
+    return f"{RECORDS}/{stage}/{key}.json"
+
+
+def _members(payload: dict[str, Any]) -> list[str]:
+    """The members of a JSON object, each as canonical text, in order: a record has one a line."""
+    return [f"{json.dumps(name)}:{canonical_json(payload[name], allow_nan=True)}" for name in sorted(payload)]
+
+
+def _sha256(members: Sequence[str]) -> str:
+    """Of the canonical text of the object that has these members."""
+    return hashlib.sha256(("{" + ",".join(members) + "}").encode()).hexdigest()

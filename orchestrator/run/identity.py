@@ -1,0 +1,17 @@
+"""What changes the result of a unit of work, and nothing else: the content that record keys are hashed from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerboost.plan import Plan
+
+MEMORY_ONLY = ("micro_batch_sequences", "activation_checkpointing")
+"""Fields of a `HealingSpec` that change what healing holds at once and not its result."""
+
+LINEAR_WINDOW_ONLY = ("transfer_fraction", "transfer_learning_rate", "window_dropout")
+"""Fields of a `HealingSpec` that matter to plans with linear_window layers alone."""
+
+
+def plan_identity(plan: Plan | None) -> dict[str, Any] | None:
+    return None if plan is None else plan.to_dict()

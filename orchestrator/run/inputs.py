@@ -1,0 +1,362 @@
+"""What changes the results of a run, and from it the identity of each unit of work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerboost.checkpoint import ModelSource
+from layerboost.evaluation.evaluate import spec_fingerprint
+from layerboost.evaluation.scores import QualitySpec
+from layerboost.evaluation.shares import Share
+from layerboost.healing.spec import HealingSpec
+from layerboost.plan import Plan, Treatment
+from layerboost.search.loop import SearchSpec
+from layerboost.search.plan_space import Limit, PlanSpace
+from layerboost.sensitivity.drops import single_layer_plan
+from layerboost.speed.byte_model import kv_bytes_of_layers, predicted_speedup
+from layerboost.text.sampling import SamplingSpec
+from layerboost.text.sources import sources_identity
+from layerboost.version import __version__
+from orchestrator.recipe.healing import SAMPLED, HealingText
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.sections import TEXT_SCORES
+from orchestrator.run.content import model_content, shipped
+from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity
+from orchestrator.run.model_facts import ModelFacts
+from tasks.evaluation import EvaluationUnit
+from tasks.sampling import SampleUnit
+from tasks.timing import ThroughputUnit
+
+TASKS_SOURCE, TEXT_SOURCE = "tasks", "text"
+
+
+@dataclass(frozen=True)
+class SpeedCondition:
+    """The serving condition that a plan's speed is predicted for."""
+
+    concurrency: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class SweepSource:
+    """Items that single layers are judged by: the quality's `tasks`, its `text`, or another text by its file's name."""
+
+    name: str
+    spec: QualitySpec
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of a sequence; None for tasks, whose items have lengths of their own."""
+        return None if self.spec.tasks else self.spec.sequence_tokens
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """A recipe and its model, as every stage needs them."""
+
+    recipe: Recipe
+    facts: ModelFacts
+
+    @property
+    def n_layers(self) -> int:
+        return self.facts.n_layers
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """Identity of the parent: its content for a folder, its commit for a hub name."""
+        content = model_content(self.facts, self.recipe.model.revision)
+        return {**content, "dtype": self.recipe.model.dtype, "layerboost": __version__}
+
+    @cached_property
+    def source(self) -> ModelSource:
+        model = self.recipe.model
+        revision = self.facts.commit or model.revision
+        return ModelSource(shipped(self.facts.path), revision, model.dtype, model.device, model.trust_remote_code)
+
+    @cached_property
+    def full_spec(self) -> QualitySpec:
+        """Everything that finalists are judged by."""
+        spec = self.recipe.quality.spec(self.facts.context_tokens)
+        text = None if spec.text is None else shipped(spec.text)
+        return replace(spec, tasks=tuple(shipped(task) for task in spec.tasks), text=text)
+
+    @cached_property
+    def _searched_spec(self) -> QualitySpec:
+        """What many plans are judged by: nothing that only finalists are asked."""
+        n_tasks = len(self.recipe.quality.tasks)
+        return replace(self.full_spec, tasks=self.full_spec.tasks[:n_tasks], retrieval=())
+
+    @cached_property
+    def text_spec(self) -> QualitySpec:
+        """The quality's text alone."""
+        return replace(self.full_spec, tasks=(), retrieval=())
+
+    @property
+    def search_quality_spec(self) -> QualitySpec:
+        """What the search judges by: what the quality is made of, and the text where the objective is read from it."""
+        spec, recipe = self._searched_spec, self.recipe
+        by_text = recipe.search.objective == "score" and recipe.sensitivity.score in TEXT_SCORES
+        return replace(spec, text=None) if spec.tasks and not by_text else spec
+
+    @cached_property
+    def sweep_sources(self) -> tuple[SweepSource, ...]:
+        """What single layers are judged by, what the chosen score needs first; each has either tasks or a text."""
+        sensitivity, spec = self.recipe.sensitivity, self._searched_spec
+        by_text = sensitivity.score in TEXT_SCORES
+        sources = []
+        if spec.text is not None and (by_text or sensitivity.compare):
+            sources.append(SweepSource(TEXT_SOURCE, self.text_spec))
+        if spec.tasks and (not by_text or sensitivity.compare):
+            sources.append(SweepSource(TASKS_SOURCE, replace(spec, text=None)))
+        sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
+        for tokens in sensitivity.context_tokens:
+            if tokens != spec.sequence_tokens:
+                # The same number of tokens, so that lengths differ and nothing else.
+                n_sequences = None if spec.n_sequences is None else spec.n_sequences * spec.sequence_tokens // tokens
+                of_length = replace(self.text_spec, sequence_tokens=tokens, n_sequences=max(1, n_sequences or 1))
+                sources.append(SweepSource(TEXT_SOURCE, of_length))
+        sources += [
+            SweepSource(Path(text).name, replace(self.text_spec, text=shipped(text))) for text in sensitivity.texts
+        ]
+        return tuple(sources)
+
+    @cached_property
+    def sweep_plans(self) -> dict[str, tuple[Plan, ...]]:
+        """The plans of the sweep by treatment, first layer first; the untouched model under `softmax`."""
+        n_layers, window = self.n_layers, self.recipe.search.window
+        return {Treatment.SOFTMAX.value: (Plan.uniform(Treatment.SOFTMAX, n_layers),)} | {
+            treatment: tuple(
+                single_layer_plan(n_layers, layer, Treatment(treatment), window) for layer in range(n_layers)
+            )
+            for treatment in self.recipe.sensitivity.treatments
+        }
+
+    @cached_property
+    def search_spec(self) -> SearchSpec:
+        search = self.recipe.search
+        return SearchSpec(
+            self.plan_space,
+            method=search.method,
+            trials=search.trials,
+            middle=Treatment(search.middle),
+            seed=search.seed,
+            sampler=search.sampler,
+            remove_below=search.remove_below,
+            keep_above=search.keep_above,
+            plans=tuple(Plan.parse(plan, search.window) for plan in search.plans),
+        )
+
+    @cached_property
+    def plan_space(self) -> PlanSpace:
+        """The plans that a search over whole plans may propose: treatments that were measured, pins, limits."""
+        constraints, n_layers = self.recipe.constraints, self.n_layers
+        treatments = tuple(Treatment(treatment) for treatment in self.recipe.sensitivity.treatments)
+        kv_bytes = kv_bytes_of_layers(self.facts.config, self._dtype_bytes)
+        limits = []
+        for name, bound in constraints.at_most.items():
+            counted = {t: tuple(float(name == f"n_{t.value}") for _ in range(n_layers)) for t in Treatment}
+            if name == "kv_bytes_per_token":
+                limits.append(Limit(name, kv_bytes, bound))
+            elif any(any(of_layers) for of_layers in counted.values()):
+                limits.append(Limit(name, counted, bound))
+        return PlanSpace(
+            n_layers,
+            (Treatment.SOFTMAX, *treatments),
+            self.recipe.search.window,
+            {layer: Treatment(treatment) for layer, treatment in constraints.pin.items()},
+            tuple(limits),
+        )
+
+    @property
+    def condition(self) -> SpeedCondition:
+        """The serving condition that the search predicts speed for: the highest concurrency, the longest context."""
+        throughput = self.recipe.throughput
+        return SpeedCondition(max(throughput.concurrency), throughput.prompt_tokens + throughput.new_tokens)
+
+    def predicted_speedup(self, plan: Plan) -> float:
+        """Decode bytes of the base over those of the plan, under `condition`."""
+        return predicted_speedup(
+            self.facts.config,
+            plan,
+            concurrency=self.condition.concurrency,
+            context_tokens=self.condition.context_tokens,
+            dtype_bytes=self._dtype_bytes,
+        )
+
+    @property
+    def _dtype_bytes(self) -> int:
+        named = self.recipe.model.dtype
+        dtype = (self.facts.config.dtype or torch.float32) if named == "auto" else getattr(torch, named)
+        return dtype.itemsize
+
+    @cached_property
+    def healing_spec(self) -> HealingSpec:
+        return self.recipe.healing.spec(self.facts.context_tokens)
+
+    def healing_spec_at(self, share: float) -> HealingSpec:
+        """A healing of its own on a share of the budget, at least one step."""
+        spec = self.healing_spec
+        return replace(spec, tokens=max(spec.tokens_per_step, round(share * spec.tokens)))
+
+    @cached_property
+    def healing_texts(self) -> tuple[HealingText, ...]:
+        """What is healed on; paths as the workers see them."""
+        texts = [text for _, text in self.recipe.healing.named_sources()]
+        return tuple(
+            text if text.path is None else text.model_copy(update={"path": shipped(text.path)}) for text in texts
+        )
+
+    @cached_property
+    def sampling(self) -> SamplingSpec | None:
+        """How the parent's own text is sampled to heal on; None where the recipe asks for none."""
+        sampled = next((text for text in self.healing_texts if text.format == SAMPLED), None)
+        if sampled is None:
+            return None
+        return SamplingSpec(
+            max_tokens=self.healing_spec.sequence_tokens,
+            seed=self.healing_spec.seed,
+            temperature=sampled.temperature or 1.0,
+            batch_size=self.recipe.quality.batch_size,
+        )
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that fill the sampled text's share of the budget, whatever their documents' lengths.
+
+        The mixture is at most one document ahead of a source's share, so that this text is never read twice.
+        """
+        spec = self.healing_spec
+        held_out = 0 if spec.stop_when_flat is None else spec.held_out_sequences
+        n_tokens = (spec.steps * spec.batch_sequences + held_out) * spec.sequence_tokens
+        weights = {text.format == SAMPLED: 0.0 for text in self.healing_texts}
+        for text in self.healing_texts:
+            weights[text.format == SAMPLED] += text.weight or 1.0
+        return math.ceil(n_tokens * weights[True] / sum(weights.values())) + spec.sequence_tokens
+
+    # Identities of units
+
+    def scores(self, unit: EvaluationUnit, spec: QualitySpec, healed_key: str | None = None) -> dict[str, Any]:
+        """Of an evaluation; `healed_key` is the key of the healing that made the checkpoint."""
+        return {
+            "unit": unit.kind,
+            "model": self.model,
+            "plan": plan_identity(unit.plan),
+            "healed": healed_key,
+            "quality": self._fingerprint(spec),
+        }
+
+    def plan_scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
+        """Of the evaluation of a plan; the plan of softmax in every layer is the untouched model."""
+        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+        return self.scores(EvaluationUnit(plan=None if untouched else plan), spec)
+
+    def count(self, spec: QualitySpec) -> dict[str, Any]:
+        return {"unit": "count", "model": self.model, "quality": self._fingerprint(spec)}
+
+    def sweep(self, spec: QualitySpec, share: Share, plans: Sequence[Plan]) -> dict[str, Any]:
+        """Of what some plans say to one share of the items."""
+        return {
+            "unit": "sweep",
+            "model": self.model,
+            "quality": self._fingerprint(spec),
+            "share": [share.start, share.stop, share.seed],
+            "plans": [plan.to_dict() for plan in plans],
+        }
+
+    def search(
+        self, costs: Mapping[Treatment, Sequence[float]], speed_models: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Of the trials of a search, by what each layer costs and by what speed is predicted from beside bytes."""
+        spec, space, recipe = self.search_spec, self.plan_space, self.recipe
+        return {
+            "unit": "search",
+            "model": self.model,
+            "quality": self._fingerprint(self.search_quality_spec),
+            "objective": recipe.sensitivity.score if recipe.search.objective == "score" else "quality",
+            "costs": {treatment.value: list(of_layers) for treatment, of_layers in costs.items()},
+            "speed": {"models": list(speed_models), "condition": vars(self.condition)},
+            "space": {
+                "treatments": [treatment.value for treatment in space.treatments],
+                "window": space.window,
+                "pinned": {str(layer): treatment.value for layer, treatment in sorted(space.pinned.items())},
+                "limits": {limit.name: limit.at_most for limit in space.limits},
+            },
+            "spec": {
+                **{name: getattr(spec, name) for name in ("method", "trials", "seed", "sampler", "lag")},
+                "middle": spec.middle.value,
+                "remove_below": spec.remove_below and list(spec.remove_below),
+                "keep_above": spec.keep_above and list(spec.keep_above),
+                "plans": [str(plan) for plan in spec.plans],
+            },
+        }
+
+    @cached_property
+    def _healing(self) -> dict[str, Any]:
+        """Identity of what all plans are healed on, so that it is read once."""
+        healing, teacher = self.recipe.healing, self.facts.teacher
+        return {
+            "texts": [self._text(text) for text in self.healing_texts],
+            "documents": healing.documents,
+            "teacher": None if teacher is None else model_content(teacher, healing.teacher_revision),
+        }
+
+    def _text(self, text: HealingText) -> dict[str, Any]:
+        if text.format == SAMPLED:
+            return {"sampled": self._sampling(), "weight": text.weight}
+        return sources_identity([text.source()])[0]
+
+    def _sampling(self) -> dict[str, Any]:
+        assert self.sampling is not None
+        return {name: getattr(self.sampling, name) for name in ("max_tokens", "seed", "temperature")}
+
+    def healing(self, plan: Plan, spec: HealingSpec | None = None) -> dict[str, Any]:
+        """Of a plan healed by a spec (None: the recipe's).
+
+        How many workers share the work, and what they hold at once, is no part of it.
+        """
+        # What only feature maps are trained by changes nothing for a plan without any.
+        left_out = MEMORY_ONLY if plan.count(Treatment.LINEAR_WINDOW) else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
+        settings = (spec or self.healing_spec).to_dict()
+        return {
+            "unit": "heal",
+            "model": self.model,
+            "plan": plan_identity(plan),
+            "spec": {name: value for name, value in settings.items() if name not in left_out},
+            **self._healing,
+        }
+
+    def sampled_text(self) -> dict[str, Any]:
+        """Of all text that the parent may be asked for."""
+        return {"unit": "sampled text", "model": self.model, "sampling": self._sampling()}
+
+    def sample(self, unit: SampleUnit) -> dict[str, Any]:
+        return {**self.sampled_text(), "unit": "sample", "first": unit.first, "n_documents": unit.n_documents}
+
+    def throughput(self, unit: ThroughputUnit, hardware: str, healed_key: str | None) -> dict[str, Any]:
+        return {
+            "unit": "throughput",
+            "engine": self.recipe.throughput.engine,
+            **({} if unit.environment is None else {"engine_versions": unit.environment.versions}),
+            "hardware": hardware,
+            "model": self.model,
+            "plan": plan_identity(unit.plan),
+            "healed": healed_key,
+            "concurrency": unit.concurrency,
+            "prompt_tokens": unit.prompt_tokens,
+            "new_tokens": unit.new_tokens,
+            "repeats": unit.repeats,
+        }
+
+    def _fingerprint(self, spec: QualitySpec) -> str:
+        cache = self.__dict__.setdefault("_fingerprints", {})
+        if spec not in cache:
+            cache[spec] = spec_fingerprint(spec)
+        return cache[spec]

@@ -1,0 +1,41 @@
+"""What the checks learn of a model without loading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        path: the local folder or hub name.
+        commit: the hub's commit that the revision means now, or the cached one where the hub cannot be reached; None
+            for a local folder.
+        local_files_only: whether the model comes from the cache because the hub cannot be reached.
+        config: the transformers config.
+        n_layers: decoder layers.
+        context_tokens: the longest sequence of the model; None where its config sets no limit.
+        teacher: of the larger model that healing learns from, where there is one.
+    """
+
+    path: str
+    commit: str | None
+    local_files_only: bool
+    config: Any
+    n_layers: int
+    context_tokens: int | None
+    teacher: ModelFacts | None = None
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether this is a model that LayerBoost converted."""
+        return is_converted_type(self.config.model_type)
+
+
+def is_converted_type(model_type: str) -> bool:
+    from layerboost.families import CONVERTED_PREFIX
+
+    return model_type.startswith(CONVERTED_PREFIX)

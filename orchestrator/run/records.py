@@ -1,0 +1,45 @@
+"""Finds the records of a run by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layerboost.evaluation.scores import QualityError, Scores
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.kinds import SCORE_STAGES
+
+
+def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
+    """The scores of a record; None where there is none."""
+    record = None if key is None else find_record(folder, key)
+    return None if record is None else Scores.from_dict(record["scores"])
+
+
+def healing_record(folder: RunFolder, key: str) -> dict[str, Any]:
+    """What is recorded of a healing.
+
+    Raises:
+        QualityError: nothing is.
+    """
+    record = find_record(folder, key, ("heal",))
+    if record is None:
+        raise QualityError(f"healing {key}: is not recorded; run the recipe again")
+    return record
+
+
+def find_record(folder: RunFolder, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
+    """The result of a record, in whichever of the stages it stands."""
+    return find_records(folder, [key], stages)[0]
+
+
+def find_records(
+    folder: RunFolder, keys: Sequence[str], stages: Sequence[str] = SCORE_STAGES
+) -> list[dict[str, Any] | None]:
+    """The results of several records, None for each that stands in none of the stages."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        missing = [key for key in keys if key not in found]
+        records = folder.read_records(stage, missing)
+        found |= {record.key: record.result for record in records if record is not None}
+    return [found.get(key) for key in keys]

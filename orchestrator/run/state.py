@@ -1,0 +1,98 @@
+"""The state of a run: which records belong to it. `run.json` holds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from layerboost.plan import Plan
+from orchestrator.recipe.errors import InputError
+from orchestrator.run.folder import RunFolder
+
+RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
+
+
+REFINED = "refined"
+"""Origin of plans that refinement found."""
+
+
+CANDIDATE_ORIGINS = ("search", "given", REFINED)
+"""Origins of the plans that candidates for healing are chosen from; every other healed plan is a baseline."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One model of pareto.csv: a plan on the parent's weights, or healed (then with the key of its healing)."""
+
+    plan: Plan
+    origin: str
+    healed_key: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.plan.to_dict(), "origin": self.origin, "healed_key": self.healed_key}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Finalist:
+        return cls(Plan.from_dict(data), data["origin"], data["healed_key"])
+
+
+@dataclass
+class RunState:
+    """What belongs to a run, by the keys of its records; the content of `run.json`.
+
+    Attributes:
+        sensitivity: `source`, `context_tokens`, `layer`, `treatment`, `key` and `base_key` of each ablation; the rows
+            of the source that the chosen score needs come first.
+        adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
+        trials: points of the search with their plan, thresholds, origin, status, quality, both objectives of the
+            search (`objective`, and `speedup`, which is predicted), and the `key` of their scores.
+        baselines: `plan`, `window`, `origin`, predicted `speedup` of each baseline, and the `key` of its scores.
+        healed: `plan`, `window`, `origin`, `key` of each healed plan, the `quality_key` of its checkpoint, and its
+            `curve`: `share`, `tokens` and `key` of each point before that.
+        finalists: `Finalist.to_dict()` and `quality_key` of each.
+        branches: `Finalist.to_dict()` and `key` of each healed plan whose branches were checked.
+        throughput: `Finalist.to_dict()`, `concurrency`, `prompt_tokens`, `new_tokens` and `key` of each timing.
+        speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
+        lengths: the same of each timing over lengths.
+        halving: `plan`, `window`, `origin`, `rung`, `share`, `tokens`, predicted `speedup`, `survived`, `key` (of the
+            healing) and `quality_key` of each plan in each rung.
+        estimates: what each stage was expected to cost before the run; see `orchestrator.costs.estimate`.
+        stage_s: seconds that each stage took, all calls of the command together.
+        failures: `stage`, `name`, `error` of each unit that failed for good.
+    """
+
+    model: str
+    n_layers: int
+    score: str
+    environment: dict[str, Any]
+    base_key: str | None = None
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    adaptive: dict[str, Any] | None = None
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    baselines: list[dict[str, Any]] = field(default_factory=list)
+    healed: list[dict[str, Any]] = field(default_factory=list)
+    finalists: list[dict[str, Any]] = field(default_factory=list)
+    branches: list[dict[str, Any]] = field(default_factory=list)
+    throughput: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, Any] | None = None
+    lengths: list[dict[str, Any]] = field(default_factory=list)
+    halving: list[dict[str, Any]] = field(default_factory=list)
+    estimates: list[dict[str, Any]] = field(default_factory=list)
+    stage_s: dict[str, float] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_state(folder: RunFolder) -> RunState:
+    """Reads which records belong to the run in a folder.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    try:
+        return RunState(**json.loads(folder.read_bytes(RUN_FILE)))
+    except FileNotFoundError:
+        raise InputError("DIR", folder, f"has no {RUN_FILE}; give the --out of an earlier run") from None

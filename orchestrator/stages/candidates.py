@@ -1,0 +1,86 @@
+"""Which of the searched plans are healed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from layerboost.plan import Plan
+from layerboost.search.pareto import choose_spread
+from orchestrator.run.context import RunContext
+from orchestrator.run.state import CANDIDATE_ORIGINS
+
+
+def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
+    """The searched and given plans to heal: the most promising that hold the recipe's pins and limits.
+
+    Args:
+        n: how many at most; the recipe's number if None.
+    """
+    trials = {plan: trial for plan, trial in _faster_plans(run).items() if run.inputs.plan_space.holds(plan)}
+    n = run.inputs.recipe.healing.candidates if n is None else n
+    plans = list(trials)
+    return [plans[index] for index in most_promising(run, list(trials.values()), n)]
+
+
+def _faster_plans(run: RunContext) -> dict[Plan, dict[str, Any]]:
+    """The trials of the plans that are faster than the base, slowest first."""
+    trials = [trial for trial in run.state.trials if trial["quality"] is not None]
+    distinct = {Plan.from_dict(trial): trial for trial in reversed(trials)}
+    found = [
+        (plan, trial)
+        for plan, trial in distinct.items()
+        if trial["origin"] in CANDIDATE_ORIGINS and trial["speedup"] > 1
+    ]
+    return dict(sorted(found, key=lambda item: (item[1]["speedup"], str(item[0]))))
+
+
+def say_that_none_is_allowed(run: RunContext) -> None:
+    n_plans, space = len(_faster_plans(run)), run.inputs.plan_space
+    if n_plans:
+        names = [*(f"pin.{layer}" for layer in space.pinned), *(f"at_most.{limit.name}" for limit in space.limits)]
+        remedy = "loosen one, or let the search try more plans"
+        run.failed("candidates", {"plans": n_plans}, f"none of them holds constraints.{', '.join(names)}; {remedy}")
+
+
+_LEFT = 0.2
+"""Of what a plan loses, the share that healing leaves: 0.15 to 0.2 at losses worth serving (docs/method.md)."""
+
+
+_TARGET = 0.99
+"""Share of the quality that candidates are aimed at where the recipe asks for none; as the report's headline."""
+
+
+def most_promising(run: RunContext, entries: Sequence[dict[str, Any]], n: int) -> list[int]:
+    """The plans that spread best over expected quality and predicted speed, counted from a floor below the target.
+
+    From a far corner the fastest plans would come first however bad they are. What lies below the floor comes last, the
+    slowest first. The floor is twice as far below 1 as the target: healing may do better than is expected.
+
+    Args:
+        run: the run.
+        entries: `objective` and `speedup` of each plan; those without an objective are never chosen.
+        n: how many to choose at most.
+
+    Returns:
+        Indices, the best first.
+    """
+    target = run.inputs.recipe.constraints.at_least.get("quality_retained", _TARGET)
+    kept = [_kept(run, entry["objective"]) for entry in entries]
+    order = sorted(range(len(entries)), key=lambda index: entries[index]["speedup"])
+    points = [(1 - _LEFT * (1 - kept[index]), entries[index]["speedup"]) for index in order]
+    return [order[index] for index in choose_spread(points, n, (1 - 2 * (1 - target), 1.0))]
+
+
+def _kept(run: RunContext, objective: float | None) -> float:
+    """The share of the base's quality, or likelihood, that a value of the search's objective stands for."""
+    if objective is None:
+        return math.nan
+    recipe = run.inputs.recipe
+    is_quality = recipe.search.objective == "quality"
+    if not is_quality and recipe.sensitivity.score != "benchmark":
+        return math.exp(objective)
+    base = next((trial["quality"] for trial in run.state.trials if trial["origin"] == "base"), None)
+    loss = (base or 0.0) - objective if is_quality else -objective
+    return 1 - loss / base if base else objective

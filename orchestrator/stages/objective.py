@@ -1,0 +1,15 @@
+"""What the search maximises, and which plans are worth healing by what they may be expected to keep after it."""
+
+from __future__ import annotations
+
+from layerboost.evaluation.scores import Scores, quality
+from layerboost.sensitivity.drops import mean_drop
+from orchestrator.run.context import RunContext
+
+
+def objective(run: RunContext, base: Scores, scores: Scores) -> float:
+    """What the search maximises beside speed: the quality, or minus the drop of the recipe's sensitivity score."""
+    recipe = run.inputs.recipe
+    if recipe.search.objective == "quality":
+        return quality(scores)[0]
+    return 0.0 - mean_drop(base, scores, recipe.sensitivity.score).drop

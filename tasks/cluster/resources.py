@@ -1,0 +1,150 @@
+"""What nodes have, what a worker takes of it, and how many workers fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+AUTO = "auto"
+
+
+MAX_AUTO_CPU_WORKERS_PER_NODE = 8
+"""Without GPUs, `auto` starts at most this many workers on a node: each one loads the model."""
+
+
+class ResourcesError(ValueError):
+    """Workers that the cluster can never hold.
+
+    Attributes:
+        field: the placement field at fault: `workers`, `cpus_per_worker`, `gpus_per_worker` or `labels`.
+        value: what it asks for.
+        remedy: what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str):
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(f"placement.{field}: {value}: {remedy}")
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """One living node, or one that could be started.
+
+    Attributes:
+        labels: Ray's node labels; None where nobody knows them or they do not count: nodes to come, a cluster that
+            `connect` starts of this machine.
+    """
+
+    node_id: str
+    address: str
+    cpus: float
+    gpus: float
+    object_store_bytes: float = 0.0
+    labels: tuple[tuple[str, str], ...] | None = ()
+
+    def carries(self, labels: Mapping[str, str]) -> bool:
+        """Whether work for nodes with some labels may go there."""
+        return self.labels is None or set(labels.items()) <= set(self.labels)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """How many workers, what each one holds, the labels of the nodes that they may go to.
+
+    Attributes:
+        activations_gib: how much a worker's activations may take; None: what it finds fit.
+    """
+
+    n_workers: int
+    cpus: float
+    gpus: float
+    activations_gib: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def actor_options(self) -> dict:
+        """Options for `ray.remote(...)` of one worker."""
+        selector = {"label_selector": dict(self.labels)} if self.labels else {}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
+
+
+def labelled(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[NodeResources, ...]:
+    """Those nodes that work for some labels may go to."""
+    return tuple(node for node in nodes if node.carries(labels))
+
+
+def with_node_to_come(
+    nodes: Sequence[NodeResources], growth: Sequence[NodeResources], labels: Mapping[str, str]
+) -> tuple[NodeResources, ...]:
+    """The nodes; and where none of them that carries the labels has a CPU or GPU to give, the largest of `growth`.
+
+    So it is with an idle cluster in a cloud, of which only the head is left.
+    """
+    if not growth or any(node.cpus or node.gpus for node in labelled(nodes, labels)):
+        return tuple(nodes)
+    return (*nodes, max(growth, key=lambda node: (node.gpus, node.cpus)))
+
+
+def selected(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The labels that Ray is to be told; none where those of this machine do not count."""
+    return () if all(node.labels is None for node in nodes) else tuple(sorted(labels.items()))
+
+
+def no_such_node(labels: Mapping[str, str]) -> ResourcesError:
+    """That no node carries the labels."""
+    written = ", ".join(f"{name}: {value}" for name, value in sorted(labels.items()))
+    return ResourcesError("labels", written, "no node carries them; start one with ray start --labels")
+
+
+def fit_workers(
+    workers: int | str, cpus_per_worker: float | str, gpus_per_worker: float | str, nodes: Sequence[NodeResources]
+) -> WorkerResources:
+    most_cpus, most_gpus = (max((size(node) for node in nodes), default=0.0) for size in (_cpus, _gpus))
+    gpus = (1.0 if most_gpus >= 1 else 0.0) if gpus_per_worker == AUTO else float(gpus_per_worker)
+    if gpus > most_gpus:
+        raise ResourcesError("gpus_per_worker", gpus, f"no node has more than {most_gpus:g} GPUs; ask for at most that")
+    if cpus_per_worker != AUTO:
+        cpus = float(cpus_per_worker)
+    elif gpus > 0:
+        cpus = 1.0
+    else:
+        cpus = max(1.0, most_cpus // MAX_AUTO_CPU_WORKERS_PER_NODE)
+    if cpus > most_cpus:
+        raise ResourcesError("cpus_per_worker", cpus, f"no node has more than {most_cpus:g} CPUs; ask for at most that")
+    if cpus == 0 and gpus == 0:
+        raise ResourcesError("cpus_per_worker", 0, "a worker needs a CPU or a GPU; give one of them")
+    fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
+    if fitting == 0:
+        raise ResourcesError(
+            "cpus_per_worker", cpus, f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for fewer of one"
+        )
+    n_workers = fitting if workers == AUTO else int(workers)
+    if n_workers > fitting:
+        raise ResourcesError(
+            "workers", n_workers, f"only {fitting} of {cpus:g} CPUs and {gpus:g} GPUs fit; ask for at most that"
+        )
+    return WorkerResources(n_workers, cpus, gpus)
+
+
+def _cpus(node: NodeResources) -> float:
+    return node.cpus
+
+
+def _gpus(node: NodeResources) -> float:
+    return node.gpus
+
+
+def _fitting(node: NodeResources, cpus: float, gpus: float) -> int:
+    """Workers of a size that fit on a node; a fraction of a GPU never straddles two GPUs."""
+    by_cpu = math.floor(node.cpus / cpus + 1e-9) if cpus else math.inf
+    if not gpus:
+        by_gpu = math.inf
+    elif gpus < 1:
+        by_gpu = int(node.gpus) * math.floor(1 / gpus + 1e-9)
+    else:
+        by_gpu = math.floor(node.gpus / gpus + 1e-9)
+    return int(min(by_cpu, by_gpu))

@@ -1,0 +1,224 @@
+"""Judging many variants of one model: workers that load it once and share its weights with every variant."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from layerboost.checkpoint import ModelSource
+from layerboost.convert import convert
+from layerboost.evaluation.evaluate import evaluate, text_sequences
+from layerboost.evaluation.plan_evaluation import PlanEvaluation
+from layerboost.evaluation.scores import QualitySpec, Scores, quality
+from layerboost.healing.branches import branch_check
+from layerboost.healing.spec import HealingSpec
+from layerboost.healing.training import student_from
+from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity.cosine import cosine_scores
+from layerboost.storage.publish import read_tensors
+from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
+from tasks.cluster.resources import WorkerResources
+from tasks.pool.actors import actor_maker
+from tasks.pool.out_of_memory import SHRUNK, in_memory
+from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.watch import UNWATCHED, Watch
+
+_LEAST_BUDGET_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class EvaluationUnit:
+    """One thing to judge.
+
+    Attributes:
+        kind: `scores` judges a model, `cosine` gives the distances that need no variant, `branches` what the branches
+            of a model's linear_window layers are worth over the quality's text.
+        plan: how the parent is converted before it is judged; None leaves it untouched.
+        checkpoint: folder of a healed model to judge in the parent's place; no plan then, it has its own.
+        trained: file of the parameters that healing had trained so far, put into the converted parent; with a plan.
+        healing: how they were trained; with `trained`.
+    """
+
+    kind: Literal["scores", "cosine", "branches"] = "scores"
+    plan: Plan | None = None
+    checkpoint: str | None = None
+    trained: str | None = None
+    healing: HealingSpec | None = None
+
+    def __post_init__(self) -> None:
+        if (self.plan is not None or self.kind == "cosine") and self.checkpoint is not None:
+            raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
+        if self.trained is not None and (self.plan is None or self.healing is None):
+            raise ValueError(f"trained: {self.trained} says neither plan nor healing; give both")
+
+
+def base_unit() -> EvaluationUnit:
+    """The untouched parent."""
+    return EvaluationUnit()
+
+
+def cosine_unit() -> EvaluationUnit:
+    """The cosine distances of all layers of the parent, over the quality's text."""
+    return EvaluationUnit("cosine")
+
+
+class EvaluationWorker:
+    """Holds the parent and judges variants of it. A plain class: Ray only wraps it.
+
+    Args:
+        source: the parent.
+        spec: what variants are judged by.
+        threads: CPU threads for torch; None leaves them. A Ray worker that is used again would keep its old number.
+        activations_gib: bound on the activations of a pass; None takes half of a GPU's free memory, 1 GiB on a CPU.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: QualitySpec,
+        threads: int | None = None,
+        activations_gib: float | None = None,
+    ):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.source, self.spec = source, spec
+        self.base = source.load()
+        self.tokenizer = source.load_tokenizer()
+        self.budget_bytes = self._budget_bytes(activations_gib)
+        self._evaluations: dict[QualitySpec, PlanEvaluation] = {}
+        self._n_halvings = 0
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def shrink(self) -> bool:
+        """Halves what is held at a time beside the weights; False where it is the least already."""
+        if self.spec.batch_size >> self._n_halvings <= 1 and self.budget_bytes <= _LEAST_BUDGET_BYTES:
+            return False
+        self._n_halvings += 1
+        self.budget_bytes //= 2
+        self._evaluations.clear()
+        return True
+
+    def run(self, unit: Any) -> dict[str, Any]:
+        """Does one unit, with less at a time where memory runs out; then the result has SHRUNK."""
+        result = in_memory(lambda: self._run(unit), self.shrink)
+        if self._n_halvings:
+            held = {"batch_size": self._smaller(self.spec).batch_size, "activations_gib": self.budget_bytes / 2**30}
+            result[SHRUNK] = held
+        return result
+
+    def _smaller(self, spec: QualitySpec) -> QualitySpec:
+        """A spec as this worker has memory for."""
+        return replace(spec, batch_size=max(1, spec.batch_size >> self._n_halvings))
+
+    def _run(self, unit: EvaluationUnit) -> dict[str, Any]:
+        """Judges one unit.
+
+        Returns:
+            JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`), `cosine` (a list of each layer's distances,
+            one for each sequence) or `branches` (`BranchLoss.to_dict()` of each). Where the quality has a text, the
+            divergence from the parent is among the scores.
+        """
+        start = time.perf_counter()
+        result: dict[str, Any]
+        if unit.kind == "cosine":
+            sequences = text_sequences(self.tokenizer, self.spec)
+            batch_size = self._smaller(self.spec).batch_size
+            result = {"cosine": cosine_scores(self.base, sequences, batch_size=batch_size).tolist()}
+        elif unit.kind == "branches":
+            sequences = text_sequences(self.tokenizer, self.spec)
+            checked = branch_check(self._variant(unit), sequences, self._smaller(self.spec).batch_size)
+            result = {"branches": [branch.to_dict() for branch in checked]}
+        else:
+            result = {"scores": self._scores(unit).to_dict()}
+        return {**result, "evaluation_s": time.perf_counter() - start}
+
+    def _scores(self, unit: EvaluationUnit) -> Scores:
+        if unit.checkpoint is None and unit.trained is None:
+            return self.evaluation(self.spec).run([unit.plan or self.untouched])[0]
+        return evaluate(self._variant(unit), self.tokenizer, self._smaller(self.spec), base=self.base)
+
+    def _variant(self, unit: EvaluationUnit) -> PreTrainedModel:
+        """The model of a unit as one of its own."""
+        if unit.checkpoint is not None:
+            return self.source.load(unit.checkpoint)
+        if unit.trained is not None:
+            assert unit.plan is not None and unit.healing is not None
+            trained, _ = read_tensors(unit.trained)
+            return student_from(self.base, unit.plan, unit.healing, trained)
+        return self.base if unit.plan is None else convert(self.base, unit.plan)
+
+    @property
+    def untouched(self) -> Plan:
+        """The plan of the parent as it is."""
+        return Plan.uniform(Treatment.SOFTMAX, self.base.config.num_hidden_layers)
+
+    def evaluation(self, spec: QualitySpec) -> PlanEvaluation:
+        """Judges plans by a spec; what its tasks ask is prepared once."""
+        if spec not in self._evaluations:
+            smaller = self._smaller(spec)
+            self._evaluations[spec] = PlanEvaluation(self.base, self.tokenizer, smaller, budget_bytes=self.budget_bytes)
+        return self._evaluations[spec]
+
+    def _budget_bytes(self, activations_gib: float | None) -> int:
+        if activations_gib is not None:
+            return int(activations_gib * 2**30)
+        return torch.cuda.mem_get_info()[0] // 2 if self.base.device.type == "cuda" else DEFAULT_BUDGET_BYTES
+
+
+def evaluate_units(
+    units: Sequence[EvaluationUnit],
+    source: ModelSource,
+    spec: QualitySpec,
+    resources: WorkerResources,
+    *,
+    on_result: Callable[[EvaluationUnit, dict, float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
+) -> list[UnitFailure]:
+    """Judges all units on the cluster, one model for each worker; see `run_units` for the callbacks and failures."""
+    make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads, resources.activations_gib)
+    return run_units(
+        units,
+        make_actor,
+        n_workers=resources.n_workers,
+        on_result=on_result,
+        on_failure=on_failure,
+        max_attempts=max_attempts,
+        watch=watch,
+    )
+
+
+class PlanEvaluator:
+    """Scores and quality of plans: what the search judges them by."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: QualitySpec,
+        threads: int | None = None,
+        activations_gib: float | None = None,
+    ):
+        self._worker = EvaluationWorker(source, spec, threads, activations_gib)
+
+    def __call__(self, plan: Plan) -> dict[str, Any]:
+        """`quality`, `quality_stderr`, `scores`, `evaluation_s`. The all-softmax plan is the base itself."""
+        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+        result = self._worker.run(EvaluationUnit(plan=None if untouched else plan))
+        value, stderr = quality(Scores.from_dict(result["scores"]))
+        return {"quality": value, "quality_stderr": stderr, **result}
+
+
+def plan_evaluator_maker(
+    source: ModelSource, spec: QualitySpec, resources: WorkerResources
+) -> Callable[[], PlanEvaluator]:
+    """What `run_search` needs: called once in each trial process, it loads the model there."""
+    return functools.partial(PlanEvaluator, source, spec, resources.threads, resources.activations_gib)

@@ -1,0 +1,1 @@
+"""Healing as Ray Train jobs with DeepSpeed engines."""

@@ -1,0 +1,167 @@
+"""Many healings at once: each is a Ray Tune trial that runs a Ray Train job of its own.
+
+A trial holds no resources, for it only waits: its job's workers hold them. As many trials run at once as the cluster
+has room for such jobs, so that none waits for room that another one keeps. A rung that was interrupted resumes by being
+run again without the healings that are recorded; those that were under way go on from their own checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from tasks.cluster import connection
+from tasks.cluster.resources import NodeResources, labelled
+from tasks.healing.job import HealingJob, located
+from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
+from tasks.healing.run import HealingResult, heal
+from tasks.pool.pool import Interrupt, UnitFailure, finish_on_interrupt
+from tasks.pool.watch import UNWATCHED, Watch
+from tasks.tune import UnitSearcher, quiet, temporary_folder
+
+_NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
+"""What a trial holds, since Tune wants it to hold something: one byte."""
+
+
+def heal_all(
+    jobs: Sequence[HealingJob],
+    *,
+    on_result: Callable[[HealingJob, HealingResult, float], None],
+    on_failure: Callable[[UnitFailure[HealingJob]], None] | None = None,
+    max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
+) -> list[UnitFailure[HealingJob]]:
+    """Heals on the connected cluster, as many jobs at once as it has room for.
+
+    A first Ctrl-C lets the trials under way finish, hands their results over and raises KeyboardInterrupt.
+
+    Args:
+        jobs: of one placement; their names tell them apart.
+        on_result: called in this process with job, result and seconds, as soon as a job is done: to be recorded at
+            once. What it raises ends the rung when the trials under way are done.
+        on_failure: called in this process with each job that failed for good; the others go on.
+        max_attempts: how often a job is tried whose trial's process dies; it goes on from its last checkpoint.
+        watch: what is told of each job; whether one is hung its workers decide (`HealingJob.step_timeout_s`).
+
+    Returns:
+        The failures, in the order in which they happened.
+    """
+    if not jobs:
+        return []
+    jobs = [located(job) for job in jobs]
+    with finish_on_interrupt() as interrupt:
+        searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts, watch)
+        with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder, freeing_groups_of_the_dead():
+            _tuner(jobs, searcher, folder, max_attempts).fit()
+        if searcher.raised is not None:
+            raise searcher.raised
+        if interrupt.requested:
+            raise KeyboardInterrupt
+    return searcher.failures
+
+
+def jobs_at_once(job: HealingJob, nodes: Sequence[NodeResources] | None = None) -> int:
+    """How many jobs of one placement the nodes (None: the connected cluster's) have workers for; at least one."""
+    size = {"cpus": job.cpus_per_worker, "gpus": job.gpus_per_worker}
+    n_workers = 0
+    for node in labelled(connection.resources() if nodes is None else nodes, dict(job.node_labels)):
+        n_workers += min(int(getattr(node, name) / amount + 1e-9) for name, amount in size.items() if amount)
+    return max(1, n_workers // job.n_workers)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a trial gave: a result, or why there is none."""
+
+    result: HealingResult | None
+    error: str | None
+    duration_s: float
+
+
+class HealingTrial(tune.Trainable):
+    """Heals the job of its config, in one step. The process is reused for the next job."""
+
+    def setup(self, config: dict, jobs: Sequence[HealingJob]) -> None:  # type: ignore[override]
+        self._jobs = jobs
+
+    def reset_config(self, new_config: dict) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        start = time.monotonic()
+        result, error = None, None
+        try:
+            result = heal(self._jobs[self.config["job"]])
+        except Exception as raised:  # raised to Tune it would be tried again; heal has tried as often as the job says
+            error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}"
+        return {"outcome": _Outcome(result, error, time.monotonic() - start), "done": True}
+
+
+class _JobSearcher(UnitSearcher[int]):
+    """The jobs, each by its number."""
+
+    def __init__(
+        self,
+        jobs: Sequence[HealingJob],
+        n_at_once: int,
+        interrupt: Interrupt,
+        on_result: Callable[[HealingJob, HealingResult, float], None],
+        on_failure: Callable[[UnitFailure[HealingJob]], None] | None,
+        max_attempts: int,
+        watch: Watch,
+    ):
+        super().__init__(min(n_at_once, len(jobs)), interrupt, max_attempts, watch)
+        self.failures: list[UnitFailure[HealingJob]] = []
+        self._jobs, self._on_result, self._on_failure = jobs, on_result, on_failure
+        self._waiting = deque(range(len(jobs)))
+
+    def _next(self) -> int | None:
+        return self._waiting.popleft() if self._waiting else None
+
+    def _exhausted(self) -> bool:
+        return not self._waiting
+
+    def _config(self, index: int) -> dict[str, Any]:
+        return {"job": index}
+
+    def _told(self, index: int) -> HealingJob:
+        return self._jobs[index]
+
+    def _take(self, index: int, outcome: _Outcome) -> None:
+        if outcome.result is None:
+            self._fail(index, outcome.error or "no result", 1)
+        else:
+            self._on_result(self._jobs[index], outcome.result, outcome.duration_s)
+
+    def _fail(self, index: int, error: str, n_attempts: int) -> None:
+        self.failures.append(UnitFailure(self._jobs[index], error, n_attempts))
+        if self._on_failure is not None:
+            self._on_failure(self.failures[-1])
+
+
+def _tuner(jobs: Sequence[HealingJob], searcher: _JobSearcher, folder: str, max_attempts: int) -> tune.Tuner:
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(HealingTrial, jobs=jobs), tune.PlacementGroupFactory([_NEXT_TO_NOTHING])
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=len(jobs),
+            reuse_actors=True,
+            trial_name_creator=lambda trial: f"heal_{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"heal_{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="healing",
+            storage_path=folder,
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=max_attempts - 1),
+        ),
+    )

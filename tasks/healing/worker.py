@@ -1,0 +1,287 @@
+"""What each worker of a healing job does: the phases in a DeepSpeed engine, checkpoints, the healed model's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
+from layerboost.convert import convert
+from layerboost.healing.adapters import load_trained
+from layerboost.healing.distillation import make_trainee
+from layerboost.healing.spec import HEAL, TRANSFER, HeldOut, Phase, annealing_start, last_step, phases_of
+from layerboost.healing.training import CurveRow, NonFiniteLossError, run_phase, split_held_out, student_from
+from layerboost.storage.errors import DiskFullError, is_disk_full, retried
+from layerboost.storage.publish import publish_folder, publish_tensors
+from layerboost.text.batches import GlobalBatches
+from tasks.healing.attention_transfer import read_fitted_layers
+from tasks.healing.engine import make_engine, release, save_state, saved_parameters, trained_parameters
+from tasks.healing.job import HealingJob, ProgressClock, StepEvent, load_parent, load_text, prepare_process
+from tasks.healing.micro_batch import note_smaller_micro_batch, with_noted_micro_batch
+from tasks.healing.termination import TerminationNoticeError, notice_given
+from tasks.pool.out_of_memory import is_out_of_memory
+from tasks.pool.watch import HungProcess, ends_if_hung
+
+_PROGRESS_FILE, _STATE_FILE = "progress.json", "state.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
+    """What Ray Train runs on each worker: all phases from the last checkpoint on, then the checkpoint's folder.
+
+    Args:
+        listener: an actor handle of a `ProgressBox`, or None.
+
+    Returns:
+        a `Progress` as dictionary; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a
+        DiskFullError (returned, since to try again would only find them again).
+    """
+    from ray import train
+
+    job = with_noted_micro_batch(job)
+    prepare_process(job)
+    checkpoint = train.get_checkpoint()
+    try:
+        with (
+            nullcontext() if checkpoint is None else checkpoint.as_directory() as folder,
+            ends_if_hung(job.step_timeout_s) as hung,
+        ):
+            restored = None if folder is None else Path(folder)
+            return _Worker(job, listener, restored, hung).run()
+    except NonFiniteLossError as error:
+        return {"error": str(error)}
+    except DiskFullError as error:
+        return {"disk_full": str(error)}
+    except Exception as error:
+        if is_out_of_memory(error):  # all workers are started again from the last checkpoint
+            note_smaller_micro_batch(job, train.get_context().get_world_size())
+        raise
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what it returns, and what a checkpoint says beside the state. It grows in place."""
+
+    curve: list[CurveRow] = field(default_factory=list)
+    measured: list[HeldOut] = field(default_factory=list)
+    snapshots: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Progress:
+        return cls(
+            curve=[CurveRow(**row) for row in data["curve"]],
+            measured=[HeldOut(**row) for row in data["measured"]],
+            snapshots={int(step): url for step, url in data["snapshots"].items()},
+        )
+
+
+def read_progress(folder: Path, fingerprint: str) -> Progress | None:
+    """The progress in a checkpoint's folder, if the checkpoint is of the job of this fingerprint."""
+    state = json.loads((folder / _PROGRESS_FILE).read_text())
+    return Progress.from_dict(state) if state["fingerprint"] == fingerprint else None
+
+
+class _Worker:
+    """One worker's way through the phases of a job."""
+
+    def __init__(self, job: HealingJob, listener: Any, restored: Path | None, hung: HungProcess):
+        from ray import train
+        from ray.train.torch import get_device
+
+        self.job, self.spec, self.listener, self.hung = job, job.spec, listener, hung
+        self.rank, self.world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
+        self.device = get_device()
+        found = None if restored is None else read_progress(restored, job.fingerprint)
+        if restored is not None and found is None:
+            log.warning("checkpoint of %s is of another plan, spec or text: starting over", job.name)
+        self.is_going = False
+        self.restored = restored if found is not None else None
+        self.done = found or Progress()
+        self.tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        text, self.held_out = split_held_out(load_text(job, self.tokenizer), self.spec)
+        self.batches = GlobalBatches(text, self.spec.batch_sequences, self.spec.seed)
+
+    def run(self) -> dict[str, Any]:
+        trained: dict[str, torch.Tensor] = {}
+        if self.restored is None and (phase := self.job.transfer_phase) is not None:
+            trained = self._take_over_layers(phase)
+        for phase in phases_of(self.spec, self.job.plan, self._load_config().hidden_size):
+            resumes = self.restored is not None and self.done.curve[-1].phase == phase.name
+            if resumes or len(self.done.curve) <= phase.first_step:  # else the run is past it
+                trained = self._run_phase(phase, trained, resumes)
+        if self.job.output is None:
+            self._snapshot(self.done.curve[-1].step, trained)
+        else:
+            output = self.job.output
+            self._together(lambda: self._save(trained, output) if self.rank == 0 else None, output)
+        return asdict(self.done)
+
+    def _take_over_layers(self, phase: Phase) -> dict[str, torch.Tensor]:
+        """What a transfer by layer trained; takes over its curve and writes its snapshots."""
+        fitted = read_fitted_layers(self.job, phase)
+        for step, loss in enumerate(fitted.losses, start=1):
+            self.done.curve.append(CurveRow(TRANSFER, step, step * self.spec.tokens_per_step, loss))
+        for step in self.job.snapshot_steps:
+            if step <= phase.steps:
+                self._snapshot(step, fitted.parameters[step])
+        return fitted.parameters[phase.steps]
+
+    def _run_phase(self, phase: Phase, trained: dict[str, torch.Tensor], resumes: bool) -> dict[str, torch.Tensor]:
+        """Trains a phase; returns what it trained, by the student's parameter names, where it is needed."""
+        parent, student = self._load_pair(trained)
+        state_file = self.restored / _STATE_FILE if resumes and self.restored is not None else None
+        start = len(self.done.curve) - phase.first_step
+        keeps = self.rank == 0 or phase.name == TRANSFER  # all workers go on from a transfer, one saves the model
+        if state_file is not None and phase.first_step + start >= self._end_of(phase):
+            return saved_parameters(state_file, student.dtype) if keeps else {}
+        teacher = self._load_teacher(parent) if phase.name == HEAL else parent
+        trainee = make_trainee(phase.name, teacher, student, self.spec)
+        del parent, teacher
+        engine = make_engine(trainee, self.job, phase, self.world_size, state_file)
+        clock = ProgressClock(phase.first_step + start)
+
+        def on_step(row: CurveRow) -> None:
+            self.hung.alive()
+            self.done.curve.append(row)
+            if self.rank == 0 and self.listener is not None:
+                self.listener.put.remote(asdict(clock.progress(row, self.spec.steps)))
+            if row.step in self.job.snapshot_steps:
+                self._snapshot(row.step, trained_parameters(engine, keep=self.rank == 0))
+            is_going = self.is_going  # as the step's sum of losses has it, so that it is the same on all ranks
+            if is_going or row.step == self._end_of(phase) or row.step % self.job.checkpoint_every_steps == 0:
+                self._report(engine, row)
+            if self.job.on_step is not None:
+                self.job.on_step(StepEvent(phase.name, row.step, self.rank))
+            if is_going:
+                raise TerminationNoticeError(f"a worker is about to go; stopped behind the checkpoint of {row.step}")
+
+        run_phase(
+            engine,
+            phase,
+            self.batches,
+            self.spec,
+            start=start,
+            held_out=self.held_out,
+            measured=self.done.measured,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            sum_over_workers=self._sum,
+            on_step=on_step,
+        )
+        trained = trained_parameters(engine, keep=keeps)
+        release(engine)
+        return trained
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sums a number over the workers, and with it whether one of them is about to go: no call of its own."""
+        noticed = torch.full_like(value, float(notice_given()))
+        summed = _sum_over_workers(torch.stack([value, noticed]))
+        self.is_going = bool(summed[1] > 0)
+        return summed[0]
+
+    def _end_of(self, phase: Phase) -> int:
+        """The step that ends a phase, as far as the held-out divergence says it by now."""
+        return last_step(phase, annealing_start(self.spec, self.done.measured) if phase.name == HEAL else None)
+
+    def _load_config(self) -> Any:
+        job = self.job
+        config = AutoConfig.from_pretrained(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        return config.get_text_config()
+
+    def _load_pair(self, trained: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The parent from disk and its conversion, which shares its parameters and holds what was trained so far."""
+        parent: Any = load_parent(self.job)
+        if self.job.zero_stage < 3:  # else DeepSpeed gives each GPU its part alone
+            parent = parent.to(self.device)
+        student = convert(parent, self.job.plan, parent=self.job.model, revision=self.job.revision)
+        load_trained(student, trained)
+        return parent, student
+
+    def _load_teacher(self, parent: PreTrainedModel) -> PreTrainedModel:
+        job = self.job
+        if job.teacher is None:
+            return parent
+        return load_model(
+            job.teacher,
+            dtype=parent.dtype,
+            device=parent.device,
+            revision=job.teacher_revision,
+            trust_remote_code=job.trust_remote_code,
+        )
+
+    def _snapshot(self, step: int, trained: dict[str, torch.Tensor]) -> None:
+        url = f"{(self.job.snapshot_url or '').rstrip('/')}/{step}.safetensors"
+        self._together(lambda: publish_tensors(trained, url) if self.rank == 0 else None, url)
+        self.done.snapshots[step] = url
+
+    def _report(self, engine: Any, row: CurveRow) -> None:
+        """Hands Ray Train a checkpoint of rank 0; the others report that they are there."""
+        from ray import train
+
+        with tempfile.TemporaryDirectory() as folder:
+
+            def save() -> None:
+                save_state(engine, Path(folder) / _STATE_FILE if self.rank == 0 else None)
+                state = {"fingerprint": self.job.fingerprint, **asdict(self.done)}
+                (Path(folder) / _PROGRESS_FILE).write_text(json.dumps(state))
+
+            def report() -> None:
+                whole = {"checkpoint": train.Checkpoint.from_directory(folder), "checkpoint_upload_fn": _upload}
+                train.report(row.to_dict(), **(whole if self.rank == 0 else {}))
+
+            self._together(save, folder)
+            self._together(report, f"{self.job.storage_path}/{self.job.name}")
+
+    def _together(self, write: Callable[[], None], place: str) -> None:
+        """Writes something to a place, on all ranks; a full disk on one ends them all: none waits for another.
+
+        Raises:
+            DiskFullError: on every rank.
+        """
+        self.hung.alive()
+        reason = ""
+        try:
+            write()
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            reason = str(error)
+        if _sum_over_workers(torch.tensor(float(bool(reason)), device=self.device)):
+            raise DiskFullError(f"{place}: {reason or 'no room'}")
+
+    def _save(self, trained: dict[str, torch.Tensor], output: str) -> None:
+        job = self.job
+        student = student_from(load_parent(job), job.plan, self.spec, trained, parent=job.model, revision=job.revision)
+        card = {"healing tokens": self.done.curve[-1].tokens, **(job.card or {})}
+        publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), output)
+
+
+def _upload(checkpoint: Any, name: str) -> Any:
+    """Ray Train's way to store a checkpoint, but tried again where storage fails, and there whole or not at all."""
+    from ray import train
+
+    storage = train.get_context().get_storage()
+    try:
+        return retried(storage.persist_current_checkpoint)(checkpoint, name)
+    except BaseException:
+        with suppress(OSError):
+            storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
+        raise
+
+
+def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:
+    import torch.distributed as dist
+
+    dist.all_reduce(value)
+    return value

@@ -1,0 +1,336 @@
+"""Independent units of work on a pool of Ray actors that may die, and the results that come back from them.
+
+An actor is anything with two methods: `run(unit) -> result` and `info() -> dict` (where it runs); a third, `shrink()`,
+is called where the actor before it was ended by Ray since its node ran out of memory. It is made once for each worker,
+so that what it holds, a model above all, is loaded once. `ray.util.ActorPool` keeps dead actors; here one is replaced,
+wherever the cluster has room for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from tasks.pool.out_of_memory import SHRUNK, was_ended_for_memory
+from tasks.pool.watch import UNWATCHED, UnitEvent, Watch
+
+logger = logging.getLogger(__name__)
+
+Unit = TypeVar("Unit")
+
+_POLL_S = 0.5
+_STARVING_WARNING_S = 60.0
+_GROWTH_POLL_S = 3.0
+
+
+@dataclass(frozen=True)
+class UnitFailure(Generic[Unit]):
+    """A unit that was tried as often as allowed and never gave a result.
+
+    Attributes:
+        unit: as it was handed in.
+        error: the last error: one line, then its traceback where there is one.
+        n_attempts: how often it was tried; 0 where no worker could be started for it.
+    """
+
+    unit: Unit
+    error: str
+    n_attempts: int
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    ready: Any
+    info: dict | None = None
+    unit: int | None = None
+    result: Any = None
+    started_s: float = 0.0
+    created_s: float = field(default_factory=time.monotonic)
+
+
+def run_units(
+    units: Sequence[Unit],
+    make_actor: Callable[[], Any],
+    *,
+    n_workers: int | Callable[[], int],
+    on_result: Callable[[Unit, Any, float, dict], None],
+    on_results_end: Callable[[], None] | None = None,
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    more_units: Callable[[], Sequence[Unit]] | None = None,
+    max_attempts: int = 3,
+    watch: Watch = UNWATCHED,
+) -> list[UnitFailure]:
+    """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
+
+    One unit is in flight for each actor, which has its next one before the result of the last is handed over. An actor
+    that dies is replaced and its unit tried again; so is a unit that raises, on the same actor. An actor whose unit
+    gives no result within `watch.timeout_s` is killed, which is the same. Nodes may leave and join: a replacement waits
+    for room while the others work on. Nothing is waited for that nobody needs: an actor that never finds room is given
+    up when the units are done.
+
+    The first Ctrl-C lets the units in flight finish and hands their results over, then raises KeyboardInterrupt; the
+    second one raises at once.
+
+    Args:
+        units: picklable values, each independent of the others.
+        make_actor: makes one actor (a handle with `run` and `info`).
+        n_workers: actors at most; never more than units. A function is asked again every few seconds, so that actors
+            are added where a cluster grows under a running job.
+        on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
+            What it raises ends the run.
+        on_results_end: called when `on_result` has had all results that are there by now, at least once after each:
+            who writes them together is not outrun by many workers.
+        on_failure: called in this process with each failure as it happens.
+        more_units: called when all units are done, for those that follow from their results; the actors are kept. The
+            run ends when it has none.
+        max_attempts: how often a unit is tried, and how often in a row an actor may fail to start.
+        watch: what is told of each unit, and when one is taken for hung.
+
+    Returns:
+        The failures, in the order in which they happened; the same ones `on_failure` got.
+    """
+    units = list(units) or (list(more_units()) if more_units else [])
+    if not units:
+        return []
+    loop = _Loop(units, make_actor, n_workers, on_result, on_results_end, on_failure, more_units, max_attempts, watch)
+    with finish_on_interrupt() as interrupt:
+        try:
+            loop.run(interrupt)
+        finally:
+            loop.close()
+    return loop.failures
+
+
+class _Loop:
+    def __init__(
+        self, units, make_actor, n_workers, on_result, on_results_end, on_failure, more_units, max_attempts, watch
+    ):
+        self.units, self.make_actor, self.max_attempts, self.watch = units, make_actor, max_attempts, watch
+        self.on_result, self.on_results_end = on_result, on_results_end
+        self.on_failure, self.more_units = on_failure, more_units
+        self.ask_n_workers = n_workers if callable(n_workers) else None
+        self.n_workers = n_workers() if callable(n_workers) else n_workers
+        self.asked_s = time.monotonic()
+        self.waiting = deque(range(len(units)))
+        self.attempts = [0] * len(units)
+        self.workers: list[_Worker] = []
+        self.failures: list[UnitFailure] = []
+        self.n_ended_for_memory = 0
+        self.start_failures = 0
+        self.start_error = ""
+        self.warned_s = time.monotonic()
+
+    def run(self, interrupt: Interrupt) -> None:
+        import ray
+
+        while True:
+            in_flight = [worker for worker in self.workers if worker.unit is not None]
+            if interrupt.requested and not in_flight:
+                raise KeyboardInterrupt
+            if not self.waiting and not in_flight and not self._add_units():
+                return
+            if not interrupt.requested:
+                self._fill()
+            if not self.workers:
+                self._give_up_waiting()
+                continue
+            pending = {
+                self._reference(worker): worker for worker in self.workers if self._reference(worker) is not None
+            }
+            ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
+            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+            collected = [self._collect(pending[reference], reference) for reference in done]
+            # Not after the hand-over, which may take long: what was ready by then would count as hung.
+            self._end_hung_units()
+            if not interrupt.requested:
+                self._fill()
+            self._hand_over([result for result in collected if result is not None])
+            self._warn_if_starving()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            self._kill(worker)
+        self.workers.clear()
+
+    @staticmethod
+    def _reference(worker: _Worker):
+        return worker.ready if worker.info is None else worker.result
+
+    def _add_units(self) -> bool:
+        """Takes in what follows from the results; whether there is anything."""
+        units = [] if self.more_units is None else list(self.more_units())
+        self.waiting += range(len(self.units), len(self.units) + len(units))
+        self.units += units
+        self.attempts += [0] * len(units)
+        return bool(units)
+
+    def _fill(self) -> None:
+        """Makes the actors that are missing, and gives each idle one a unit."""
+        if self.ask_n_workers is not None and time.monotonic() - self.asked_s > _GROWTH_POLL_S:
+            self.n_workers, self.asked_s = max(self.n_workers, self.ask_n_workers()), time.monotonic()
+        busy = sum(worker.unit is not None for worker in self.workers)
+        wanted = min(self.n_workers, busy + len(self.waiting))
+        while len(self.workers) < wanted and self.start_failures < self.max_attempts:
+            actor = self.make_actor()
+            for _ in range(self.n_ended_for_memory if hasattr(actor, "shrink") else 0):
+                actor.shrink.remote()
+            self.workers.append(_Worker(actor, actor.info.remote()))
+        for worker in self.workers:
+            if worker.info is not None and worker.unit is None and self.waiting:
+                worker.unit = self.waiting.popleft()
+                worker.started_s = time.monotonic()
+                self.attempts[worker.unit] += 1
+                worker.result = worker.actor.run.remote(self.units[worker.unit])
+                self._tell("started", worker)
+
+    def _collect(self, worker: _Worker, reference) -> tuple[Any, Any, float, dict] | None:
+        """What `on_result` is to be called with, if the worker has a result."""
+        import ray
+
+        try:
+            value = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if worker.info is None:
+                self._lose(worker, _describe(error))
+            else:
+                self._retry(worker, _describe(error))
+        except ray.exceptions.RayError as error:
+            self._lose(worker, _describe(error))
+        else:
+            if worker.info is None:
+                worker.info, self.start_failures = value, 0
+                return None
+            self._tell("done", worker)
+            n_attempts = self.attempts[worker.unit]
+            info = worker.info | ({"attempt": n_attempts} if n_attempts > 1 else {})
+            if isinstance(value, dict) and SHRUNK in value:
+                info[SHRUNK] = value.pop(SHRUNK)
+            unit, worker.unit, worker.result = self.units[worker.unit], None, None
+            return unit, value, time.monotonic() - worker.started_s, info
+        return None
+
+    def _hand_over(self, results: Sequence[tuple[Any, Any, float, dict]]) -> None:
+        for result in results:
+            self.on_result(*result)
+        if results and self.on_results_end is not None:
+            self.on_results_end()
+
+    def _end_hung_units(self) -> None:
+        """Loses the workers whose units take longer than any should."""
+        timeout_s = self.watch.timeout_s
+        for worker in [worker for worker in self.workers if worker.unit is not None]:
+            if timeout_s is not None and time.monotonic() - worker.started_s > timeout_s:
+                self._lose(worker, f"TimeoutError: no result within {timeout_s:g} s; its worker was ended")
+
+    def _tell(self, what: Literal["started", "retried", "done", "failed"], worker: _Worker, error: str = "") -> None:
+        assert worker.unit is not None
+        seconds, info = time.monotonic() - worker.started_s, worker.info or {}
+        unit, attempt = self.units[worker.unit], self.attempts[worker.unit]
+        self.watch.on_event(UnitEvent(what, unit, attempt, info, seconds, error or None))
+
+    def _lose(self, worker: _Worker, error: str) -> None:
+        """The actor is gone or out of reach: never to be used again."""
+        self.workers.remove(worker)
+        self._kill(worker)
+        self.n_ended_for_memory += was_ended_for_memory(error)
+        if worker.info is None:
+            self.start_failures, self.start_error = self.start_failures + 1, error
+            logger.warning("a worker did not start (%d in a row): %s", self.start_failures, error.splitlines()[0])
+            return
+        logger.warning("a worker died on %s: %s", worker.info.get("node", "?"), error.splitlines()[0])
+        if worker.unit is not None:
+            self._retry(worker, error)
+
+    def _retry(self, worker: _Worker, error: str) -> None:
+        index = worker.unit
+        assert index is not None
+        again = self.attempts[index] < self.max_attempts
+        self._tell("retried" if again else "failed", worker, error)
+        worker.unit = worker.result = None
+        if again:
+            self.waiting.append(index)
+        else:
+            self._fail(index, error)
+
+    def _fail(self, index: int, error: str) -> None:
+        failure = UnitFailure(self.units[index], error, self.attempts[index])
+        self.failures.append(failure)
+        if self.on_failure is not None:
+            self.on_failure(failure)
+
+    def _give_up_waiting(self) -> None:
+        """No actor is left and none will start: what still waits has failed."""
+        while self.waiting:
+            self._fail(self.waiting.popleft(), f"no worker could be started: {self.start_error}")
+
+    def _warn_if_starving(self) -> None:
+        now = time.monotonic()
+        starving = [w for w in self.workers if w.info is None and now - w.created_s > _STARVING_WARNING_S]
+        if starving and len(starving) == len(self.workers) and now - self.warned_s > _STARVING_WARNING_S:
+            self.warned_s = now
+            logger.warning("%d workers wait for room on the cluster; see ray status", len(starving))
+
+    @staticmethod
+    def _kill(worker: _Worker) -> None:
+        import ray
+
+        ray.kill(worker.actor)
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed inside `finish_on_interrupt`."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def finish_on_interrupt() -> Iterator[Interrupt]:
+    """Makes the first Ctrl-C a request to stop and gives the second one its usual meaning again."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def request(signum, frame):
+        interrupt.requested = True
+        signal.signal(signal.SIGINT, usual)
+        logger.warning("stopping when the units in flight are done; press Ctrl-C again to stop now")
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def worker_info() -> dict:
+    """Where the calling actor runs: node, process id and GPUs."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return {
+        "node": platform.node(),
+        "node_id": context.get_node_id(),
+        "pid": os.getpid(),
+        "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+    }
+
+
+def _describe(error: Exception) -> str:
+    """The cause's one line, then everything Ray knows about it."""
+    cause = getattr(error, "cause", None) or error
+    first = "".join(traceback.format_exception_only(cause)).strip().splitlines()[0]
+    return f"{first}\n{error}"

@@ -1,0 +1,226 @@
+"""Decode speed on the cluster: one measurement at a time, with nothing of ours beside it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from layerboost.checkpoint import ModelSource, save_checkpoint
+from layerboost.convert import convert
+from layerboost.plan import Plan
+from layerboost.speed.decoding import DecodeMeasurement, measure_together
+from layerboost.speed.vllm_bench import ServingCondition, ServingMeasurement, local_checkpoint, measure_served
+from layerboost.speed.vllm_environment import ServingEnvironment, ServingError
+from layerboost.storage.publish import local_folder
+from tasks.cluster.connection import addable, resources
+from tasks.cluster.resources import (
+    NodeResources,
+    ResourcesError,
+    WorkerResources,
+    labelled,
+    no_such_node,
+    selected,
+    with_node_to_come,
+)
+from tasks.pool.actors import actor_maker
+from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.watch import UNWATCHED, Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ThroughputUnit:
+    """One model under one serving condition.
+
+    Attributes:
+        plan: how the parent is converted; None measures the untouched parent, or the checkpoint.
+        checkpoint: folder of a healed model to measure; no plan then, it has its own.
+        environment: what vLLM runs in; None measures with transformers.
+    """
+
+    concurrency: int
+    prompt_tokens: int
+    new_tokens: int
+    plan: Plan | None = None
+    checkpoint: str | None = None
+    repeats: int = 3
+    seed: int = 0
+    environment: ServingEnvironment | None = None
+
+    def __post_init__(self) -> None:
+        if self.plan is not None and self.checkpoint is not None:
+            raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        """How `measure_together` is asked for it, and what a `ServingCondition` is made of."""
+        names = ("concurrency", "prompt_tokens", "new_tokens", "repeats", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+Group = tuple[ThroughputUnit, ...]
+"""Models that are timed side by side under one condition; with vLLM, conditions that one server is timed under."""
+
+Result = TypeVar("Result")
+
+ERROR = "error"
+"""Key of what stands for a result that a server could not give under one of its conditions."""
+
+
+class MeasurementWorker:
+    """Times groups of models; holds the checkpoints that the group at hand is made of, and no others."""
+
+    def __init__(self, source: ModelSource, threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.source = source
+        self._loaded: dict[str | None, PreTrainedModel] = {}
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def run(self, group: Group) -> list[dict]:
+        """`DecodeMeasurement.to_dict()` of each unit."""
+        return [measured.to_dict() for measured in self.measure(group)]
+
+    def measure(self, group: Group) -> list[DecodeMeasurement]:
+        if any(unit.condition != group[0].condition for unit in group):
+            raise ValueError("group: models that are timed side by side need one condition")
+        wanted = dict.fromkeys(unit.checkpoint for unit in group)
+        self._loaded = {path: model for path, model in self._loaded.items() if path in wanted}
+        gc.collect()
+        for path in wanted:
+            if path not in self._loaded:
+                self._loaded[path] = self.source.load(path)
+        # Conversions share the parent's weights, so that a group of plans holds them once.
+        models = [
+            self._loaded[unit.checkpoint] if unit.plan is None else convert(self._loaded[None], unit.plan)
+            for unit in group
+        ]
+        return measure_together(models, **group[0].condition)
+
+
+class ServingWorker:
+    """Times groups of conditions, each of one model that vLLM serves; holds no model itself."""
+
+    def __init__(self, source: ModelSource):
+        self.source = source
+
+    def info(self) -> dict:
+        return worker_info()
+
+    def run(self, group: Group) -> list[dict]:
+        """`ServingMeasurement.to_dict()` of each unit, or its error by the key `ERROR`.
+
+        Raises:
+            ServingError: the model is not served.
+        """
+        unit, found = group[0], []
+        assert unit.environment is not None
+
+        def on_result(_: ServingCondition, result: ServingMeasurement | ServingError) -> None:
+            found.append({ERROR: str(result)} if isinstance(result, ServingError) else result.to_dict())
+
+        with local_folder(unit.checkpoint) if unit.checkpoint else nullcontext() as folder:
+            model: Path | Callable[[Path], None]
+            if unit.plan is not None:
+                model = self._writer(unit.plan)
+            elif folder is not None:
+                model = local_checkpoint(folder)
+            else:
+                model = local_checkpoint(self.source.path, self.source.revision)
+            conditions = [ServingCondition(**unit.condition) for unit in group]
+            measure_served(unit.environment, model, conditions, dtype=self.source.dtype, on_result=on_result)
+        return found
+
+    def _writer(self, plan: Plan) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            parent = replace(self.source, device="cpu").load()  # a GPU is the server's
+            save_checkpoint(convert(parent, plan), self.source.load_tokenizer(), folder)
+
+        return write
+
+
+def measure_groups(
+    groups: Sequence[Group],
+    source: ModelSource,
+    *,
+    on_result: Callable[[Group, list[dict], float, dict], None],
+    on_failure: Callable[[UnitFailure], None] | None = None,
+    max_attempts: int | None = None,
+    watch: Watch = UNWATCHED,
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> list[UnitFailure]:
+    """Times all groups one after the other on one worker, so that all stand on the same hardware.
+
+    The worker takes every CPU of the largest node, and one whole GPU where there are GPUs: nothing that asks Ray for
+    room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
+    server may take minutes to fail, twice.
+    """
+    alone = _exclusive_worker_here(labels)
+    with_vllm = any(unit.environment is not None for group in groups for unit in group)
+    max_attempts = max_attempts or (2 if with_vllm else 3)
+    return run_units(
+        groups,
+        actor_maker(ServingWorker, alone, source)
+        if with_vllm
+        else actor_maker(MeasurementWorker, alone, source, measuring_threads(alone)),
+        n_workers=1,
+        on_result=on_result,
+        on_failure=on_failure,
+        max_attempts=max_attempts,
+        watch=watch,
+    )
+
+
+def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives on the node that times, the largest with some labels; the cluster is connected.
+
+    Raises:
+        Exception: what the function raises there.
+    """
+    import ray
+
+    worker = _exclusive_worker_here(labels)
+    try:
+        return ray.get(ray.remote(ask).options(**worker.actor_options()).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def measuring_threads(alone: WorkerResources) -> int:
+    """All of the worker's CPUs but one, which the driver and Ray's own processes run on.
+
+    With every CPU taken, torch's threads spin while they wait for one that is not running, and a decode step of a
+    small model was seen to take fifty times as long.
+    """
+    return max(1, alone.threads - 1)
+
+
+def _exclusive_worker_here(labels: Mapping[str, str]) -> WorkerResources:
+    """On the connected cluster, which may have to start a node for it."""
+    return exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
+
+
+def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:
+    """A worker that has the largest node with some labels (most GPUs, then most CPUs) for itself, and one of its GPUs.
+
+    Raises:
+        ResourcesError: no node carries the labels, or none that does has a CPU or GPU to give.
+    """
+    usable = labelled(nodes, labels)
+    if not usable:
+        raise no_such_node(labels)
+    if not any(node.cpus or node.gpus for node in usable):
+        raise ResourcesError("workers", 1, "no node has a CPU or GPU to give; start one with ray start --address")
+    node = max(usable, key=lambda node: (node.gpus, node.cpus))
+    return WorkerResources(1, node.cpus, min(1.0, node.gpus), labels=selected(nodes, labels))

@@ -1,0 +1,245 @@
+"""What a run will cost: arithmetic on made-up costs, the table, and what is kept of it between calls."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import replace
+
+import pytest
+
+import orchestrator.costs.measure as calibration
+from layerboost.costs.costs import Costs, DecodeCosts, EvaluationCosts, HealingCosts
+from layerboost.plan import Plan
+from orchestrator import pipeline
+from orchestrator.checks.preflight import preflight
+from orchestrator.costs import estimate as module
+from orchestrator.costs.estimate import StageEstimate, estimate_stages, estimate_table, expected_line
+from orchestrator.recipe.load import load_recipe
+from orchestrator.results.estimates import estimate_rows
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import RunInputs
+from orchestrator.run.progress import Progress
+from orchestrator.run.state import RECIPE_FILE, RunState, load_state
+from orchestrator.text_tables import duration
+from tasks.cluster.resources import NodeResources
+
+TREATMENTS = ("softmax", "none", "linear_window", "window")
+EACH = dict.fromkeys(TREATMENTS, 2.0)
+COSTS = Costs(
+    slowness=0.0,  # leaves out what no model changes
+    load_s=0.0,
+    n_parameters=2**20,
+    dtype_bytes=4,
+    evaluation=EvaluationCosts(0.0, 0.0, EACH, EACH, 6.0, {"tasks": 90.0, "text": 180.0}),
+    healing=HealingCosts({"softmax": 1.0, "none": 0.2, "linear_window": 2.6}, 0.5, 2**18),
+    decode=(
+        DecodeCosts(1, 16, dict.fromkeys(TREATMENTS, 1.0), dict.fromkeys(TREATMENTS, 0.1)),
+        DecodeCosts(9, 16, dict.fromkeys(TREATMENTS, 5.0), dict.fromkeys(TREATMENTS, 0.3)),
+    ),
+    sample_token_s=None,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    nodes = (NodeResources("here", "localhost", 1.0, 0.0),)
+    monkeypatch.setattr(calibration, "find_nodes", lambda address: nodes)
+
+
+def context(inputs, *overrides: str) -> RunContext:
+    recipe = load_recipe(inputs.recipe, overrides)
+    folder = RunFolder(inputs.folder.parent / "out")
+    run = RunContext(RunInputs(recipe, preflight(recipe, folder)), folder, RunState("m", 3, "nll", {}), Progress())
+    run.progress = Progress(io.StringIO())
+    return run
+
+
+def stages_of(run: RunContext, costs: Costs = COSTS) -> dict[str, StageEstimate]:
+    return {stage.stage: stage for stage in estimate_stages(run, costs)}
+
+
+def test_seconds_follow_from_units_and_their_costs(inputs):
+    found = stages_of(context(inputs, "healing.curve=[0.5]", "healing.baselines=[linear_window]", "search.speed=bytes"))
+    assert list(found) == ["evaluate", "sensitivity", "search", "heal", "curve", "measure", "throughput"]
+    assert found["evaluate"].seconds == pytest.approx(4)
+    assert found["sensitivity"].seconds == pytest.approx(270), "items are the same, whatever their shares"
+    # 16 steps: the candidate by 1.0 s on average, the baseline by 2.6; of tokens 5 % are less than a step.
+    steps = 1024 // 64
+    assert found["heal"].seconds == pytest.approx(steps * 1.0 + steps * 2.6)
+    assert (found["heal"].units, found["heal"].tokens) == (2, 2048)
+    # Half-way points of two plans, and the baseline before healing.
+    assert found["curve"].units == 3 and found["curve"].seconds == pytest.approx(18)
+    # Base, three uniform plans, two healed ones that each have the parent beside them.
+    assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
+
+
+def test_servers_are_asked_in_waves(inputs):
+    run = context(inputs, "healing.tokens=0", "search.speed=bytes", "throughput.concurrency=[9]")
+    run.inputs.recipe.throughput.__dict__["engine"] = "vllm"  # past the checks of an environment
+    # Base, three uniform plans and the base again; 36 requests of 9 at a time, three times, and a wave to warm up.
+    assert stages_of(run)["throughput"].seconds == pytest.approx(5 * (1 + 3 * 4) * (5.0 + 3 * 0.3))
+
+
+def test_transfer_steps_cost_their_own(inputs):
+    found = stages_of(context(inputs, "healing.transfer_fraction=0.5"))
+    assert found["heal"].seconds == pytest.approx(8 * 0.5 + 8 * 1.0)
+
+
+def test_halving_adds_its_rungs(inputs):
+    overrides = ("healing.halving={plans: 4, first: 0.25, rungs: 1}", "healing.curve=[]")
+    found = stages_of(context(inputs, *overrides))
+    assert (found["halving"].units, found["halving"].tokens) == (4, 4 * 256)
+    assert found["halving"].seconds == pytest.approx(4 * 4 * 1.0 + 4 * 6.0)
+    assert found["heal"].units == 1
+    run = context(inputs, *overrides)
+    for number in range(4):
+        run.folder.write_record("halving", {"healing": number}, {"duration_s": 1.0})
+    done = stages_of(run)
+    assert (done["halving"].recorded, done["halving"].seconds) == (4, 0)
+    assert (done["heal"].recorded, done["heal"].seconds) == (0, found["heal"].seconds)
+
+
+def test_conditions_between_those_that_were_timed(inputs):
+    assert module._decode_s(COSTS.decode, None, 5, 16) == pytest.approx((3.0, 0.2))
+    assert module._decode_s(COSTS.decode, Plan.parse("SSN"), 9, 16) == pytest.approx((5.0, 0.3))
+    longest = (DecodeCosts(2, 100, EACH, EACH),)
+    assert module._decode_s(longest, None, 2, 50) == pytest.approx((1.0, 2.0)), "a prefill grows with its tokens"
+
+
+def test_what_is_recorded_costs_nothing_and_tells_what_the_rest_costs(inputs):
+    run = context(inputs)
+    before = stages_of(run)["search"]
+    identity = {"unit": "made up"}
+    run.folder.write_record("search", identity, {"duration_s": 50.0})
+    after = stages_of(run)["search"]
+    assert after.recorded == 1 and after.units == before.units
+    assert after.seconds == pytest.approx(50 * (before.units - 1))
+
+
+def test_more_workers_share_the_units(inputs, monkeypatch):
+    alone = stages_of(context(inputs))["sensitivity"].seconds
+    nodes = (NodeResources("here", "localhost", 2.0, 0.0),)
+    monkeypatch.setattr(calibration, "find_nodes", lambda address: nodes)
+    shared = stages_of(context(inputs))["sensitivity"].seconds
+    assert alone / 2 < shared < 0.75 * alone, "workers that run together are each slower than one alone"
+
+
+def test_memory_of_healing_follows_what_is_trained(inputs):
+    run = context(inputs, "healing.batch_sequences=2")
+    lora = stages_of(run)["heal"].memory_mib
+    # 4 MiB of weights; 1 MiB numbers / 4 trained, each with a gradient and two moments beside itself in fp32.
+    activations = 2 * 32 * 16 * 3 * 34 * 4 / 2**20
+    assert lora == pytest.approx(4 + 0.25 * 4 * 4 + activations)
+    full = replace(COSTS, healing=replace(COSTS.healing, n_trained=2**20))
+    assert stages_of(run, full)["heal"].memory_mib == pytest.approx(4 + 4 * 4 + activations)
+
+
+def test_the_table_has_a_total_and_says_what_does_not_fit():
+    stages = [StageEstimate("evaluate", 1, 0, 10.0, memory_mib=5), StageEstimate("heal", 2, 1, 125.0, 7, 2.0, 500)]
+    text = estimate_table(stages, device_mib=100)
+    assert [line.split()[0] for line in text.splitlines()] == ["stage", "evaluate", "heal", "total", "memory:"]
+    assert text.splitlines()[3].split() == ["total", "3", "1", "135", "0.06944", "7"]
+    assert "heal needs about 500 MiB" in text and "activation_checkpointing" in text
+    assert "memory:" not in estimate_table(stages, device_mib=1000)
+    assert expected_line(stages) == "expected: 2 min 15 s in all; heal 2 min 5 s, evaluate 10 s"
+    assert [duration(s) for s in (0.4, 59.4, 61, 12000)] == ["0 s", "59 s", "1 min 1 s", "3 h 20 min"]
+
+
+def test_rows_compare_expected_and_actual(tmp_path):
+    state = RunState("m", 3, "nll", {}, stage_s={"heal": 30.0, "calibration": 4.0})
+    state.estimates = [StageEstimate("heal", 2, 0, 20.0, 64, 2.0, 9.0).to_dict()]
+    healed, calibrated = estimate_rows(RunFolder(tmp_path), state)
+    assert healed == {
+        "stage": "heal",
+        "units": 2,
+        "estimated_s": 20.0,
+        "actual_s": 30.0,
+        "ratio": 1.5,
+        "estimated_tokens": 64,
+        "actual_tokens": None,
+        "estimated_gpu_hours": pytest.approx(40 / 3600),
+        "actual_gpu_hours": pytest.approx(60 / 3600),
+        "memory_mib": 9.0,
+    }
+    assert (calibrated["stage"], calibrated["actual_s"], calibrated["ratio"]) == ("calibration", 4.0, None)
+
+
+def test_a_dry_run_writes_nothing(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", lambda inputs, nodes: COSTS)
+    run = context(inputs)
+    assert pipeline.dry_run(run.inputs.recipe, run.folder, run.inputs.facts) == 0
+    assert not run.folder.exists()
+    assert "total" in capsys.readouterr().out
+
+
+def test_a_calibration_that_is_recorded_is_used(inputs, monkeypatch):
+    run = context(inputs)
+    nodes = calibration.find_nodes(None)
+    identity = calibration.calibration_identity(run.inputs, nodes, calibration._device_name())
+    run.record(calibration.CALIBRATION, identity, {"costs": COSTS.to_dict()})
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("measured again"))
+    assert calibration.costs_of(run, record=True) == COSTS
+    other = context(inputs, "healing.rank=4")
+    assert calibration.calibration_identity(other.inputs, nodes, "same") != {**identity, "hardware": "same"}
+
+
+def run_with(monkeypatch, run: RunContext, stage) -> None:
+    """Runs the command's stages as one made-up stage."""
+    monkeypatch.setattr(pipeline, "STAGES", {"evaluate": stage})
+    monkeypatch.setattr(calibration, "costs_of", lambda run, record: COSTS)
+    monkeypatch.setattr(pipeline, "_write_report", lambda folder: None)
+    pipeline.run(
+        run.inputs.recipe,
+        run.folder,
+        run.inputs.facts,
+        until="evaluate",
+        address=None,
+        progress=Progress(io.StringIO()),
+    )
+
+
+def test_the_first_estimate_stays_and_seconds_add_up_over_calls(inputs, monkeypatch):
+    import orchestrator.run.progress as progress_module
+
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+
+    def works(run: RunContext) -> bool:
+        now[0] += 1.0  # between stages: of the next one
+        run.progress.start_stage("evaluate", 1)
+        now[0] += 4.0
+        run.progress.end_stage()
+        return True
+
+    def fails(run: RunContext) -> bool:
+        run.progress.start_stage("evaluate", 1)
+        now[0] += 7.0
+        raise KeyboardInterrupt
+
+    run = context(inputs)
+    with pytest.raises(KeyboardInterrupt):
+        run_with(monkeypatch, run, fails)
+    interrupted = load_state(run.folder)
+    assert interrupted.stage_s["evaluate"] == pytest.approx(7.0)
+    assert {entry["stage"] for entry in interrupted.estimates} >= {"evaluate", "heal", "throughput"}
+    monkeypatch.setattr(module, "estimate_stages", lambda *_: pytest.fail("estimated again"))
+    run_with(monkeypatch, run, works)
+    resumed = load_state(run.folder)
+    assert resumed.stage_s["evaluate"] == pytest.approx(12.0)
+    assert resumed.estimates == interrupted.estimates
+
+
+def test_another_recipe_in_the_folder_is_estimated_anew(inputs, monkeypatch):
+    def stage(run: RunContext) -> bool:
+        return True
+
+    run = context(inputs)
+    run_with(monkeypatch, run, stage)
+    other = context(inputs, "search.trials=9")
+    run_with(monkeypatch, other, stage)
+    trials = [{e["stage"]: e for e in load_state(run.folder).estimates}["search"]["units"]]
+    assert trials[0] > stages_of(run)["search"].units
+    assert "trials: 9" in run.folder.read_text(RECIPE_FILE)
+    shutil.rmtree(run.folder.path)
