@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from orchestrator import cli
+from orchestrator.commands import compare
 from orchestrator.report.comparison import Run, comparison_summary, comparison_table, render_comparison
 from orchestrator.report.data import ReportData
 from orchestrator.report.tables import pareto_table
