@@ -1,4 +1,4 @@
-"""Checkpoints: loading any model, saving a converted one with all that travels along."""
+"""Loads any model, and saves a converted one with everything that belongs to it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .storage.publish import local_folder
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read safely; the message says what to do."""
+    """A checkpoint cannot be read safely; the message says what to do."""
 
 
 def check_no_pickle(path: str) -> None:
-    """Raises CheckpointError where a local folder holds weights as pickles only."""
+    """Raises CheckpointError if a local folder holds weights only as pickles."""
     folder = Path(path)
     if folder.is_dir() and not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
         raise CheckpointError(
@@ -37,13 +37,15 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, converted or not, from a folder or a hub name; safetensors only.
+    """Loads a causal language model, converted or not, in evaluation mode from a folder or a hub name.
+
+    Only safetensors are read, because pickles can run code.
 
     Args:
         dtype: "auto" (as saved), a torch dtype, or its name.
 
     Raises:
-        CheckpointError: the weights are pickles.
+        CheckpointError: The weights are pickles.
     """
     check_no_pickle(path)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -53,7 +55,7 @@ def load_model(
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a checkpoint; padding on the left and with the end token where it names none."""
+    """Loads a checkpoint's tokenizer and has it pad on the left, with the end token if it has no padding token."""
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -71,10 +73,10 @@ def save_checkpoint(
 ) -> None:
     """Saves weights (safetensors, sharded), configuration, generation configuration, tokenizer, code and model card.
 
-    The folder is written under another name and renamed when whole, so that it never holds half a model.
+    The folder is written under another name and renamed when it is complete, so that it never holds half a model.
 
     Args:
-        card: facts for the model card, label to value (healing tokens, quality, speed, ...).
+        card: Facts for the model card, from label to value (healing tokens, quality, speed, ...).
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -91,7 +93,7 @@ def save_checkpoint(
 
 
 def model_card(model: PreTrainedModel, facts: dict) -> str:
-    """The README of a checkpoint: what was done to which parent, how to load it, and the given facts."""
+    """Returns the README of a checkpoint: what was done to which parent, how to load it, and the given facts."""
     plan = plan_of(model)
     record = getattr(model.config, "layerboost", None) or {}
     parent = record.get("parent")
@@ -134,7 +136,7 @@ def model_card(model: PreTrainedModel, facts: dict) -> str:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the parent model comes from, and how it is held. `device` "auto" takes the worker's GPU if it has one."""
+    """Says where the parent model comes from and how to load it. `device` "auto" is the worker's GPU if it has one."""
 
     path: str
     revision: str | None = None
@@ -143,7 +145,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def load(self, path: str | None = None):
-        """The parent, or the checkpoint at `path` held in the same way."""
+        """Loads the parent, or the checkpoint at `path`, with the same dtype and device."""
         with local_folder(path or self.path) as folder:
             return load_model(
                 folder,

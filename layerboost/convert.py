@@ -1,4 +1,4 @@
-"""Conversion of a model by a plan, and back, sharing the parameters that both have."""
+"""Converts a model by a plan, and back; the parent and the converted model share the parameters that both have."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .plan import Plan
 
 
 class ConversionError(ValueError):
-    """A model that cannot be converted, or not back; the message says what to do."""
+    """A model cannot be converted, or not back; the message says what to do."""
 
 
 def plan_of(model: PreTrainedModel) -> Plan | None:
-    """The plan of a converted model, None for any other."""
+    """Returns the plan of a converted model, None for any other model."""
     record = getattr(model.config, "layerboost", None)
     return None if record is None else Plan.from_dict(record)
 
@@ -26,19 +26,21 @@ def plan_of(model: PreTrainedModel) -> Plan | None:
 def convert(
     model: PreTrainedModel, plan: Plan, *, parent: str | None = None, revision: str | None = None
 ) -> PreTrainedModel:
-    """A new model with the layers of `model` treated by `plan`.
+    """Returns a new model in which the layers of `model` are treated according to `plan`.
 
     The two share every parameter that both have: nothing is copied, and `model` stays as it was. Only the feature maps
     of `linear_window` layers are new.
 
     Args:
-        model: a causal language model of a supported family, not converted yet.
-        plan: one treatment for each of its layers.
-        parent: name or path by which others find the parent; by default the one it was loaded from.
-        revision: the parent's revision.
+        model: A causal language model of a supported family, not converted yet.
+        plan: One treatment for each of its layers.
+        parent: Name or path by which others find the parent; by default the one that it was loaded from.
+        revision: The parent's revision.
 
     Raises:
-        UnsupportedFamilyError, PlanError, ConversionError.
+        UnsupportedFamilyError: The model's family cannot be converted.
+        PlanError: The plan does not have one treatment for each layer.
+        ConversionError: The model is converted already, or is not its family's causal language model.
     """
     if plan_of(model) is not None:
         raise ConversionError("model: is converted already; restore it first, or convert its parent")
@@ -68,14 +70,14 @@ def convert(
 
 
 def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The family's own model again, with softmax attention in every layer; shares the parameters of `model`.
+    """Returns the family's own model, with softmax attention in every layer; it shares the parameters of `model`.
 
     Args:
-        model: a converted model.
-        parent_model: gives what `none` layers no longer have.
+        model: A converted model.
+        parent_model: The parent, which provides the weights that `none` layers no longer have.
 
     Raises:
-        ConversionError: the plan removed attention and `parent_model` is not given.
+        ConversionError: The model is not converted, or its plan removed attention and `parent_model` is not given.
     """
     plan = plan_of(model)
     if plan is None:
@@ -86,7 +88,7 @@ def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None)
 
 
 def parent_config(config: Any) -> Any:
-    """The configuration of the untouched parent, from that of a converted model or its own."""
+    """Returns the configuration of the untouched parent, given that of a converted model or of the parent itself."""
     if not getattr(config, "layerboost", None):
         return config
     values = config.to_dict()
@@ -98,7 +100,7 @@ def parent_config(config: Any) -> Any:
 def sharing_parameters(
     model_type: Any, config: Any, source: PreTrainedModel, more: list[PreTrainedModel]
 ) -> PreTrainedModel:
-    """A model of `model_type` made of the parameters and buffers of `source`, and of `more` where it has none."""
+    """Builds a `model_type` from the parameters and buffers of `source`, and from `more` for those it lacks."""
     config._attn_implementation = source.config._attn_implementation
     config.dtype = source.dtype
     with torch.device("meta"):

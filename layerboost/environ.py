@@ -1,4 +1,4 @@
-"""What belongs to the process as a whole."""
+"""Sets environment variables of the process for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables, and puts them back as they were when the block ends."""
+    """Sets environment variables and restores their previous values when the block ends."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

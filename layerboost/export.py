@@ -1,4 +1,4 @@
-"""Checkpoints in a family's own format, for engines that know nothing of plans, where it can say the plan."""
+"""Exports converted models in their family's own format, for engines that know nothing of plans, if it can say it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class ExportError(ValueError):
-    """A plan that the family's own format or code cannot carry; the message says why, and what to do."""
+    """The family's own format or code cannot express the plan; the message says why, and what to do."""
 
 
 def export_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The converted model as one of its family's own class, with windows by `layer_types`; shares its parameters.
+    """Returns the converted model as its family's own class, with windows in `layer_types`; parameters are shared.
 
-    A plan of `softmax` and `window` is all that such a configuration can say, and not every family's code reads it:
-    the logits of both models are compared on random tokens several windows long.
+    Such a configuration can only express a plan of `softmax` and `window`, and not every family's code reads it.
+    Therefore the logits of both models are compared on random tokens several windows long.
 
     Raises:
-        ExportError: the plan has other treatments, or the family's own code computes something else.
+        ExportError: The plan has other treatments, or the family's own code computes something else.
     """
     plan = plan_of(model)
     if plan is None:

@@ -1,4 +1,4 @@
-"""Where each model family keeps what a conversion touches: layers, attention, the norms that only attention uses."""
+"""Knows where each model family keeps what a conversion touches: layers, attention, and the norms of attention."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class UnsupportedFamilyError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """One layout of decoder layers.
+    """Describes one layout of decoder layers.
 
     Attributes:
-        attention: name of the attention module inside a decoder layer.
-        attention_norms: names of the norms whose output (or input) nothing but attention uses, from the model's
-            config: they go when attention goes. A parallel block that feeds one norm to attention and MLP has none.
+        attention: Name of the attention module inside a decoder layer.
+        attention_norms: Function from the model's config to the names of the norms that only attention uses (on its
+            input or its output). They are removed together with attention. A parallel block that feeds one norm to
+            both attention and MLP has none.
     """
 
     attention: str = "self_attn"
@@ -60,19 +61,19 @@ _FAMILIES: dict[str, Family] = {
 }
 
 CONVERTED_PREFIX = "layerboost_"
-"""`model_type` of a converted model is this and its parent's `model_type`."""
+"""Prefix of a converted model's `model_type`; its parent's `model_type` follows."""
 
 
 def supported_families() -> list[str]:
-    """`model_type` of every family that can be converted."""
+    """Returns the `model_type` of every family that can be converted."""
     return sorted(_FAMILIES)
 
 
 def family_of(config) -> Family:
-    """The layout of a model's family, from its config (of the parent or of a converted model).
+    """Returns the layout of a model's family, given the config of the parent or of a converted model.
 
     Raises:
-        UnsupportedFamilyError: no known layout; names the family and those that can be converted.
+        UnsupportedFamilyError: The layout is unknown; the message names the family and those that can be converted.
     """
     model_type = str(config.model_type).removeprefix(CONVERTED_PREFIX)
     if model_type in _FAMILIES:
@@ -90,28 +91,31 @@ def check_family(config) -> None:
 
 
 def kv_heads(config) -> int:
-    """Key/value heads of each attention layer; a stray value in the config of a family without groups is none."""
+    """Returns the key/value heads of each attention layer.
+
+    A value in the config counts only if the config class has this field: families without grouped heads ignore it.
+    """
     grouped = hasattr(type(config), "num_key_value_heads")
     return (config.num_key_value_heads if grouped else None) or config.num_attention_heads
 
 
 def head_dim(config) -> int:
-    """Dimension of one head."""
+    """Returns the dimension of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def decoder_layers(model) -> nn.ModuleList:
-    """The decoder layers of a causal language model, first layer first."""
+    """Returns the decoder layers of a causal language model, first layer first."""
     return model.base_model.layers
 
 
 def attention_module(model, layer: int) -> nn.Module:
-    """The attention module of one layer (or what a conversion put in its place)."""
+    """Returns the attention module of one layer, or what a conversion put in its place."""
     return getattr(decoder_layers(model)[layer], family_of(model.config).attention)
 
 
 def native_windows(config) -> tuple[int | None, ...]:
-    """The window that the parent itself gives each layer, as transformers' own cache understands the config."""
+    """Returns the window that the parent itself gives each layer, as transformers' own cache reads the config."""
     from transformers import DynamicCache
 
     layers = DynamicCache(config=config).layers

@@ -1,3 +1,3 @@
-"""The version of the package; part of every record's identity."""
+"""Holds the version of the package, which is part of every record's identity."""
 
 __version__ = "0.2.0"

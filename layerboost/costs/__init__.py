@@ -1,1 +1,1 @@
-"""What the work of a run costs in seconds: the model of costs, and the probe that measures it."""
+"""Says what the work of a run costs in seconds: the cost records, and the probe that measures them."""

@@ -1,4 +1,4 @@
-"""Seconds that judging, healing and decoding take, by treatment: what the probe measures and the estimate reads."""
+"""Holds the seconds that judging, healing and decoding take by treatment, as measured by the probe for the estimate."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _UNKNOWN_PLAN = (0.4, 0.4, 0.2)
 
 
 ByTreatment = dict[str, float]
-"""Of the plan that treats every layer alike, by the treatment's name; other plans lie between.
+"""Cost of the plan that treats every layer alike, by the treatment's name; the cost of other plans lies between these.
 
-Softmax, none and the middle treatment of searched plans come first.
+The order is softmax, none, and the middle treatment of searched plans; others follow.
 """
 
 
 @dataclass(frozen=True)
 class EvaluationCosts:
-    """Seconds on one worker, for everything in the spec unless said otherwise.
+    """Holds seconds on one worker, for everything in the spec unless said otherwise.
 
     Attributes:
-        prepare_s: to learn what the tasks ask.
-        score_s: lm-eval's scores of a plan from its answers.
-        tasks_s, text_s: to judge a plan by the tasks and by the text, as `PlanEvaluation` does.
-        direct_s: to judge a model of its own, as `evaluate` does.
-        sweep_s: of all single-layer plans, by the tasks and by the text.
+        prepare_s: To collect what the tasks ask.
+        score_s: To compute lm-eval's scores of a plan from its answers.
+        tasks_s, text_s: To judge a plan by the tasks and by the text, as `PlanEvaluation` does.
+        direct_s: To judge a separate model, as `evaluate` does.
+        sweep_s: To judge all single-layer plans, by source: `tasks` and `text`.
     """
 
     prepare_s: float
@@ -39,7 +39,7 @@ class EvaluationCosts:
 
 @dataclass(frozen=True)
 class HealingCosts:
-    """Seconds of a step of one worker in each phase, and the numbers that are trained."""
+    """Holds the seconds of one worker's step in each phase, and the number of trained parameters."""
 
     step_s: ByTreatment
     transfer_step_s: float
@@ -48,7 +48,7 @@ class HealingCosts:
 
 @dataclass(frozen=True)
 class DecodeCosts:
-    """Seconds of a prefill and of a decode step under one condition."""
+    """Holds the seconds of a prefill and of a decode step under one condition."""
 
     concurrency: int
     prompt_tokens: int
@@ -58,7 +58,10 @@ class DecodeCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """All of it. `slowness` is this machine's time for plain Python over that of the one fixed costs come from."""
+    """Holds all measured costs.
+
+    `slowness` is the time of plain Python on this machine, relative to the machine that fixed costs were measured on.
+    """
 
     slowness: float
     load_s: float
@@ -84,10 +87,10 @@ class Costs:
 
 
 def mixed(costs: ByTreatment, plan: Plan | None = None) -> float:
-    """The cost of a plan from those of the uniform ones.
+    """Returns the cost of a plan as a mean over its layers of the uniform plans' costs.
 
-    One that is not known yet has softmax and none in two fifths of its layers each, the middle treatment in the rest:
-    about what searches propose.
+    A plan that is not known yet is taken to have softmax and none in two fifths of its layers each and the middle
+    treatment in the rest, which is about what searches propose.
     """
     if plan is None:
         return sum(share * cost for share, cost in zip(_UNKNOWN_PLAN, costs.values()))

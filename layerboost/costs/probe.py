@@ -1,4 +1,4 @@
-"""What the steps of a run cost on this machine, from a few of each: plain timings that an estimate is made from."""
+"""Times a few of each step of a run on this machine; the estimate is made from these timings."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..text.sampling import SamplingSpec, sample_documents
 from .costs import DecodeCosts, EvaluationCosts, HealingCosts
 
 ENOUGH_S = 0.3
-"""A timing so long is believed; after a shorter one twice as much is timed."""
+"""A timing of this length is trusted; after a shorter one twice as much is timed."""
 
 DOCUMENTS = 8
-"""Documents of each task that a probe asks about."""
+"""Documents of each task that a probe judges."""
 
 _LOOP_S = 0.055
-"""What `loop_s` gives on the machine that fixed costs were measured on."""
+"""Seconds that the loop of `slowness` takes on the machine that fixed costs were measured on."""
 
 _DECODE_STEPS = 3
 _HEALING_STEPS = 2
@@ -41,7 +41,7 @@ _SWEPT_LAYERS = 4
 
 
 def slowness() -> float:
-    """How much longer plain Python takes here than on the machine that fixed costs were measured on."""
+    """Returns how many times longer plain Python takes here than on the machine that fixed costs were measured on."""
     start, total = time.perf_counter(), 0
     for i in range(1_000_000):
         total += i * i
@@ -49,9 +49,9 @@ def slowness() -> float:
 
 
 def extrapolated_s(run: Callable[[int], Any], total: int, *, first: int = 1, enough_s: float = ENOUGH_S) -> float:
-    """Seconds that `run(total)` would take, from smaller ones: at most until one takes `enough_s`.
+    """Returns the seconds that `run(total)` would take, extrapolated from smaller runs until one takes `enough_s`.
 
-    The first is not timed: it warms up. The last two tell what a larger one costs beyond them.
+    The first run is not timed because it warms up. The last two runs give the cost of each further unit.
     """
     n = min(first, total)
     run(n)
@@ -85,13 +85,13 @@ def evaluation_costs(
     """Times judging by a spec.
 
     Args:
-        model, tokenizer: the untouched parent, on the device and with the threads of a worker.
-        spec: what is judged by.
-        treatments: whose uniform plans are judged.
-        swept: what single layers get in a sweep.
-        window: of windowed treatments, in tokens.
-        n_documents: of all tasks together; None counts them.
-        shares: into which a sweep cuts the items: as many sequences are read together as it has.
+        model, tokenizer: The untouched parent, on the device and with the threads of a worker.
+        spec: What is judged by.
+        treatments: Treatments whose uniform plans are judged.
+        swept: Treatments that single layers get in a sweep.
+        window: Window of windowed treatments, in tokens.
+        n_documents: Documents of all tasks together; None counts them.
+        shares: Shares into which a sweep cuts the items; it determines how many sequences are read together.
     """
     n_layers = len(decoder_layers(model))
     plans = {treatment.value: Plan.uniform(treatment, n_layers, window) for treatment in treatments}
@@ -116,10 +116,11 @@ def evaluation_costs(
         answers = judge.answer([some])
         said = answers.log_p[0], answers.greedy[0]
         judge.scores(some, said, None)  # warms up
-        # Of how many documents hardly matters; so short that a pause of the machine shows: the faster of a few.
+        # Scoring hardly depends on the number of documents and is short enough for one pause of the machine to
+        # distort it: take the minimum of several runs.
         score_s = min(_timed(lambda: judge.scores(some, said, None)) for _ in range(3))
         sweep_s["tasks"] = scale * weight * _timed(lambda: judge.answer(single))
-        # lm-eval itself takes its time however few documents there are.
+        # lm-eval has a fixed overhead even for a single document, so time one and a few documents.
         evaluate(student, tokenizer, replace(few, limit=1))
         one_s = _timed(lambda: evaluate(student, tokenizer, replace(few, limit=1)))
         few_s = _timed(lambda: evaluate(student, tokenizer, few))
@@ -143,7 +144,7 @@ def evaluation_costs(
 
 
 def document_count(spec: QualitySpec) -> int:
-    """Documents of all tasks of a spec together."""
+    """Returns the number of documents of all tasks of a spec together."""
     from ..evaluation.lm_eval_run import load_benchmarks
     from ..evaluation.task_files import task_identity
 
@@ -155,7 +156,7 @@ def document_count(spec: QualitySpec) -> int:
 def healing_costs(
     model: Any, spec: HealingSpec, *, middle: Treatment, window: int, n_workers: int = 1, teacher: Any | None = None
 ) -> HealingCosts:
-    """Times steps of healing on random tokens; a worker of `n_workers` runs its share of a batch."""
+    """Times steps of healing on random tokens; each of `n_workers` workers runs its share of a batch."""
     n_layers, config = len(decoder_layers(model)), model.config.get_text_config()
     batch = -(-spec.batch_sequences // n_workers)
     n_steps = 2 * _HEALING_STEPS
@@ -174,7 +175,7 @@ def healing_costs(
 
 
 def n_trained(model: Any, spec: HealingSpec) -> int:
-    """Numbers that healing trains: all, or those of the adapters of every projection."""
+    """Returns how many parameters healing trains: all, or those of the adapters of every projection."""
     if spec.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     projections = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -182,7 +183,7 @@ def n_trained(model: Any, spec: HealingSpec) -> int:
 
 
 def _step_seconds(model: Any, plan: Plan, text: PackedText, spec: HealingSpec, teacher: Any | None) -> dict[str, float]:
-    """Seconds of a step in each phase; the first of a phase warms up."""
+    """Returns the seconds of a step in each phase; the first step of a phase warms up and is not counted."""
     ended: dict[str, list[float]] = {}
 
     def on_step(row: CurveRow) -> None:
@@ -211,7 +212,7 @@ def decode_costs(
 
 
 def sample_token_s(model: Any, tokenizer: Any, spec: SamplingSpec) -> float:
-    """Seconds of a token of one full batch of documents."""
+    """Returns the seconds per token of sampling one full batch of documents."""
 
     def sample(n_tokens: int) -> list[list[int]]:
         n = spec.batch_size
@@ -224,7 +225,7 @@ def sample_token_s(model: Any, tokenizer: Any, spec: SamplingSpec) -> float:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """So many CPU threads for torch inside the block."""
+    """Sets the number of CPU threads of torch inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -235,7 +236,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def _single_layer_plans(n_layers: int, swept: Sequence[Treatment], window: int) -> tuple[list[Plan], float]:
-    """Some of the plans of a sweep, evenly spread, and how many times as much all of them cost."""
+    """Returns some of a sweep's plans, evenly spread, and the factor by which all of them cost more."""
     layers = sorted({round(i * (n_layers - 1) / (_SWEPT_LAYERS - 1)) for i in range(_SWEPT_LAYERS)})
     base = Plan.uniform(Treatment.SOFTMAX, n_layers)
     plans = [base]
@@ -252,13 +253,13 @@ def _single_layer_plans(n_layers: int, swept: Sequence[Treatment], window: int) 
 
 
 def _scaled_s(less_s: float, less: int, more_s: float, more: int, scale: float) -> float:
-    """Seconds of `scale` times as many as `more`, where part of the time is the same for any number."""
+    """Returns the seconds of `scale` times `more` units, assuming a fixed part and a part per unit."""
     each_s = max(0.0, more_s - less_s) / max(1, more - less)
     return more_s + (scale - 1) * more * each_s
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Returns the seconds that one call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,9 +1,10 @@
-"""Expected calibration error (ECE): how far a model's confidence is from how often it is right.
+"""Computes the expected calibration error (ECE): how far a model's confidence is from how often it is right.
 
-Guo et al. 2017 (arXiv 1706.04599): predictions fall into 15 bins of equal width by their confidence, and the ECE is the
-mean over bins, weighed by their predictions, of |accuracy - confidence|. A bin's part is the absolute mean of `correct
-- confidence` over all predictions, those of other bins counting as 0. So the means of each item by bin, its *gaps*, are
-all that the error, its bootstrap over items and the comparison of two models over the same items need.
+Guo et al. 2017 (arXiv 1706.04599): predictions are sorted into 15 bins of equal width by their confidence, and the ECE
+is the mean of |accuracy - confidence| over the bins, weighted by their number of predictions. A bin's part is the
+absolute mean of `correct - confidence` over all predictions, where those of other bins count as 0. The means of each
+item by bin, its *gaps*, are therefore sufficient for the error, its bootstrap over items, and the comparison of two
+models over the same items.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ RESAMPLES = 400
 _RESAMPLES_AT_ONCE = 50
 
 Gaps = list[list[list[float]]]
-"""Of each item, pairs of a bin and its gap; bins without predictions are left out."""
+"""For each item, pairs of a bin and its gap; bins without predictions are left out."""
 
 
 def bin_gaps(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """Returns (n, 15) float64: by bin, the sum of `correct - confidence` over each item's predictions, by their number.
+    """Returns (n, 15) float64: for each item and bin the sum of `correct - confidence`, divided by its predictions.
 
     Args:
-        confidence: (n, predictions), probability of what each prediction says.
-        correct: (n, predictions), whether it is right.
+        confidence: (n, predictions), the probability that the model gives to its own prediction.
+        correct: (n, predictions), whether the prediction is right.
     """
     confidence = confidence.double()
     bins = (confidence * N_BINS).long().clamp(0, N_BINS - 1)
@@ -45,11 +46,12 @@ def calibration_score(task: str, gaps: torch.Tensor) -> MetricScore:
 
 
 def calibration_difference(base: Gaps, other: Gaps) -> tuple[float, float | None]:
-    """Returns how much the other's ECE is above the base's, and the standard error by bootstrap over paired items.
+    """Returns how much the other's ECE exceeds the base's, and the standard error by bootstrap over paired items.
 
-    The ECE of a few predictions is above 0 however well the model is calibrated, and the more so the less sure it is.
-    From each one goes what noise of its bins' size would give a calibrated model, so that being less sure is not held
-    against a model; of a real error too much goes, so that few items accuse late. With many that is next to nothing.
+    With few predictions the ECE is above 0 even for a calibrated model, and the more so the less confident it is.
+    Therefore what noise alone would give a calibrated model with the same bins is subtracted from both, so that lower
+    confidence is not held against a model. If an error is real this subtracts too much, so that it takes more items to
+    notice it; with many items the correction is negligible.
 
     Raises:
         ValueError: If the numbers of items differ.
@@ -75,7 +77,7 @@ def _beyond_chance(gaps: np.ndarray) -> float:
 
 
 def _resampled(gaps: np.ndarray) -> np.ndarray:
-    """The ECE of resamples of the items: the same ones for any gaps over as many items."""
+    """Returns the ECE of resamples of the items; the same items are drawn for any gaps over equally many items."""
     rng, n = np.random.default_rng(0), len(gaps)
     found = []
     for _ in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Judging a model: benchmarks, likelihood of a text, divergence from the base, and the quality in one number."""
+"""Judges a model: benchmarks, likelihood of a text, divergence from the base, and the quality in one number."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def evaluate(
 
     Benchmarks are lm-eval's own: values and standard errors equal `lm_eval.simple_evaluate` on `HFLM(pretrained=model)`
     with the same batch size. A multiple-choice task also gets `margin`, the log-probability of the best right answer
-    minus that of the best wrong one, which tells models apart with far fewer items than accuracy does, and `ece`, its
-    expected calibration error; the text gets one too, and `retrieval@<distance>` for each distance asked. Code that a
-    task would run or download is never allowed. The model, the tokenizer and the random generators stay as they were.
+    minus that of the best wrong one, which distinguishes models with far fewer items than accuracy does, and `ece`, its
+    expected calibration error. The text gets an `ece`, too, and `retrieval@<distance>` for each distance of the spec.
+    Code that a task would run or download is never allowed. The model, the tokenizer and the random generators stay as
+    they were.
 
     Args:
         model: The model to judge, on the device that it is to be judged on.
@@ -59,7 +60,7 @@ def evaluate(
 
 
 def text_scores(nll: list[float], kl: list[float] | None, gaps: torch.Tensor | None = None, *, primary: bool) -> Scores:
-    """The scores of a text from those of its sequences; `primary` where the text makes the quality."""
+    """Returns a text's scores from those of its sequences; `primary` says whether the text determines the quality."""
     metrics = [mean_score("text", "nll", nll, False, primary=primary)]
     if kl is not None:
         metrics.append(mean_score("text", "kl", kl, False))
@@ -81,9 +82,9 @@ def text_sequences(tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> tor
 
 
 def spec_fingerprint(spec: QualitySpec) -> str:
-    """Returns the hash (64 hex digits) of all that the spec's scores depend on but the model.
+    """Returns the hash (64 hex digits) of everything that the spec's scores depend on except the model.
 
-    Task files and texts count by their content and not by their path; hub names count as names.
+    Task files and texts are identified by their content, not by their path; hub names are identified by the name.
     """
     identity = asdict(spec) | {
         "tasks": [task_identity(name) for name in spec.tasks],

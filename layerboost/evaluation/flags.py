@@ -1,4 +1,4 @@
-"""What a model lost although its accuracy held: generation, retrieval at a distance, calibration."""
+"""Finds what a model lost although its accuracy held: generation, retrieval at a distance, or calibration."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .scores import MetricScore, QualityError, Scores, retained
 from .statistics import mean_stderr
 
 HELD_FROM = 0.97
-"""Share of the base's accuracy from which on it counts as held."""
+"""Share of the base's accuracy from which a model's accuracy counts as held."""
 
 N_STDERRS = 2.0
 LEAST_RELATIVE_FALL = 0.10
-"""Least fall of generation and retrieval that is told, relative to the base."""
+"""Smallest fall of generation and retrieval that is flagged, relative to the base."""
 
 LEAST_ECE_RISE = 0.03
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One thing that a model lost.
+    """Describes one thing that a model lost.
 
     Attributes:
         aspect: `generation`, `retrieval` or `calibration`.
-        name: the task, or the metric for retrieval.
-        base: the base's score.
-        value: the model's.
-        difference: value - base; of calibration beyond what chance explains (`calibration_difference`).
-        stderr: of the difference, paired item by item where both have items.
+        name: The task, or the metric for retrieval.
+        base: The base's score.
+        value: The model's score.
+        difference: value - base; for calibration what exceeds chance (`calibration_difference`).
+        stderr: Standard error of the difference, paired item by item if both have items.
     """
 
     aspect: str
@@ -44,11 +44,11 @@ class Flag:
 def flags(base: Scores, other: Scores) -> list[Flag]:
     """Returns what a model lost against its base although its accuracy held.
 
-    Accuracy is the quality without tasks that generate, or the text's likelihood where no other task is there. It held
-    at 97 % of the base's, or where its fall is within its standard error. Where it did not hold there are no flags: the
-    quality says so already. A loss is told where it is beyond two standard errors, and for generation and retrieval at
-    least 10 % of the base's score, for the expected calibration error at least 0.03. Calibration is asked of the text
-    and of what stands for itself in the quality, not of a group's parts.
+    Accuracy means the quality without the tasks that generate, or the text's likelihood if there are no other tasks.
+    It held if it is at least 97 % of the base's, or if its fall is within its standard error. If it did not hold there
+    are no flags, because the quality already shows the loss. A loss is flagged if it exceeds two standard errors and,
+    for generation and retrieval, 10 % of the base's score or, for the expected calibration error, 0.03. Calibration is
+    checked for the text and for the tasks and groups that enter the quality, not for a group's parts.
 
     Raises:
         QualityError: If the two were not measured by the same tasks.
@@ -72,7 +72,7 @@ def flags(base: Scores, other: Scores) -> list[Flag]:
 
 
 def flag_text(found: Sequence[Flag]) -> str:
-    """Returns flags as a table shows them: `retrieval@128 -0.41; calibration arc_easy +0.08`."""
+    """Returns flags in the form that tables show: `retrieval@128 -0.41; calibration arc_easy +0.08`."""
     names = [flag.name if flag.aspect == "retrieval" else f"{flag.aspect} {flag.name}" for flag in found]
     return "; ".join(f"{name} {flag.difference:+.2f}" for name, flag in zip(names, found, strict=True))
 

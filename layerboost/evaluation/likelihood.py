@@ -1,4 +1,4 @@
-"""Likelihood of tokens: of sequences, of answers, and the divergence from the base, without keeping the logits."""
+"""Computes the likelihood of sequences and answers and the divergence from the base, without keeping the logits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..sweep.request_tries import Request, pack_requests
 from .calibration_error import N_BINS, bin_gaps
 
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Vocabulary-wide numbers worked out at once: few enough for a CPU's caches, enough to keep a GPU busy."""
+"""Logits computed at once, in numbers: few enough for a CPU's caches, enough to keep a GPU busy."""
 
 _Reader = Callable[[torch.Tensor], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
-"""Token ids (batch, tokens) to a row for each position that predicts a token, and the function from rows to logits."""
+"""Maps token ids (batch, tokens) to a row per position that predicts a token, and a function from rows to logits."""
 
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Scores of each sequence, averaged over its predicted tokens.
+    """Holds the scores of each sequence, averaged over its predicted tokens.
 
     Attributes:
         nll: Nats per predicted token.
         kl: KL(base || model) in nats per predicted token; None without a base.
-        gaps: (n, 15), calibration of the likeliest tokens (`calibration.bin_gaps`).
+        gaps: (n, 15), calibration of the most likely tokens (`calibration_error.bin_gaps`).
     """
 
     nll: list[float]
@@ -39,10 +39,10 @@ class SequenceScores:
 def score_sequences(
     model: nn.Module, sequences: torch.Tensor, *, base: nn.Module | None = None, batch_size: int = 8
 ) -> SequenceScores:
-    """Scores each token of each sequence but the first, given those before it.
+    """Scores each token of each sequence except the first, given those before it.
 
-    The vocabulary-wide numbers are worked out in float32 for a few positions at a time; what is kept of each position
-    is a few numbers.
+    Vocabulary-wide numbers are computed in float32 for a few positions at a time, and only a few numbers are kept for
+    each position. This bounds the memory.
 
     Args:
         model: A causal language model.
@@ -69,7 +69,7 @@ def score_sequences(
 def _score_batch(
     batch: torch.Tensor, read: _Reader, read_base: _Reader | None, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns mean NLL, mean KL and gaps of each sequence; `rows` positions have their logits worked out at once."""
+    """Returns mean NLL, mean KL and gaps of each sequence; logits are computed for `rows` positions at a time."""
     states, logits_of = read(batch)
     base_states, base_logits_of = (states, logits_of) if read_base is None else read_base(batch)
     targets = batch[:, 1:].reshape(-1).to(states.device)
@@ -89,15 +89,15 @@ def _score_batch(
 
 
 def _likeliest(log_p: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probability of the likeliest token and whether it is the target, from (rows, vocabulary); on the CPU."""
+    """Returns the probability of the most likely token and whether it is the target, given (rows, vocabulary)."""
     highest, token = log_p.max(-1)
     return highest.double().exp().cpu(), (token == targets).cpu()
 
 
 def reader(model: nn.Module, sample: torch.Tensor) -> _Reader:
-    """Returns how to read a model: to the last hidden state where its head is all that follows, else to the logits.
+    """Returns how to read a model: its last hidden state if only the head follows it, its logits otherwise.
 
-    Some families scale or cap the logits after the head. Instead of listing them, both ways are tried on `sample`.
+    Some families scale or cap the logits after the head. Instead of listing them, both ways are compared on `sample`.
     """
     device = next(model.parameters()).device
 
@@ -118,11 +118,11 @@ def reader(model: nn.Module, sample: torch.Tensor) -> _Reader:
 
 @dataclass(frozen=True)
 class Answers:
-    """What P plans say to n requests.
+    """Holds what P plans answer to n requests.
 
     Attributes:
         log_p: (P, n) float64, log-probability of the scored tokens.
-        greedy: (P, n) bool, whether each scored token is the likeliest one.
+        greedy: (P, n) bool, whether every scored token is the most likely one.
     """
 
     log_p: torch.Tensor
@@ -131,14 +131,14 @@ class Answers:
 
 @torch.inference_mode()
 def answer_requests(sweep: LayerSweep, requests: Sequence[Request], *, batch_rows: int = 8) -> Answers:
-    """Answers requests by all plans of a sweep at once.
+    """Answers requests with all plans of a sweep at once.
 
-    Logits are worked out only where a request reads them, in float32, for a few positions at a time.
+    Logits are computed only where a request reads them, in float32, for a few positions at a time.
 
     Args:
-        sweep: the model and the plans.
-        requests: as lm-eval's harness would make them, cut to the model's context.
-        batch_rows: rows of the longest kind in one pass (see `pack_requests`), fewer where the budget asks for it.
+        sweep: The model and the plans.
+        requests: The requests as lm-eval's harness would make them, cut to the model's context.
+        batch_rows: Rows of the longest kind in one pass (see `pack_requests`); fewer if the budget requires it.
     """
     n_plans = len(sweep.paths)
     log_p = torch.zeros(n_plans, len(requests), dtype=torch.float64)
@@ -162,10 +162,10 @@ def answer_requests(sweep: LayerSweep, requests: Sequence[Request], *, batch_row
 def _read_edges(
     sweep: LayerSweep, states: torch.Tensor, edge_node: torch.Tensor, edge_token: torch.Tensor, n_nodes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability, and whether it is the likeliest token, of each edge by each plan: (P, e) both.
+    """Returns two (P, e): the log-probability of each edge by each plan, and whether it is the most likely token.
 
     Args:
-        states: (P * n_nodes, d) hidden states behind the last layer.
+        states: (P * n_nodes, d) hidden states after the last layer.
         edge_node, edge_token: (e,), sorted by node.
     """
     n_plans = len(states) // n_nodes
@@ -188,12 +188,12 @@ def _read_edges(
 
 @dataclass(frozen=True)
 class TextScores:
-    """Scores of P plans over n sequences, averaged over each one's predicted tokens.
+    """Holds the scores of P plans over n sequences, averaged over each sequence's predicted tokens.
 
     Attributes:
         nll: (P, n) float64, nats per predicted token.
         kl: (P, n) float64, KL(base || plan) in nats per predicted token.
-        gaps: (P, n, 15) float64, calibration of the likeliest tokens (`calibration.bin_gaps`).
+        gaps: (P, n, 15) float64, calibration of the most likely tokens (`calibration_error.bin_gaps`).
     """
 
     nll: torch.Tensor
@@ -203,13 +203,13 @@ class TextScores:
 
 @torch.inference_mode()
 def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_size: int = 8) -> TextScores:
-    """Scores sequences by all plans of a sweep at once; the base's logits are worked out once for all of them.
+    """Scores sequences with all plans of a sweep at once; the base's logits are computed once for all of them.
 
     Args:
-        sweep: the model and the plans.
-        sequences: token ids (n, tokens), at least two tokens long.
-        base: index of the plan that the others diverge from.
-        batch_size: sequences in a pass, fewer where the sweep's budget asks for it.
+        sweep: The model and the plans.
+        sequences: Token ids (n, tokens), at least two tokens long.
+        base: Index of the plan that the others' divergence is measured from.
+        batch_size: Sequences in a pass; fewer if the sweep's budget requires it.
     """
     n_plans = len(sweep.paths)
     nll, kl = (torch.empty(n_plans, len(sequences), dtype=torch.float64) for _ in range(2))
@@ -227,7 +227,7 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
             of_base = kept[0] if kept else states[plans.index(base)]
             nll[plans, here], kl[plans, here], gaps[plans, here] = _score_states(sweep, batch, states, of_base)
 
-        # What the others diverge from must be there with each of them; where not all fit together it runs first.
+        # The base's states are needed with those of every plan; if not all fit together, the base runs first.
         if len(set(sweep.paths)) > sweep.room(*batch.shape):
             sweep.run(batch, keep_base, plans=[base])
         sweep.run(batch, read)
@@ -237,7 +237,7 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
 def _score_states(
     sweep: LayerSweep, batch: torch.Tensor, states: list[torch.Tensor], of_base: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean NLL and KL of each sequence by each plan, (P, B) float64, and the gaps, (P, B, 15)."""
+    """Returns mean NLL and KL of each sequence by each plan, both (P, B) float64, and the gaps (P, B, 15)."""
     targets = batch[:, 1:].reshape(-1).to(of_base.device)
     nll, kl, confidence = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(3))
     correct = torch.empty(len(states), len(targets), dtype=torch.bool)
@@ -259,6 +259,6 @@ def _score_states(
 
 
 def _rows_at_once(model: nn.Module) -> int:
-    """Positions whose logits are worked out together."""
+    """Returns the number of positions whose logits are computed together."""
     device = next(model.parameters()).device.type
     return max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE["cuda"]) // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]

@@ -1,8 +1,8 @@
-"""lm-eval's tasks as requests that can be answered elsewhere, and their scores from the answers.
+"""Turns lm-eval's tasks into requests that can be answered elsewhere, and the answers into scores.
 
-The harness runs twice: once to learn what it would ask a model, once to score what the model would say. What lies
-between the two may be done in any order, in parts, for many plans at once, and on other machines. Prompts, tokens,
-filters and metrics are lm-eval's own.
+The harness runs twice: once to record what it would ask a model, and once to score the answers. In between, requests
+can be answered in any order, in parts, for many plans at once, and on other machines. Prompts, tokens, filters and
+metrics are lm-eval's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One document of a task, and the indices of the requests that it makes: none where a model is to generate."""
+    """Holds one document of a task and the indices of its requests; there are none if a model is to generate."""
 
     task: str
     doc_id: int
@@ -33,11 +33,11 @@ class Item:
 
 
 class Benchmarks:
-    """What the tasks of a spec ask, collected once for all the plans of a model.
+    """Holds what the tasks of a spec ask, collected once for all the plans of a model.
 
     Attributes:
-        requests: each distinct one once.
-        items: every document of every task, in the tasks' order.
+        requests: The distinct requests.
+        items: Every document of every task, in the tasks' order.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec):
@@ -62,9 +62,9 @@ class Benchmarks:
         """Scores one plan from its answers.
 
         Args:
-            log_p, greedy: (n_requests,), as `likelihood.Answers` has them for a plan.
-            items: what was answered; all items if None. Each task needs one at least.
-            model: the model that the plan makes, needed where a task has it generate.
+            log_p, greedy: (n_requests,), the plan's row of `likelihood.Answers`.
+            items: The items that were answered; all items if None. Each task needs at least one.
+            model: The plan's model, needed if a task has it generate.
         """
         samples: dict[str, list[int]] | None = None
         if items is not None:
@@ -78,11 +78,11 @@ class Benchmarks:
 
 @functools.cache
 def _answering_lm() -> Any:
-    """The class, made when first needed: its parent takes seconds to import."""
+    """Returns the class, which is made when first needed because its parent takes seconds to import."""
     from lm_eval.models.huggingface import HFLM
 
     class AnsweringLM(HFLM):
-        """Notes the requests, or answers them from a list once `answer` has given one."""
+        """Records the requests, or answers them from a list once `answer` was called with one."""
 
         def __init__(self, model: Any, **kwargs: Any) -> None:
             super().__init__(model, **kwargs)
@@ -133,7 +133,7 @@ def _answering_lm() -> Any:
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             for _, context, continuation in requests:
-                # What is too long loses its beginning, as in HFLM.
+                # As in HFLM, a request that is too long loses its beginning.
                 tokens = tuple(context + continuation)[-(self.max_length + 1) :]
                 request = Request(tokens, len(continuation))
                 self._asked.append(self.requests.setdefault(request, len(self.requests)))

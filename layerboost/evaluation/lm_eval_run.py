@@ -1,4 +1,4 @@
-"""lm-eval on a model in memory: values exactly as lm-eval reports them, and the score of each item beside them."""
+"""Runs lm-eval on a model in memory; values are exactly lm-eval's, and the score of each item is kept with them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOOTSTRAP_ITERS = 1000
 def benchmark_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec
 ) -> list[MetricScore]:
-    """Scores a model by the tasks of a spec: exactly what lm-eval says of it."""
+    """Scores a model by the tasks of a spec; the values are exactly those of lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
     training = model.training
@@ -44,13 +44,13 @@ def benchmark_scores(
 def run_harness(
     make_lm: Callable[[], Any], spec: QualitySpec, *, samples: Mapping[str, Sequence[int]] | None = None
 ) -> list[MetricScore]:
-    """Has lm-eval ask a model of its kind everything in a spec, quietly, and gives the scores.
+    """Runs lm-eval on everything in a spec, without output, and returns the scores.
 
     Args:
-        make_lm: makes (or gives again) the `lm_eval.api.model.LM` that answers.
-        spec: the tasks; its text is none of lm-eval's business.
-        samples: ids of the documents to ask about, ascending, for each task that is to be asked; all if None. The
-            tasks of a group then stand for themselves.
+        make_lm: Makes (or returns again) the `lm_eval.api.model.LM` that answers.
+        spec: The tasks; lm-eval does not use the spec's text.
+        samples: Ids of the documents to ask about, ascending, for each task that is to be asked; all if None. With
+            samples, the tasks of a group are scored one by one, without the group.
     """
     import lm_eval
 
@@ -72,15 +72,15 @@ def run_harness(
 
 
 def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy for HFLM, which gives it a padding token; the caller's is to stay without."""
+    """Returns a copy for HFLM, which sets a padding token; the caller's tokenizer must not change."""
     copied = copy.deepcopy(tokenizer)
-    # The warning of contexts too long for the model is false here: HFLM cuts them to fit.
+    # This suppresses a warning about contexts too long for the model. It does not apply: HFLM cuts them to fit.
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return copied
 
 
 def _parts(benchmarks: Sequence[_Benchmark], samples: Mapping[str, Sequence[int]] | None) -> list[Any]:
-    """What lm-eval is to run; it would ask a task without samples about all of its documents."""
+    """Returns what lm-eval runs; a task without samples is left out, or lm-eval would use all of its documents."""
     if samples is None:
         return [part for benchmark in benchmarks for part in benchmark.parts]
     return [task for benchmark in benchmarks for name, task in benchmark.tasks.items() if name in samples]
@@ -88,7 +88,7 @@ def _parts(benchmarks: Sequence[_Benchmark], samples: Mapping[str, Sequence[int]
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """One entry of the spec as lm-eval loaded it; `parts` is one group, or one or several tasks."""
+    """Holds one entry of the spec as lm-eval loaded it; `parts` is one group, or one or several tasks."""
 
     parts: list[Any]
     tasks: dict[str, Any]
@@ -99,9 +99,9 @@ class _Benchmark:
 def load_benchmarks(
     names: tuple[str, ...], identities: tuple[str, ...], num_fewshot: int | None
 ) -> tuple[_Benchmark, ...]:
-    """Loads tasks and their data once for all the models that a process judges, until their content changes.
+    """Loads tasks and their data once for all the models that a process judges, unless their content changes.
 
-    `identities` and `num_fewshot` are there for the cache alone: simple_evaluate writes the latter into the tasks.
+    `identities` and `num_fewshot` serve as cache keys only: `num_fewshot` since simple_evaluate writes it into tasks.
     """
     benchmarks = []
     for name in names:
@@ -202,7 +202,7 @@ def _group_scores(name: str, by_task: Mapping[str, list[MetricScore]], results: 
     for metric, filter_name, value, stderr in _reported(results["results"].get(name, {})):
         called = metric if filter_name == "none" else f"{metric}@{filter_name}"
         parts = [score for task_scores in by_task.values() for score in task_scores if score.metric == called]
-        # Where a group weighs its tasks by size, its value is the mean over all their items, and pairs like a task's.
+        # If a group weights its tasks by size, its value is the mean over all their items and can be paired as well.
         known = [part.items for part in parts if part.items is not None]
         items = [item for part in known for item in part] if len(known) == len(parts) else []
         direction = all(part.higher_is_better for part in parts)
@@ -238,7 +238,7 @@ def _items_of_mean(items: Sequence[Any], value: float) -> list[float] | None:
     if not items or not all(_is_number(item) for item in items):
         return None
     numbers = [float(item) for item in items]
-    # Perplexities and other aggregates log numbers whose mean they are not.
+    # Perplexities and some other aggregates log numbers whose mean is not the metric's value.
     return numbers if math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-9, abs_tol=1e-12) else None
 
 
@@ -249,8 +249,8 @@ def _is_number(value: Any) -> bool:
 def _choices(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, bool]]:
     """Returns margin, confidence and correctness of the chosen answer for each item of a multiple-choice task.
 
-    Items without a right or a wrong answer are left out. The confidence is the probability of the likeliest choice
-    among the choices alone.
+    Items that have only right or only wrong answers are left out. The confidence is the probability of the most likely
+    choice among the choices alone.
     """
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return []
@@ -263,7 +263,7 @@ def _choices(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[tuple[floa
         if isinstance(right, str):
             right = [i for i, choice in enumerate(choices) if choice == right][:1]
         right = right if isinstance(right, list) else [right]
-        # Behind the choices' log-likelihoods there may be the unconditional ones, for mutual information.
+        # The log-likelihoods of the choices may be followed by the unconditional ones, for mutual information.
         log_p = [float(response[0][0]) for response in sample["resps"][: len(choices)]]
         of_right = [p for i, p in enumerate(log_p) if i in right]
         of_wrong = [p for i, p in enumerate(log_p) if i not in right]
@@ -275,9 +275,9 @@ def _choices(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[tuple[floa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's and datasets' progress off the terminal, and off stdout whatever they print.
+    """Suppresses the progress bars of lm-eval and datasets, and redirects what they print from stdout to stderr.
 
-    Templates are compiled once for all documents, which lm-eval does for each anew.
+    It also caches compiled templates, since lm-eval compiles the same template again for each document.
     """
     import datasets
     import lm_eval.api.model
@@ -293,7 +293,7 @@ def _quiet() -> Iterator[None]:
         return bar(*args, **kwargs | {"disable": True})
 
     def no_report(*_: Any) -> None:
-        """Stands for reports on the machine and on git that nothing here reads, and that take two seconds each time."""
+        """Replaces reports on the machine and on git that nothing here reads and that take two seconds each time."""
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -327,7 +327,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Gives back the random state that lm-eval's seeding overwrites, so that training around it is not repeated."""
+    """Restores the random state after lm-eval's seeding, so that surrounding training does not repeat its numbers."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         yield

@@ -1,4 +1,4 @@
-"""Judges many plans of one parent with what they share computed once."""
+"""Judges many plans of one parent and computes what they share only once."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from .scores import QualitySpec, Scores
 
 
 class PlanEvaluation:
-    """Judges many plans of one model by one spec at once: what plans have in common is computed once (`LayerSweep`).
+    """Judges many plans of one model by one spec at once, sharing what plans have in common (`LayerSweep`).
 
-    Scores are those of `evaluate` on each plan's model to the last bits: lm-eval's metrics over log-probabilities that
-    differ in rounding only. What the tasks ask and the text are prepared once; parts of both can be done on their own.
+    Scores equal those of `evaluate` on each plan's model up to rounding: lm-eval's metrics are computed from
+    log-probabilities that differ only in the last bits. The tasks' requests and the text are prepared once, and parts
+    of both can be judged separately.
 
     Args:
-        model: an untouched parent of a supported family, on the device that it is to be judged on.
-        tokenizer: its tokenizer.
-        spec: what to judge by.
-        budget_bytes: bound on the activations of a pass.
+        model: An untouched parent of a supported family, on the device that it is to be judged on.
+        tokenizer: Its tokenizer.
+        spec: What to judge by.
+        budget_bytes: Bound on the activations of a pass.
 
     Attributes:
-        items: what can be answered by likelihood, in the order in which neighbours share most.
-        sequences: token ids of the text, (n, sequence_tokens); None without one.
+        items: Items that can be answered by likelihood, in the order in which neighbours have most in common.
+        sequences: Token ids of the text, (n, sequence_tokens); None without a text.
     """
 
     def __init__(
@@ -59,12 +60,12 @@ class PlanEvaluation:
 
     @property
     def generating(self) -> list[str]:
-        """The tasks that have the model generate, so that their items cannot be answered by likelihood."""
+        """The tasks that have the model generate and whose items therefore cannot be answered by likelihood."""
         items = self.benchmarks.items if self.benchmarks else []
         return sorted({item.task for item in items if not item.requests})
 
     def costs(self) -> list[int]:
-        """The tokens that each item adds to the one before it; of a text, those of each sequence."""
+        """Returns the tokens that each item adds to the one before it; for a text, the tokens of each sequence."""
         if self.sequences is not None:
             return [self.sequences.shape[1]] * len(self.sequences)
         assert self.benchmarks is not None
@@ -80,10 +81,10 @@ class PlanEvaluation:
         return found
 
     def answer(self, plans: Sequence[Plan], items: Sequence[Item] | None = None) -> Answers:
-        """Answers the requests of some items (all if None); those of other items stay 0 and True.
+        """Answers the requests of some items (all if None); requests of other items keep 0 and True.
 
         Returns:
-            log_p and greedy, (P, n_requests).
+            log_p and greedy, both (P, n_requests).
         """
         assert self.benchmarks is not None
         asked = sorted({index for item in (self.items if items is None else items) for index in item.requests})
@@ -113,13 +114,13 @@ class PlanEvaluation:
         text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         items: Sequence[Item] | None = None,
     ) -> Scores:
-        """The scores of a plan from its answers (log_p and greedy), and its NLL, KL and gaps of each sequence.
+        """Returns a plan's scores, given its answers (log_p and greedy) and the NLL, KL and gaps of each sequence.
 
         Args:
-            plan: what was answered for; only asked where a task has the model generate.
-            answers: (n_requests,) both; None where the tasks were not asked.
-            text: (n_sequences,) twice and (n_sequences, 15); None where the text was not read.
-            items: what was answered, all if None.
+            plan: The plan that was answered for; it is used only if a task has the model generate.
+            answers: Two (n_requests,); None if the tasks were not asked.
+            text: Two (n_sequences,) and one (n_sequences, 15); None if the text was not read.
+            items: The items that were answered, all if None.
         """
         found = Scores()
         if answers is not None:

@@ -1,9 +1,9 @@
-"""Retrieval at a distance: whether a model finds again, behind other text, what it has read.
+"""Measures retrieval at a distance: whether a model can repeat what it has read before other text.
 
-A sequence holds a segment of one document, text of others, and the segment once more. The first tokens of the
-repetition say which segment it is. Of the rest those are scored that stand once in the segment and not in the text
-between: only from the segment can a model know them, so that one which cannot reach back is left with little. A
-sequence's score is the share of them that greedy prediction gets right.
+A sequence holds a segment of one document, text of other documents, and the segment once more. The first tokens of the
+repetition are the cue that tells which segment it is. Of the other tokens those are scored that occur once in the
+segment and not in the text between. A model can know them only from the segment, so one that cannot reach back scores
+low. A sequence's score is the share of the scored tokens that greedy prediction gets right.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ MAX_ITEMS = 32
 
 @dataclass(frozen=True)
 class RetrievalItems:
-    """What a distance asks.
+    """Holds the sequences for one distance.
 
     Attributes:
-        tokens: (n, tokens) token ids, the repeated segment at the end.
+        distance: Tokens between the segment and its repetition.
+        tokens: (n, tokens) token ids, with the repeated segment at the end.
         scored: (n, 16) bool, which tokens of the repetition are scored; at least one in each row.
     """
 
@@ -43,15 +44,15 @@ class RetrievalItems:
 
 
 def retrieval_tokens(distance: int) -> int:
-    """Returns the context that a distance needs, in tokens: BOS, the segment twice, and what lies between."""
+    """Returns the context that a distance needs, in tokens: BOS, the segment twice, and the text between."""
     return 1 + 2 * SEGMENT_TOKENS + distance
 
 
 def check_retrieval_context(spec: QualitySpec, context_tokens: int | None) -> None:
-    """Refuses distances that a context of so many tokens does not hold.
+    """Refuses distances that do not fit into a context of `context_tokens` tokens.
 
     Raises:
-        QualityError: For the first that is too long.
+        QualityError: For the first distance that is too long.
     """
     for distance in spec.retrieval:
         if context_tokens is not None and retrieval_tokens(distance) > context_tokens:
@@ -64,9 +65,10 @@ def check_retrieval_context(spec: QualitySpec, context_tokens: int | None) -> No
 def retrieval_items(tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> list[RetrievalItems]:
     """Builds the sequences of each of the spec's distances from its text.
 
-    The segment is the middle of a document, and what lies between are the first `distance` tokens of the documents
-    behind it, the first behind the last. No marks stand between documents, for they tell models to forget; BOS stands
-    in front where the tokenizer has one. There are 32 sequences, or as many as `n_sequences` or the text allow.
+    The segment is the middle of a document. The text between consists of the first `distance` tokens of the documents
+    that follow it, starting again with the first document after the last. Documents are not separated by special
+    tokens, because these tell models to forget; BOS comes first if the tokenizer has one. There are 32 sequences, or
+    as many as `n_sequences` or the text allow.
 
     Raises:
         QualityError: If the spec has no text or a distance finds too little in it.
@@ -114,7 +116,7 @@ def _first_tokens(documents: list[np.ndarray], n_tokens: int) -> np.ndarray:
 
 
 def _documents(tokenizer: PreTrainedTokenizerBase, text: str, n_items: int, distance: int) -> list[np.ndarray]:
-    """The first documents that hold a segment: two for each item, as some ask nothing, and what fills the distance."""
+    """Returns documents that hold a segment: two per item, as some cannot be scored, and enough for the distance."""
     found: list[np.ndarray] = []
     remaining = read_documents(text)
     while texts := list(islice(remaining, TOKENIZE_DOCUMENTS)):
@@ -132,9 +134,9 @@ def retrieval_scores(model: PreTrainedModel, asked: list[RetrievalItems], *, bat
     """Scores a model: `retrieval@<distance>` of the task `text`, higher is better.
 
     Args:
-        model: a causal language model.
-        asked: from `retrieval_items`.
-        batch_tokens: tokens in a pass, one sequence at least.
+        model: A causal language model.
+        asked: Sequences from `retrieval_items`.
+        batch_tokens: Tokens in a pass, at least one sequence.
     """
     training = model.training
     model.eval()
@@ -158,7 +160,7 @@ def retrieval_scores(model: PreTrainedModel, asked: list[RetrievalItems], *, bat
 def plans_retrieval_scores(
     sweep: LayerSweep, asked: list[RetrievalItems], *, batch_tokens: int
 ) -> list[list[MetricScore]]:
-    """Scores each plan of a sweep as `retrieval_scores` does its model."""
+    """Scores each plan of a sweep as `retrieval_scores` scores a model."""
     found: list[list[MetricScore]] = [[] for _ in sweep.paths]
     for items in asked:
         n_tokens = items.tokens.shape[1]

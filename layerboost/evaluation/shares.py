@@ -1,4 +1,4 @@
-"""Shares of the items: parts of nearly equal cost, so that several workers can judge the same plans."""
+"""Divides items into shares of nearly equal cost, so that several workers can judge the same plans."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ MIN_AUTO_SHARES, MAX_AUTO_SHARES = 16, 1024
 
 
 AUTO_SHARE_TOKENS = 1024
-"""Tokens of a share, at least, where there are more than `MIN_AUTO_SHARES`: enough that a pass is busy with them."""
+"""Minimum tokens of a share if there are more than `MIN_AUTO_SHARES`: enough to keep a pass busy."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Items `start` to `stop` of a spec: in the order that shares most or, with a seed, in a random one.
+    """Denotes the items `start` to `stop` of a spec, in a random order if there is a seed.
 
-    Items of a spec with a text and no tasks are its sequences. The random order mixes tasks so that any beginning of it
-    holds the same fraction of each.
+    Without a seed the order puts items next to each other that have most in common. The items of a spec with a text
+    and no tasks are its sequences. The random order mixes tasks so that any beginning of it holds the same fraction of
+    each.
     """
 
     start: int
@@ -34,7 +35,7 @@ class Share:
 
 
 def mixed(items: Sequence[Item], seed: int) -> list[Item]:
-    """Items in a random order, tasks spread evenly: any beginning holds about the same fraction of each task."""
+    """Shuffles items and spreads tasks evenly: any beginning holds about the same fraction of each task."""
     draw = random.Random(seed)
     by_task: dict[str, list[Item]] = defaultdict(list)
     for item in items:
@@ -46,13 +47,13 @@ def mixed(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def mixed_tasks(counts: Mapping[str, int]) -> list[str]:
-    """The task of each position of `mixed`, from the number of items of each."""
+    """Returns the task of each position of `mixed`, given the number of items of each task."""
     places = [((i + 0.5) / n, name) for name, n in counts.items() for i in range(n)]
     return [name for _, name in sorted(places)]
 
 
 def share_order(n: int, share: Share) -> torch.Tensor:
-    """Indices of the sequences of a share."""
+    """Returns the indices of the sequences of a share."""
     order = list(range(n))
     if share.seed is not None:
         random.Random(share.seed).shuffle(order)
@@ -67,8 +68,10 @@ def shares(costs: Sequence[int], n_shares: int, *, first: int = 0, seed: int | N
     """Cuts items into shares of nearly the same cost, none of them empty.
 
     Args:
-        costs: of each item, from item `first` on.
-        n_shares: as many at most.
+        costs: Cost of each item, starting with item `first`.
+        n_shares: Maximum number of shares.
+        first: Index of the first item.
+        seed: Seed of the random order of the items, if they are in one.
     """
     ends = list(itertools.accumulate(costs))
     cuts = [0] + [bisect.bisect_left(ends, ends[-1] * i / n_shares) + 1 for i in range(1, n_shares + 1)] if ends else []
@@ -76,8 +79,8 @@ def shares(costs: Sequence[int], n_shares: int, *, first: int = 0, seed: int | N
 
 
 def auto_shares(costs: Sequence[int]) -> int:
-    """Into how many shares items of so many tokens each are cut where the recipe leaves it open.
+    """Returns how many shares items with these costs in tokens are cut into if the recipe does not say.
 
-    It follows from the items alone: with the number of workers it would make other records on another cluster.
+    The number depends only on the items: if it depended on the workers, another cluster would make other records.
     """
     return min(max(MIN_AUTO_SHARES, sum(costs) // AUTO_SHARE_TOKENS), MAX_AUTO_SHARES)

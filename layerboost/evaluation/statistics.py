@@ -1,4 +1,4 @@
-"""Differences and ratios of scores over the same items, with their errors."""
+"""Computes differences and ratios of scores over the same items, with their standard errors."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-# Small enough for the resampled values to stay in the processor's cache.
+# This many resampled values at once stay in the processor's cache.
 _RESAMPLED_VALUES_AT_ONCE = 100_000
 # With fewer items, resamples of a few almost equal values make the studentised bootstrap arbitrarily wide.
 _BOOTSTRAP_FROM_N_ITEMS = 10
-# Below this part of the sample's standard error a resample's is rounding.
+# If a resample's standard error is below this part of the sample's, it is only rounding.
 _NO_SPREAD = 1e-6
 
 
 class PairingError(ValueError):
-    """Scores that cannot be compared item by item."""
+    """The scores cannot be compared item by item."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference and its uncertainty.
+    """Holds a mean difference and its uncertainty.
 
     Attributes:
-        mean: Mean of base minus other; positive where other scores lower.
-        stderr: Standard error by normal theory; None where one item says nothing about it.
-        ci_low: Lower end of the confidence interval; None where `stderr` is.
-        ci_high: Upper end of the confidence interval; None where `stderr` is.
+        mean: Mean of base minus other; positive if the other scores lower.
+        stderr: Standard error by normal theory; None if a single item says nothing about it.
+        ci_low: Lower end of the confidence interval; None if `stderr` is None.
+        ci_high: Upper end of the confidence interval; None if `stderr` is None.
         n_items: Items compared, over all tasks.
     """
 
@@ -58,17 +58,17 @@ def paired_difference(
 ) -> Difference:
     """Compares two models over the same items.
 
-    The interval is the symmetric studentised bootstrap one (Hall 1988), mean ± q * stderr: items are drawn with
-    replacement, each with both of its scores, and q is the quantile over such resamples of how many of its own standard
-    errors a resample's mean is away from the mean. It is never narrower than Student's t interval, and that interval
-    itself below ten items. The standard error is the sample one of the differences.
+    The interval is the symmetric studentised bootstrap one (Hall 1988), mean ± q * stderr. Items are drawn with
+    replacement, each with both of its scores, and the distance of a resample's mean from the mean is divided by the
+    resample's own standard error; q is the quantile of this number over the resamples. The interval is never narrower
+    than Student's t interval, and equals it below ten items. The standard error is the sample one of the differences.
 
-    By simulation, at 95 % it covers the truth in 94 to 96.5 % of samples where differences are normal, moderately
-    skewed (exponential) or heavy-tailed (t with 3 degrees of freedom) and n is 50 or more, and in 94 to 97 % where they
-    are 1, 0 or -1 and about eight or more of them are not 0. It covers less where a few extreme or rare items carry
-    the mean: 88 to 94 % for lognormal differences (sigma 1) with 20 to 100 items, and far less where only a handful of
-    items change at all. Items that all change alike say nothing about the others: their interval is a point, too sure
-    of itself. On skewed differences the misses lie mostly on the side of the long tail.
+    By simulation, at 95 % it covers the truth in 94 to 96.5 % of samples if differences are normal, moderately skewed
+    (exponential) or heavy-tailed (t with 3 degrees of freedom) and n is 50 or more, and in 94 to 97 % if they are 1, 0
+    or -1 and about eight or more of them are not 0. It covers less if a few extreme or rare items determine the mean:
+    88 to 94 % for lognormal differences (sigma 1) with 20 to 100 items, and far less if only a handful of items change
+    at all. If all items change by the same amount the interval is a single point, which is too narrow. On skewed
+    differences the misses are mostly on the side of the long tail.
 
     Args:
         base_items: The base's score of each item.
@@ -93,12 +93,12 @@ def paired_difference(
 
 
 def mean_of_differences(differences: Sequence[Difference], *, confidence: float = 0.95) -> Difference:
-    """Averages the differences of independent tasks, each task weighing the same.
+    """Averages the differences of independent tasks, with the same weight for each task.
 
     Tasks are fixed and their items sampled: the error is that of the same tasks with other items. The interval is
-    Student's with Welch and Satterthwaite's degrees of freedom, for a small task that has most of the error makes the
-    error itself unsure. A standard error without a number of items counts as exact. A task without a standard error
-    leaves the mean without one.
+    Student's with Welch and Satterthwaite's degrees of freedom, because the error itself is uncertain if most of it
+    comes from a small task. The standard error of a task that has no number of items counts as exact. If a task has no
+    standard error, the mean has none either.
 
     Raises:
         PairingError: If there are no differences.
@@ -115,7 +115,7 @@ def mean_of_differences(differences: Sequence[Difference], *, confidence: float 
 
 
 def mean_of_independent(stderrs: Sequence[float | None]) -> float | None:
-    """Returns the standard error of the mean of independent quantities, None if one of theirs is unknown."""
+    """Returns the standard error of the mean of independent quantities, None if one of their errors is unknown."""
     known = [stderr for stderr in stderrs if stderr is not None]
     if len(known) < len(stderrs) or not known:
         return None
@@ -125,8 +125,8 @@ def mean_of_independent(stderrs: Sequence[float | None]) -> float | None:
 def ratio_of_means(base_items: Sequence[float], other_items: Sequence[float]) -> tuple[float, float | None]:
     """Returns mean(other) / mean(base) over the same items and its standard error by the delta method.
 
-    The error is that of `other - ratio * base` per item, divided by the base's mean, so that what both models find hard
-    cancels. The ratio is NaN, without error, where the base's mean is zero.
+    The error is that of `other - ratio * base` per item, divided by the base's mean, so that the difficulty of an item
+    that both models share cancels. The ratio is NaN, without an error, if the base's mean is zero.
 
     Raises:
         PairingError: If there are no items or their numbers differ.
@@ -156,7 +156,7 @@ def _paired(base_items: Sequence[float], other_items: Sequence[float]) -> np.nda
 
 
 def _studentised_quantile(values: np.ndarray, stderr: float, confidence: float, resamples: int, seed: int) -> float:
-    """How many standard errors the symmetric interval reaches to each side of the mean of `values` (n,)."""
+    """Returns how many standard errors the symmetric interval reaches to each side of the mean of `values` (n,)."""
     n = len(values)
     least = _t_quantile(confidence, n - 1)
     if n < _BOOTSTRAP_FROM_N_ITEMS:
@@ -171,7 +171,7 @@ def _studentised_quantile(values: np.ndarray, stderr: float, confidence: float, 
         drawn -= means[:, None]
         drawn *= drawn
         stderrs = np.sqrt(drawn.sum(axis=1) / (n * (n - 1)))
-        # Resamples without spread have no such ratio: with few items that differ, they would make the interval endless.
+        # Resamples without spread have no such ratio; if few items differ, they would make the interval infinite.
         spread = stderrs > _NO_SPREAD * stderr
         deviations.append(np.abs(means[spread]) / stderrs[spread])
     measured = np.concatenate(deviations) if deviations else np.empty(0)
@@ -179,9 +179,9 @@ def _studentised_quantile(values: np.ndarray, stderr: float, confidence: float, 
 
 
 def _welch_satterthwaite(differences: Sequence[Difference]) -> float:
-    """Degrees of freedom of the standard error of the mean of independent differences; infinite where all are exact."""
+    """Returns the degrees of freedom of the mean's standard error, infinite if the errors of all tasks are exact."""
     variances = [(d.stderr or 0.0) ** 2 for d in differences]
-    # Relative to their sum, lest the squares underflow.
+    # Variances are divided by their sum, or their squares could underflow.
     total = math.fsum(variances)
     if total == 0.0:
         return math.inf

@@ -1,7 +1,7 @@
-"""Names and files of lm-eval tasks, read without importing lm-eval, so that bad input is refused within a second.
+"""Reads names and files of lm-eval tasks without importing lm-eval, so that bad input is refused within a second.
 
-lm-eval's own index of its 14,000 task files takes many seconds to build. Here the names in those files are found by
-pattern, and a task file of the user's is read as plain YAML, its functions unresolved.
+lm-eval takes many seconds to build its own index of its 14,000 task files. Here the names in those files are found by
+regular expressions, and a user's task file is read as plain YAML without resolving its functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 RESERVED_NAMES = ("text", "mean")
-"""Names that stand beside the tasks in the scores and in the tables."""
+"""Names that scores and tables use beside the tasks' names, so that no task may have them."""
 
 _LOCAL_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml")
 _NO_TASKS_IN = (".py", ".pyc", ".md", ".json", ".jsonl", ".txt", ".sh", ".csv", ".tsv", ".jpg", ".png", ".lark")
@@ -36,16 +36,16 @@ _FUNCTION = re.compile(r"!function\s+[\"']?([\w.]+)\.\w+")
 
 
 class UnknownTaskError(ValueError):
-    """A benchmark name or file that lm-eval could not run."""
+    """A benchmark's name or file could not be run by lm-eval."""
 
 
 class TaskFileError(UnknownTaskError):
-    """A task file that is missing or is no task."""
+    """A task file is missing or does not define a task."""
 
 
 @dataclass
 class PackagedName:
-    """Where a name stands in lm-eval's package: the kinds of use (`task`, `group`, `tag`) and the files."""
+    """Says where a name occurs in lm-eval's package: as which kinds (`task`, `group`, `tag`) and in which files."""
 
     kinds: set[str] = field(default_factory=set)
     files: list[Path] = field(default_factory=list)
@@ -110,9 +110,9 @@ def packaged_names() -> dict[str, PackagedName]:
 
 
 def read_task_file(path: str | Path) -> dict[str, Any]:
-    """Reads a task file with what it includes; relative data files become absolute, functions stay names.
+    """Reads a task file with what it includes; data files become absolute, functions stay names.
 
-    Data files are relative to the folder of the YAML that names them.
+    The paths of data files are relative to the folder of the YAML that names them.
 
     Raises:
         TaskFileError: If the file is missing, is not a single task, has a field that lm-eval does not know, or names
@@ -140,8 +140,8 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
 def task_identity(name: str) -> str:
     """Returns what identifies a benchmark's content.
 
-    For a task file a hash over it, the files it includes, its functions' modules and its data; for a name lm-eval's
-    version beside it, since the data of a packaged task is not on this machine.
+    A task file is identified by a hash of it, the files it includes, its functions' modules and its data. A packaged
+    task is identified by its name and lm-eval's version, since its data is not on this machine.
     """
     if not is_task_file(name):
         return f"{name}@lm_eval-{version('lm_eval')}"
@@ -218,7 +218,7 @@ _PlainLoader.add_constructor("!function", lambda loader, node: f"!function {load
 
 
 def _merged(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Path], list[Path]]:
-    """Returns a YAML merged over its includes, the folder each key comes from, and the files read."""
+    """Returns a YAML merged with its includes, the folder that each key comes from, and the files read."""
     path = path.expanduser().resolve()
     if path in parents:
         raise TaskFileError(f"quality.tasks: {path} includes itself; remove the include")
@@ -265,7 +265,7 @@ def _absolute(files: Any, folder: Path) -> Any:
 
 
 def _data_files(config: dict[str, Any]) -> list[Path]:
-    """Returns the local files and folders that a resolved task reads, patterns expanded."""
+    """Returns the local files and folders that a resolved task reads, with patterns expanded."""
     kwargs = config.get("dataset_kwargs")
     found: list[Path] = []
 

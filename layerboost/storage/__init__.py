@@ -1,1 +1,1 @@
-"""Writing to disks and object stores: whole files or none, and retries of what a network fails in."""
+"""Writes files to disks and object stores completely or not at all, and retries after network failures."""

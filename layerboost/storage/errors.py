@@ -1,4 +1,4 @@
-"""What goes wrong with storage: what passes by and is tried again, and a full disk, which stops the run."""
+"""Tells passing storage errors, which are retried, from lasting ones such as a full disk, which stops the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits between tries, half a minute in all."""
+"""Waits between tries; they add up to half a minute."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FOR_GOOD = {
@@ -28,17 +28,18 @@ _FOR_GOOD_KINDS = (FileNotFoundError, FileExistsError, PermissionError, NotADire
 _NETWORK_LIBRARIES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "requests", "urllib3"}
 _FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|os error (28|122)\b|\[errno (28|122)\]", re.I)
 _OS_ERROR_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust, safetensors among them, hand over an errno."""
+"""Form in which libraries written in Rust, such as safetensors, pass on an errno."""
 
 
 class DiskFullError(OSError):
-    """There is no room for what has to be written; nothing is half written, and with more room the run goes on."""
+    """There is no space for what has to be written. No file is half written; with more space the run can continue."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it in this process or in a worker, is that of a full disk.
+    """Returns whether an error, or one that led to it in this process or in a worker, is due to a full disk.
 
-    Libraries wrap it: safetensors gives its text alone, Ray the text of the worker's traceback.
+    The text is searched, too, since libraries wrap the error: safetensors passes on only its text, and Ray the text of
+    the worker's traceback.
     """
     return any(
         isinstance(cause, DiskFullError) or getattr(cause, "errno", None) in _FULL or _FULL_TEXT.search(str(cause))
@@ -47,7 +48,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether to try again may help: what networks and file servers do, not what a disk says for good."""
+    """Returns whether a retry may help: true for network and file server failures, false for lasting disk errors."""
     if is_disk_full(error) or isinstance(error, _FOR_GOOD_KINDS):
         return False
     if isinstance(error, OSError):
@@ -58,9 +59,9 @@ def is_passing(error: BaseException) -> bool:
 
 
 def retried(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes a function that may be called again after it failed wait and do so, where the storage's error may pass.
+    """Makes a function wait and try again if a storage error may pass; the function must be safe to call again.
 
-    The first Ctrl-C lets it go on, as everything that is in flight; the second ends it.
+    The first Ctrl-C does not interrupt the retries, as with all work in flight; the second one does.
     """
 
     @functools.wraps(call)
@@ -79,7 +80,7 @@ def retried(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it, each once."""
+    """Yields an error and those that led to it, each once."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -1,4 +1,4 @@
-"""Files and folders on local paths and fsspec URLs, there whole or not at all."""
+"""Writes files and folders to local paths and fsspec URLs, completely or not at all, and reads them back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .errors import retried
 
 @retried
 def publish_folder(write: Callable[[str], Any], output: str) -> None:
-    """Writes a folder so that it is at `output` whole or not at all; `output` is a path or an fsspec URL.
+    """Writes a folder that appears at `output`, a path or an fsspec URL, completely or not at all.
 
     Args:
-        write: writes the files into the local folder that it is given.
-        output: replaced if it is there.
+        write: Writes the files into the local folder that it is given.
+        output: Where to put the folder; an existing one is replaced.
     """
     filesystem, path = fsspec.core.url_to_fs(output)
     path = path.rstrip("/")
@@ -40,7 +40,7 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
                 filesystem.rm(path, recursive=True)
             os.rename(part, path)
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # on a full disk the room is wanted
+            shutil.rmtree(part, ignore_errors=True)  # the disk may be full, so a partial folder must not keep the space
         return
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
@@ -52,7 +52,7 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
 
 @retried
 def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors on the CPU as one safetensors file, which replaces what is at `url`, a path or an fsspec URL."""
+    """Writes CPU tensors as one safetensors file, which replaces what is at `url`, a path or an fsspec URL."""
     filesystem, path = fsspec.core.url_to_fs(url)
     part = f"{path}.writing"
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -74,21 +74,21 @@ def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Map
 
 @retried
 def read_tensors(url: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file at a path or an fsspec URL.
+    """Returns the tensors and the metadata of a safetensors file at a path or an fsspec URL.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        safetensors.SafetensorError: what is there is damaged.
+        FileNotFoundError: There is no file.
+        safetensors.SafetensorError: The file is damaged.
     """
     with _local_file(url) as file, safe_open(file, "pt") as tensors:
-        # Clones, since what is read is mapped to a file that may change or go.
+        # The tensors are cloned because they are mapped to the file, which may change or be deleted.
         read = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
         return read, tensors.metadata() or {}
 
 
 @contextmanager
 def local_folder(url: str) -> Iterator[str]:
-    """A folder at a path or an fsspec URL as a local one, fetched for as long as it is needed; hub names stay."""
+    """Provides a folder at a path or an fsspec URL as a local one, fetching it if necessary; hub names stay as is."""
     if "://" not in url:
         yield url
         return

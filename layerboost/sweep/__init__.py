@@ -1,1 +1,1 @@
-"""Many plans in one pass over the same items."""
+"""Runs many plans in one pass over the same items."""

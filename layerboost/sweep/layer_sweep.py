@@ -1,13 +1,13 @@
-"""Many plans over the same tokens in one pass: what plans have in common is computed once.
+"""Runs many plans over the same tokens in one pass and computes what they have in common only once.
 
-Plans are paths through the layers: two that treat the first l layers alike share everything up to there. All paths
-advance together, layer by layer, and fork where their treatments part; at each layer one call takes the hidden states
-of all paths that go through it as one batch. The L plans that treat one layer each so take half the layers of L passes,
-in far fewer and larger calls. A layer is called as the model itself calls it, with the arguments that the model gives
-it, so that every family works as it is.
+Plans are paths through the layers: two plans that treat the first l layers alike share everything up to there. All
+paths advance together, layer by layer, and fork where their treatments differ; at each layer one call takes the hidden
+states of all paths that go through it as one batch. The L plans that treat one layer each therefore need half the
+layers of L passes, in far fewer and larger calls. A layer is called as the model itself calls it, with the arguments
+that the model gives it, so that every family works without special code.
 
-The paths in flight are bounded. Where they would outgrow the memory allowed, those that will not fork again go to the
-end first, and the rest follow from where they stand: nothing is computed twice for it.
+The number of paths in flight is bounded. If they would exceed the memory allowed, the paths off the largest branch are
+taken to the last layer first, and the others then continue from the states already reached. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .trie_attention import (
 )
 
 DEFAULT_BUDGET_BYTES = 1 << 30
-"""Memory for the hidden states in flight and for what a call works with, where nobody says otherwise."""
+"""Default for the memory of the hidden states in flight and of the working memory of a call."""
 
 _CALL_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
-"""Tokens that make a call of a layer large enough: what it works with stays in a CPU's caches, a GPU has work."""
+"""Tokens that make a call of a layer large enough: the data still fits a CPU's caches, or keeps a GPU busy."""
 
 _PATHS_AT_LEAST = 8
 
@@ -51,13 +51,13 @@ Emit = Callable[[list[int], list[torch.Tensor]], None]
 class LayerSweep:
     """Runs plans on one model over the same tokens.
 
-    The model is as it was behind each call.
+    The model is left unchanged after each call.
 
     Args:
-        model: a causal language model of a supported family that is not converted yet.
-        plans: what to run. The plan of softmax in every layer is the model as it is.
-        budget_bytes: bound on the hidden states in flight and on what calls work with. Two paths of one row are the
-            least that it can do with.
+        model: A causal language model of a supported family that is not converted yet.
+        plans: The plans to run. The plan with softmax in every layer is the model itself.
+        budget_bytes: Bound on the hidden states in flight and on the working memory of calls. Two paths of one row are
+            always allowed, because a fork needs them.
     """
 
     def __init__(self, model: Any, plans: Sequence[Plan], *, budget_bytes: int = DEFAULT_BUDGET_BYTES):
@@ -80,14 +80,14 @@ class LayerSweep:
     def run(
         self, tokens: torch.Tensor, emit: Emit, *, forest: Forest | None = None, plans: Sequence[int] | None = None
     ) -> None:
-        """Runs plans over tokens and hands over the hidden states behind the last layer.
+        """Runs plans over tokens and hands over the hidden states after the last layer.
 
         Args:
             tokens: (B, T) token ids: sequences without padding, or the tokens of `forest`.
-            emit: called with plans (as indices) and the hidden states of each, (B, T, d) in front of the final norm;
-                several times where not all fit into memory together.
-            forest: how the tokens hang together, where they are no sequences.
-            plans: indices of the plans to run; all of them if None.
+            emit: Called with the indices of plans and the hidden states of each, (B, T, d), before the final norm. It
+                is called several times if not all plans fit into memory together.
+            forest: The tree structure of the tokens, if they are not plain sequences.
+            plans: Indices of the plans to run; all of them if None.
         """
         chosen = range(len(self.paths)) if plans is None else plans
         indices: dict[Path, list[int]] = {}
@@ -105,30 +105,30 @@ class LayerSweep:
                 self._descend(0, {(): inputs.embedded}, list(indices), self.room(*tokens.shape), inputs, emit_paths)
 
     def room(self, n_rows: int, n_tokens: int) -> int:
-        """How many paths may be in flight over so many rows of so many tokens; a fork needs two."""
+        """Returns how many paths may be in flight over `n_rows` rows of `n_tokens` tokens; a fork needs two."""
         state_bytes = n_rows * n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-        return max(2, self._state_bytes // state_bytes - 1)  # beside the embedded tokens
+        return max(2, self._state_bytes // state_bytes - 1)  # the embedded tokens take the place of one path
 
     def rows_at_once(self, n_tokens: int) -> int:
-        """Rows of so many tokens that leave room for several paths in flight, at least one row."""
+        """Returns how many rows of `n_tokens` tokens leave room for several paths in flight, at least one row."""
         row_bytes = n_tokens * self.model.config.hidden_size * self.model.dtype.itemsize
         return max(1, self._state_bytes // (_PATHS_AT_LEAST * row_bytes))
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, vocabulary) logits of hidden states (n, d) as `run` gives them: final norm, head, and what follows it."""
+        """Returns the logits (n, vocabulary) of hidden states (n, d) from `run`: final norm, head and what follows."""
         with _eval(self.model), _stand_ins(self.model) as stand_ins:
             stand_ins.value = states[:, None]
             return self.model(inputs_embeds=states[:, None], use_cache=False).logits[:, 0]
 
     def _inputs(self, tokens: torch.Tensor, forest: Forest | None) -> _Inputs:
-        """What the model hands to its first layer, and the arguments that it hands to each."""
+        """Returns what the model hands to its first layer, and the arguments that it hands to each layer."""
         decoder = self.model.base_model
         with _stand_ins(self.model) as stand_ins:
             if forest is None:
                 decoder(input_ids=tokens, use_cache=False)
                 return _Inputs(stand_ins.embedded, stand_ins.calls)
-            # One row as deep as the deepest shows what the family's own masks say of two positions.
+            # A row as long as the deepest path makes the family build its own masks over every pair of positions.
             decoder(input_ids=tokens.new_zeros(1, int(forest.depths.max()) + 1), use_cache=False)
             masks = [call.get("attention_mask") for call in stand_ins.calls]
             stand_ins.clear()
@@ -137,12 +137,12 @@ class LayerSweep:
 
     @contextlib.contextmanager
     def _forest_attention(self, active: bool) -> Iterator[None]:
-        """Has every attention module take the masks of a forest."""
+        """Makes every attention module use the masks of a forest."""
         if not active:
             yield
             return
         attention = family_of(self.model.config).attention
-        # The family's own SDPA knows no cap on scores, so a model that runs on it has none.
+        # The family's own SDPA ignores a cap on scores, so a model that runs on SDPA must get none here either.
         is_capped = self.model.config._attn_implementation != "sdpa"
         changes = [(self.model.config, CAPPED_FOREST if is_capped else SOFTMAX_FOREST)]
         for (treatment, _), layers in self._layers.items():
@@ -167,7 +167,7 @@ class LayerSweep:
         inputs: _Inputs,
         emit: Callable[[dict[Path, torch.Tensor]], None],
     ) -> None:
-        """Takes `leaves` to the end from where they stand in `frontier`, with at most `room` paths in flight."""
+        """Takes `leaves` from their states in `frontier` to the last layer, with at most `room` paths in flight."""
         for layer in range(first_layer, self.n_layers):
             children = Counter(leaf[: layer + 1] for leaf in leaves)
             if len(children) > room and len(children) > 1:
@@ -179,7 +179,7 @@ class LayerSweep:
                 leaves = [leaf for leaf in leaves if leaf[:layer] == trunk]
                 children = Counter(leaf[: layer + 1] for leaf in leaves)
                 while len(children) > max(1, room):
-                    # Those that lead to the fewest plans first: the rest goes on from here without going deeper.
+                    # Paths that lead to the fewest plans go first: the others continue here, without more recursion.
                     some = [child for child, _ in children.most_common()[::-1]][: max(1, room - 1)]
                     first = [leaf for leaf in leaves if leaf[: layer + 1] in some]
                     self._descend(layer, dict(frontier), first, max(1, room - 1), inputs, emit)
@@ -191,10 +191,10 @@ class LayerSweep:
     def _advance(
         self, layer: int, frontier: dict[Path, torch.Tensor], children: list[Path], inputs: _Inputs
     ) -> dict[Path, torch.Tensor]:
-        """The hidden states behind a layer; those in front of it are let go as soon as nobody needs them."""
+        """Returns the hidden states after a layer; those before it are freed as soon as no path needs them."""
         needed = Counter(child[:layer] for child in children)
         after: dict[Path, torch.Tensor] = {}
-        # Few paths fork off and most go on: treat the forks first, so that the rest can be let go group by group.
+        # Few paths fork off and most continue: handle the forks first, so that the others can be freed in groups.
         for step in sorted({child[layer] for child in children}, key=lambda step: step[0] is Treatment.SOFTMAX):
             going = [child for child in children if child[layer] == step]
             n_at_once = self._states_at_once(step, inputs)
@@ -211,7 +211,7 @@ class LayerSweep:
         return {child: after[child] for child in children}
 
     def _call(self, layer: int, step: Step, states: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
-        """One layer over stacked states (n * B, T, d), in as many calls as the memory for working asks for."""
+        """Runs one layer over stacked states (n * B, T, d), in as many calls as the working memory requires."""
         module, arguments = self._layers[step][layer], inputs.arguments(layer, step)
         rows_at_once = max(1, self._work_bytes // self._row_work_bytes(step, inputs))
         outputs = []
@@ -228,7 +228,7 @@ class LayerSweep:
         call_tokens = _CALL_TOKENS.get(self.model.device.type, _CALL_TOKENS["cuda"])
         return max(1, min(by_memory, call_tokens // (n_rows * n_tokens)))
 
-    # Allocators hold more than is asked of them, and the reading of results needs its share too.
+    # The two parts leave a remainder, since allocators hold more than is asked for and reading results needs memory.
 
     @property
     def _state_bytes(self) -> int:
@@ -239,7 +239,7 @@ class LayerSweep:
         return self.budget_bytes // 4
 
     def _row_work_bytes(self, step: Step, inputs: _Inputs) -> int:
-        """What a layer holds at once for one row, from above: MLP or attention, and scores where they are spelt out."""
+        """Returns an upper bound of what a layer holds for one row: MLP or attention, and scores if materialised."""
         config, itemsize = self.model.config, self.model.dtype.itemsize
         n_tokens = inputs.embedded.shape[1]
         mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -257,7 +257,7 @@ class LayerSweep:
 
 @dataclass
 class _Inputs:
-    """What a model's forward pass gives its layers: `embedded` (B, T, d), and the keyword arguments of each."""
+    """Holds what a model's forward pass gives its layers: `embedded` (B, T, d), and the keyword arguments of each."""
 
     embedded: torch.Tensor
     calls: list[dict[str, Any]]
@@ -279,7 +279,7 @@ class _Inputs:
 
 
 def _of_rows(arguments: Any, start: int, n: int, n_rows: int) -> Any:
-    """The arguments for `n` rows of a stack of states from row `start` on; what has one row serves all."""
+    """Selects the arguments of `n` rows of a stack of states from row `start` on; one row serves all of them."""
     if isinstance(arguments, dict):
         return {name: _of_rows(value, start, n, n_rows) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -298,7 +298,7 @@ def _row_indices(start: int, n: int, n_rows: int, device: torch.device) -> torch
 
 
 class _StandIns:
-    """Stand where a model's layers are: note what they are called with, and give back `value` or their input."""
+    """Replaces a model's layers: records what they are called with, and returns `value` or the layer's input."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -324,11 +324,11 @@ class _StandIns:
 class _StandIn(nn.Module):
     def __init__(self, layer: nn.Module, owner: _StandIns):
         super().__init__()
-        object.__setattr__(self, "layer", layer)  # so that it is no submodule
+        object.__setattr__(self, "layer", layer)  # bypasses nn.Module, so that the layer is not a submodule
         self.owner = owner
 
     def __getattr__(self, name: str) -> Any:
-        # A decoder may ask a layer for more than its output, such as the kind of its attention.
+        # A decoder may read attributes of a layer, such as the kind of its attention.
         return getattr(object.__getattribute__(self, "layer"), name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Requests for log-probabilities packed into few tokens: what requests have in common is read once.
+"""Packs requests for log-probabilities into few tokens, so that what requests have in common is read once.
 
-Sorted by their tokens, requests that begin alike stand side by side and merge into a trie: the answer choices of an
-item share its context, items of one document share the document so far, prompts share their examples. A row holds the
-nodes of its tries in depth-first order, so that a node sees exactly the nodes whose subtree it lies in:
+If requests are sorted by their tokens, those with a common beginning are neighbours and merge into a trie: the answer
+choices of an item share its context, items of one document share the document so far, prompts share their examples. A
+row holds the nodes of its tries in depth-first order, so that a node sees exactly the nodes whose subtree it is in:
 
     node q sees node k   if and only if   k <= q < end of k's subtree
 
-Whatever else shares the row is invisible, padding included, and a node's position is its depth: every request gets the
-log-probabilities that it would get alone.
+Everything else in the row is invisible, including padding, and a node's position is its depth. Every request therefore
+gets the log-probabilities that it would get alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 MAX_ROW_TOKENS = 1024
-"""Rows hold no more tokens than this (or than the longest request): masks grow with the square of a row."""
+"""Maximum number of tokens in a row (unless a request is longer): masks grow with the square of a row's length."""
 
 _SIMILAR = 0.85
-"""The shortest row of a forest as a fraction of its longest, at least: the rest is padding."""
+"""Minimum length of a forest's shortest row as a fraction of its longest; the difference is padding."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Log-probability of the last `n_scored` of `tokens`, each given all that stand before it."""
+    """Asks for the log-probability of the last `n_scored` of `tokens`, each given all tokens before it."""
 
     tokens: tuple[int, ...]
     n_scored: int
@@ -39,13 +39,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Forest:
-    """B rows of T nodes.
+    """Holds tries as B rows of T nodes.
 
     Attributes:
-        tokens, depths, ends: (B, T) int64; `ends` is the index behind each node's subtree in its row.
-        read_nodes: (n,) int64, the nodes whose next-token distribution is asked for, as indices into the B * T nodes.
+        tokens, depths, ends: (B, T) int64; `ends` is the index after the last node of each node's subtree in its row.
+        read_nodes: (n,) int64, the nodes whose next-token distribution is needed, as indices into the B * T nodes.
         edge_node, edge_token: (e,) int64, an index into `read_nodes`, ascending, and a token that follows there.
-        edge_request: (e,) int64, the request of each edge, as an index into what was packed.
+        edge_request: (e,) int64, the request of each edge, as an index into the packed requests.
     """
 
     tokens: torch.Tensor
@@ -57,7 +57,7 @@ class Forest:
     edge_request: torch.Tensor
 
     def visible(self) -> torch.Tensor:
-        """(B, T, T) bool: which keys each query sees."""
+        """Returns (B, T, T) bool: True where a query (second axis) sees a key (third axis)."""
         index = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < self.ends[:, None, :])
 
@@ -66,12 +66,12 @@ class Forest:
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from their first on."""
+    """Returns the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class _Row:
-    """A trie under construction; requests must come sorted by their tokens."""
+    """Builds a trie; requests must be added sorted by their tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -84,7 +84,7 @@ class _Row:
         return len(self.tokens)
 
     def common(self, request: Request) -> int:
-        """How many of the request's inputs are there already."""
+        """Returns how many of the request's input tokens are in the trie already."""
         return n_common([self.tokens[node] for node in self.path], request.tokens[:-1])
 
     def add(self, index: int, request: Request) -> None:
@@ -109,13 +109,14 @@ class _Row:
 def pack_requests(requests: Sequence[Request], *, batch_rows: int, hidden_size: int) -> list[Forest]:
     """Packs requests into forests of similar rows.
 
-    A request joins the row of its neighbour where the tokens saved outweigh the attention of strangers in one row: a
-    token costs about as much as attention over three times `hidden_size` others. A forest's rows are of similar length.
+    A request joins the row of its neighbour if the tokens saved outweigh the attention to unrelated tokens in the row:
+    a token costs about as much as attention over three times `hidden_size` tokens. A forest's rows have similar
+    lengths.
 
     Args:
-        requests: in any order; equal ones are computed once.
-        batch_rows: rows of the longest kind in a forest; of shorter rows so many more that the tokens are the same.
-        hidden_size: of the model.
+        requests: Requests in any order; equal ones are computed once.
+        batch_rows: Rows in a forest of the longest rows; forests of shorter rows get more, up to as many tokens.
+        hidden_size: The model's hidden size.
     """
     if not requests:
         return []
@@ -148,7 +149,7 @@ def pack_requests(requests: Sequence[Request], *, batch_rows: int, hidden_size: 
 def _forest(rows: Sequence[_Row]) -> Forest:
     shape = (len(rows), max(map(len, rows)))
     tokens, depths = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees itself alone
+    ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees only itself
     edges = []
     for i, row in enumerate(rows):
         tokens[i, : len(row)], depths[i, : len(row)], ends[i, : len(row)] = row.tokens, row.depths, row.ends

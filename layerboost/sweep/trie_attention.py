@@ -1,7 +1,7 @@
-"""Attention over forests (`packing.Forest`): what each query sees, and the functions that look no further.
+"""Attention over forests (`request_tries.Forest`): the masks of what each query sees, and the attention functions.
 
-Rows are short beside a model's width, so scores are worked out densely; only the keys behind a block of queries are
-left out, and behind the last layer everything that nobody reads.
+Rows are short compared with a model's width, so scores are computed densely. Only the keys after a block of queries
+are skipped, and after the last layer all nodes that no request reads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .request_tries import Forest
 _QUERY_BLOCK_TOKENS = 64
 
 Step = tuple[Treatment, int | None]
-"""What a plan does at one layer: the treatment, and its window where it has one."""
+"""Part of a plan at one layer: the treatment, and its window if it has one."""
 
 
 @dataclass
 class ForestMask:
-    """Which keys a query sees, (B, Q, T) bool: by softmax those `inside`, through the feature map those `older`.
+    """Says which keys a query sees, (B, Q, T) bool: those `inside` by softmax, those `older` through the feature map.
 
-    `columns` (Q,) are the queries that anybody needs behind this layer, None for all T of them.
+    `columns` (Q,) are the queries that are needed after this layer, None for all T of them.
     """
 
     inside: torch.Tensor
@@ -41,18 +41,18 @@ class ForestMask:
 
 
 class ForestMasks:
-    """The masks of a forest for each layer and treatment, each made once.
+    """Makes the masks of a forest for each layer and treatment, each mask once.
 
     Args:
-        forest: on the model's device.
-        family_masks: for each layer the family's own mask over positions, (1, 1, P, P); None where it is causal.
+        forest: The forest, on the model's device.
+        family_masks: For each layer the family's own mask over positions, (1, 1, P, P); None if it is causal.
     """
 
     def __init__(self, forest: Forest, family_masks: list[torch.Tensor | None]):
         self.forest, self._family_masks = forest, family_masks
         self._visible = forest.visible()
         columns = (forest.read_nodes % forest.tokens.shape[1]).unique()
-        # Gathering a few of the columns is worth it, gathering most of them not.
+        # Gathering columns pays off only if they are at most half of all.
         self.read_columns = columns if 2 * len(columns) <= forest.tokens.shape[1] else None
         self._made: dict[Any, ForestMask] = {}
 
@@ -82,7 +82,7 @@ class ForestMasks:
 
 @contextlib.contextmanager
 def at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[None]:
-    """Has an MLP, which treats each token by itself, compute some columns of (B, T, d) only; the others become zero."""
+    """Makes an MLP compute only some columns of (B, T, d), as it treats each token by itself; the others are zero."""
     if mlp is None or columns is None:
         yield
         return
@@ -107,7 +107,7 @@ def at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[
 
 
 def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
-    """An attention function of transformers from one that takes queries (B, H, Q, D) and their `ForestMask`."""
+    """Turns a function of queries (B, H, Q, D) and their `ForestMask` into an attention function of transformers."""
 
     def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
         columns = attention_mask.columns
@@ -127,7 +127,7 @@ def _attend_softmax(module, query, key, value, mask, scaling, softcap):
         key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
     if mask.columns is not None:
         return softmax_attention(query, key, value, mask.inside[:, None], scaling, softcap, 0.0)
-    # No query sees a key behind it: blocks of queries need not meet the keys behind the block.
+    # No query sees a later key, so a block of queries skips the keys after the block.
     outputs = []
     for start in range(0, query.shape[2], _QUERY_BLOCK_TOKENS):
         end = min(start + _QUERY_BLOCK_TOKENS, query.shape[2])

@@ -1,1 +1,1 @@
-"""Text for judging and healing: read, mixed, formatted, packed, batched, sampled."""
+"""Reads, mixes, formats, packs, batches and samples the text that models are evaluated and healed on."""

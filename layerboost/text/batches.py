@@ -1,4 +1,4 @@
-"""Token sequences as training takes them: packed text with its documents and targets, dealt out in global batches."""
+"""Packed token sequences with their document boundaries and targets, and the global batches made of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 
 class BatchError(ValueError):
-    """A batch that the sequences or the workers cannot be divided into."""
+    """The sequences cannot be divided into the batches that were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedText:
-    """Rows of tokens, and what a model must know of them. Indexing and slicing take rows.
+    """Holds rows of tokens and what a model must know about them. Indexing and slicing select rows.
 
     Attributes:
         input_ids: (B, T) token ids.
-        position_ids: (B, T) positions that start anew with each document, which attention then keeps to itself; None
-            where a row is one text to attention.
-        targets: (B, T) bool, the tokens that a model learns to predict; None for all but each row's first.
+        position_ids: (B, T) positions that restart at 0 with each document, which makes attention stay inside a
+            document; None if each row is one text.
+        targets: (B, T) bool, True for the tokens that the model learns to predict; None if these are all tokens but
+            each row's first.
     """
 
     input_ids: torch.Tensor
@@ -53,7 +54,7 @@ class PackedText:
 
     @property
     def n_targets(self) -> int:
-        """Tokens to predict, over all rows."""
+        """Number of tokens to predict in all rows."""
         if self.targets is None:
             return len(self) * (self.sequence_tokens - 1)
         return int(self.targets[:, 1:].sum())
@@ -62,7 +63,7 @@ class PackedText:
         return self._map(lambda x: x[rows])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there by name, as `Distillation` and `AttentionTransfer` take them."""
+        """Returns the tensors that are set, by name, as `Distillation` and `AttentionTransfer` take them."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value.long() if name != "targets" else value for name, value in found.items() if value is not None
@@ -72,7 +73,7 @@ class PackedText:
         return self._map(lambda x: x.to(device))
 
     def split(self, n: int) -> Iterator[Self]:
-        """`n` slices of rows, as equal as can be."""
+        """Yields `n` consecutive slices of the rows whose sizes differ by one row at most."""
         for rows in torch.arange(len(self)).tensor_split(n):
             yield self[rows]
 
@@ -83,16 +84,16 @@ class PackedText:
 
 @dataclass(frozen=True, eq=False)
 class GlobalBatches:
-    """Batches that depend on the seed and the step alone, however many workers share them.
+    """Deals out batches that depend only on the seed and the step, however many workers share them.
 
-    Each epoch is one permutation of the sequences; batches run on across epochs, so that every sequence is used once
-    in each epoch also where the batch does not divide their number. Any step can be asked for first, which makes
+    Each epoch is one permutation of the sequences. Batches continue across epochs, so that every sequence is used once
+    in each epoch even if the batch size does not divide their number. Any step can be asked for directly, which makes
     resuming exact.
 
     Attributes:
-        text: the sequences.
-        batch_sequences: sequences in a global batch, over all workers.
-        seed: of the order.
+        text: The sequences.
+        batch_sequences: Sequences in a global batch, summed over all workers.
+        seed: Seed of the permutations.
     """
 
     text: PackedText
@@ -107,11 +108,11 @@ class GlobalBatches:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
+        """Number of tokens in a global batch."""
         return self.batch_sequences * self.text.sequence_tokens
 
     def indices(self, step: int) -> np.ndarray:
-        """The rows of the global batch of `step`, from 0."""
+        """Returns the rows of the global batch of `step`; steps count from 0."""
         if step < 0:
             raise BatchError(f"step: {step} is negative; steps count from 0")
         n = len(self.text)
@@ -123,7 +124,7 @@ class GlobalBatches:
         return rows
 
     def batch(self, step: int) -> PackedText:
-        """The global batch of `step`; workers take their slices of it."""
+        """Returns the global batch of `step`; each worker takes its own slice of it."""
         return self.text[torch.from_numpy(self.indices(step))]
 
 

@@ -1,4 +1,4 @@
-"""Conversations as token ids, and which of them are the assistant's: its tokens alone are targets."""
+"""Turns conversations into token ids and marks the assistant's tokens, because only these are targets."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def tokenized_chats(
     while group := list(islice(remaining, TOKENIZE_DOCUMENTS)):
         rendered = [_render_chat(_messages_of(record, field, where), tokenizer, where) for where, record in group]
         texts = [text for text, _ in rendered]
-        # The template writes the special tokens itself.
+        # The template already writes the special tokens, so the tokenizer must not add them again.
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True):
             yield np.array(ids, dtype=np.int32), _tokens_in(spans, offsets)
 
 
 def _tokens_in(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """(T,) bool, the tokens with a character inside one of the spans of characters.
+    """Returns (T,) bool: True for tokens with at least one character inside one of the character spans.
 
-    transformers' own mask (`return_assistant_tokens_mask`) runs on to the end of the conversation where a span ends in
-    a character that belongs to no token, such as a line break that the tokenizer drops.
+    transformers' own mask (`return_assistant_tokens_mask`) is not used: it runs on to the end of the conversation if a
+    span ends in a character that belongs to no token, such as a line break that the tokenizer drops.
     """
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(len(begins), dtype=bool)
@@ -81,7 +81,7 @@ def _tokens_in(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, in
 def _render_chat(
     messages: list[_Message], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the tokenizer's template writes it, and the spans of characters that are the assistant's."""
+    """Returns a conversation as the tokenizer's template writes it, and the character spans of the assistant."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -103,7 +103,7 @@ def _render_chat(
 def _spans_by_prefixes(
     messages: list[_Message], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The same for a template that does not mark what the assistant generates."""
+    """Does the same as `_render_chat` for a template that does not mark what the assistant generates."""
 
     def render(n_messages: int, *, prompting: bool = False) -> str:
         if n_messages == 0:
@@ -119,7 +119,7 @@ def _spans_by_prefixes(
             continue
         prompt, answered = render(number, prompting=True), render(number + 1)
         if not whole.startswith(answered):
-            # Some templates (Qwen3's) write the last answer with an empty thought that earlier ones do not get.
+            # Some templates (Qwen3's) add an empty thought to the last answer but not to earlier ones.
             content = message["content"].strip()
             answered = prompt + content + answered.rpartition(content)[2]
         if not (whole.startswith(answered) and answered.startswith(prompt)):
@@ -133,6 +133,6 @@ def _spans_by_prefixes(
 
 
 def _end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where a text that a turn ends really ends: a line break behind a special token is the template's."""
+    """Returns where the turn ends in `text`: a line break after a special token belongs to the template."""
     stripped = text.rstrip()
     return len(stripped) if stripped.endswith(tuple(tokenizer.get_added_vocab())) else len(text)

@@ -1,4 +1,4 @@
-"""Text: read it as documents, and pack them to token sequences."""
+"""Reads text as documents and packs them into token sequences."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 TOKENIZE_DOCUMENTS = 32
 
 Document = tuple[np.ndarray, np.ndarray | None]
-"""Token ids (T,), and (T,) bool which of them are targets; None for all."""
+"""Token ids, shape (T,), and (T,) bool that is True for targets, or None if all tokens are targets."""
 
 
 class TextSourceError(ValueError):
-    """A text source that is not there or cannot be read as text."""
+    """A text source does not exist or cannot be read as text."""
 
 
 class TextTooShortError(ValueError):
-    """A text that does not fill the sequences asked of it."""
+    """A text does not fill the sequences that were asked for."""
 
 
 def read_documents(
@@ -39,14 +39,15 @@ def read_documents(
     """Reads the documents of a text source lazily and in a fixed order.
 
     Args:
-        source: A local `.txt` (documents end at a line `<|endoftext|>` where the file has one, at blank lines where it
-            has none), `.jsonl` or `.parquet`, or the hub name of a dataset (`name:config` where it has several).
+        source: A local `.txt` file (its documents end at lines `<|endoftext|>`, or at blank lines if it has no such
+            line), a `.jsonl` or `.parquet` file, or the hub name of a dataset (`name:config` if it has several
+            configurations).
         split: The split of a hub dataset; local files have none.
-        streaming: Whether a hub dataset is read as it arrives instead of being downloaded whole first.
+        streaming: Whether a hub dataset is read while it arrives instead of being downloaded completely first.
         field: The field of a record that holds the text.
 
     Raises:
-        TextSourceError: If the source is missing or of an unknown kind, or, while reading, a record lacks `field`.
+        TextSourceError: The source is missing or of an unknown kind, or a record that is read lacks `field`.
     """
     path = _local_path(source)
     if path is not None and path.suffix == ".txt":
@@ -56,9 +57,10 @@ def read_documents(
 
 
 def text_identity(source: str | Path, *, split: str = "train", field: str = "text") -> str:
-    """Returns what identifies a text's content: a hash of a local file, the name and split of a hub dataset.
+    """Returns what identifies a text's content: a hash for a local file, name and split for a hub dataset.
 
-    A local file keeps its identity when it moves. A hub name is taken at its word: its content is not downloaded.
+    A local file keeps its identity when it moves. A hub dataset is identified by its name alone, because hashing its
+    content would mean downloading it.
     """
     path = _local_path(source)
     if path is None:
@@ -77,25 +79,26 @@ def pack(
 ) -> torch.LongTensor:
     """Packs documents into sequences of equal length without padding.
 
-    Documents are set apart the way the model knows: by the special tokens that its tokenizer puts around a text. A
-    tokenizer that puts none is helped out with EOS behind each document, and with BOS before it where BOS is not EOS.
-    (An EOS that a model has never seen costs dearly: stories260K reads TinyStories at 1.43 nats per token between BOS
-    alone, and at 1.74 with EOS as well.) The stream is cut every `sequence_tokens` tokens, across documents; what is
-    left over is dropped. Documents are tokenised only until `limit_sequences` sequences are full.
+    Documents are separated by the special tokens that the model's tokenizer puts around a text, since the model knows
+    these. If the tokenizer adds none, EOS is put after each document, and BOS before it if BOS differs from EOS.
+    (EOS is not added otherwise: an EOS that a model has never seen costs much. stories260K reads TinyStories at 1.43
+    nats per token with BOS alone between documents, and at 1.74 with EOS as well.) The stream is cut every
+    `sequence_tokens` tokens, across documents, and the remainder is dropped. Documents are tokenised only until
+    `limit_sequences` sequences are full.
 
     Args:
         documents: Texts, in the order in which they are packed.
         tokenizer: The model's tokenizer.
         sequence_tokens: Tokens in a sequence.
-        limit_sequences: Sequences to stop at; all that the documents fill if None. Fewer come back from a short text.
+        limit_sequences: Maximum number of sequences; None packs all documents. A short text gives fewer.
 
     Returns:
         Token ids, shape (sequences, sequence_tokens).
 
     Raises:
-        TextTooShortError: If the documents do not fill one sequence.
-        ValueError: If `sequence_tokens` or `limit_sequences` is below one, or the tokenizer has no
-            special token to set documents apart with.
+        TextTooShortError: The documents do not fill one sequence.
+        ValueError: `sequence_tokens` or `limit_sequences` is below one, or the tokenizer has no special token to
+            separate documents with.
     """
     if sequence_tokens < 1:
         raise ValueError(f"sequence_tokens: {sequence_tokens} is below 1; ask for at least one token")
@@ -133,7 +136,7 @@ def tokenized_texts(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
     head, tail = ([], []) if marks_documents else _separators(tokenizer)
     remaining = iter(documents)
     while texts := list(islice(remaining, TOKENIZE_DOCUMENTS)):
-        # verbose=False: a document may be longer than the model's context, since it is cut only afterwards.
+        # verbose=False silences the warning about documents longer than the model's context: they are cut afterwards.
         for ids in tokenizer(texts, verbose=False)["input_ids"]:
             yield np.array([*head, *ids, *tail], dtype=np.int32), None
 
@@ -177,7 +180,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 
 def read_records(source: str | Path, *, split: str, streaming: bool, field: str) -> Iterator[tuple[str, Any]]:
-    """Where each record stands, for messages, and the record."""
+    """Yields for each record a description of its place, for error messages, and the record itself."""
     path = _local_path(source)
     if path is None:
         return _hub_records(str(source), split=split, streaming=streaming)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what its student learns from where no data may be used."""
+"""Samples text from a model itself, which its student learns from when no other data may be used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How a model's own text is sampled: from its whole vocabulary, nothing cut off.
+    """Says how a model's own text is sampled; every token of the vocabulary can be drawn (no top-k or top-p).
 
     Attributes:
-        max_tokens: of a document, the special token that it starts with included.
-        seed: of all documents.
-        temperature: that the logits are divided by.
-        batch_size: documents sampled at the same time; changes speed and memory, not what is sampled.
+        max_tokens: Maximum number of tokens in a document, including the special token that it starts with.
+        seed: Seed of all documents.
+        temperature: Divisor of the logits.
+        batch_size: Documents sampled at the same time; it changes speed and memory, not what is sampled.
     """
 
     max_tokens: int
@@ -55,23 +55,25 @@ def sample_documents(
     temperature: float = 1.0,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Samples documents from a model, with nothing before them but the token that starts a text.
+    """Samples documents from a model, starting from nothing but the token that begins a text.
 
-    A document is a function of the model, the seed and its own number alone, up to the rounding of the logits, which
-    can depend on the batch: any number of workers share a set of documents out as they like. The global random state
-    is not touched.
+    A document depends only on the model, the seed and its own number, up to the rounding of the logits, which can
+    depend on the batch. Any number of workers can therefore share a set of documents. The global random state is not
+    touched.
 
     Args:
-        model: on the device to sample on.
-        tokenizer: the model's; a document starts with its BOS, or with its EOS where it has no BOS.
-        n_documents: how many, from number `first` on.
-        max_tokens, seed, temperature, batch_size: as in `SamplingSpec`.
+        model: The model, on the device to sample on.
+        tokenizer: The model's tokenizer; a document starts with its BOS, or with its EOS if it has no BOS.
+        n_documents: Number of documents.
+        first: Number of the first document; the others follow it.
+        max_tokens, seed, temperature, batch_size: As in `SamplingSpec`.
 
     Returns:
-        Token ids of each document, the first and, where it ended before `max_tokens`, the last of them special.
+        Token ids of each document. The first is a special token, and so is the last if the document ended before
+        `max_tokens`.
 
     Raises:
-        ValueError: a number is out of its range, documents would be longer than the model's positions, or the
+        ValueError: A number is out of its range, documents would be longer than the model's positions, or the
             tokenizer has neither BOS nor EOS.
     """
     spec = SamplingSpec(max_tokens, seed, temperature, batch_size)
@@ -105,9 +107,9 @@ def sample_documents(
 
 
 class _Noise(LogitsProcessor):
-    """Makes the largest score a sample: argmax(logits / temperature + Gumbel noise) is one of their softmax.
+    """Makes the largest score a sample: argmax(logits / temperature + Gumbel noise) is distributed as their softmax.
 
-    Each document has noise of its own, so that the others in its batch change nothing.
+    Each document has its own noise generator, so that the other documents of its batch do not change it.
     """
 
     def __init__(self, spec: SamplingSpec, numbers: Sequence[int], device: torch.device):
@@ -115,7 +117,7 @@ class _Noise(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(_seed_of(spec.seed, number)) for number in numbers]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # In single precision the noise of a large vocabulary would repeat itself and cut rare tokens off.
+        # In single precision the noise of a large vocabulary would repeat values and never draw rare tokens.
         noise = torch.empty_like(scores, dtype=torch.float64)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
@@ -127,22 +129,25 @@ def _seed_of(seed: int, number: int) -> int:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Whatever the tokenizer or the model takes for the end of a text."""
+    """Returns the tokens that the tokenizer or the model treats as the end of a text."""
     of_model: Any = getattr(model.generation_config, "eos_token_id", None)
     of_model = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})
 
 
 def _document(row: list[int], ends: Sequence[int]) -> list[int]:
-    """What was generated up to its end; the rest of a row is padding."""
+    """Returns a generated row up to and including its end token; the rest of the row is padding."""
     stop = next((place for place, token in enumerate(row[1:], start=2) if token in ends), len(row))
     return row[:stop]
 
 
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model without dropout, and with `config` alone: `generate` fills what a configuration that it is given leaves
-    open from the model's own, such as a penalty on repetitions."""
+    """Puts the model into evaluation mode and makes `config` its only generation configuration.
+
+    `generate` fills what a given configuration leaves open from the model's own one, which may hold, for example, a
+    repetition penalty. Replacing the model's own configuration prevents this.
+    """
     own, was_training = model.generation_config, model.training
     model.generation_config = config
     model.eval()

@@ -1,4 +1,4 @@
-"""The text that models are healed on: sources mixed by weight and packed, with documents and targets."""
+"""Mixes text sources by weight and packs them into the sequences, with documents and targets, used for healing."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ TOKENS_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class TextSource:
-    """One source of the text that a model is healed on.
+    """Describes one source of the text that a model is healed on.
 
     Attributes:
-        path: a local file or the hub name of a dataset, as `read_documents` takes it; for `tokens` a folder or fsspec
-            URL of files that `write_token_rows` wrote, or one such file.
-        weight: its share of the mixture's tokens, relative to the other sources' weights.
-        split: of a hub dataset; local files have none.
-        field: of a record that holds the text or the conversation; None means `text`, or `messages` for `chat`.
-        format: `text`; `chat`, where a record holds a list of {role, content} and the assistant's tokens alone are
-            targets; or `tokens`, documents that hold their special tokens already.
+        path: A local file or the hub name of a dataset, as in `read_documents`; for `tokens` a folder or fsspec URL
+            of files that `write_token_rows` wrote, or one such file.
+        weight: Share of the mixture's tokens, relative to the other sources' weights.
+        split: The split of a hub dataset; local files have none.
+        field: The field of a record that holds the text or the conversation; None means `text`, or `messages` for
+            `chat`.
+        format: `text`; `chat`, whose records hold a list of {role, content} and whose only targets are the
+            assistant's tokens; or `tokens`, documents of token ids that include their special tokens.
     """
 
     path: str
@@ -75,7 +76,7 @@ class TextSource:
 
     @property
     def content_field(self) -> str | None:
-        """The field that is read; None where records have none."""
+        """The field that is read, or None if the records have no fields."""
         if self.format == "tokens":
             return None
         return self.field or ("messages" if self.format == "chat" else "text")
@@ -91,27 +92,28 @@ def pack_sources(
 ) -> PackedText:
     """Mixes the documents of several sources and packs them into sequences of equal length without padding.
 
-    The next document always comes from the source that is furthest behind its share of the tokens so far, so that no
-    source is ever ahead of its share by more than one of its documents, and the arguments alone decide the result.
-    Sources are read only as far as they are needed, but for the documents that are tokenised together. One that ends
-    begins again; a source that stands alone gives fewer sequences instead, as in `pack`.
+    The next document always comes from the source that is furthest behind its share of the tokens so far. No source is
+    therefore ever ahead of its share by more than one of its documents, and the result depends on the arguments alone.
+    Sources are read only as far as needed, rounded up to the group of documents that is tokenised together. A source
+    that ends starts again; a single source gives fewer sequences instead, as in `pack`.
 
     Args:
-        sources: what to mix, in a fixed order.
-        tokenizer: the model's tokenizer; with a chat template where a source is `chat`.
-        sequence_tokens: tokens in a sequence.
-        n_sequences: sequences to fill.
-        apart: whether attention keeps documents apart: positions then start anew with each document and each row, and
-            what stands there is no target.
+        sources: The sources to mix, in a fixed order.
+        tokenizer: The model's tokenizer; it needs a chat template if a source is `chat`.
+        sequence_tokens: Tokens in a sequence.
+        n_sequences: Sequences to fill.
+        apart: Whether attention stays inside documents. Positions then restart at 0 with each document and each row,
+            and the tokens at position 0 are no targets.
 
     Returns:
-        Targets are None where every token but the row's first is one, positions are None unless `apart`.
+        The packed rows. `targets` is None if every token but the row's first is a target, `position_ids` is None
+        unless `apart`.
 
     Raises:
-        TextSourceError: a source is missing, empty or not what its `format` says, or its conversations cannot be
+        TextSourceError: A source is missing, empty or not what its `format` says, or its conversations cannot be
             rendered with the tokenizer's template.
-        TextTooShortError: a source that stands alone does not fill one sequence.
-        ValueError: a number is below one, there are no sources, or the tokenizer lacks what a source needs.
+        TextTooShortError: A single source does not fill one sequence.
+        ValueError: A number is below one, there are no sources, or the tokenizer lacks what a source needs.
     """
     for name, value in (("sequence_tokens", sequence_tokens), ("n_sequences", n_sequences)):
         if value < 1:
@@ -153,9 +155,10 @@ def pack_sources(
 
 
 def sources_identity(sources: Sequence[TextSource]) -> list[dict[str, Any]]:
-    """Returns what identifies a mixture: the content of each source in turn, and how it is read and weighed.
+    """Returns what identifies a mixture: for each source its content, how it is read, and its weight.
 
-    The content is as in `text_identity`; tokens are known by a hash of all their files, wherever they lie.
+    The content is identified as in `text_identity`; `tokens` are identified by a hash of all their files, wherever
+    these are stored.
     """
     return [
         {
@@ -171,12 +174,12 @@ def sources_identity(sources: Sequence[TextSource]) -> list[dict[str, Any]]:
 
 
 def write_token_rows(path: str | Path, documents: Sequence[Sequence[int]]) -> None:
-    """Writes documents of token ids as one file of a `tokens` source; it is there whole or not at all.
+    """Writes documents of token ids as one file of a `tokens` source; the file appears complete or not at all.
 
     Args:
-        path: of the file, local or an fsspec URL, ending in `.safetensors`; a source's files are read in the order of
-            their names.
-        documents: token ids, special tokens included.
+        path: Path of the file, local or an fsspec URL, ending in `.safetensors`; the files of a source are read in
+            the order of their names.
+        documents: Token ids of each document, including special tokens.
     """
     import fsspec
     from safetensors.numpy import save
@@ -192,18 +195,18 @@ def write_token_rows(path: str | Path, documents: Sequence[Sequence[int]]) -> No
         filesystem.mv(f"{target}.part", target)
     except BaseException:
         if filesystem.exists(f"{target}.part"):
-            filesystem.rm_file(f"{target}.part")  # on a full disk the room is wanted
+            filesystem.rm_file(f"{target}.part")  # the disk may be full, so a partial file must not keep the space
         raise
 
 
 def _positions(starts: np.ndarray) -> np.ndarray:
-    """(B, T) positions that count from the last True of (B, T) `starts`, each row's first being one."""
+    """Returns (B, T) positions counted from the last True of `starts` (B, T), whose first column must be True."""
     places = np.arange(starts.shape[1], dtype=np.int32)
     return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
 
 
 def _mixed(sources: Sequence[TextSource], streams: Sequence[Callable[[], Iterator[Document]]]) -> Iterator[Document]:
-    """Documents of all sources for ever, each the next of the source that is furthest behind its share."""
+    """Yields documents of all sources without end, each from the source that is furthest behind its share."""
     shares = [source.weight / sum(other.weight for other in sources) for source in sources]
     repeated = [_repeated(source, stream) for source, stream in zip(sources, streams, strict=True)]
     n_tokens = [0] * len(sources)
@@ -227,7 +230,7 @@ def _repeated(source: TextSource, stream: Callable[[], Iterator[Document]]) -> I
 
 
 def _documents_of(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Callable[[], Iterator[Document]]:
-    """What reads a source's documents from the beginning."""
+    """Returns a function that reads a source's documents from the beginning."""
     if source.format == "tokens":
         return partial(_token_documents, source.path)
     field = source.content_field
@@ -241,7 +244,7 @@ def _documents_of(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Cal
 
 
 def _token_files(path: str) -> tuple[Any, list[str]]:
-    """The file system of a `tokens` source, and its files in the order of their names."""
+    """Returns the file system of a `tokens` source, and its files in the order of their names."""
     import fsspec
 
     filesystem, root = fsspec.core.url_to_fs(path)
