@@ -21,9 +21,16 @@ AtMost = Literal[
 
 
 class ConstraintsSection(Section):
-    """What the plan that people will serve must hold: columns of pareto.csv, and layers pinned to a treatment.
+    """What the plan that people will serve must hold.
 
-    Pins, numbers of layers and KV bytes are known of a plan before it is tried, so the search proposes no other plans.
+    Pins, numbers of layers and KV bytes are known of a plan before it is tried, so the search proposes no plan that
+    violates them. The report names the best measured plan under all constraints, or which of them to loosen.
+
+    Attributes:
+        at_least: lower bounds on columns of pareto.csv.
+        at_most: upper bounds on columns of pareto.csv.
+        pin: treatments by the index of their layer, counted from 0; every plan of the search gives them to those
+            layers.
     """
 
     at_least: dict[AtLeast, Number] = Field(default_factory=dict)

@@ -31,9 +31,17 @@ Weight = Annotated[Number, Field(ge=0)]
 
 
 class HealingText(Section):
-    """One source of text: a file or hub dataset, or (`sampled`) what the parent itself writes at `temperature`.
+    """One source of the text that plans are healed on.
 
-    `weight` is the source's share of the tokens, relative to the others'; 1 where a file names none.
+    Attributes:
+        path: a local `.txt`, `.jsonl` or `.parquet` file or a hub dataset; not given for `sampled` text.
+        weight: the source's share of the tokens, relative to the others'; 1 where a file names none. `sampled` text
+            must name one.
+        split: the split of a hub dataset; `healing.split` where it is not given.
+        field: the field of a record that holds the text or the conversation; `healing.field` where it is not given.
+        format: `text`, `chat` (lists of role and content; the assistant's tokens alone are learnt) or `sampled` (text
+            that the parent itself writes).
+        temperature: temperature at which `sampled` text is written; 1 where it is not given.
     """
 
     path: Name | None = None
@@ -52,10 +60,15 @@ class HealingText(Section):
 
 
 class HalvingSection(Section):
-    """Successive halving over tokens: `plans` candidates are healed on the share `first` of the budget.
+    """Successive halving over tokens: many plans are healed on a part of the budget, and the most promising go on.
 
-    After each of the `rungs` the most promising go on with a healing of more tokens; the last, on the whole budget, is
-    that of `healing.candidates`. Shares and numbers of plans go down and up in equal ratios.
+    Each rung is a healing of its own with more tokens; the last, on the whole budget, is that of `healing.candidates`.
+    Shares of the budget rise and numbers of plans fall in equal ratios.
+
+    Attributes:
+        plans: how many plans are healed in the first rung; more than `healing.candidates`.
+        first: the first rung's share of the budget.
+        rungs: how many rungs there are before the whole budget.
     """
 
     plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 18
@@ -64,18 +77,56 @@ class HalvingSection(Section):
 
 
 class HealingSection(Section):
-    """Distillation from the untouched parent, or from a larger `teacher`; `tokens: 0` means no healing.
+    """Distillation from the untouched parent, or from a larger teacher.
+
+    The fields from `zero_stage` on change memory and safety and no result.
 
     Attributes:
-        text: a file or hub name, or a list of sources; `split` and `field` are those of sources that name none.
-        documents: whether attention reads across the documents that a sequence is packed from.
+        tokens: budget of each healed plan, over both phases; 0 heals nothing.
+        text: a file or hub name, or a list of sources that are mixed by weight.
+        split: the split of hub datasets that name none.
+        field: the field of sources that name none; `text`, or `messages` for conversations, where it is not given.
+        documents: `apart` keeps attention inside each of the documents that a sequence is packed from; `joined` lets it
+            read across them.
+        candidates: how many searched plans are healed on the whole budget.
+        halving: heal many plans on few tokens and the most promising on all of them; off where it is not given.
+        baselines: plans by other rules that are healed on the same tokens: `window`, `linear_window`, `linear`,
+            `interleaved_1/2` (any share below one), and at each candidate's own attention budget `interleaved`,
+            `cosine`, `first`, `last`, `random` or `random:3`.
+        curve: shares of the budget at which quality is measured, beside 0 and 1; an empty list measures no curve.
+        teacher: a larger model of the same tokenizer to learn from, as a hub name or local folder; the parent where it
+            is not given.
+        teacher_revision: a branch, tag or commit of the teacher.
+        method: `lora` trains adapters on every projection and merges them at the end; `full` trains every parameter of
+            a copy.
+        rank: rank of the adapters.
+        alpha: scale of the adapters; the rank where it is not given.
+        learning_rate: peak of the healing phase; where it is not given, 0.5 (`lora`) or 0.1 (`full`) divided by the
+            model's width.
+        batch_sequences: sequences of one step, over all workers.
+        sequence_tokens: tokens in a sequence; 512, or the model's context where that is shorter, where it is not given.
+        transfer_fraction: share of the tokens for attention transfer, where a plan has linear_window layers.
+        transfer_learning_rate: peak of the transfer phase.
+        divergence: divergence of the student's next token from the teacher's.
+        temperature: temperature that both logits are divided by in the divergence.
+        divergence_weight: weight of the divergence in the loss.
+        cross_entropy_weight: weight of the text's own cross-entropy in the loss.
+        hidden_weight: weight of the squared error of every layer's hidden state, relative to the teacher's variance.
+        window_dropout: probability that a linear_window layer sees only a shorter window for one step, so that its
+            linear branch must carry the rest.
+        stop_when_flat: end a candidate early once two tenths of the budget bring less than this share of the fall of
+            its held-out divergence so far; the whole budget is spent where it is not given.
+        seed: seed of the adapters and of the order of the text.
+        zero_stage: DeepSpeed's ZeRO stage: 1 shares out the optimizer's state, 2 also the gradients, 3 also the
+            weights.
         transfer: fit the feature maps of all linear_window layers in one pass, or each layer in a task of its own,
             which needs less memory and gives the same.
-        stop_when_flat: end a candidate early once its held-out divergence falls by less than this share; see
-            `HealingSpec`.
-        halving: heal many plans on few tokens and the most promising on all of them; the rest is as without it.
-        curve: shares of the budget at which quality is measured, beside 0 and 1; no curve where there are none.
-        baselines: plans by other rules that are healed on the same tokens; see `layerboost.search.baselines`.
+        micro_batch_sequences: most sequences that a worker runs at once; its whole share of a step where it is not
+            given.
+        offload_optimizer: keep the optimizer's state in the memory of the CPU. It needs `zero_stage` 1 or above.
+        activation_checkpointing: run the student's layers again in the backward pass instead of keeping activations.
+        checkpoint_every_steps: steps between two checkpoints, from which an interrupted healing goes on.
+        max_failures: how many failures of its workers a healing survives.
     """
 
     tokens: CountOrZero = 0

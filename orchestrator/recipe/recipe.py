@@ -30,7 +30,18 @@ from orchestrator.recipe.sections import (
 
 
 class Recipe(Section):
-    """A whole recipe, checked and frozen. `load_recipe` reads one from a file."""
+    """A whole recipe, checked and frozen. `load_recipe` reads one from a file.
+
+    Attributes:
+        model: the pretrained model.
+        quality: what the model is judged by.
+        sensitivity: which single-layer changes are scored, and by what.
+        search: how plans are searched.
+        constraints: what the plan to serve must hold.
+        healing: how the most promising plans are healed.
+        throughput: the serving conditions that plans are timed under.
+        placement: where the work runs.
+    """
 
     model: ModelSection
     quality: QualitySection

@@ -67,7 +67,15 @@ PlanLetters = Annotated[str, AfterValidator(_plan_letters)]
 
 
 class ModelSection(Section):
-    """The pretrained model: a hub name or a local folder."""
+    """The pretrained model.
+
+    Attributes:
+        path: a hub name or a local folder with safetensors weights.
+        revision: a branch, tag or commit of a hub model.
+        dtype: the type of the weights in memory; `auto` keeps the type that they were saved in.
+        trust_remote_code: run the code that comes with the model. Leave it off unless you trust its author.
+        device: `auto`, `cpu`, `mps`, `xpu`, `cuda` or `cuda:N`; `auto` takes a worker's GPU where it has one.
+    """
 
     path: Name
     revision: str | None = None
@@ -83,11 +91,19 @@ class ModelSection(Section):
 
 
 class QualitySection(Section):
-    """What the model is judged by: lm-eval tasks (names or task files), a text, or both.
+    """What the model is judged by: lm-eval tasks, a text, or both.
 
     Attributes:
-        final_tasks: further tasks, of finalists alone: having the model generate is too slow for each layer and plan.
-        retrieval: distances in tokens over which finalists must find again what the text said.
+        tasks: names of lm-eval tasks, or paths of task files.
+        final_tasks: further tasks for the finalists alone. Tasks that have the model generate belong here, because they
+            are too slow to ask for every layer and plan.
+        limit: items of each task, counted from its first; all items where it is not given.
+        num_fewshot: examples in each prompt; each task's own number where it is not given.
+        text: a local `.txt`, `.jsonl` or `.parquet` file or a hub dataset, for likelihood and divergence.
+        sequences: how many sequences of the text are read.
+        sequence_tokens: tokens in a sequence; 512, or the model's context where that is shorter, where it is not given.
+        retrieval: distances in tokens over which finalists must find again what the text said. It needs `text`.
+        batch_size: sequences or requests in one forward pass.
     """
 
     tasks: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
@@ -127,7 +143,19 @@ class QualitySection(Section):
 
 
 class AdaptiveSection(Section):
-    """Items only where they matter: tiers by their sizes (layers) or by thresholds, and how often they may be wrong."""
+    """Scores layers only until their tier is certain, instead of on all items.
+
+    Tiers are given by their sizes (`removed` and `middle`) or by thresholds (`remove_below` and `keep_above`).
+
+    Attributes:
+        removed: how many of the least sensitive layers lose attention.
+        middle: how many of the next layers get the middle treatment.
+        remove_below: layers that drop less than this lose attention.
+        keep_above: layers that drop at least this much keep softmax attention.
+        error: bound on the probability that any layer gets another tier than all items would give it.
+        first_items: items that every layer is scored on first.
+        seed: seed of the order of the items.
+    """
 
     removed: CountOrZero | None = None
     middle: CountOrZero | None = None
@@ -161,13 +189,14 @@ class SensitivitySection(Section):
     """Which single-layer changes are scored, by what, and what else their ranking is compared with.
 
     Attributes:
-        score: what the plans are made from. By default `nll` where there is a text, else `margin`.
-        compare: measure every score that the quality allows, not only the chosen one.
+        treatments: what each layer is tried with, one layer at a time. `none` must be among them.
+        score: the score that plans are made from. Where it is not given and there is no text, it is `margin`.
+        compare: measure every score that the quality section allows, and not only the chosen one.
         texts: further texts to rank the layers by.
         context_tokens: further lengths of the sequences of the quality's text to rank the layers by.
-        shares: how many parts the items are cut into: what a lost worker can lose, and how many can work at once.
-            `auto` goes by the tokens that the items hold, not by the workers (`layerboost.evaluation.shares`).
-        adaptive: score layers by the chosen score until their tier is certain, instead of on all items.
+        shares: how many parts the items are cut into, which is what a lost worker can lose and how many workers can
+            help. `auto` goes by the tokens that the items hold, not by the workers (`layerboost.evaluation.shares`).
+        adaptive: score layers by the chosen score until their tier is certain.
     """
 
     treatments: Annotated[
@@ -184,23 +213,40 @@ class SensitivitySection(Section):
 
 
 class RefineSection(Section):
-    """Plans with other layers treated but the same speed: how they are found, and how many are evaluated in all."""
+    """Looks for better plans of the same speed: other layers treated, in equal numbers.
+
+    Attributes:
+        method: `greedy` evaluates the most promising swaps of two layers; `pairwise` measures pairs of layers first and
+            searches a quadratic model.
+        plans: how many plans are evaluated in all.
+    """
 
     method: Literal["greedy", "pairwise"] = "greedy"
     plans: Count = 48
 
 
 class SearchSection(Section):
-    """The search for plans; `plans` are tried in any case, and `refine` improves those to be healed.
+    """The search for plans.
 
     Attributes:
         method: `thresholds` moves the paper's two thresholds (by `sampler`), `knapsack` takes the exact optimum of the
             single layers' costs at each speed, `evolution` goes on from these over whole plans, `swaps` improves their
             front by exchanging layers.
-        trials: how many plans (of `thresholds`: pairs of thresholds) are tried.
-        objective: what is to be kept: the `score` that layers are judged by, or the `quality` of pareto.csv.
+        trials: how many plans are tried; with `thresholds`, how many pairs of thresholds.
+        objective: what is to be kept: the `score` that layers are judged by, or the `quality` of pareto.csv. With the
+            cosine score it is `quality`.
         speed: `measured` fits the speed of all plans to the measured speed of `speed_plans` of them; `bytes` predicts
-            it from the bytes that a decode step reads, the same on every machine.
+            it from the bytes that a decode step reads, which are the same on every machine.
+        speed_plans: how many plans are timed before a search by measured speed.
+        middle: the treatment of layers between the two thresholds.
+        window: the window of windowed layers, in tokens.
+        seed: seed of the search.
+        sampler: what moves the thresholds: Optuna's TPE or NSGA-II.
+        remove_below: range `[low, high]` of the lower threshold; all drops and a margin around them where it is not
+            given.
+        keep_above: range `[low, high]` of the upper threshold; chosen in the same way where it is not given.
+        plans: plans to try in any case, each with one letter a layer: S softmax, L linear_window, W window, N none.
+        refine: improve the plans that would be healed; off where it is not given.
     """
 
     method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
@@ -230,7 +276,12 @@ class SearchSection(Section):
 
 
 class LengthsSection(Section):
-    """Prompt lengths over which decode latency and memory are measured, beside the serving conditions."""
+    """Prompt lengths over which latency and memory of decoding are measured, beside the serving conditions.
+
+    Attributes:
+        prompt_tokens: the lengths of the prompts.
+        concurrency: how many requests are decoded at once.
+    """
 
     prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)]
     concurrency: Count = 16
@@ -240,11 +291,16 @@ class ThroughputSection(Section):
     """The serving conditions under which decoding is timed.
 
     Attributes:
-        engine: `transformers` times one batch, decoding apart from prefill. `vllm` serves each model and has vLLM's own
-            client ask it, all in; a server takes about a minute to start, so `search.speed: bytes` is the cheap way
-            to search with it, and `measured` starts one for each of `search.speed_plans`.
-        environment: folder of the virtual environment that has vllm, or its Python; by default the one that runs.
-            Where it is changes no result.
+        engine: `transformers` times one batch, and decoding apart from prefill. `vllm` serves each model and has vLLM's
+            own client ask it. A server takes about a minute to start, so `search.speed: bytes` is the cheap way to
+            search with it; `measured` starts one server for each of `search.speed_plans`.
+        environment: folder of the virtual environment that has vllm, or its Python; the one that runs where it is not
+            given. Its place changes no result.
+        concurrency: how many requests are decoded at once, one serving condition for each number.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens that are decoded behind each prompt.
+        repeats: how often each condition is timed.
+        lengths: measure latency and memory over prompt lengths too; off where it is not given.
     """
 
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -277,12 +333,12 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(_ray_labels)]
 
 
 class LabelsSection(Section):
-    """Ray's labels of the nodes that a kind of work goes to; any node where none are given.
+    """Ray's labels of the nodes that each kind of work goes to; any node where none are given.
 
     Attributes:
-        evaluate: what judges plans and writes text: sweeps, the search, finalists.
-        heal: what trains.
-        time: throughput and latency.
+        evaluate: labels for work that judges plans and writes text: sweeps, the search, finalists.
+        heal: labels for training.
+        time: labels for throughput and latency.
     """
 
     evaluate: NodeLabels = Field(default_factory=dict)
@@ -291,12 +347,19 @@ class LabelsSection(Section):
 
 
 class PlacementSection(Section):
-    """Where the work runs. Changes no number and no identity.
+    """Where the work runs. It changes no number and no identity.
 
-    `activations_gib` bounds what a pass holds beside the weights; `auto` takes half of a GPU's free memory, 1 GiB of a
-    CPU's. A unit of work, or a step of healing, that takes longer than `unit_timeout_s` is taken for hung and tried
-    again; `auto` takes twenty times what the run's estimate expects of it, ten minutes at least. `labels` choose among
-    the nodes of a cluster; without one they say nothing.
+    Attributes:
+        workers: workers that judge plans; `auto` takes as many as fit on the cluster.
+        cpus_per_worker: CPUs of each of them; `auto` takes one beside a GPU, else shares out the CPUs of a node.
+        gpus_per_worker: GPUs of each of them, at most 1; `auto` takes one where a node has one.
+        healing_workers: workers that heal one plan; `auto` takes every GPU that a step has a sequence for, or one
+            worker with a node's CPUs.
+        activations_gib: bound on what a pass holds beside the weights, in GiB; `auto` takes half of a GPU's free
+            memory, 1 GiB on a CPU.
+        unit_timeout_s: seconds after which a unit of work, or a step of healing, is taken for hung and tried again;
+            `auto` takes twenty times what the run's estimate expects of it, and ten minutes at least.
+        labels: choose among the nodes of a cluster. Without a cluster they have no effect.
     """
 
     workers: AutoCount = "auto"
