@@ -1,1 +1,1 @@
-"""Searching plans: what may be proposed, what proposes it, and the front of what was tried."""
+"""Searches plans: defines which may be proposed, proposes them, and finds the front of those that were tried."""

@@ -1,7 +1,7 @@
-"""Plans by rules that do not look at what layers are worth, or look elsewhere: what guided plans are compared with.
+"""Makes plans by rules that ignore how much layers are worth or estimate it otherwise, as baselines for guided plans.
 
-The uniform and interleaved ones are those of published hybrids; those at a plan's own attention budget have its number
-of layers of each treatment, and therefore its speed, and differ only in which layers get which.
+The uniform and interleaved plans are those of published hybrids. The plans at another plan's attention budget have its
+number of layers for each treatment, and therefore its speed, and differ only in which layers get which treatment.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fractions import Fraction
 from ..plan import Plan, Treatment
 
 UNIFORM = ("window", "linear_window", "linear")
-"""One treatment everywhere: a window, window plus linear attention (LoLCATs, Liger), linear attention (SUPRA)."""
+"""One treatment in every layer: a window, window plus linear attention (LoLCATs, Liger), linear attention (SUPRA)."""
 
 SAME_BUDGET = ("interleaved", "cosine", "first", "last", "random")
-"""Evenly interleaved, by LLM-Drop's ranking, the first or the last layers treated most, at random."""
+"""Orders in which a plan's treatments are dealt out again: evenly, by LLM-Drop's score, from an end, or at random."""
 
 KNOWN = (*UNIFORM, "interleaved_1/2", "interleaved_1/4", *SAME_BUDGET, "random:3")
-"""Names as an error lists them; any share below one may follow `interleaved_`, any number `random:`."""
+"""Names that an error message lists; any share below one may follow `interleaved_`, any number `random:`."""
 
 _SHARE = re.compile(r"interleaved_([1-9]\d*)/([1-9]\d*)")
 _RANDOM = re.compile(r"random(?::([1-9]\d*))?")
@@ -28,22 +28,22 @@ _MOST_TREATED_FIRST = (Treatment.NONE, Treatment.WINDOW, Treatment.LINEAR_WINDOW
 
 
 class BaselineError(ValueError):
-    """A baseline that is unknown, or lacks what it is made from."""
+    """A baseline is unknown, or lacks what it is made from."""
 
 
 def check_baseline(name: str) -> None:
-    """Raises BaselineError where no baseline is called so."""
+    """Raises BaselineError if no baseline has this name."""
     if name not in KNOWN and not _RANDOM.fullmatch(name) and not _is_share(name):
         raise BaselineError(f"baseline: '{name}' is unknown; use one of {', '.join(KNOWN)}")
 
 
 def is_of_same_budget(name: str) -> bool:
-    """Whether a baseline is made for a plan, from its number of layers of each treatment."""
+    """Returns whether a baseline is made for a given plan, from its number of layers of each treatment."""
     return name.partition(":")[0] in SAME_BUDGET
 
 
 def n_baseline_plans(name: str) -> int:
-    """Plans that a name stands for, for each plan that it is made for."""
+    """Returns the number of plans that a name stands for, for each plan that it is made for."""
     found = _RANDOM.fullmatch(name)
     return int(found[1] or 1) if found else 1
 
@@ -58,22 +58,23 @@ def baseline_plans(
     cosine: Sequence[float] | None = None,
     seed: int = 0,
 ) -> dict[str, Plan]:
-    """The plans of a baseline, by name; `random:3` gives `random_1` to `random_3`.
+    """Returns the plans of a baseline, by name; `random:3` gives `random_1` to `random_3`.
 
     Args:
         name: `window`, `linear_window`, `linear` (linear_window with a window of 1); `interleaved_1/2`,
-            `interleaved_1/4`, ...: that share of layers softmax, evenly spread, `middle` in the others; at the budget
-            of a plan `interleaved` (each treatment evenly spread), `cosine`, `first`, `last`, `random`, `random:N`.
-        n_layers: layers of the model.
-        middle, window: treatment and window of the layers between softmax and none, but for those of `budget`.
-        budget: the plan whose treatments `interleaved`, `cosine`, `first`, `last` and `random` deal out anew. Removal
-            comes first, then `window`, then `linear_window`, in the order that the name says.
-        cosine: how far each layer's attention turns the residual stream (`sensitivity.cosine_scores`), first layer
-            first; the layer with the smallest is treated most (LLM-Drop, arXiv 2406.15786).
-        seed: of `random`.
+            `interleaved_1/4`, ...: softmax in this share of the layers, evenly spread, and `middle` in the others. At
+            the budget of a plan: `interleaved` (each treatment evenly spread), `cosine`, `first`, `last`, `random`,
+            `random:N`.
+        n_layers: Layers of the model.
+        middle, window: Treatment and window of the layers between softmax and none; not used with `budget`.
+        budget: The plan whose treatments `interleaved`, `cosine`, `first`, `last` and `random` deal out again. In the
+            order given by the name, removal is dealt first, then `window`, then `linear_window`.
+        cosine: How far each layer's attention turns the residual stream (`sensitivity.cosine.cosine_scores`), first
+            layer first; the layer with the smallest value is treated most (LLM-Drop, arXiv 2406.15786).
+        seed: Seed of `random`.
 
     Raises:
-        BaselineError: the name is unknown, or what it needs is not given.
+        BaselineError: The name is unknown, or what it needs is not given.
     """
     check_baseline(name)
     if name in UNIFORM:
@@ -110,7 +111,7 @@ def _is_share(name: str) -> bool:
 
 
 def _interleaved(counts: Mapping[Treatment, int]) -> tuple[Treatment, ...]:
-    """Each treatment evenly spread over the layers: the i-th of n has its place at (i + 1/2) / n of the depth."""
+    """Spreads each treatment evenly over the layers: the i-th of n is placed at (i + 1/2) / n of the depth."""
     places = [
         (Fraction(2 * i + 1, 2 * count), order, treatment)
         for order, (treatment, count) in enumerate(counts.items())
@@ -120,7 +121,7 @@ def _interleaved(counts: Mapping[Treatment, int]) -> tuple[Treatment, ...]:
 
 
 def _dealt(order: Sequence[int], budget: Plan) -> Plan:
-    """The budget's treatments dealt out along an order of layers, those that keep least first."""
+    """Deals out the budget's treatments along an order of layers, those that keep least of attention first."""
     dealt = sorted(budget.treatments, key=_MOST_TREATED_FIRST.index)
     by_layer = dict(zip(order, dealt, strict=True))
     return Plan(tuple(by_layer[layer] for layer in range(len(budget))), budget.window)

@@ -1,7 +1,7 @@
-"""The best plans if layers were independent: the exact front of summed costs against summed times.
+"""Finds the best plans if layers were independent: the exact front of summed costs against summed times.
 
 Choosing a treatment for each layer under a bound on the sum of their times is a multiple-choice knapsack. Integer
-programming solves one such problem for each point of the front, under whatever limits the plans must hold.
+programming solves one such problem for each point of the front, under the limits that plans must satisfy.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .plan_space import PlanSpace
 Values = Mapping[Treatment, Sequence[float]]
 
 _STEPS = 1 << 20
-"""Whole steps in the range of a sum: far coarser than the solver's tolerance, so that it solves exactly."""
+"""Whole steps in the range of a sum: far coarser than the solver's tolerance, so that solutions are exact."""
 
 _ROW_SCALE = 1e4
-"""Of a limit's row: the solver's tolerance of 1e-6 is then no wider than that of `Limit.holds`."""
+"""Scale of a limit's row: it makes the solver's tolerance of 1e-6 no wider than that of `Limit.holds`."""
 
 _ROUNDING = 1e-9
 
@@ -35,24 +35,24 @@ def knapsack_front(
     times: Values,
     max_plans: int | None = None,
 ) -> list[Plan]:
-    """The plans of a space that no other plan beats in the sum of costs and in the sum of times.
+    """Returns the plans of a space that no other plan beats in both the sum of costs and the sum of times.
 
-    Sums are told apart down to a millionth of their range over the space. Of plans with equal sums one is given.
+    Sums are distinguished to a millionth of their range over the space. Of plans with equal sums only one is returned.
 
     Args:
-        space: the plans to choose from.
-        costs: drop of each layer when it alone is treated so, first layer first; softmax costs 0 where it has none.
-            What pinned layers cost changes no choice and may be missing.
-        times: what each layer adds to a decode step, in any unit (bytes too): of every treatment but those that only
-            pinned layers have.
-        max_plans: at least 2, so many are given at most, spread evenly over the times, and only they are solved for;
-            None gives the whole front.
+        space: The plans to choose from.
+        costs: Drop of each layer if it alone is treated so, first layer first; softmax costs 0 unless given. Costs of
+            pinned layers may be missing, because they change no choice.
+        times: Time that each layer adds to a decode step, in any unit (bytes are possible). Every treatment is needed,
+            except those that only pinned layers have.
+        max_plans: Maximum number of plans, at least 2. They are spread evenly over the times, and only they are solved
+            for. None gives the whole front.
 
     Returns:
-        The slowest, hence of least cost, first; the fastest last.
+        The plans from the slowest, which has the least cost, to the fastest.
 
     Raises:
-        PlanError: the space is empty, costs or times are missing or not finite, or `max_plans` is too small.
+        PlanError: The space is empty, costs or times are missing or not finite, or `max_plans` is too small.
     """
     if max_plans is not None and max_plans < 2:
         raise PlanError(f"max_plans: {max_plans} holds no front; give at least 2")
@@ -66,7 +66,7 @@ def knapsack_front(
         between = fast
         if max_plans is not None:
             between = program.best("cost", time_at_most=(slow.time + fast.time) // 2)
-        if between == fast:  # nothing in the faster half: take the neighbour of the fast one, at last the slow one
+        if between == fast:  # the faster half is empty: take the next slower plan, in the end the slow one itself
             between = program.best("time", cost_at_most=fast.cost - 1)
             gaps += [(slow, between)] if between != slow else []
         else:
@@ -76,7 +76,7 @@ def knapsack_front(
 
 
 def spread_order(n: int) -> list[int]:
-    """Indices below `n` in an order whose beginnings all cover the range: both ends, then the middles of the gaps."""
+    """Orders the indices below `n` so that any beginning covers the range: both ends, then middles of the gaps."""
     order, gaps = sorted({0, n - 1}), [(0, n - 1)]
     while gaps:
         first, last = gaps.pop(0)
@@ -89,7 +89,7 @@ def spread_order(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A plan by its sums in whole steps; plans of equal sums are equal."""
+    """Denotes a plan by its sums in whole steps; plans with equal sums are equal."""
 
     cost: int
     time: int
@@ -97,7 +97,7 @@ class _Point:
 
 
 class _Program:
-    """The integer program: one binary variable for each layer and treatment that it may get."""
+    """Holds the integer program, which has a binary variable for each layer and each treatment that it may get."""
 
     def __init__(self, space: PlanSpace, costs: Values, times: Values):
         self._space = space
@@ -116,10 +116,10 @@ class _Program:
     def best(
         self, first: Literal["cost", "time"], *, cost_at_most: int | None = None, time_at_most: int | None = None
     ) -> _Point:
-        """The least of one sum, and among those the least of the other.
+        """Returns the plan with the least of one sum and, among equal ones, the least of the other.
 
         Raises:
-            PlanError: nothing holds the limits. Bounds on the sums are the caller's to keep within reach.
+            PlanError: No plan satisfies the limits. The caller must give bounds on the sums that can be satisfied.
         """
         bounds = {"cost": cost_at_most, "time": time_at_most}
         point = self._solve(first, bounds)
@@ -127,7 +127,7 @@ class _Program:
         return self._solve("time" if first == "cost" else "cost", bounds)
 
     def undominated(self, points: set[_Point]) -> list[Plan]:
-        """Plans of the points, slowest first, without those that differ from better ones by rounding to steps alone."""
+        """Returns the plans of the points, slowest first, except those worse by no more than rounding to steps."""
         ordered = sorted(points, key=lambda point: -point.time)
         sums = [self._sums(point) for point in ordered]
         kept = front(sums)
@@ -138,7 +138,7 @@ class _Program:
         ]
 
     def _row(self, name: str, values: Values) -> np.ndarray:
-        """The value of each variable; of pinned layers 0 where it is missing, as it changes no choice."""
+        """Returns the value of each variable; missing values of pinned layers are 0, as they change no choice."""
         row = np.zeros(len(self._variables))
         for index, (layer, choice) in enumerate(self._variables):
             if layer in self._space.pinned and choice not in values:
@@ -151,7 +151,7 @@ class _Program:
         return row
 
     def _sums(self, point: _Point) -> tuple[int, int]:
-        """Minus cost and minus time, rounded far below a step, as the last digits of equal sums may differ."""
+        """Returns minus cost and minus time, rounded far below a step, because equal sums may differ by rounding."""
         picked = [self._variables.index((layer, choice)) for layer, choice in enumerate(point.choices)]
         cost, time = (-_rounded_sum(self._values[name], picked) for name in ("cost", "time"))
         return cost, time
@@ -191,7 +191,7 @@ def _rounded_sum(values: np.ndarray, picked: Sequence[int]) -> int:
 
 
 def _whole_steps(values: np.ndarray, layers: np.ndarray) -> np.ndarray:
-    """Values above the least of their layer, as whole numbers: exact where they have few enough common steps."""
+    """Returns values relative to the least of their layer, in whole steps; exact if a common step is large enough."""
     least = np.full(layers[-1] + 1, np.inf)
     np.minimum.at(least, layers, values)
     above = values - least[layers]

@@ -1,4 +1,4 @@
-"""The Pareto front of two objectives that are both maximised, and the area that it dominates."""
+"""Computes the Pareto front of two objectives that are both maximised, and the area that it dominates."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Point = tuple[float, float]
 def front(points: Sequence[Point]) -> list[bool]:
     """Tells for each point whether no other point dominates it.
 
-    A point dominates another when it is at least as good in both objectives and better in one. Duplicates do not
+    A point dominates another if it is at least as good in both objectives and better in one. Duplicates do not
     dominate each other: they are on the front together or off it together. A point with a NaN (a failed measurement)
-    is never on the front and dominates nothing. Comparisons are exact, without a tolerance. O(n log n).
+    is never on the front and dominates nothing. Comparisons are exact, without a tolerance. The cost is O(n log n).
 
     Args:
         points: (first, second) objective of each point, larger is better.
@@ -38,18 +38,18 @@ def front(points: Sequence[Point]) -> list[bool]:
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Area between a reference point and the front of `points`, both objectives maximised.
+    """Returns the area between a reference point and the front of `points`, both objectives maximised.
 
     Args:
         points: (first, second) objective of each point. Points with a NaN, and points that are not above the
             reference in both objectives, add nothing.
-        reference: the corner that the area is measured from.
+        reference: The corner that the area is measured from.
 
     Returns:
         The area in the product of the two objectives' units; 0.0 without a point above the reference.
 
     Raises:
-        ValueError: the reference holds a NaN.
+        ValueError: The reference holds a NaN.
     """
     if _has_nan(reference):
         raise ValueError(f"reference: {reference} holds a NaN; give the worst acceptable value of each objective")
@@ -69,16 +69,16 @@ def _has_nan(point: Point) -> bool:
 def choose_spread(points: Sequence[Point], n: int, reference: Point) -> list[int]:
     """Chooses `n` points that together dominate the most, front after front: the candidates worth a closer look.
 
-    Greedy by gain in hypervolume over `reference`, which is within 1 - 1/e of the best choice; among equal gains the
-    earlier point. Where the front has fewer points, those dominated only by chosen ones follow.
+    The choice is greedy by gain in hypervolume over `reference`, which is within 1 - 1/e of the best choice; among
+    equal gains the earlier point wins. If the front has fewer points, those dominated only by chosen ones follow.
 
     Args:
-        points: (first, second) objective of each, larger is better; points with NaN are never chosen.
-        n: how many to choose at most.
-        reference: corner below which nothing counts.
+        points: (first, second) objective of each point, larger is better; points with a NaN are never chosen.
+        n: Maximum number of points to choose.
+        reference: The corner that hypervolumes are measured from.
 
     Returns:
-        Indices in the order chosen.
+        Indices in the order in which they were chosen.
     """
     left = [index for index, point in enumerate(points) if not _has_nan(point)]
     chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""The plans that a search may propose: treatments that were measured, layers pinned by hand, limits on the whole."""
+"""Defines the plans that a search may propose: measured treatments, pinned layers, and limits on the whole plan."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..plan import Plan, PlanError, Treatment
 
 @dataclass(frozen=True)
 class Limit:
-    """What all layers of a plan together may cost at most.
+    """Bounds the sum of a cost over all layers of a plan.
 
     Attributes:
-        name: what is limited, such as `n_softmax` or `kv_bytes_per_token`.
-        costs: of each treatment in each layer, first layer first.
-        at_most: the bound, in the costs' unit.
+        name: Name of the cost, such as `n_softmax` or `kv_bytes_per_token`.
+        costs: Cost of each treatment in each layer, first layer first.
+        at_most: The bound, in the unit of the costs.
     """
 
     name: str
@@ -23,27 +23,27 @@ class Limit:
     at_most: float
 
     def value(self, plan: Plan) -> float:
-        """What the plan costs."""
+        """Returns the plan's cost, the sum over its layers."""
         return sum(self.costs[treatment][layer] for layer, treatment in enumerate(plan.treatments))
 
     def holds(self, plan: Plan) -> bool:
-        # Sums of floats in another order may differ in their last digits.
+        # The tolerance allows for rounding, because sums of floats depend on the order.
         return self.value(plan) <= self.at_most + 1e-9 * max(1.0, abs(self.at_most))
 
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans of a model that a search may propose.
+    """Denotes all plans of a model that a search may propose.
 
     Attributes:
-        n_layers: of the model.
-        treatments: what a layer may get, softmax first.
-        window: of the windowed treatments, in tokens.
-        pinned: treatment of the layers that are decided by hand.
-        limits: what every plan must hold.
+        n_layers: Layers of the model.
+        treatments: Treatments that a layer may get, softmax first.
+        window: Window of the windowed treatments, in tokens.
+        pinned: Treatment of the layers that the user has fixed.
+        limits: Limits that every plan must satisfy.
 
     Raises:
-        PlanError: a pinned layer is none of the model's, or a limit does not know a treatment or layer.
+        PlanError: A pinned layer does not exist in the model, or a limit lacks the costs of a treatment or layer.
     """
 
     n_layers: int
@@ -62,20 +62,20 @@ class PlanSpace:
                     raise PlanError(f"{limit.name}: gives no cost of {treatment} for each of {self.n_layers} layers")
 
     def choices(self, layer: int) -> tuple[Treatment, ...]:
-        """What a layer may get."""
+        """Returns the treatments that a layer may get."""
         return (self.pinned[layer],) if layer in self.pinned else self.treatments
 
     def plan(self, treatments: Sequence[Treatment]) -> Plan:
-        """A plan of this space's window; pinned layers get what they are pinned to, whatever is given for them."""
+        """Returns a plan with this space's window; pinned layers get their pinned treatment, whatever is given."""
         chosen = (self.pinned.get(layer, treatment) for layer, treatment in enumerate(treatments))
         return Plan(tuple(chosen), self.window)
 
     def holds(self, plan: Plan) -> bool:
-        """Whether the plan honours pins and limits (it may have treatments of its own, as plans by hand have)."""
+        """Returns whether the plan satisfies pins and limits; other treatments are allowed, as in plans by hand."""
         pinned = all(plan.treatments[layer] is treatment for layer, treatment in self.pinned.items())
         return pinned and all(limit.holds(plan) for limit in self.limits)
 
     def contains(self, plan: Plan) -> bool:
-        """Whether the search could propose the plan."""
+        """Returns whether the search could propose the plan."""
         allowed = all(treatment in self.choices(layer) for layer, treatment in enumerate(plan.treatments))
         return allowed and self.holds(plan)

@@ -1,9 +1,9 @@
-"""Improves a plan by evaluating plans with the same number of layers for each treatment, hence of the same speed.
+"""Improves a plan by evaluating plans with the same number of layers for each treatment, which have the same speed.
 
-A plan picked by single-layer drops takes layers as independent; what they cost together is learned here from the losses
-of whole plans. This is bookkeeping only: `propose` names the plans of a round, which together are cheap to evaluate
-where they share layers, and `observe` takes in their losses. The state follows from the observations alone: a restart
-repeats them in their order.
+A plan chosen by single-layer drops assumes that layers are independent. What they cost together is learned here from
+the losses of whole plans. This module only keeps the books: `propose` names the plans of a round, which share layers
+and are therefore cheap to evaluate together, and `observe` takes in their losses. The state depends only on the
+observations: a restart repeats them in their order.
 
 With noisy losses the best of many evaluated plans looks better than it is: measure it again on other data.
 """
@@ -24,10 +24,10 @@ from ..plan import Plan, Treatment
 Costs = Mapping[Treatment, Sequence[float]]
 
 PAIR_FRACTION = 0.125
-"""Part of the budget that `PairwiseModel` spends on plans with two treated layers, where nobody says otherwise."""
+"""Default share of the budget that `PairwiseModel` spends on plans with two treated layers."""
 
-# Variances of an observed loss about the model and of a pair's interaction, as parts of that of a layer's correction.
-_RESIDUAL_GREEDY = 1.0  # holds the interactions, which a model without pairs cannot explain
+# Variances of an observed loss about the model and of a pair's interaction, relative to that of a layer's correction.
+_RESIDUAL_GREEDY = 1.0  # includes the interactions, which a model without pairs cannot explain
 _RESIDUAL_PAIRWISE = 0.1
 _PAIR_VARIANCE = 0.3
 
@@ -37,18 +37,18 @@ _EVALUATED_STARTS = 8
 
 
 class RefinementError(ValueError):
-    """Costs, a budget or an observation that makes no sense."""
+    """Costs, a budget or an observation are invalid."""
 
 
 def predicted_drop(plan: Plan, costs: Costs) -> float:
-    """What a plan would lose if layers were independent: the sum of its layers' single drops.
+    """Returns what a plan would lose if layers were independent: the sum of its layers' single drops.
 
     Args:
-        plan: the plan.
-        costs: for each treatment but softmax the drop of each layer when it alone is treated so; softmax costs 0.
+        plan: The plan.
+        costs: For each treatment except softmax the drop of each layer if it alone is treated so; softmax costs 0.
 
     Raises:
-        RefinementError: a treatment of the plan has no costs, not one for each layer, or one that is not finite.
+        RefinementError: A treatment of the plan has no costs, not one for each layer, or one that is not finite.
     """
     for treatment in sorted(set(plan.treatments) - {Treatment.SOFTMAX}):
         if treatment not in costs:
@@ -78,15 +78,15 @@ class Refiner(ABC):
     drops of the quality. A plan that failed (loss missing or not finite) is never chosen and never proposed again.
 
     Args:
-        start: the plan to improve; plans with its window and its number of layers for each treatment compete with it.
-        costs: as in `predicted_drop`.
-        max_plans: plans to evaluate at most, the start included.
-        round_plans: plans in a round at most.
-        known: losses that cost nothing, of any plans of the model.
-        pinned: layers that keep the start's treatment in every plan that competes with it.
+        start: The plan to improve. It competes with the plans of its window and its number of layers per treatment.
+        costs: Costs as in `predicted_drop`.
+        max_plans: Maximum number of plans to evaluate, including the start.
+        round_plans: Maximum number of plans in a round.
+        known: Losses that need no evaluation, of any plans of the model.
+        pinned: Layers that keep the start's treatment in every plan that competes with it.
 
     Raises:
-        RefinementError: an argument is out of its range.
+        RefinementError: An argument is out of its range.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class Refiner(ABC):
             self._losses[plan] = float(loss)
 
     def propose(self) -> list[Plan]:
-        """The plans of the next round, the same until they are observed; empty when finished."""
+        """Returns the plans of the next round, the same until they are observed; none when finished."""
         if self._pending is None:
             n_plans = min(self.round_plans, self.max_plans - self.n_evaluated)
             self._pending = tuple(self._choose(n_plans)) if n_plans else ()
         return list(self._pending)
 
     def observe(self, losses: Mapping[Plan, float]) -> None:
-        """Takes in the losses of the proposed plans, lower is better; those left out failed.
+        """Takes in the losses of the proposed plans, lower is better; plans that are left out have failed.
 
         Raises:
-            RefinementError: nothing was asked for, or a plan was not; the state stays as it was.
+            RefinementError: Nothing was proposed, or a plan was not; the state stays as it was.
         """
         proposed = self.propose()
         if not proposed:
@@ -147,16 +147,16 @@ class Refiner(ABC):
 
     @property
     def best(self) -> tuple[Plan, float]:
-        """The best plan of the start's counts and its loss; the start and infinity before one has been evaluated."""
+        """The best plan of the start's counts and its loss; the start and infinity before any has been evaluated."""
         ranked = self._ranked()
         return ranked[0] if ranked else (self.start, math.inf)
 
     @abstractmethod
     def _choose(self, n_plans: int) -> list[Plan]:
-        """Up to `n_plans` plans without a loss, the most promising first."""
+        """Returns up to `n_plans` plans without a loss, the most promising first."""
 
     def _ranked(self) -> list[tuple[Plan, float]]:
-        """The plans that compete with the start and have a loss, best first, the start first among equals."""
+        """Returns the plans that compete with the start and have a loss, best first; the start wins ties."""
         found = [
             (plan, loss) for plan, loss in self._losses.items() if math.isfinite(loss) and self._space.competes(plan)
         ]
@@ -166,7 +166,7 @@ class Refiner(ABC):
         return [plan for plan in dict.fromkeys(plans) if plan not in self._losses]
 
     def _fitted(self, prior: _Quadratic, residual: float, pair: float) -> _Quadratic:
-        """The model corrected by the competing plans alone, as layers may cost more where many are treated."""
+        """Corrects the model by the competing plans only, as layers may cost more if many are treated."""
         ranked = self._ranked()
         codes = np.array([self._space.encode(plan) for plan, _ in ranked]).reshape(-1, len(self.start))
         losses = np.array([loss for _, loss in ranked])
@@ -174,10 +174,11 @@ class Refiner(ABC):
 
 
 class GreedySwaps(Refiner):
-    """Local search: evaluates swaps of two layers of the best plan and goes on from the best plan evaluated.
+    """Local search that evaluates swaps of two layers of the best plan and continues from the best plan evaluated.
 
-    Swaps are ranked by the predicted change: costs, corrected for each layer and treatment by ridge regression over
-    the plans evaluated so far. It ends when all swaps of the best plan are known, or with the budget.
+    Swaps are ranked by the predicted change. The prediction uses the costs, corrected for each layer and treatment by
+    ridge regression over the plans evaluated so far. The search ends if all swaps of the best plan are known, or with
+    the budget.
     """
 
     def _choose(self, n_plans: int) -> list[Plan]:
@@ -189,21 +190,21 @@ class GreedySwaps(Refiner):
 
 
 class PairwiseModel(Refiner):
-    """Learns what pairs of layers cost beyond their sum, and evaluates the best plans of the model.
+    """Learns what pairs of layers cost beyond their sum, and evaluates the best plans of this model.
 
     First it evaluates the all-softmax plan and plans that treat two layers near the boundaries between treatments:
     interaction = loss(pair) - loss(all softmax) - cost_i - cost_j. Each round then searches the quadratic model of
     costs and interactions by swaps from several plans, and ridge regression over the plans evaluated so far corrects
-    the model's main effects and its interactions. Pairs that were not measured start from 0. It ends when the search
-    meets no plan without a loss, or with the budget.
+    the model's main effects and its interactions. Pairs that were not measured start from 0. The search ends if it
+    finds no plan without a loss, or with the budget.
 
     Args:
-        start: as in Refiner; so are costs, max_plans, round_plans, known and pinned.
-        pair_fraction: part of `max_plans` to spend on plans with two treated layers; the all-softmax plan adds one.
-            Those in `known` serve too, and are not counted.
+        start, costs, max_plans, round_plans, known, pinned: As in `Refiner`.
+        pair_fraction: Share of `max_plans` to spend on plans with two treated layers; the all-softmax plan adds one.
+            Those in `known` are used as well and are not counted.
 
     Raises:
-        RefinementError: an argument is out of its range.
+        RefinementError: An argument is out of its range.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class PairwiseModel(Refiner):
 
     def _choose(self, n_plans: int) -> list[Plan]:
         base = [self._base] if self._pairs else []
-        # Without the loss of the base a pair's loss says nothing.
+        # Without the base's loss a pair's loss gives no interaction.
         pairs = [] if self._failed(self._base) else self._pairs
         measure = self._unknown([self.start, *base, *pairs])[:n_plans]
         if measure:
@@ -246,7 +247,7 @@ class PairwiseModel(Refiner):
         return _Quadratic(self._prior.intercept, self._prior.main, pairs)
 
     def _search(self, model: _Quadratic, n_plans: int) -> list[Plan]:
-        """The best plans without a loss among all that the descents from several plans come past."""
+        """Returns the best plans without a loss among all plans that the descents from several plans visit."""
         rng = np.random.default_rng(self.n_evaluated)
         start = self._space.encode(self.start)
         starts = [start, *(self._space.encode(plan) for plan, _ in self._ranked()[:_EVALUATED_STARTS])]
@@ -260,13 +261,13 @@ class PairwiseModel(Refiner):
         return self._unknown(self._space.decode(plans[index]) for index in order)[:n_plans]
 
     def _descent(self, model: _Quadratic, plan: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All swaps of each plan on the way down, the plan itself first, with their predictions."""
+        """Yields each plan on the way down and all its swaps, the plan itself first, with their predictions."""
         while True:
             codes = np.concatenate([plan[None], self._space.swaps(plan)])
             predicted = model.predict(self._space.features(codes))
             yield codes, predicted
             lowest = int(_rounded(predicted).argmin())
-            # A step by less than rounding could lead back.
+            # Steps smaller than rounding are not taken, because they could lead back.
             if predicted[0] - predicted[lowest] <= _ROUNDING * np.abs(predicted).max():
                 return
             plan = codes[lowest]
@@ -283,10 +284,10 @@ def make_refiner(
     pinned: Collection[int] = (),
     pair_fraction: float = PAIR_FRACTION,
 ) -> Refiner:
-    """The refiner by its name; `pair_fraction` is for `pairwise` only.
+    """Returns the refiner with the given name; `pair_fraction` is used by `pairwise` only.
 
     Raises:
-        RefinementError: the method is unknown, or an argument is out of its range.
+        RefinementError: The method is unknown, or an argument is out of its range.
     """
     if method == "greedy":
         return GreedySwaps(start, costs, max_plans, round_plans, known, pinned=pinned)
@@ -296,9 +297,9 @@ def make_refiner(
 
 
 class _Space:
-    """The plans that compete with a start, as codes (n_layers,): 0 for softmax, else 1 + the treatment's index.
+    """Denotes the plans that compete with a start, as codes (n_layers,): 0 for softmax, 1 + index of other treatments.
 
-    A slot is one treatment but softmax of one layer; a plan's features (n_slots,) are 1 where it fills the slot.
+    A slot is a layer with one treatment other than softmax; a plan's features (n_slots,) are 1 for the slots it fills.
     """
 
     def __init__(self, start: Plan, pinned: Collection[int] = ()):
@@ -321,13 +322,13 @@ class _Space:
         return Plan(tuple(self._treatments[code] for code in codes), self._start.window)
 
     def features(self, codes: np.ndarray) -> np.ndarray:
-        """(n, n_slots) of codes (n, n_layers); the slots of a treatment lie together, first layer first."""
+        """Returns features (n, n_slots) of codes (n, n_layers); slots are ordered by treatment, then by layer."""
         return np.concatenate([codes == code for code in range(len(self._treatments))], axis=1)[
             :, len(self._start) :
         ].astype(np.float64)
 
     def swaps(self, codes: np.ndarray) -> np.ndarray:
-        """All codes (n, n_layers) with two free layers of different treatments swapped, in the order of the layers."""
+        """Returns all codes (n, n_layers) with two free layers of different treatments swapped, in layer order."""
         pairs = [(i, j) for i, j in combinations(self._free, 2) if codes[i] != codes[j]]
         swapped = np.tile(codes, (len(pairs), 1))
         for row, (i, j) in zip(swapped, pairs, strict=True):
@@ -335,7 +336,7 @@ class _Space:
         return swapped
 
     def permuted(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The codes (n_layers,) in another order, but for pinned layers."""
+        """Returns the codes (n_layers,) in random order, except for pinned layers."""
         permuted = codes.copy()
         permuted[self._free] = rng.permutation(codes[self._free])
         return permuted
@@ -345,7 +346,7 @@ class _Space:
         return _Quadratic(0.0, main, np.zeros((len(main), len(main))))
 
     def pair(self, i: int, j: int) -> Plan:
-        """The plan that fills two slots and keeps softmax elsewhere."""
+        """Returns the plan that fills two slots and keeps softmax elsewhere."""
         codes = np.zeros(len(self._start), dtype=int)
         for slot in (i, j):
             treatment, layer = divmod(slot, len(self._start))
@@ -353,9 +354,9 @@ class _Space:
         return self.decode(codes)
 
     def boundary_pairs(self, prior: _Quadratic) -> list[tuple[int, int]]:
-        """Pairs of slots that one plan can fill, those nearest to the boundaries between treatments first.
+        """Returns pairs of slots that one plan can fill, those nearest to the boundaries between treatments first.
 
-        A slot is as near as the cheapest or dearest swap that fills or empties it is close to changing nothing.
+        A slot's distance is the smallest change of the predicted loss by any swap that fills or empties it.
         """
         own, neighbours = self.encode(self._start), self.swaps(self.encode(self._start))
         if not len(neighbours):
@@ -363,7 +364,7 @@ class _Space:
         filled, others = self.features(own[None])[0], self.features(neighbours)
         changes = np.abs(prior.predict(others) - prior.predict(filled[None]))
         distance = np.where(others != filled, changes[:, None], np.inf).min(axis=0)
-        reached = np.flatnonzero(np.isfinite(distance))  # by no swap: of pinned layers
+        reached = np.flatnonzero(np.isfinite(distance))  # no swap reaches the slots of pinned layers
         distance[reached] = _rounded(distance[reached])
         pairs = [
             (i, j)
@@ -375,12 +376,12 @@ class _Space:
 
 @dataclass(frozen=True, eq=False)
 class _Quadratic:
-    """loss = intercept + sum of the filled slots' effects + sum of their pairs' interactions.
+    """Models a loss as intercept + sum of the filled slots' effects + sum of their pairs' interactions.
 
     Attributes:
-        intercept: loss of the plan without treated layers, as far as it matters.
-        main: (n_slots,)
-        pairs: (n_slots, n_slots), symmetric, zero on the diagonal.
+        intercept: Loss of the plan without treated layers; it matters only for fits, not for comparisons.
+        main: (n_slots,), the effects.
+        pairs: (n_slots, n_slots), the interactions, symmetric, zero on the diagonal.
     """
 
     intercept: float
@@ -391,18 +392,18 @@ class _Quadratic:
         return self.intercept + features @ self.main + ((features @ self.pairs) * features).sum(axis=1) / 2
 
     def fitted(self, features: np.ndarray, losses: np.ndarray, residual: float, pair: float) -> _Quadratic:
-        """Ridge regression about this model with a free intercept, solved in its dual form.
+        """Fits a correction of this model by ridge regression with a free intercept, solved in its dual form.
 
         Args:
-            features: (n, n_slots) of the evaluated plans.
-            losses: (n,)
-            residual: variance of a loss about the model, as part of the variance of a correction to a main effect.
-            pair: variance of a correction to an interaction, likewise.
+            features: (n, n_slots), the evaluated plans.
+            losses: (n,), their losses.
+            residual: Variance of a loss about the model, relative to that of a correction to a main effect.
+            pair: Variance of a correction to an interaction, relative to the same.
         """
         n = len(losses)
         if not n:
             return self
-        common = features @ features.T  # filled slots that two plans share
+        common = features @ features.T  # number of filled slots that two plans share
         covariance = common + pair * common * (common - 1) / 2 + residual * np.eye(n)
         system = np.block([[covariance, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
         solution = np.linalg.solve(system, np.append(losses - self.predict(features), 0.0))
@@ -415,6 +416,6 @@ class _Quadratic:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """Values in whole steps of rounding, as the last digits of equal ones may differ."""
+    """Returns values in whole steps of rounding, because equal values may differ in their last digits."""
     scale = np.abs(values).max(initial=0.0)
     return values if scale == 0 else np.round(values / (_ROUNDING * scale))

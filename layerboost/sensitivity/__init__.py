@@ -1,1 +1,1 @@
-"""What each layer's attention is worth, and how sure that is."""
+"""Measures what each layer's attention is worth, and how certain that is."""

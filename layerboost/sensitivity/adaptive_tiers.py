@@ -1,4 +1,4 @@
-"""Sorts layers into tiers with fewer scored items: layers whose tier is certain stop, the others go on."""
+"""Sorts layers into tiers with fewer scored items: a layer is scored only until its tier is certain."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from scipy import stats
 
 Tier = Literal["remove", "middle", "keep"]
 
-# Below this part of the variances that it comes from, the variance of a difference is rounding.
+# A difference's variance below this part of the variances that it is made from is only rounding.
 _ROUNDING = 1e-12
 
-# Where a layer lies with respect to a boundary between tiers.
+# Position of a layer with respect to a boundary between tiers.
 _BELOW, _UNKNOWN, _ABOVE = -1, 0, 1
 
 
 class AdaptiveError(ValueError):
-    """A rule or an observation that makes no sense."""
+    """A rule or an observation is invalid."""
 
 
 @dataclass(frozen=True)
 class TierRule:
-    """Which layers lose attention, which get the middle treatment and which keep softmax.
+    """Says which layers lose attention, which get the middle treatment and which keep softmax.
 
     Give either both sizes or both thresholds.
 
     Attributes:
-        n_removed: The least sensitive layers, so many, lose attention. Equal layers rank by their index.
-        n_middle: The next so many get the middle treatment.
+        n_removed: Number of least sensitive layers that lose attention. Equal layers are ranked by their index.
+        n_middle: Number of layers, following in the ranking, that get the middle treatment.
         remove_below: Layers with a mean drop below this lose attention, as in `plan_from_thresholds`.
         keep_above: Layers with a mean drop at or above this keep softmax.
 
     Raises:
-        AdaptiveError: sizes and thresholds are mixed or incomplete, a size is negative, or thresholds are crossed.
+        AdaptiveError: Sizes and thresholds are mixed or incomplete, a size is negative, or remove_below is above
+            keep_above.
     """
 
     n_removed: int | None = None
@@ -63,19 +64,19 @@ class TierRule:
 
     @property
     def sizes(self) -> tuple[int, int] | None:
-        """How many layers lie below each of the two boundaries between tiers; None for thresholds."""
+        """How many layers are below each of the two boundaries between tiers; None for thresholds."""
         if self.n_removed is None or self.n_middle is None:
             return None
         return self.n_removed, self.n_removed + self.n_middle
 
     @property
     def thresholds(self) -> tuple[float, float]:
-        """The two boundaries as drops; only for a rule by thresholds."""
+        """The two boundaries as drops; defined only for a rule by thresholds."""
         assert self.remove_below is not None and self.keep_above is not None
         return self.remove_below, self.keep_above
 
     def tiers(self, means: Sequence[float] | np.ndarray) -> list[Tier]:
-        """The tier of each layer by its mean drop, first layer first."""
+        """Returns the tier of each layer by its mean drop, first layer first."""
         values = np.asarray(means, dtype=np.float64)
         if self.sizes is None:
             below = [values < threshold for threshold in self.thresholds]
@@ -87,37 +88,37 @@ class TierRule:
 
 
 class AdaptiveTiers:
-    """A group-sequential sorting of layers into tiers over a fixed random order of a finite set of items.
+    """Sorts layers into tiers by a group-sequential test over a fixed random order of a finite set of items.
 
-    The target is what the rule says of the means over all `n_items` items, the full budget. At each look all undecided
-    layers have been scored on the first n items; a layer stops once its tier is certain, and what is left at the last
-    look (n = n_items) is decided by the means themselves. With thresholds a layer's mean is compared with each
-    threshold. With sizes undecided layers are compared in pairs over their common items, whose shared difficulty
-    cancels: a layer is in the lower group of a boundary once so many others are certainly above it that those left
-    over cannot fill the group's free slots.
+    The result aims at the tiers that the rule gives for the means over all `n_items` items, the full budget. At each
+    look all undecided layers have been scored on the first n items. A layer stops as soon as its tier is certain;
+    layers that are undecided at the last look (n = n_items) are decided by the means themselves. With thresholds, a
+    layer's mean is compared with each threshold. With sizes, undecided layers are compared in pairs over their common
+    items, whose shared difficulty cancels: a layer is in the lower group of a boundary once so many others are
+    certainly above it that the remaining ones cannot fill the group's free slots.
 
-    The stated error is split over looks, in proportion to their items, since late looks decide more and are closer to
-    normal theory, and within a look over the comparisons that can put a layer into a wrong tier (Bonferroni): each
-    layer with each threshold, or each pair of layers of different tiers. Intervals are Student's, one-sided, with the
-    finite-population correction sqrt(1 - n / n_items), and wider where skewness asks for it (Hall 1992). They are
-    approximate with few items; by simulation, wrong tiers stay below a stated 5 % with sparse accuracies and
-    lognormal drops too. With sizes the error is far below it, as most pairs are far apart. Values that are all alike
-    give no spread, hence no certainty before the last look.
+    The stated error is split over looks in proportion to their items, because late looks decide more and are closer to
+    normal theory. Within a look it is split over the comparisons that can put a layer into a wrong tier (Bonferroni):
+    each layer with each threshold, or each pair of layers of different tiers. Intervals are Student's, one-sided, with
+    the finite-population correction sqrt(1 - n / n_items), and are widened if the values are skewed (Hall 1992). They
+    are approximate with few items; by simulation, wrong tiers stay below a stated 5 % with sparse accuracies and
+    lognormal drops, too. With sizes the error is far below it, as most pairs are far apart. If all values are equal
+    there is no spread, and therefore no certainty before the last look.
 
-    The state follows from the observations alone: a restart repeats them in their order.
+    The state depends only on the observations: a restart repeats them in their order.
 
     Args:
-        n_layers: layers to sort.
-        n_items: items of the full budget.
-        rule: what makes the tiers.
-        error: probability that any layer's tier differs from the one by all items.
-        first_items: items of the first look.
-        growth: how many times more items each look has than the one before.
-        weights: (n_items,) in the order of the items, positive, such that tasks weigh the same: n_items / (n_tasks *
-            items of its task) for each item. Only their ratios matter. The estimates are weighted means.
+        n_layers: Layers to sort.
+        n_items: Items of the full budget.
+        rule: The rule that defines the tiers.
+        error: Probability that any layer's tier differs from the one by all items.
+        first_items: Items of the first look.
+        growth: Factor by which the number of items grows from one look to the next.
+        weights: (n_items,) in the order of the items, positive. With n_items / (n_tasks * items of its task) for each
+            item all tasks have the same weight. Only their ratios matter. The estimates are weighted means.
 
     Raises:
-        AdaptiveError: an argument is out of its range.
+        AdaptiveError: An argument is out of its range.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class AdaptiveTiers:
         self._sides = np.zeros((2, n_layers), dtype=int)
         self._look = 0
         if rule.sizes is not None:
-            # A tier that holds no layer or all of them needs no items.
+            # A tier that holds no layer or all of them is decided without any items.
             self._fill_slots(np.zeros((n_layers, n_layers), dtype=bool))
 
     @property
@@ -151,34 +152,34 @@ class AdaptiveTiers:
 
     @property
     def spent(self) -> float:
-        """Scored part of the full budget, n_layers * n_items."""
+        """The part of the full budget, n_layers * n_items, that has been scored."""
         return sum(len(drops) for drops in self._drops) / (self.n_layers * self.n_items)
 
     def n_items_used(self, layer: int) -> int:
-        """Items that a layer has been scored on so far."""
+        """Returns the number of items that a layer has been scored on so far."""
         return len(self._drops[layer])
 
     def tiers(self) -> list[Tier] | None:
-        """The tier of each layer, first layer first; None before all are decided."""
+        """Returns the tier of each layer, first layer first; None until all are decided."""
         if not self.finished:
             return None
         return [_tier(first == _BELOW, second == _BELOW) for first, second in self._sides.T]
 
     def next_request(self) -> tuple[tuple[int, ...], int, int] | None:
-        """The layers to score next and the items (start, stop of the order) to score them on; None when finished."""
+        """Returns the layers to score next and the range (start, stop) of items in the order; None when finished."""
         if self.finished:
             return None
         start = 0 if self._look == 0 else self.looks[self._look - 1]
         return tuple(self._undecided()), start, self.looks[self._look]
 
     def observe(self, drops: Mapping[int, Sequence[float] | np.ndarray]) -> None:
-        """Takes in what `next_request` asked for and decides the layers that it makes certain.
+        """Takes in what `next_request` asked for and decides the layers whose tier is now certain.
 
         Args:
-            drops: for each requested layer its drop on items start to stop, (stop - start,).
+            drops: For each requested layer its drops on the items start to stop, (stop - start,).
 
         Raises:
-            AdaptiveError: nothing was asked for, or this is not it; the state stays as it was.
+            AdaptiveError: Nothing was requested, or something else; the state stays as it was.
         """
         request = self.next_request()
         if request is None:
@@ -202,7 +203,7 @@ class AdaptiveTiers:
             self._compare_pairs(layers)
 
     def _undecided(self) -> list[int]:
-        # Below the first boundary is below the second, and above the second is above the first.
+        # A layer below the first boundary is also below the second, and one above the second also above the first.
         first, second = self._sides
         decided = (first == _BELOW) | (second == _ABOVE) | ((first == _ABOVE) & (second == _BELOW))
         return [int(layer) for layer in np.flatnonzero(~decided)]
@@ -222,13 +223,13 @@ class AdaptiveTiers:
     def _compare_pairs(self, layers: tuple[int, ...]) -> None:
         means, residuals = self._estimates(layers)
         n = residuals.shape[1]
-        # Moments of the differences of all pairs (j minus i), from the products of their residuals.
+        # Moments of the differences of all pairs (j minus i) follow from the products of the layers' residuals.
         products, products_2 = residuals @ residuals.T / n, residuals @ (residuals**2).T / n
         own, cubes = np.diag(products), np.diag(products_2)
         own_sums = own[:, None] + own[None, :]
         cubes_of_differences = cubes[None, :] - cubes[:, None] - 3 * products_2 + 3 * products_2.T
         removed, treated = self.rule.sizes or (0, 0)
-        # Only a wrong order of layers of different tiers can make a wrong tier, and it takes one direction.
+        # Only a wrong order of layers of different tiers gives a wrong tier, and only in one of both directions.
         n_pairs = removed * (self.n_layers - removed) + (treated - removed) * (self.n_layers - treated)
         reach = self._reach(own_sums - 2 * products, cubes_of_differences, own_sums, n_pairs)
         differences = means[None, :] - means[:, None]
@@ -253,21 +254,21 @@ class AdaptiveTiers:
                 changed = bool((side[unknown] != _UNKNOWN).any())
 
     def _estimates(self, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted means of layers over the items so far, (layers,), and each item's part in them, (layers, n)."""
+        """Returns weighted means of layers over the items so far, (layers,), and the items' residuals (layers, n)."""
         drops = np.stack([self._drops[layer] for layer in layers])
         weights = self._weights[: drops.shape[1]]
         means = np.array([np.average(row, weights=weights) for row in drops])
-        # Linearised, as the sum of the sampled weights varies too.
+        # The residuals are linearised, because the sum of the sampled weights varies, too.
         return means, weights * (drops - means[:, None]) / weights.mean()
 
     def _reach(self, squares: np.ndarray, cubes: np.ndarray, scale: np.ndarray, comparisons: int) -> np.ndarray:
-        """How far a mean must be above a value to be certainly above; 0 at the last look.
+        """Returns how far a mean must be above a value to be certainly above it; 0 at the last look.
 
         Args:
-            squares: second moment of the residuals behind each mean.
-            cubes: third moment of them.
-            scale: what rounding in `squares` is relative to.
-            comparisons: how many comparisons share the error of a look.
+            squares: Second moment of the residuals of each mean.
+            cubes: Third moment of the residuals.
+            scale: Quantity that the rounding error of `squares` is relative to.
+            comparisons: Number of comparisons that share the error of a look.
         """
         if self._look == len(self.looks):
             return np.zeros_like(squares)
@@ -280,13 +281,13 @@ class AdaptiveTiers:
 
 
 def _skewed_quantile(quantile: float, skewness: np.ndarray) -> np.ndarray:
-    """Upper quantile of a studentised mean by Hall's monotone transformation, never below that without skewness.
+    """Returns the upper quantile of a studentised mean by Hall's monotone transformation, at least `quantile`.
 
     Args:
-        quantile: upper quantile without skewness.
-        skewness: skewness of the values, divided by the root of their number.
+        quantile: Upper quantile without skewness.
+        skewness: Skewness of the values, divided by the square root of their number.
     """
-    skewness = np.minimum(skewness, -(_ROUNDING**0.5))  # positive skewness shortens this side
+    skewness = np.minimum(skewness, -(_ROUNDING**0.5))  # positive skewness would shorten this side
     return np.maximum(quantile, 3 / skewness * (np.cbrt(1 + skewness * (quantile - skewness / 6)) - 1))
 
 
@@ -295,7 +296,7 @@ def _tier(below_first: bool, below_second: bool) -> Tier:
 
 
 def _looks(n_items: int, first_items: int, growth: float) -> tuple[int, ...]:
-    """Numbers of items at which to look, the last one `n_items`."""
+    """Returns the numbers of items at which to look, the last one being `n_items`."""
     looks = []
     n = first_items
     while n < n_items:

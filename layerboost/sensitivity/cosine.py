@@ -1,4 +1,4 @@
-"""Cosine distance between a block's input and output: a score that needs no ablation."""
+"""Computes the cosine distance between a block's input and output, a score that needs no ablation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from ..families import attention_module, decoder_layers, family_of
 
 @torch.inference_mode()
 def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> torch.Tensor:
-    """How far each layer's attention turns the residual stream: 1 - cosine of what goes into the block and comes out.
+    """Returns how far each layer's attention turns the residual stream: 1 - cosine(block's input, block's output).
 
-    The score of LLM-Drop (arXiv 2406.15786): a layer with a small one can go. The stream before the block is the
-    layer's input; behind it, the same plus what attention (and the norm behind it, where the family has one) adds.
+    This is the score of LLM-Drop (arXiv 2406.15786): a layer with a small score can be removed. The input of the block
+    is the layer's input. Its output is the same plus what attention adds, including the norm after attention if the
+    family has one.
 
     Args:
-        model: an untouched causal language model.
-        sequences: token ids (n, tokens), without padding.
-        batch_size: sequences in a forward pass.
+        model: An untouched causal language model.
+        sequences: Token ids (n, tokens), without padding.
+        batch_size: Sequences in a forward pass.
 
     Returns:
-        fp64 on the CPU (n_layers, n): the mean over the tokens of each sequence.
+        fp64 on the CPU, shape (n_layers, n): the mean over the tokens of each sequence.
     """
     layers = decoder_layers(model)
     blocks = [_AttentionBlock(model, index) for index in range(len(layers))]
@@ -35,7 +36,7 @@ def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> tor
 
 
 class _AttentionBlock:
-    """Hooks on one layer that compare the residual stream before and behind its attention."""
+    """Hooks one layer to compare the residual stream before and after its attention."""
 
     def __init__(self, model, layer: int):
         self.distances: list[torch.Tensor] = []
@@ -43,7 +44,7 @@ class _AttentionBlock:
         norms = family_of(model.config).attention_norms(model.config)
         self._multiplier = getattr(decoder_layer, "residual_multiplier", 1.0)  # Granite
         self._added = attention_module(model, layer)
-        # A norm behind attention is the last thing that touches what attention adds to the stream.
+        # If a norm follows attention, its output is what is added to the stream.
         behind = [name for name in norms if name.startswith("post_attention")]
         last = getattr(decoder_layer, behind[0]) if behind else self._added
         self._handles = [

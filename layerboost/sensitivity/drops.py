@@ -1,4 +1,4 @@
-"""How much a model loses when one layer's attention is treated: scores of single layers, with their errors."""
+"""Computes how much a model loses if one layer's attention is treated, with standard errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..evaluation.statistics import Difference, mean_of_differences, paired_diff
 from ..plan import Plan, Treatment
 
 SCORES = ("benchmark", "margin", "nll", "kl", "cosine")
-"""What a drop can be measured by: each benchmark's own metric, the margin of its right answers, the NLL of a text, the
-divergence from the base over a text, and how far attention turns the residual stream (needs no ablation)."""
+"""Scores that a drop can be measured by: each benchmark's own metric, the margin of its right answers, the NLL of a
+text, the divergence from the base over a text, and the cosine distance by which attention changes the residual stream
+(which needs no ablation)."""
 
 MEAN_TASK = "mean"
 COSINE_METRIC = "cosine_distance"
@@ -23,7 +24,7 @@ _CONFIDENCE_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class DropRow:
-    """One row of `sensitivity.csv`, but for `layer` and `treatment`; `drop` is positive where the variant is worse."""
+    """Holds one row of `sensitivity.csv` except `layer` and `treatment`; `drop` is positive if the variant is worse."""
 
     task: str
     metric: str
@@ -40,19 +41,19 @@ class DropRow:
 
 
 def drops(base: Scores, variant: Scores, score: str) -> list[DropRow]:
-    """What a variant lost on each task, and on their mean (task `mean`, the last row): the layer's sensitivity.
+    """Returns what a variant lost on each task and, as the last row, on their mean (task `mean`): the sensitivity.
 
-    The mean over tasks of base minus variant is Eq. 3 of LayerBoost (arXiv 2604.22050); each task weighs the same, and
-    a perplexity counts in it as the probability that it is the reciprocal of, as it does in the quality. Scores are
-    paired item by item where both have items; else the two standard errors are taken as independent.
+    The mean over tasks of base minus variant is Eq. 3 of LayerBoost (arXiv 2604.22050). Each task has the same weight,
+    and a perplexity enters as its reciprocal, a probability, as it does in the quality. Scores are paired item by item
+    if both have items; otherwise the two standard errors are treated as independent.
 
     Args:
-        base: scores of the untouched model. Its KL to itself is zero and need not be there.
-        variant: scores of the model with one layer treated.
-        score: one of SCORES but `cosine`, which `cosine_drops` gives.
+        base: Scores of the untouched model. Its KL to itself is zero and may be missing.
+        variant: Scores of the model with one layer treated.
+        score: One of SCORES except `cosine`, whose rows `cosine_drops` gives.
 
     Raises:
-        QualityError: the score was not measured, or not over the same items.
+        QualityError: The score was not measured, or not over the same items.
     """
     pairs = list(_pairs(base, variant, score))
     if not pairs:
@@ -69,10 +70,10 @@ def drops(base: Scores, variant: Scores, score: str) -> list[DropRow]:
 
 
 def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray]:
-    """What each item lost, by task; only where the score is a mean of items. Positive is worse.
+    """Returns what each item lost, by task, for scores that are a mean of items. Positive is worse.
 
     Raises:
-        QualityError: the score was not measured.
+        QualityError: The score was not measured, or is no mean of items.
     """
     found = {}
     for before, after in _pairs(base, variant, score):
@@ -84,18 +85,18 @@ def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarra
 
 
 def mean_drop(base: Scores, variant: Scores, score: str) -> DropRow:
-    """The last row of `drops`: the mean over tasks (Eq. 3)."""
+    """Returns the last row of `drops`: the mean over tasks (Eq. 3)."""
     return drops(base, variant, score)[-1]
 
 
 def cosine_drops(distances: Sequence[float]) -> list[DropRow]:
-    """The rows of one layer from its row of `cosine_scores`, one distance for each sequence."""
+    """Returns the rows of one layer, given its row of `cosine_scores` with one distance for each sequence."""
     difference = paired_difference([0.0] * len(distances), [-distance for distance in distances])
     return [_row(task, COSINE_METRIC, 0.0, difference.mean, difference, len(distances)) for task in ("text", MEAN_TASK)]
 
 
 def single_layer_plan(n_layers: int, layer: int, treatment: Treatment, window: int | None = None) -> Plan:
-    """The plan that treats one layer and keeps softmax in all others."""
+    """Returns the plan that treats one layer and keeps softmax in all others."""
     return Plan.uniform(Treatment.SOFTMAX, n_layers).with_layer(layer, treatment, window)
 
 
@@ -111,7 +112,7 @@ def _pairs(base: Scores, variant: Scores, score: str):
 
 
 def _paired_items(before: MetricScore | None, after: MetricScore) -> tuple[list[float], list[float]] | None:
-    """The items of base and variant, higher is better; None where one of them has none. A base that is None is 0."""
+    """Returns the items of base (0 if None) and variant, higher is better, or None if one of them has no items."""
     base_items = [0.0] * len(after.items or ()) if before is None else before.items
     if after.items is None or base_items is None:
         return None
@@ -138,7 +139,7 @@ def _row(task: str, metric: str, base: float, ablated: float, drop: Difference, 
 
 def _mean_row(pairs: list[tuple[MetricScore | None, MetricScore]], differences: list[Difference]) -> DropRow:
     metrics = {after.metric for _, after in pairs}
-    # One task alone keeps its bootstrap interval.
+    # With a single task its own bootstrap interval is kept, which is better than the t interval of a mean.
     mean = differences[0] if len(differences) == 1 else mean_of_differences(differences)
     return _row(
         MEAN_TASK,
@@ -151,7 +152,7 @@ def _mean_row(pairs: list[tuple[MetricScore | None, MetricScore]], differences: 
 
 
 def _as_probability(score: MetricScore) -> MetricScore:
-    """The score on the scale of the accuracies beside it, where it is a perplexity or the like."""
+    """Converts a perplexity or the like to a probability, the scale of the accuracies; other scores stay as is."""
     convert_value = AS_PROBABILITY.get(score.metric.partition("@")[0])
     if score.higher_is_better or convert_value is None:
         return score

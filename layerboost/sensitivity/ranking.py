@@ -1,4 +1,4 @@
-"""How sure a ranking of layers by their sensitivity is: split halves, rank correlations, neighbours and thresholds."""
+"""Measures how certain a ranking of layers is: split halves, rank correlations, close neighbours and thresholds."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..evaluation.statistics import Difference, mean_of_differences, paired_diff
 
 Method = Literal["spearman", "kendall"]
 
-# Differences below this part of the largest sensitivity are rounding and must not break a tie.
+# Smaller differences, as parts of the largest sensitivity, are rounding and must not break a tie.
 _ROUNDING = 1e-12
 _SIGNS_AT_ONCE = 4_000_000
 
 
 class RankingError(ValueError):
-    """Drops that give no ranking, or rankings that cannot be compared."""
+    """Drops give no ranking, or rankings cannot be compared."""
 
 
 @dataclass(frozen=True, eq=False)
 class DropMatrix:
-    """What each item lost by the treatment of each layer; positive is worse.
+    """Holds what each item lost by the treatment of each layer; positive is worse.
 
     Attributes:
         tasks: fp64 (n_layers, n_items of the task) for each task; the items of a task are the same for all layers.
 
     Raises:
-        RankingError: there is no task, a task has no items, a drop is not finite, or tasks differ in their layers.
+        RankingError: There is no task, a task has no items, a drop is not finite, or tasks differ in their layers.
     """
 
     tasks: dict[str, np.ndarray]
@@ -61,21 +61,21 @@ class DropMatrix:
 
     @property
     def n_items(self) -> int:
-        """Items over all tasks."""
+        """Number of items over all tasks."""
         return sum(drops.shape[1] for drops in self.tasks.values())
 
     def sensitivity(self) -> np.ndarray:
-        """The mean over tasks of the mean over items, (n_layers,); each task weighs the same."""
+        """Returns the mean over tasks of the mean over items, (n_layers,); each task has the same weight."""
         return np.mean([drops.mean(axis=1) for drops in self.tasks.values()], axis=0)
 
     def take(self, items: Mapping[str, np.ndarray]) -> DropMatrix:
-        """The drops of some items, which may repeat.
+        """Returns the drops of some items, which may repeat.
 
         Args:
-            items: indices into the items of each task to keep; a task that is not named is left out.
+            items: Indices into the items of each task to keep; a task that is not named is left out.
 
         Raises:
-            RankingError: a task is not one of these, or nothing is left.
+            RankingError: A task is not one of these, or nothing is left.
         """
         unknown = sorted(set(items) - set(self.tasks))
         if unknown:
@@ -85,7 +85,7 @@ class DropMatrix:
 
 @dataclass(frozen=True)
 class SplitHalf:
-    """How alike the rankings by two halves of the items are.
+    """Says how similar the rankings by two halves of the items are.
 
     Attributes:
         spearman: Median Spearman correlation over random splits.
@@ -104,7 +104,7 @@ class SplitHalf:
 
 @dataclass(frozen=True)
 class Correlation:
-    """A rank correlation and the ends of its bootstrap interval."""
+    """Holds a rank correlation and the ends of its bootstrap interval."""
 
     value: float
     ci_low: float
@@ -113,7 +113,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class NeighbourPair:
-    """Two layers next to each other in the ranking; `difference` is the drop of `upper` minus that of `lower`."""
+    """Holds two neighbours in the ranking; `difference` is the drop of `upper` minus that of `lower`."""
 
     lower: int
     upper: int
@@ -121,19 +121,19 @@ class NeighbourPair:
 
 
 def split_half(matrix: DropMatrix, *, n_splits: int = 200, seed: int = 0) -> SplitHalf:
-    """Correlates the sensitivities that two random disjoint halves of the items give, each task halved.
+    """Correlates the sensitivities from two random disjoint halves of the items, halving each task.
 
-    A task with an odd number of items leaves one out of each split. The correlation is that of rankings by half the
-    items: the ranking by all of them is surer. The range over splits is no confidence interval, for all splits are of
-    the same items.
+    A task with an odd number of items leaves one out of each split. The result describes rankings by half the items;
+    the ranking by all of them is more certain. The range over splits is not a confidence interval, because all splits
+    use the same items.
 
     Args:
-        matrix: drops of at least two layers and of two items in each task.
-        n_splits: random splits.
-        seed: seed of the splits.
+        matrix: Drops of at least two layers and of two items in each task.
+        n_splits: Number of random splits.
+        seed: Seed of the splits.
 
     Raises:
-        RankingError: there is a single layer, a task with a single item, or no split.
+        RankingError: There is a single layer, a task with a single item, or no split.
     """
     halves = {name: drops.shape[1] // 2 for name, drops in matrix.tasks.items()}
     first, second = _disjoint(matrix, _orders(matrix, n_splits, seed), halves)
@@ -144,23 +144,23 @@ def split_half(matrix: DropMatrix, *, n_splits: int = 200, seed: int = 0) -> Spl
 
 
 def items_until_stable(matrix: DropMatrix, *, threshold: float = 0.9, n_splits: int = 200, seed: int = 0) -> int | None:
-    """Finds how many items give a ranking that as many other items confirm.
+    """Finds the number of items whose ranking is confirmed by as many other items.
 
-    Sizes go up by a third to a half at a time (2, 3, 4, 6, 8, 12, ...) and end with half of all items. Tasks share a
+    Sizes grow by a third to a half at a time (2, 3, 4, 6, 8, 12, ...) and end with half of all items. Tasks share a
     size in proportion to their items, with at least one item each, so a size may come out a little smaller or larger.
 
     Args:
-        matrix: drops of at least two layers and of two items in each task.
-        threshold: median Spearman correlation, over splits, of the sensitivities by two disjoint random subsets.
-        n_splits: random splits for each size.
-        seed: seed of the splits.
+        matrix: Drops of at least two layers and of two items in each task.
+        threshold: Median Spearman correlation, over splits, of the sensitivities from two disjoint random subsets.
+        n_splits: Number of random splits for each size.
+        seed: Seed of the splits.
 
     Returns:
-        The smallest number of items in one subset (over all tasks) that reaches the threshold; None where half of all
-        the items does not.
+        The smallest number of items in one subset (over all tasks) that reaches the threshold; None if half of all the
+        items does not reach it.
 
     Raises:
-        RankingError: there is a single layer, a task with a single item, or no split.
+        RankingError: There is a single layer, a task with a single item, or no split.
     """
     orders = _orders(matrix, n_splits, seed)
     for sizes in _subset_sizes({name: drops.shape[1] for name, drops in matrix.tasks.items()}):
@@ -182,24 +182,24 @@ def rank_correlation(
 ) -> Correlation:
     """Correlates two rankings of the same layers, such as those by two scores.
 
-    The interval is the percentile bootstrap: items are drawn with replacement within each task. It says how far the
-    correlation moves with the choice of items, and no more. It is not an interval for the correlation that endless
-    items would give: noise in the rankings pulls their correlation towards 0, resampling adds as much noise once more,
-    and so the interval lies low and may even leave out `value`. Compare `value` with the split-half correlations of `a`
-    and of `b`, which bound what noise lets it be. Where both rankings come from the same items, noise that they share
-    pulls the correlation up instead; `same_items` keeps that part in every resample.
+    The interval is the percentile bootstrap, which draws items with replacement within each task. It only says how far
+    the correlation varies with the choice of items. It is not an interval for the correlation with infinitely many
+    items: noise in the rankings pulls their correlation towards 0 and resampling adds the same noise once more, so that
+    the interval is too low and may even exclude `value`. Compare `value` with the split-half correlations of `a` and of
+    `b`, which bound what noise allows. If both rankings come from the same items, the noise that they share pulls the
+    correlation up instead; `same_items` keeps this part in every resample.
 
     Args:
-        a: drops behind the first ranking.
-        b: drops behind the second ranking, of the same layers.
+        a: Drops of the first ranking.
+        b: Drops of the second ranking, of the same layers.
         method: Spearman's rho or Kendall's tau-b. Ties get average ranks; a constant ranking correlates 0.
-        same_items: whether a and b are of the same items in the same order, to be resampled together.
-        resamples: bootstrap samples.
-        seed: seed of the bootstrap.
-        confidence: part of the resamples in the interval.
+        same_items: Whether a and b have the same items in the same order, which are then resampled together.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+        confidence: Share of the resamples in the interval.
 
     Raises:
-        RankingError: numbers of layers differ or are below two, or the items are not the same where they should be.
+        RankingError: Numbers of layers differ or are below two, or the items differ although `same_items` is set.
     """
     if a.n_layers != b.n_layers or a.n_layers < 2:
         raise RankingError(
@@ -218,15 +218,15 @@ def rank_correlation(
 
 
 def indistinct_neighbours(matrix: DropMatrix, *, confidence: float = 0.95) -> list[NeighbourPair]:
-    """Finds the layers whose order could as well be the other way round.
+    """Finds the neighbouring layers whose order could as well be reversed.
 
     Args:
-        matrix: drops of all layers.
-        confidence: probability that the interval of each paired difference is to cover.
+        matrix: Drops of all layers.
+        confidence: Coverage probability of the interval of each paired difference.
 
     Returns:
         Neighbours in the ranking, least sensitive first, whose paired difference has an interval that includes zero
-        (or none, with a single item). Equal layers rank by their index.
+        (or, with a single item, no interval). Equal layers are ranked by their index.
     """
     order = np.argsort(matrix.sensitivity(), kind="stable")
     pairs = (NeighbourPair(int(i), int(j), _difference(matrix, int(j), int(i), confidence)) for i, j in pairwise(order))
@@ -234,13 +234,13 @@ def indistinct_neighbours(matrix: DropMatrix, *, confidence: float = 0.95) -> li
 
 
 def straddles(ci_low: float | None, ci_high: float | None, remove_below: float, keep_above: float) -> tuple[bool, bool]:
-    """Tells for each of the two thresholds whether an interval includes it; an unknown end says yes.
+    """Returns for each of the two thresholds whether an interval includes it; an unknown end counts as yes.
 
     Args:
-        ci_low: lower end of a layer's drop.
-        ci_high: upper end of a layer's drop.
-        remove_below: threshold below which attention is removed.
-        keep_above: threshold from which on softmax is kept.
+        ci_low: Lower end of a layer's drop.
+        ci_high: Upper end of a layer's drop.
+        remove_below: Threshold below which attention is removed.
+        keep_above: Threshold from which on softmax is kept.
     """
     return _includes(ci_low, ci_high, remove_below), _includes(ci_low, ci_high, keep_above)
 
@@ -253,12 +253,12 @@ def _difference(matrix: DropMatrix, upper: int, lower: int, confidence: float) -
     differences = [
         paired_difference(drops[upper], drops[lower], confidence=confidence) for drops in matrix.tasks.values()
     ]
-    # One task alone keeps its bootstrap interval.
+    # With a single task its own bootstrap interval is kept, which is better than the t interval of a mean.
     return differences[0] if len(differences) == 1 else mean_of_differences(differences, confidence=confidence)
 
 
 def _orders(matrix: DropMatrix, n_splits: int, seed: int) -> dict[str, np.ndarray]:
-    """Random orders of each task's items, (n_splits, n_items of the task)."""
+    """Returns random orders of each task's items, (n_splits, n_items of the task)."""
     if matrix.n_layers < 2:
         raise RankingError(f"n_layers: {matrix.n_layers}; a ranking takes at least two layers")
     if n_splits < 1:
@@ -274,7 +274,7 @@ def _orders(matrix: DropMatrix, n_splits: int, seed: int) -> dict[str, np.ndarra
 
 
 def _subset_sizes(n_items: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Items of each task in a subset, for subsets that grow to half of all items."""
+    """Yields the number of items of each task in a subset, for subsets that grow to half of all items."""
     total = sum(n_items.values())
     seen: set[int] = set()
     grid = sorted({size for power in range(1, total.bit_length()) for size in (2**power, 3 * 2 ** (power - 1))})
@@ -288,32 +288,32 @@ def _subset_sizes(n_items: dict[str, int]) -> Iterator[dict[str, int]]:
 def _disjoint(
     matrix: DropMatrix, orders: dict[str, np.ndarray], sizes: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sensitivities by the first and by the last items of each order, both (n_splits, n_layers)."""
+    """Returns the sensitivities by the first and by the last items of each order, both (n_splits, n_layers)."""
     firsts = {name: _marks(order[:, : sizes[name]], order) for name, order in orders.items()}
     lasts = {name: _marks(order[:, -sizes[name] :], order) for name, order in orders.items()}
     return _sensitivities(matrix, firsts), _sensitivities(matrix, lasts)
 
 
 def _marks(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """1 where an item is chosen and else 0, (n_splits, n_items)."""
+    """Returns 1 for the chosen items and 0 for the others, (n_splits, n_items)."""
     marks = np.zeros(order.shape)
     np.put_along_axis(marks, chosen, 1.0, axis=1)
     return marks
 
 
 def _bootstrap_counts(n_items: dict[str, int], resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """How often each item is drawn, (resamples, n_items) for each task."""
+    """Returns how often each item is drawn, (resamples, n_items) for each task."""
     return {name: rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float) for name, n in n_items.items()}
 
 
 def _sensitivities(matrix: DropMatrix, counts: dict[str, np.ndarray]) -> np.ndarray:
-    """Sensitivities by items that count as often as given: (samples, n_items) a task to (samples, n_layers)."""
+    """Returns sensitivities (samples, n_layers) by items weighted with counts, (samples, n_items) for each task."""
     means = [counts[name] @ drops.T / counts[name].sum(axis=1)[:, None] for name, drops in matrix.tasks.items()]
     return np.mean(means, axis=0)
 
 
 def _correlations(a: np.ndarray, b: np.ndarray, method: Method) -> np.ndarray:
-    """Rank correlation of each row of a with the same row of b, (samples, n_layers) to (samples,)."""
+    """Returns the rank correlation of each row of a with the same row of b, (samples, n_layers) to (samples,)."""
     ranks_a, ranks_b = _ranks(a), _ranks(b)
     if method == "spearman":
         return _cosines(ranks_a - ranks_a.mean(axis=1)[:, None], ranks_b - ranks_b.mean(axis=1)[:, None])
@@ -330,12 +330,12 @@ def _correlations(a: np.ndarray, b: np.ndarray, method: Method) -> np.ndarray:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Average ranks along the last axis, (samples, n_layers)."""
+    """Returns average ranks along the last axis, (samples, n_layers)."""
     scale = np.abs(values).max() * _ROUNDING
     return stats.rankdata(np.round(values / scale) if scale > 0 else values, axis=-1)
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of a with the same row of b; 0 where one is all zero."""
+    """Returns the cosine of each row of a with the same row of b; 0 if one of them is all zero."""
     lengths = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return np.divide((a * b).sum(axis=1), lengths, out=np.zeros(len(a)), where=lengths > 0)
