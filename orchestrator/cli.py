@@ -1,4 +1,4 @@
-"""The command line: parses, checks, calls. Only the standard library is imported before a command runs."""
+"""Parses the command line and calls the command; only the standard library is imported before that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.run.kinds import STAGE_NAMES
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments, as for any other input."""
+    """Reports a fault of the arguments in one line, as for any other input."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
@@ -35,14 +35,14 @@ class _Version(argparse.Action):
         try:
             number = version("layerboost")
         except PackageNotFoundError:
-            # Run from a source folder, as Ray jobs are; slower, since it imports the whole package.
+            # Ray jobs run from a source folder without metadata. This import is slower: it loads the whole package.
             from layerboost.version import __version__ as number
         print(f"layerboost {number}")
         parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Builds the parser of all commands."""
     parser = _Parser(
         prog="layerboost",
         description="Finds which layers of a language model need softmax attention, replaces the rest, heals the "
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted{again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        # The reader of the output has gone. Python would raise again when it flushes at exit, so stdout goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
@@ -195,14 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handler(command: str) -> Callable[[argparse.Namespace], int]:
-    """The function of a command; its module, and what that imports, is loaded only now."""
+    """Returns the function of a command; its module and everything that this imports is loaded only now."""
     module = {"export": "convert"}.get(command, command)
     package = "orchestrator.submit.submit" if command == "submit" else f"orchestrator.commands.{module}"
     return getattr(importlib.import_module(package), command)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
-    """One line for an error, and the exit code that it stands for."""
+    """Returns the one line that describes an error, and its exit code."""
     from layerboost.storage.errors import DiskFullError
     from orchestrator.recipe.errors import InputError
     from orchestrator.run.lock import RunFolderLockedError
@@ -222,7 +222,7 @@ def _same_command(argv: Sequence[str] | None) -> str:
 
 
 class _OffStdout(logging.Filter):
-    """Hands what a library would log to stdout, which carries results, to our handlers on stderr."""
+    """Sends a library's log to stderr instead of stdout, because stdout carries results."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class _OffStdout(logging.Filter):
 def _set_up_logging(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s")
-    # DeepSpeed, which other libraries import when it is there, logs to stdout and warns of every machine without a GPU.
+    # Other libraries import DeepSpeed where it is installed. It logs to stdout and warns of a missing GPU each time.
     deepspeed = logging.getLogger("DeepSpeed")
     for previous in deepspeed.filters[:]:
         deepspeed.removeFilter(previous)

@@ -1,13 +1,13 @@
-"""Exit codes of the command line."""
+"""Defines the exit codes of the command line."""
 
 EXIT_DONE = 0
-"""All is done."""
+"""Everything is done."""
 
 EXIT_FAILED = 1
-"""Some units of work failed; each is named, the rest is recorded."""
+"""Some units of work failed. Each of them is named, and the others are recorded."""
 
 EXIT_BAD_INPUT = 2
-"""Bad input: one line names field, value and remedy, and nothing was started."""
+"""An input is bad. One line names the field, the value and the remedy, and nothing was started."""
 
 EXIT_INTERRUPTED = 130
-"""Ended by Ctrl-C, as shells say it."""
+"""The command was ended by Ctrl-C; shells use the same code."""

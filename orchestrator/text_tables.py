@@ -1,4 +1,4 @@
-"""Rows for people and for programs: a plain table, JSON or CSV, on stdout."""
+"""Prints rows for people and for programs, as a plain table, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], form: str | None = None, strea
     """Prints rows of equal keys.
 
     Args:
-        rows: the rows, all with the columns of the first.
+        rows: the rows, which all have the columns of the first.
         form: `json`, `csv` (both unrounded, missing values null or empty), or None for a table.
-        stream: where to; stdout if None.
+        stream: the stream to print to; None is stdout.
     """
     stream = stream if stream is not None else sys.stdout
     if form == "json":
@@ -34,7 +34,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], form: str | None = None, strea
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in fixed-width text: numbers to the right in four digits, columns without any value left out."""
+    """Formats a fixed-width table: numbers have four digits and align right, columns without any value are left out."""
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
     cells = [[columns[i] for i in kept], *([_cell(row[i]) for i in kept] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(kept))]
@@ -55,7 +55,7 @@ def _cell(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `5 min 10 s`, `3 h 20 min`."""
+    """Formats a duration as `45 s`, `5 min 10 s` or `3 h 20 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

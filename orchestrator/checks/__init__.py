@@ -1,1 +1,1 @@
-"""What is checked before anything starts; each fault names the field, the value and the remedy."""
+"""Checks the inputs of a run before anything starts; each fault names the field, the value and the remedy."""

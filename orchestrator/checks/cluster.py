@@ -1,4 +1,4 @@
-"""What the nodes of a cluster lack for a run: a table with a remedy in each row, before anything starts."""
+"""Finds what the nodes of a cluster lack for a run, before anything starts; each row of its table has a remedy."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from tasks.cluster.resources import NodeResources
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "lm-eval")
 SKEW_WARNING_S, SKEW_LIMIT_S = 2.0, STALE_AFTER_S / 2
 _SAME_EVERYWHERE = ("python", "ray", "layerboost")
-"""Ray refuses other versions of the first two, and records tell of one version of the last."""
+"""These must have the same version on every node.
+
+Ray refuses to mix versions of Python or of itself, and records name a single version of layerboost.
+"""
 
 _GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of every node. Without a recipe: what any run does.
+    """Describes what a run needs of every node; without a recipe, what every run needs.
 
     Attributes:
-        request: what is asked of the nodes.
-        packages: distributions without which nothing works.
+        request: the questions that each node answers.
+        packages: the distributions without which nothing works.
     """
 
     request: ProbeRequest
@@ -36,7 +39,7 @@ class Needs:
 
     @classmethod
     def of_run(cls, recipe: Recipe, folder: str) -> Needs:
-        """What a recipe's run into a folder, a path or an fsspec URL, needs."""
+        """Returns what the run of a recipe needs; `folder` is the path or fsspec URL of its run folder."""
         paths: dict[str, str] = {}
         models: dict[str, tuple[str, str | None]] = {}
         datasets: dict[str, str] = {}
@@ -74,12 +77,12 @@ class Needs:
 def check_nodes(
     needs: Needs, nodes: Sequence[NodeResources], timeout_s: float = node_probe.ANSWER_TIMEOUT_S
 ) -> list[Finding]:
-    """Asks every node of the connected cluster, and writes what they answered as rows. Leaves nothing behind.
+    """Asks every node of the connected cluster and turns the answers into rows; leaves no file behind.
 
     Args:
-        needs: of the run.
-        nodes: to ask.
-        timeout_s: after which a node counts as silent.
+        needs: what the run needs.
+        nodes: the nodes to ask.
+        timeout_s: the time after which a node counts as silent.
     """
     request = needs.request
     folder = request.folder
@@ -110,19 +113,19 @@ def node_findings(
     here: Mapping[str, str | None],
     unread: str | None = None,
 ) -> Iterator[Finding]:
-    """The rows of one node: one where nothing is wrong.
+    """Yields the rows of one node; a node without faults has a single row.
 
     Args:
-        node: which it is.
-        answer: what it said.
-        needs: of the run.
+        node: the node.
+        answer: its answer.
+        needs: what the run needs.
         here: the driver's versions.
         unread: why the driver cannot read what the node wrote; None if it can.
     """
     at, report = node.address, answer.report
     if report is None:
         yield Finding(
-            at, answer.failure, MISSING, "look at ray status and the node's logs; start its ray anew or take it out"
+            at, answer.failure, MISSING, "look at ray status and the node's logs; restart its ray or take it out"
         )
         return
     faults = [

@@ -1,4 +1,4 @@
-"""What a check found: a row of the table that `layerboost doctor` prints."""
+"""Defines what a check finds: a row of the table that `layerboost doctor` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OK, WARN, MISSING = "ok", "warn", "missing"
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. `remedy` is empty where nothing is wrong."""
+    """Holds one row of the table. `remedy` is empty where nothing is wrong."""
 
     what: str
     found: str
@@ -21,6 +21,6 @@ class Finding:
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
-    """The rows as a table."""
+    """Formats the rows as a table."""
     rows = [[f.what, f.found, f.state, f.remedy or None] for f in findings]
     return format_table(["what", "found", "state", "remedy"], rows)

@@ -1,4 +1,4 @@
-"""Is this a model that can be used? Asked of its files and its config, in seconds, without loading a weight."""
+"""Checks whether a model can be used. It reads files and config only, so it takes seconds and loads no weights."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def check_model(
     allow_converted: bool = True,
     any_family: bool = False,
 ) -> ModelFacts:
-    """Checks that a model is there, a decoder of a family that can be converted, and in safetensors.
+    """Checks that a model exists, is a decoder of a convertible family, and has its weights in safetensors.
 
     Args:
         path: a local folder or a hub name.
-        field: how an error calls the model.
-        revision: branch, tag or commit on the hub.
-        revision_field: how an error calls the revision.
+        field: the name of the model in errors.
+        revision: a branch, tag or commit on the hub.
+        revision_field: the name of the revision in errors.
         trust_remote_code: whether code that comes with the model may run.
-        allow_converted: whether a model that is converted already will do.
-        any_family: whether a decoder of a family that cannot be converted will do.
+        allow_converted: whether a model that is converted already is accepted.
+        any_family: whether a decoder of a family that cannot be converted is accepted.
 
     Raises:
-        InputError: naming the model, what is wrong with it, and what to do.
+        InputError: the model cannot be used; the message names it, its fault and the remedy.
     """
     folder = Path(path).expanduser()
     commit, local_files_only = None, False
@@ -72,7 +72,7 @@ def check_tokenizer(
     """Loads the model's tokenizer.
 
     Raises:
-        InputError: if there is none that loads.
+        InputError: no tokenizer of the model loads.
     """
     from transformers import AutoTokenizer
 
@@ -126,7 +126,7 @@ def _check_weights(folder: Path, field: str) -> None:
 
     for shard in shards:
         try:
-            # Opening reads the header and compares the file's size with it: a broken download shows here.
+            # Opening reads the header and compares it with the size of the file, so a broken download fails here.
             with safe_open(folder / shard, "np"):
                 pass
         except (OSError, SafetensorError) as error:
@@ -149,7 +149,7 @@ def _refuse_pickles(shards: list[str], names: set[str], path: object, field: str
 
 
 def _check_hub(name: str, revision: str | None, field: str, revision_field: str) -> tuple[str | None, bool]:
-    """The commit that the revision means, and whether only the cache can be asked."""
+    """Returns the commit of the revision, and whether the model has to come from the cache."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -163,7 +163,7 @@ def _check_hub(name: str, revision: str | None, field: str, revision_field: str)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        # transformers would retry for half a minute before it says that there is no connection.
+        # Ask with a short timeout: transformers retries for half a minute before it reports a missing connection.
         info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
     except HFValidationError:
         raise InputError(field, name, "no such folder, and no hub name (owner/name) either; check the path") from None
@@ -182,7 +182,7 @@ def _check_hub(name: str, revision: str | None, field: str, revision_field: str)
     except Exception as error:
         if isinstance(cached, str):
             logger.warning("the hub cannot be reached (%s); using %s from the cache", first_line(error), name)
-            # .../snapshots/<commit>/config.json; without the commit the run would not find its records.
+            # The path is .../snapshots/<commit>/config.json. The run needs the commit to find its records.
             return Path(cached).parent.name, True
         raise InputError(
             field,

@@ -32,12 +32,12 @@ def check_device(device: str, field: str = "model.device") -> None:
 
 
 def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
-    """The CPUs and GPUs of this machine, or of each node of the Ray cluster at an address.
+    """Returns the CPUs and GPUs of this machine, or of each node of the Ray cluster at an address.
 
-    The connection to a cluster stays, for the run that follows.
+    The connection to a cluster stays open for the run that follows.
 
     Raises:
-        InputError: if the cluster does not answer, or refuses us.
+        InputError: the cluster does not answer or refuses the connection.
     """
     if address is None:
         import torch
@@ -56,16 +56,16 @@ def find_nodes(address: str | None) -> tuple[NodeResources, ...]:
 def check_placement(
     recipe: Recipe, nodes: Sequence[NodeResources], where: str, *, growth: Sequence[NodeResources] = ()
 ) -> list[Finding]:
-    """Whether the nodes can hold what the placement asks for; returns rows for what waits for an autoscaler.
+    """Checks that the nodes can hold what the placement asks for; returns rows for what waits for an autoscaler.
 
     Args:
-        recipe: the run's.
-        nodes: that are there.
-        where: they are, for the error.
-        growth: nodes that an autoscaler could add.
+        recipe: the recipe of the run.
+        nodes: the nodes that exist now.
+        where: the place of the nodes, for the error.
+        growth: the nodes that an autoscaler could add.
 
     Raises:
-        InputError: for more than there could ever be, for which Ray would wait for ever.
+        InputError: the placement asks for more than there can ever be, so that Ray would wait for ever.
     """
     placement = recipe.placement
     labels = {"workers": placement.labels.evaluate, "healing_workers": placement.labels.heal}
@@ -75,7 +75,7 @@ def check_placement(
             raise InputError(f"placement.labels.{kind}", error.value, f"on {where} {error.remedy}")
     wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
     if recipe.healing.tokens and placement.healing_workers != "auto":
-        # Each has a whole GPU, or at least one CPU.
+        # Each healing worker takes a whole GPU, or at least one CPU where there are no GPUs.
         healers = labelled(nodes, placement.labels.heal)
         n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in healers)
         wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))

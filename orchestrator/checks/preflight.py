@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the inputs of a run, looked for before anything starts and anything is written."""
+"""Checks all inputs of a run before anything starts and before anything is written."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) -> ModelFacts:
-    """Checks a recipe against the model, the texts, the folder and the machine. Starts and writes nothing.
+    """Checks a recipe against the model, the texts, the folder and the machine; it starts and writes nothing.
 
     Args:
         recipe: a recipe from `load_recipe`.
-        folder: where the run would go.
+        folder: the folder of the run.
         address: the Ray cluster's address; None for this machine.
 
     Raises:
-        InputError: for the first thing that is wrong, cheap checks first.
+        InputError: an input is wrong; it names the first fault, and cheap checks come first.
     """
     folder.preflight_writable()
     _check_shares(recipe)
@@ -71,7 +71,7 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
 
 
 def _check_cluster(findings: Sequence[Finding]) -> None:
-    """Shows what is wrong with the nodes, and raises InputError for the first fault that a run would not survive."""
+    """Prints the faults of the nodes and raises InputError for the first one that a run would not survive."""
     if not (faults := [finding for finding in findings if finding.state != OK]):
         return
     sys.stderr.write(findings_table(faults))
@@ -124,7 +124,7 @@ def _check_lengths(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def _check_shares(recipe: Recipe) -> None:
-    """Every healing worker must have something to do in each step."""
+    """Checks that every healing worker gets at least one sequence of each step."""
     healing, workers = recipe.healing, recipe.placement.healing_workers
     if healing.tokens and not isinstance(workers, str) and workers > healing.batch_sequences:
         raise InputError(
@@ -136,7 +136,7 @@ def _check_shares(recipe: Recipe) -> None:
 
 
 def _check_teacher(recipe: Recipe, facts: ModelFacts, tokenizer: Any) -> ModelFacts | None:
-    """The facts of healing's own teacher, which must read and predict the same tokens as the model."""
+    """Returns the facts of healing's teacher, which must read and predict the same tokens as the model."""
     healing, code = recipe.healing, recipe.model.trust_remote_code
     if healing.teacher is None or not healing.tokens:
         return None
@@ -199,7 +199,10 @@ def _check_plans(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:
-    """Some plan must hold pins and limits; one without attention wherever nothing is pinned holds them if any does."""
+    """Checks that at least one plan can hold the pins and the limits.
+
+    The plan that removes the attention of every unpinned layer is the cheapest: if it breaks a limit, every plan does.
+    """
     pins = recipe.constraints.pin
     if outside := sorted(layer for layer in pins if layer >= facts.n_layers):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Checks the quality section: whether tasks and retrieval distances can be asked of the model."""
+"""Checks that the model can answer the tasks and the retrieval distances of the quality section."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_quality(quality: QualitySection, facts: ModelFacts, tokenizer: Any) ->
     """Checks that the tasks are known and that the text gives at least one sequence.
 
     Raises:
-        InputError: for the first that is not.
+        InputError: a task is unknown or the text is unusable; it names the first fault.
     """
     _check_tasks("quality.tasks", quality.tasks)
     _check_tasks("quality.final_tasks", quality.final_tasks)

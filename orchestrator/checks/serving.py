@@ -1,4 +1,4 @@
-"""Checks what speed is measured with: vLLM's environment, and lengths that fit the model's context."""
+"""Checks the speed measurement: vLLM's environment, and lengths that fit the model's context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.run.model_facts import ModelFacts
 
 
 def check_decoded(field: str, prompt_tokens: int, new_tokens: int, facts: ModelFacts, engine: str) -> None:
-    """Raises InputError where prompt and new tokens are more than a model's context."""
+    """Raises InputError where prompt and new tokens together exceed the model's context."""
     from layerboost.speed.vllm_bench import PROMPT_SLACK_TOKENS
 
     slack = PROMPT_SLACK_TOKENS if engine == "vllm" else 0
@@ -35,16 +35,16 @@ def check_vllm(
     labels: Mapping[str, str] = MappingProxyType({}),
     prefix: str = "throughput.",
 ) -> ServingEnvironment:
-    """The environment that has vLLM and serves all these models.
+    """Returns the environment that has vLLM and serves all these models.
 
     Args:
-        folder: of the environment; None for the running Python's.
-        address: of the cluster that it is on.
-        labels: of the nodes that time.
-        prefix: of the fields' names in an error.
+        folder: the folder of the environment; None for the environment of the running Python.
+        address: the address of the cluster that holds the environment; None for this machine.
+        labels: the labels of the nodes that measure speed.
+        prefix: the prefix of the fields' names in errors.
 
     Raises:
-        InputError: there is none, or it does not serve a model's family.
+        InputError: there is no such environment, or it does not serve the family of a model.
     """
     from layerboost.speed.vllm_environment import ServingError, check_served
 
@@ -64,7 +64,7 @@ def check_vllm(
 def serving_environment(
     folder: str | None, address: str | None, labels: tuple[tuple[str, str], ...]
 ) -> ServingEnvironment:
-    """What `find_environment` finds, on this machine or on the node of a connected cluster that times."""
+    """Calls `find_environment` on this machine, or on the measuring node of a connected cluster."""
     from layerboost.speed.vllm_environment import find_environment
     from tasks.timing import on_measuring_node
 

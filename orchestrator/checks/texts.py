@@ -1,4 +1,4 @@
-"""Are these texts that can be used? One sequence of each is read and packed as the run will, before it starts."""
+"""Checks that texts can be used: it reads and packs one sequence of each, in the way the run will."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orchestrator.run.model_facts import ModelFacts
 
 
 def check_plain_text(name: str, text: str, sequence_tokens: int, tokenizer: Any, facts: ModelFacts) -> None:
-    """Checks that a file or dataset is there and gives at least one sequence of tokens that the model knows.
+    """Checks that a file or dataset exists and gives at least one sequence of tokens that the model knows.
 
     Raises:
-        InputError: if not; `name` is what it calls the field.
+        InputError: the text cannot be used; the error calls the field `name`.
     """
 
     def packed() -> Any:
@@ -29,10 +29,10 @@ def check_plain_text(name: str, text: str, sequence_tokens: int, tokenizer: Any,
 
 
 def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: Any) -> None:
-    """Checks each source of healing's text as it will be read.
+    """Checks each source of healing's text by reading it in the way the run will.
 
     Raises:
-        InputError: for the first that cannot be used.
+        InputError: a source cannot be used; it names the first one.
     """
     tokens = resolve_sequence_tokens(healing.sequence_tokens, facts.context_tokens)
     for name, text in healing.named_sources() if healing.tokens else ():
@@ -48,7 +48,7 @@ def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: A
             from layerboost.healing.spec import HealingSpec
             from layerboost.text.sources import pack_sources
 
-            # A text that stands alone does not begin again, and its last sequences may be held out.
+            # A single text is not repeated, and its last sequences may be held out, so it must be longer than those.
             n_held_out = HealingSpec.held_out_sequences if healing.stop_when_flat and len(healing.text) == 1 else 0
             sequences = pack_sources([text.source()], tokenizer, tokens, 1 + n_held_out).input_ids
             if len(sequences) <= n_held_out:
@@ -64,7 +64,7 @@ def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: A
 
 
 def _check_text(name: str, text: str, packed: Callable[[], Any], facts: ModelFacts) -> None:
-    """Reads and packs one sequence, as the run will."""
+    """Reads and packs one sequence in the way the run will, and turns what fails into InputError."""
     from layerboost.text.documents import TextSourceError, TextTooShortError
 
     _check_dataset_reachable(name, text)
@@ -89,7 +89,7 @@ def _check_text(name: str, text: str, packed: Callable[[], Any], facts: ModelFac
 
 
 def _check_dataset_reachable(field: str, text: str) -> None:
-    """`datasets` retries for half a minute before it says that there is no connection."""
+    """Asks the hub with a short timeout; `datasets` retries for half a minute before it reports no connection."""
     if Path(text).suffix or Path(text).exists() or "://" in text:
         return
     from huggingface_hub import HfApi, constants

@@ -1,1 +1,1 @@
-"""One file for each command of `layerboost`; each has a function that takes the parsed arguments."""
+"""Holds one file for each command of `layerboost`; its function takes the parsed arguments."""

@@ -25,7 +25,7 @@ def bench(arguments: argparse.Namespace) -> int:
             raise InputError(field, value, f"must be at least {least}")
     with_vllm = arguments.engine == "vllm"
     if with_vllm and arguments.device != "auto":
-        raise InputError("--device", arguments.device, "is for transformers; vllm runs on what its build is for")
+        raise InputError("--device", arguments.device, "is for transformers; vllm runs on the device of its build")
     if with_vllm and arguments.no_prefill:
         raise InputError("--no-prefill", "given", "is for transformers; leave it out")
     if arguments.environment is not None and not with_vllm:
@@ -47,7 +47,7 @@ def bench(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     base = load_checked(every_facts[0], arguments, device)
     for facts in every_facts[1:] or every_facts:
-        # Side by side, so that a machine whose speed drifts is fair to both.
+        # Base and model are timed in turns, so that a machine whose speed drifts affects both alike.
         models = [base] if len(every_facts) == 1 else [base, load_checked(facts, arguments, device)]
         for concurrency in arguments.concurrency:
             setting = {
@@ -60,7 +60,7 @@ def bench(arguments: argparse.Namespace) -> int:
             )
             for model, path, measured in zip(models, (every_facts[0].path, facts.path), timed):
                 if model is base and facts not in every_facts[:2]:
-                    continue  # its row is there already
+                    continue  # the base has its row already
                 config, plan = parent_config(model.config), plan_of(model)
                 condition = {
                     "concurrency": concurrency,

@@ -1,4 +1,4 @@
-"""`layerboost report` of several folders: runs side by side, from their records alone."""
+"""`layerboost report` of several folders: compares the runs, using only their records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(folders: Sequence[RunFolder], out: RunFolder) -> int:
 
 
 def check_folders(folders: Sequence[RunFolder]) -> None:
-    """Refuses what cannot be compared, before anything is read.
+    """Refuses folders that cannot be compared, before anything is read.
 
     Raises:
         InputError: a folder comes twice, or there are too many.
@@ -40,7 +40,7 @@ def check_folders(folders: Sequence[RunFolder]) -> None:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Returns the shortest ends of the paths that differ from each other."""
     parts = [PurePath(path).parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(of_one[-count:]) for of_one in parts]

@@ -1,4 +1,4 @@
-"""`layerboost convert` and `export`: write a model with a plan, or in its family's own format."""
+"""`layerboost convert` and `export` write a model with a plan applied, or in its family's own format."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """`layerboost export`: saves a converted checkpoint in its family's own format, where that can say the plan."""
+    """`layerboost export`: saves a converted checkpoint in its family's own format, if that can express the plan."""
     out = Path(arguments.out)
     check_new_folder(out)
     facts = checked_model(arguments.model, arguments)
@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _save_whole(model: Any, tokenizer: Any, out: Path) -> None:
-    """Saves a checkpoint under another name first: a folder that is there is whole."""
+    """Saves a checkpoint under another name and renames it, so that an existing folder is always complete."""
     from layerboost.checkpoint import save_checkpoint
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`layerboost doctor`: what this machine, or a cluster, lacks for a recipe, and the remedy."""
+"""`layerboost doctor`: lists what this machine or a cluster lacks, with the remedy."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _GIB = 1024**3
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Prints the table; 1 if something that every recipe needs is missing."""
+    """Prints the table and returns 1 if something that every recipe needs is missing."""
     findings = [*check_machine(), *check_ray(arguments.address)]
     sys.stdout.write(findings_table(findings))
     return int(any(finding.state == MISSING for finding in findings))
 
 
 def check_machine() -> Iterator[Finding]:
-    """What this machine has: Python, packages, devices, build tools, memory and disk."""
+    """Looks at this machine's Python, packages, devices, build tools, shared memory and disk."""
     yield _python()
     yield from _packages()
     yield from _devices()
@@ -46,7 +46,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every package that this distribution requires, against the version that is here."""
+    """Compares every package that this distribution requires with the installed version."""
     from packaging.requirements import Requirement
 
     try:
@@ -91,8 +91,8 @@ def _devices() -> Iterator[Finding]:
 
 
 def _build_tools() -> Iterator[Finding]:
-    """DeepSpeed and Triton compile small pieces of C++ when they are first used."""
-    # On PATH, or in the environment's own bin, where it is found although the environment is not activated.
+    """Looks for a compiler and ninja, because DeepSpeed and Triton compile C++ when they are first used."""
+    # Tools may be on PATH, or in the environment's own bin, which is used even if the environment is not activated.
     places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     for what, names, remedy in (
         ("compiler", ("c++", "g++", "clang++"), "install g++ (apt-get install g++)"),
@@ -124,7 +124,7 @@ def _disk() -> Finding:
 
 
 def check_ray(address: str | None) -> Iterator[Finding]:
-    """The cluster at an address: whether it answers, with which versions, and what it has."""
+    """Looks whether the cluster at an address answers, which versions it runs, and which resources it has."""
     if address is None:
         yield Finding("ray cluster", "none asked for", OK)
         return

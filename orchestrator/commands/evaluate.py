@@ -29,7 +29,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for facts, tokenizer in zip(every_facts, tokenizers):
         model = load_checked(facts, arguments, device)
         spec = recipe.quality.spec(facts.context_tokens)
-        # A divergence of predictions over different vocabularies means nothing.
+        # A divergence between predictions over different vocabularies has no meaning.
         has_kl = base_model is not None and spec.text is not None and tokenizer.get_vocab() == tokenizers[0].get_vocab()
         every_scores.append(judge(model, tokenizer, spec, base=base_model if has_kl else None))
         base_model = base_model or model
@@ -50,7 +50,7 @@ def _row(model: str, task: str, metric: str, n_items: int | None, value: float, 
 
 
 def _side_by_side(rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
-    """A line for each metric, a column for each model."""
+    """Arranges the rows as one line for each metric and one column for each model."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(

@@ -10,7 +10,7 @@ from orchestrator.recipe.errors import InputError
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """`layerboost generate`: prints what the model writes after the prompt."""
+    """`layerboost generate`: prints the continuation that the model writes."""
     if arguments.max_new_tokens < 1:
         raise InputError("--max-new-tokens", arguments.max_new_tokens, "must be at least 1")
     if not 0 <= arguments.temperature < float("inf"):

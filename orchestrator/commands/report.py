@@ -6,7 +6,7 @@ import argparse
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """`layerboost report`."""
+    """`layerboost report`: writes the report of one run, or the comparison of several."""
     from orchestrator.recipe.errors import InputError
     from orchestrator.run.folder import RECORDS, RunFolder
 

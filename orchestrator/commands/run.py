@@ -1,4 +1,4 @@
-"""`layerboost run`: runs a recipe, or says what it would cost."""
+"""`layerboost run`: runs a recipe, or estimates its cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`layerboost run`."""
+    """`layerboost run`: checks a recipe, then runs it or, with `--dry-run`, prints its cost."""
     from orchestrator.recipe.load import load_recipe
     from orchestrator.run.folder import RunFolder
 

@@ -1,4 +1,4 @@
-"""The commands for single checkpoints: convert, export, evaluate, bench, generate."""
+"""Holds what the commands for single checkpoints share: convert, export, evaluate, bench, generate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from orchestrator.run.model_facts import ModelFacts
 
 
 def choose_device(device: str) -> str:
-    """The device that a name means on this machine; `auto` is the GPU where there is one.
+    """Returns the device of this machine that a name stands for; `auto` is the GPU where there is one.
 
     Raises:
-        InputError: if this machine does not have it.
+        InputError: this machine does not have the device.
     """
     from orchestrator.checks.placement import check_device
 
@@ -61,7 +61,7 @@ def load_checked(facts: ModelFacts, arguments: argparse.Namespace, device: str) 
 def check_new_folder(out: Path) -> None:
     from orchestrator.run.folder import RunFolder
 
-    if ":/" in str(out):  # of a URL: a Path has one slash there
+    if ":/" in str(out):  # a URL: Path turns its two slashes into one
         raise InputError("--out", out, "must be a local folder")
     if out.is_dir() and any(out.iterdir()):
         raise InputError("--out", out, "is there already and not empty; give a new folder")

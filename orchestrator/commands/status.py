@@ -1,4 +1,4 @@
-"""`layerboost status`: where a run stands, from its folder alone, on any machine that reaches it."""
+"""`layerboost status`: says where a run stands, from any machine that reaches its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.run.live_files import PROGRESS_FILE, RUNNING
 from orchestrator.run.lock import LockHolder
 
 GONE = "gone"
-"""State of a run that says of itself that it is running, while nobody alive holds its folder."""
+"""The state of a run whose folder says `running` although no living process holds the lock."""
 
 _FOLLOW_S = 2.0
 
@@ -30,11 +30,11 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def read_status(folder: RunFolder) -> dict[str, Any]:
-    """What `progress.json` says, and who holds the folder.
+    """Reads `progress.json` and the holder of the folder's lock.
 
     Returns:
-        As `Progress.snapshot`, with `state` (`running`, `done`, `some units failed`, `stopped` or `gone`), `reason`,
-        `started_at`, `written_at`, and `holder` of the lock: `host`, `pid`, `heartbeat_age_s`, `is_alive`; or None.
+        The keys of `Progress.snapshot`, and `state` (`running`, `done`, `some units failed`, `stopped` or `gone`),
+        `reason`, `started_at`, `written_at`, and `holder` of the lock: `host`, `pid`, `heartbeat_age_s`, `is_alive`; or None.
 
     Raises:
         InputError: the folder holds no run.
@@ -63,7 +63,7 @@ def _holder(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def status_text(found: dict[str, Any]) -> str:
-    """A few plain lines for a terminal."""
+    """Formats a status as a few plain lines for a terminal."""
     now = time.time()
     lines = [_headline(found)]
     lines += [_stage_line(stage) + f" wall_s={stage['wall_s']:g}" for stage in found["ended"]]
@@ -85,7 +85,7 @@ def status_text(found: dict[str, Any]) -> str:
 
 
 def _headline(found: dict[str, Any]) -> str:
-    """`running, 12 min left; process 71 on host a, heartbeat 3 s ago`."""
+    """Returns a line such as `running, about 12 min left; process 71 on host a, heartbeat 3 s ago`."""
     from orchestrator.text_tables import duration
 
     parts = [found["state"] + (f" ({found['reason']})" if found["reason"] else "")]

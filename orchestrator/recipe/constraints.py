@@ -1,4 +1,4 @@
-"""What the plan that people will serve must hold: the recipe's `constraints`."""
+"""Defines the recipe's `constraints`: the limits that the served plan must hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ConstraintsSection(Section):
     pin: dict[CountOrZero, Literal["softmax", "linear_window", "window", "none"]] = Field(default_factory=dict)
 
     def bounds(self) -> list[Bound]:
-        """Each constraint by itself."""
+        """Returns each constraint as a separate bound."""
         return [
             *(Bound(f"at_least.{column}", column, bound, 1) for column, bound in self.at_least.items()),
             *(Bound(f"at_most.{column}", column, bound, -1) for column, bound in self.at_most.items()),
@@ -48,13 +48,13 @@ class ConstraintsSection(Section):
 
 @dataclass(frozen=True)
 class Bound:
-    """One constraint.
+    """Describes one constraint.
 
     Attributes:
-        name: as the recipe has it, such as `at_most.n_softmax`.
+        name: its name in the recipe, such as `at_most.n_softmax`.
         of: a column of pareto.csv, or a layer.
-        value: the bound, or the layer's treatment.
-        sign: 1 at least, -1 at most, 0 a pin.
+        value: the bound, or the treatment of the layer.
+        sign: 1 for at least, -1 for at most, 0 for a pin.
     """
 
     name: str
@@ -63,13 +63,16 @@ class Bound:
     sign: int
 
     def holds(self, row: pd.Series) -> bool:
-        """Whether a row of pareto.csv holds it; what was not measured does not."""
+        """Says whether a row of pareto.csv holds the constraint; a value that was not measured does not."""
         if self.sign == 0:
             return Plan.parse(row["plan"], 1).treatments[int(self.of)] == self.value
-        return bool(self.sign * float(row[self.of]) >= self.sign * float(self.value))  # nan holds nothing
+        return bool(self.sign * float(row[self.of]) >= self.sign * float(self.value))  # a comparison with NaN is False
 
     def shortfall(self, row: pd.Series) -> float:
-        """By what part of the bound a row misses it; 0 where it holds, 1 for a pin, infinite where nothing is known."""
+        """Returns the share of the bound by which a row misses it.
+
+        It is 0 where the bound holds, 1 for a broken pin and infinite where the value is unknown.
+        """
         if self.holds(row):
             return 0.0
         if self.sign == 0:

@@ -1,4 +1,4 @@
-"""The error of bad input, and how values and names are shown in it."""
+"""Defines the error of bad input and formats the values and names in it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that says something, of messages that often have many."""
+    """Returns the first line of an error's message that is not empty; library messages often have many lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def without_prefix(error: Exception, prefix: str) -> str:
-    """What an error says, without the field that it names first."""
+    """Returns the message of an error without the field that it names first."""
     return first_line(error).removeprefix(f"{prefix}: ")
 
 
@@ -21,12 +21,12 @@ _MAX_VALUE_CHARS = 160
 
 
 class InputError(ValueError):
-    """An input that cannot be used.
+    """Reports an input that cannot be used.
 
     Attributes:
-        field: where the value stands, dotted (`search.window`) or the name of an argument (`--out`).
-        value: what was given.
-        remedy: what is wrong with it and what to write instead.
+        field: the dotted name of the field (`search.window`) or the name of an argument (`--out`).
+        value: the value that was given.
+        remedy: what is wrong with the value and what to write instead.
     """
 
     def __init__(self, field: str, value: object, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads a recipe: YAML, overrides, paths relative to the recipe, and errors in one line."""
+"""Reads a recipe from YAML, applies overrides, resolves its paths and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from orchestrator.recipe.sections import AdaptiveSection, LabelsSection, Lengths
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file, applies `section.field=value` overrides, and resolves its local paths.
 
-    Relative paths are looked for beside the recipe first, then in the current directory.
+    Relative paths are looked up in the recipe's folder first, then in the current directory.
 
     Raises:
-        InputError: for anything wrong with the file, an override or a value.
+        InputError: the file, an override or a value is wrong.
     """
     return recipe_from_dict(_read_overridden(path, overrides), folder=Path(path).resolve().parent)
 
 
 @dataclass(frozen=True)
 class NamedPath:
-    """A field of a recipe that may name a local file or folder.
+    """Describes a field of a recipe that may name a local file or folder.
 
     Attributes:
-        field: as errors call it.
-        written: what the recipe or an override says.
-        found: the file or folder of this machine that it means, links not followed; None where there is none.
+        field: the name of the field in errors.
+        written: the text in the recipe or in an override.
+        found: the local file or folder that it means, without following links; None where there is none.
     """
 
     field: str
@@ -45,7 +45,7 @@ class NamedPath:
 
 
 def named_paths(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[NamedPath, ...]:
-    """What a recipe that `load_recipe` accepts names of files, folders and hub names, in the recipe's order."""
+    """Returns the files, folders and hub names of a recipe that `load_recipe` accepts, in the recipe's order."""
     folder = Path(path).resolve().parent
     data = Recipe.model_validate(_read_overridden(path, overrides)).model_dump(mode="json")
     named = []
@@ -63,10 +63,10 @@ def _read_overridden(path: str | os.PathLike[str], overrides: Sequence[str]) -> 
 
 
 def recipe_from_dict(data: dict[str, Any], *, folder: Path | None = None) -> Recipe:
-    """Checks a recipe given as a mapping; `folder` is where its relative paths are looked for first.
+    """Checks a recipe that is given as a mapping; its relative paths are looked up in `folder` first.
 
     Raises:
-        InputError: for the first thing that is wrong.
+        InputError: a value is wrong; it names the first fault.
     """
     try:
         recipe = Recipe.model_validate(data)
@@ -76,7 +76,7 @@ def recipe_from_dict(data: dict[str, Any], *, folder: Path | None = None) -> Rec
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently keep the last."""
+    """Refuses a key that stands twice, because YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -132,7 +132,7 @@ def _with_local_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _path_places(data: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Every value that may be a local path: what errors call it, what holds it, and under which key."""
+    """Yields every value that may be a local path, as (name in errors, its container, its key there)."""
     healing = data["healing"]
     places: list[tuple[str, Any, Any]] = [
         ("model.path", data["model"], "path"),
@@ -144,14 +144,14 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for section, name in (("sensitivity", "texts"), ("quality", "tasks"), ("quality", "final_tasks")):
         entries = data[section][name]
         for index, entry in enumerate(entries):
-            # A bare task name is never a path, whatever happens to lie in the current directory.
+            # A bare task name is never a path, even if the current directory holds a file of that name.
             if name == "texts" or entry.endswith((".yaml", ".yml")) or looks_local(entry):
                 places.append((f"{section}.{name}[{index}]", entries, index))
     yield from ((field, place, key) for field, place, key in places if place[key] is not None)
 
 
 def looks_local(name: str) -> bool:
-    """True if `name` can only be a path of this machine, so never a hub name."""
+    """Returns True if `name` can only be a local path and never a hub name."""
     return name.startswith(("./", "../", "/", "~")) or name in (".", "..")
 
 
@@ -169,9 +169,9 @@ def _find_local(name: str, folder: Path) -> Path | None:
 
 
 def _input_error(error: ValidationError) -> InputError:
-    """The first problem that pydantic found, as field, value and remedy."""
+    """Turns the first problem that pydantic found into field, value and remedy."""
     problems = error.errors()
-    # A misspelt key often makes another one missing: name the misspelling, it is the cause.
+    # A misspelt key often makes another one missing, so an unknown key is reported first: it is the cause.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InputError):

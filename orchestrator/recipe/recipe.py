@@ -1,8 +1,8 @@
-"""What to run: the recipe, read once at the door, checked, and frozen after.
+"""Defines the recipe, which says what to run. It is read and checked once at the start and is frozen afterwards.
 
 A recipe is a YAML file of eight sections. Everything in it changes results, except `placement`, which says where the
-work runs, and what in `healing` only memory depends on; neither is part of an identity. Every mistake becomes one
-`InputError` with field, value and remedy.
+work runs, and the fields of `healing` that change only its memory; neither is part of an identity. Every mistake
+becomes one `InputError` with field, value and remedy.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_from_score(cls, data: Any) -> Any:
-        """Plans have no cosine score, so the search has to go by the quality."""
+        """Sets the default objective to the quality where the score is cosine, because plans have no cosine score."""
         if not isinstance(data, dict):
             return data
         sensitivity, search = data.get("sensitivity") or {}, data.get("search") or {}
@@ -67,7 +67,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _score_from_quality(cls, data: Any) -> Any:
-        """Without a text the default score cannot be the text's likelihood."""
+        """Sets the default score to margin where there is no text, because there is no likelihood to measure."""
         if not isinstance(data, dict):
             return data
         quality, sensitivity = data.get("quality"), data.get("sensitivity") or {}
@@ -126,7 +126,7 @@ class Recipe(Section):
                 "sensitivity.context_tokens", list(self.sensitivity.context_tokens), "needs quality.text; give one"
             )
         for name, source in self.healing.named_sources():
-            # The quality text is read from the split that a hub dataset is read from when none is named.
+            # Quality reads a hub dataset's default split, `train`, so healing must not train on that split.
             if self.healing.tokens > 0 and (source.path, source.split) == (self.quality.text, "train"):
                 raise InputError(
                     name,
@@ -142,9 +142,9 @@ class Recipe(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Everything that can change a result, as plain JSON values: all but where the work runs."""
+        """Returns everything that can change a result, as plain JSON values; where the work runs is left out."""
         return self.model_dump(mode="json", exclude={"placement": True, "throughput": {"environment"}})
 
     def resolved_yaml(self) -> str:
-        """The recipe with every default written out; loads to an equal recipe."""
+        """Returns the recipe as YAML with every default written out; it loads to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,7 @@
-"""The tables of the page on single layers and on candidates; None where there are no rows."""
+"""Builds the page's tables on single layers and on candidates.
+
+A builder of one table returns None where there are no rows.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from orchestrator.report.tables import PARETO_COLUMNS
 
 
 def sensitivity_cells(table: pd.DataFrame) -> Iterator[Table]:
-    """One table for each treatment: a row for each layer, a column for each task's drop."""
+    """Yields one table for each treatment, with a row for each layer and a column for each task's drop."""
     for treatment, rows in table.groupby("treatment", sort=False):
         keys = rows[["task", "metric"]].drop_duplicates()
         columns = [(text_of(task), text_of(metric)) for task, metric in keys.itertuples(index=False, name=None)]
@@ -29,7 +32,7 @@ def sensitivity_cells(table: pd.DataFrame) -> Iterator[Table]:
 
 
 def candidates_cells(pareto: pd.DataFrame) -> Table | None:
-    """Every candidate under every serving condition; constraints and flags where there are any."""
+    """Lists every candidate under every serving condition; unused columns of constraints and flags are left out."""
     if pareto.empty:
         return None
     header = ["plan", "origin", "healed", "on front", "status", "engine", "concurrency", "quality", "retained"]
@@ -67,7 +70,7 @@ def candidates_cells(pareto: pd.DataFrame) -> Table | None:
 
 
 def scores_cells(pareto: pd.DataFrame) -> Table | None:
-    """What each candidate scored in each benchmark."""
+    """Lists the score of each candidate in each benchmark."""
     names = [name for name in pareto.columns if name not in PARETO_COLUMNS]
     names = [name for name in names if f"{name}_stderr" in names]
     if not names or pareto.empty:
@@ -89,7 +92,7 @@ def scores_cells(pareto: pd.DataFrame) -> Table | None:
 
 
 def searched_cells(candidates: pd.DataFrame) -> Table | None:
-    """Every plan that the search tried."""
+    """Lists every plan that the search tried."""
     if candidates.empty:
         return None
     rows = [
@@ -117,7 +120,7 @@ def searched_cells(candidates: pd.DataFrame) -> Table | None:
 
 
 def failure_lines(pareto: pd.DataFrame) -> list[str]:
-    """One line for each candidate and error, however many conditions it met it under."""
+    """Returns one line for each pair of candidate and error; the line names all concurrencies that met the error."""
     failed = pareto[pareto["status"] != "ok"]
     lines = []
     for (plan, origin, healed, error), rows in failed.groupby(

@@ -1,6 +1,6 @@
-"""What all pictures share: colours, style, a figure without a window, and its bytes.
+"""Holds what all pictures share: colours, style, how a figure is made without a window and how it is saved.
 
-Colours are those of Okabe and Ito, told apart by colour-blind readers; nothing is said by colour alone.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. No picture relies on colour alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TREATMENT_COLOURS = {
     "W": (SKY, "#000001"),
     "N": ("#c3c8ce", "#000001"),
 }
-"""Fill and letter colour of each treatment."""
+"""Maps the letter of a treatment to its fill colour and its letter colour."""
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "layerboost",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # names may hold a dollar sign, which is no formula
     "font.size": 10.0,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -43,12 +43,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9.0,
 }
-"""Settings of matplotlib that every picture is drawn under."""
+"""The matplotlib settings under which every picture is drawn."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture in two formats, and what it shows in words (its alternative text)."""
+    """Holds one picture in two formats, and its alternative text: what it shows, in words."""
 
     png: bytes
     svg: bytes
@@ -56,20 +56,20 @@ class Picture:
 
 
 def treatment_colour(treatment: str) -> str:
-    """The fill of a treatment by its name; grey for an unknown name."""
+    """Returns the fill colour of a treatment by its name, and grey for an unknown name."""
     known: dict[str, str] = {t.value: TREATMENT_COLOURS[t.letter][0] for t in Treatment}
     return known.get(treatment, FAINT)
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """A figure with Agg behind it and a constrained layout."""
+    """Makes a figure with the Agg canvas, which needs no display, and a constrained layout."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def saved(figure: Figure, alt: str) -> Picture:
-    """The figure in both formats, without dates or versions, so that equal figures give equal bytes."""
+    """Renders the figure in both formats, without dates or versions, so that equal figures give equal bytes."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""Tables of text for the page, and how its cells read."""
+"""Defines the tables of text on the page and formats their cells."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from orchestrator.report.front import shown
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text for the template; the first cell of a row is its heading."""
+    """Holds a table of text for the template; the first cell of each row is the row's heading."""
 
     name: str
     caption: str
     header: list[str]
     rows: list[list[str]]
     text_columns: frozenset[int] = frozenset({0})
-    """Columns aligned as text; the others are numbers."""
+    """Indices of the columns that are aligned as text; the others hold numbers."""
     code_columns: frozenset[int] = frozenset()
     strip_columns: frozenset[int] = frozenset()
-    """Columns of plans that are drawn as strips of coloured letters."""
+    """Indices of the columns that hold plans, drawn as strips of coloured letters."""
 
 
 def with_stderr(value: float, stderr: float, sign: str = "") -> str:
-    """A value and its standard error to two digits of the latter."""
+    """Formats a value with its standard error, both rounded to two significant digits of the error."""
     if pd.isna(stderr) or not stderr > 0:
         return shown(value, f"{sign},.5g")
     decimals = max(0, 1 - math.floor(math.log10(stderr)))
@@ -35,7 +35,7 @@ def with_stderr(value: float, stderr: float, sign: str = "") -> str:
 
 
 def text_of(value: Any) -> str:
-    """Any value for a reader: lists with commas, five digits of a float, a dash for missing."""
+    """Formats any value for a reader: lists are joined by commas, floats get five digits, missing is a dash."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     if value is None or pd.isna(value):

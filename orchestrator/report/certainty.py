@@ -1,7 +1,7 @@
-"""How sure a run is of its ranking of layers: four tables and what they say in one sentence each.
+"""Says how sure a run is of its ranking of layers, in four tables and in sentences that sum them up.
 
-The cells are those of `orchestrator.report.tables`: empty for missing, floats unrounded, an order of rows that does
-not depend on the order in which they came.
+The cells follow `orchestrator.report.tables`: a missing value is an empty cell, floats are unrounded, and the order of
+rows does not depend on the order in which they came.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from layerboost.plan import Plan, Treatment
 from orchestrator.report.tables import Row, candidate_order, checked_rows, frame, treatment_rank
 
 SCORES = ("benchmark", "margin", "nll", "kl", "cosine")
-"""The scores that rank layers, in the order in which rows name them."""
+"""The scores that rank layers, in the order in which tables list them."""
 
 RANKING_COLUMNS = {
     "treatment": "str",  # none | window | linear_window
     "score": "str",  # benchmark | margin | nll | kl | cosine
     "source": "str",  # a task, a text, or `mean`
-    "context_tokens": "Int64",  # empty where the items have lengths of their own
+    "context_tokens": "Int64",  # empty where each item has its own length
     "chosen": "boolean",  # the score that the plans are made from
     "n_items": "Int64",
-    "split_half_spearman": "float64",  # between the rankings by two halves of the items
+    "split_half_spearman": "float64",  # correlation between the rankings from two halves of the items
     "split_half_low": "float64",
     "split_half_high": "float64",
-    "items_until_stable": "Int64",  # empty: not reached
+    "items_until_stable": "Int64",  # empty where the ranking did not become stable
     "indistinct_pairs": "str",  # `3<5 7<2`: neighbours that cannot be told apart, the less sensitive layer first
     "ranking": "str",  # layers from least to most sensitive, separated by spaces
 }
-"""Columns of rankings.csv, in order: one row for each ranking of the layers.
+"""Columns of rankings.csv, in order. The table has one row for each ranking of the layers.
 
-Rows: by treatment, score (as `SCORES`), source (`mean` first), context_tokens.
+Rows are sorted by treatment, score (in the order of `SCORES`), source (`mean` first) and context_tokens.
 """
 
 CORRELATION_COLUMNS = {
@@ -46,9 +46,10 @@ CORRELATION_COLUMNS = {
     "ci_low": "float64",
     "ci_high": "float64",
 }
-"""Columns of rank_correlations.csv, in order: one row for each unordered pair of views and method.
+"""Columns of rank_correlations.csv, in order. The table has one row for each unordered pair of views and method.
 
-Rows: by treatment, method (spearman first), view_a, view_b, and view_a before view_b, all as `view_order` sorts them.
+Rows are sorted by treatment, method (spearman first), view_a and view_b. Inside a pair view_a comes first; views are
+compared by `view_order`.
 """
 
 INTERACTION_COLUMNS = {
@@ -60,28 +61,33 @@ INTERACTION_COLUMNS = {
     "predicted_drop": "float64",  # the sum of the drops of its single layers
     "measured_drop": "float64",
     "measured_drop_stderr": "float64",
-    "interaction": "float64",  # measured - predicted; positive: the layers need each other
+    "interaction": "float64",  # measured - predicted; positive where the layers need each other
     "interaction_stderr": "float64",
 }
-"""Columns of interactions.csv, in order: one row for each plan and score. Rows: base, baselines, search, each by
-plan_id; then by score."""
+"""Columns of interactions.csv, in order. The table has one row for each plan and score.
+
+Rows are sorted by base, baselines, search, then by plan_id, then by score.
+"""
 
 TIER_COLUMNS = {
     "plan_id": "str",
     "plan": "str",
     "layer": "Int64",
-    "treatment": "str",  # what the plan gives the layer
-    "drop": "float64",  # the sensitivity that the thresholds were held against
+    "treatment": "str",  # the treatment that the plan gives the layer
+    "drop": "float64",  # the sensitivity that was compared with the thresholds
     "drop_ci_low": "float64",
     "drop_ci_high": "float64",
     "remove_below": "float64",
     "keep_above": "float64",
     "straddles": "str",  # the thresholds inside the layer's interval: empty, `remove_below`, `keep_above`, or both
 }
-"""Columns of tiers.csv, in order: one row for each layer of each chosen candidate. Rows: by plan_id, layer."""
+"""Columns of tiers.csv, in order. The table has one row for each layer of each chosen candidate.
+
+Rows are sorted by plan_id and layer.
+"""
 
 MIN_PLANS = 3
-"""Plans below which no correlation between predicted and measured drops is stated."""
+"""With fewer plans than this no correlation between predicted and measured drops is stated."""
 
 _RANKING = re.compile(r"\d+( \d+)*")
 _PAIRS = re.compile(r"\d+<\d+( \d+<\d+)*")
@@ -93,7 +99,7 @@ def rankings_table(rows: Iterable[Row]) -> pd.DataFrame:
 
     Raises:
         ValueError: a row has a key that is no column, lacks treatment, score or source, or has a `ranking` or
-            `indistinct_pairs` of another form than the column's.
+            `indistinct_pairs` that is not in the column's form.
     """
     checked = checked_rows(rows, RANKING_COLUMNS, required=("treatment", "score", "source"))
     for row in checked:
@@ -114,11 +120,11 @@ def rankings_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def correlations_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Builds rank_correlations.csv from rows keyed by `CORRELATION_COLUMNS`, whichever view of a pair comes first.
+    """Builds rank_correlations.csv from rows keyed by `CORRELATION_COLUMNS`; a pair's views may come in either order.
 
     Raises:
-        ValueError: a row has a key that is no column, lacks treatment, a view or method, is of a view with itself, or
-            comes a second time.
+        ValueError: a row has a key that is no column, lacks treatment, a view or method, compares a view with
+            itself, or repeats a pair.
     """
     checked = checked_rows(rows, CORRELATION_COLUMNS, required=("treatment", "view_a", "view_b", "method"))
     seen = set()
@@ -160,8 +166,8 @@ def tiers_table(rows: Iterable[Row]) -> pd.DataFrame:
     """Builds tiers.csv from rows keyed by `TIER_COLUMNS`; `straddles` is `""` where no threshold is in the interval.
 
     Raises:
-        ValueError: a row has a key that is no column, lacks plan_id, plan, layer, treatment or straddles, speaks of
-            another treatment than its plan gives the layer, or straddles what is no threshold.
+        ValueError: a row has a key that is no column, lacks plan_id, plan, layer, treatment or straddles, names
+            another treatment than its plan gives the layer, or names an unknown threshold in `straddles`.
     """
     checked = checked_rows(rows, TIER_COLUMNS, required=("plan_id", "plan", "layer", "treatment", "straddles"))
     for row in checked:
@@ -176,19 +182,25 @@ def tiers_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def view_order(name: str) -> tuple[Any, ...]:
-    """Sorts views by their score, then by name, numbers in it by value: `nll a 128` comes before `nll a 2048`."""
+    """Returns a sort key for views: by score, then by name.
+
+    Numbers in a name are compared by value, so that `nll a 128` comes before `nll a 2048`.
+    """
     parts = re.split(r"(\d+)", name)
     return _score_rank(name.split(" ")[0]), [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def by_score(interactions: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each score, in the order of `SCORES`."""
+    """Groups the rows by score, in the order of `SCORES`."""
     groups: list[Any] = list(interactions.groupby("score"))
     return sorted(groups, key=lambda group: _score_rank(group[0]))
 
 
 def stability_sentences(rankings: pd.DataFrame) -> list[str]:
-    """One sentence for each ranking that the plans are made from: of the mean over sources where there is one."""
+    """Returns one sentence for each ranking that the plans are made from.
+
+    Where a treatment has a mean over its sources, only the mean gets a sentence.
+    """
     chosen = rankings[rankings["chosen"].fillna(False).astype(bool)]
     sentences = []
     for treatment, rows in chosen.groupby("treatment", sort=False):
@@ -211,9 +223,9 @@ def stability_sentences(rankings: pd.DataFrame) -> list[str]:
 
 
 def interaction_sentences(interactions: pd.DataFrame) -> list[str]:
-    """One sentence for each score: how well the sum of the single layers' drops orders the plans.
+    """Returns one sentence for each score, on how well the sum of the single layers' drops orders the plans.
 
-    Base is left out: both its drops are zero by definition.
+    The base is left out, because both its drops are zero by definition.
     """
     known = interactions.dropna(subset=["predicted_drop", "measured_drop"])
     sentences = []
@@ -232,7 +244,7 @@ def interaction_sentences(interactions: pd.DataFrame) -> list[str]:
 
 
 def tier_sentences(tiers: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(plan_id, plan, sentence on the layers whose tier is uncertain) for each plan."""
+    """Returns, for each plan, its plan_id, the plan and a sentence on the layers whose tier is uncertain."""
     lines = []
     groups: list[Any] = list(tiers.groupby(["plan_id", "plan"], sort=False))
     for (plan_id, plan), rows in groups:
@@ -246,7 +258,10 @@ def tier_sentences(tiers: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _other_tiers(row: pd.Series) -> list[str]:
-    """What the layer would get elsewhere in its interval; without room between the thresholds none is the middle."""
+    """Returns the treatments that the layer would get elsewhere in its interval.
+
+    Where both thresholds are equal there is no middle treatment.
+    """
     present = [t.value for t in (Treatment.LINEAR_WINDOW, Treatment.WINDOW) if t.letter in row["plan"]]
     middle = " or ".join(present) or "the middle treatment"
     if row["remove_below"] == row["keep_above"]:

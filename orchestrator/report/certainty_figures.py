@@ -1,4 +1,4 @@
-"""Pictures of how sure a ranking of layers is: agreement between rankings, predicted against measured drops."""
+"""Draws how sure a ranking of layers is: agreement between rankings, and predicted against measured drops."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from orchestrator.report.certainty import by_score, view_order
 from orchestrator.report.labels import place_labels
 
 HEAT_METHOD = "spearman"
-"""The correlation that the heat map shows; the table holds the others too."""
+"""The heat map shows this correlation; the table holds the others too."""
 
 MAX_NAME_CHARS = 36
-"""Longer names of views lose their middle in the heat map; the table holds them whole."""
+"""Names of views longer than this lose their middle in the heat map; the table holds them whole."""
 
 _NEUTRAL = "#f4f4f2"
 _DEEP_BLUE = "#003a5d"
 _HEAT = LinearSegmentedColormap.from_list("agreement", [(0, ORANGE), (0.5, _NEUTRAL), (0.85, BLUE), (1, _DEEP_BLUE)])
-"""From opposite over unrelated to equal order: in grey, light grey over white to nearly black."""
-_DARK_INK, _LIGHT_INK = "#000001", "#fefefe"  # not those that follow a reader's dark mode: cells keep their colour
+"""The colours run from opposite over unrelated to equal order.
+
+Printed in grey they run from light grey over white to nearly black, so that the order stays readable.
+"""
+_DARK_INK, _LIGHT_INK = "#000001", "#fefefe"  # fixed: unlike INK and PAPER, cells do not follow dark mode
 _CELL_IN = (0.62, 0.4)
 _MIN_WIDTH_IN = 7.6
 
@@ -131,14 +134,14 @@ def _colour(correlation: float) -> tuple[float, float, float]:
 
 
 def _ink(colour: tuple[float, float, float]) -> str:
-    """Whichever of dark and light has the higher contrast to a colour (WCAG 2.2, relative luminance)."""
+    """Returns the dark or the light ink, whichever contrasts more with a colour (WCAG 2.2, relative luminance)."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return _DARK_INK if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else _LIGHT_INK
 
 
 def _short(value: float) -> str:
-    """Two decimals without the zero before the point: .83, -.12, 1.00."""
+    """Formats two decimals without the zero before the point: .83, -.12, 1.00."""
     text = f"{value:.2f}"
     text = "0.00" if text == "-0.00" else text
     return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
@@ -188,7 +191,10 @@ def _draw_drops(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _drop_labels(rows: pd.DataFrame) -> list[tuple[float, float, str]]:
-    """The origin of each plan that has a name, with its window where the name comes with more than one."""
+    """Returns (predicted drop, measured drop, label) of each plan that has a name of its own.
+
+    The label is the plan's origin, followed by its window where several windows share the origin.
+    """
     named = rows[~rows["origin"].eq("search")]
     named = named.assign(windows=named.groupby("origin")["window"].transform("nunique"))
     return [

@@ -1,4 +1,4 @@
-"""The tables of the page on how sure a ranking of layers is; None where there are no rows."""
+"""Builds the page's tables on how sure a ranking of layers is; a builder returns None where there are no rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.report.front import shown
 
 
 def rankings_cells(table: pd.DataFrame) -> Table | None:
-    """Every ranking with its stability."""
+    """Lists every ranking with its stability."""
     header = ["treatment", "score", "source", "context tokens", "chosen", "items", "halves"]
     header += ["items until stable", "cannot be told apart", "least to most sensitive"]
     rows = [
@@ -35,7 +35,7 @@ def rankings_cells(table: pd.DataFrame) -> Table | None:
 
 
 def correlations_cells(table: pd.DataFrame) -> Table | None:
-    """Every pair of rankings with its correlations."""
+    """Lists every pair of rankings with its correlations."""
     rows = [
         [
             row["treatment"],
@@ -52,7 +52,7 @@ def correlations_cells(table: pd.DataFrame) -> Table | None:
 
 
 def interactions_cells(table: pd.DataFrame) -> Table | None:
-    """Every plan with its predicted and measured drop."""
+    """Lists every plan with its predicted and measured drop."""
     rows = [
         [
             row["plan"],
@@ -74,7 +74,7 @@ def interactions_cells(table: pd.DataFrame) -> Table | None:
 
 
 def tiers_cells(table: pd.DataFrame) -> Table | None:
-    """Every layer of the chosen candidates with its interval and the thresholds."""
+    """Lists every layer of the chosen candidates with its interval and the thresholds."""
     rows = [
         [
             row["plan"],

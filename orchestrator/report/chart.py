@@ -1,6 +1,7 @@
-"""A scatter of plans as inline SVG: where everything goes, for the template; no image, no script.
+"""Lays out a scatter plot of plans as inline SVG, so that the page needs neither an image nor a script.
 
-Coordinates are those of the SVG's view box, in pixels at its natural size.
+This file computes where everything goes; the template writes the SVG. Coordinates are those of the SVG's view box, in
+pixels at its natural size.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from itertools import pairwise
 from matplotlib.ticker import MaxNLocator
 
 CHARACTER_PX, LINE_PX = 6.7, 14.0
-"""Room for a letter and for a line at the font size of the figures, 12 px."""
+"""Width of a letter and height of a line at the figures' font size of 12 px."""
 
 SHAPES = {
     "circle": "M5.5 0A5.5 5.5 0 1 1-5.5 0A5.5 5.5 0 1 1 5.5 0Z",
     "triangle": "M0-6.5L6.2 4.8H-6.2Z",
     "star": "M0-9L2.3-3.1 8.6-2.8 3.7 1.2 5.3 7.3 0 3.8-5.3 7.3-3.7 1.2-8.6-2.8-2.3-3.1Z",
 }
-"""Outlines around (0, 0)."""
+"""SVG paths of the shapes of points, each centred on (0, 0)."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 28.0, 42.0
 _DISTANCES = (9, 16, 26, 40)
@@ -28,12 +29,12 @@ _DIRECTIONS = ((1, -1), (-1, 1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, -1), (0,
 _MARK = 6.0
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom."""
+"""A rectangle as (left, top, right, bottom)."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: what it measures, and how its ticks read."""
+    """Describes an axis: what it measures and how its ticks are written."""
 
     label: str
     tick: Callable[[float], str]
@@ -41,20 +42,20 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One plan in a figure.
+    """Describes one plan in a figure.
 
     Attributes:
-        x, y: its values; `x_error`, `y_error` are one standard error, 0 where unknown.
+        x, y: the plan's values. `x_error` and `y_error` are one standard error, 0 where it is unknown.
         shape: a key of `SHAPES`.
-        look: the class of its colour.
-        label: what is written beside it; empty for nothing.
+        look: the CSS class that colours the point.
+        label: the text beside the point; empty for no text.
         must_label: whether the label stays even where it covers something.
-        name: everything about it in words, for a screen reader.
-        plan: its plan string.
-        details: (term, value) pairs that are shown while it is pointed at or focused.
-        hollow: drawn as an outline: it does not hold the constraints.
-        flagged: marked as one that lost what accuracy does not show.
-        in_front: whether the step line of its `look` runs through it.
+        name: everything about the plan in words, for a screen reader.
+        plan: the plan string.
+        details: (term, value) pairs that are shown while the point is hovered or focused.
+        hollow: whether the point is drawn as an outline, because the plan violates the constraints.
+        flagged: whether the point is marked, because the plan lost something that accuracy does not show.
+        in_front: whether the step line of its `look` runs through the point.
     """
 
     x: float
@@ -75,7 +76,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point where it is drawn, with the ends of its error bars."""
+    """Places a point in the view box, with the ends of its error bars."""
 
     point: Point
     x: float
@@ -90,7 +91,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Label:
-    """A text beside a mark; `leader` is the end of a thin line from the mark, None where they touch."""
+    """Places a text beside a mark; `leader` is the end of a thin line from the mark, None where both touch."""
 
     text: str
     x: float
@@ -102,7 +103,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure for the template."""
+    """Holds a figure whose parts are all placed, for the template to write."""
 
     size: str
     width: int
@@ -113,13 +114,13 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[tuple[str, str]]
-    """(look, path) of each front."""
+    """The (look, SVG path) of the step line of each front."""
     marks: list[Mark]
     labels: list[Label]
 
 
 def charts(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[Chart]:
-    """The same points for a wide and for a narrow screen; nothing without points."""
+    """Draws the same points for a wide and for a narrow screen; without points there is no chart."""
     if not points:
         return []
     return [
@@ -129,13 +130,13 @@ def charts(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[Chart]:
 
 
 def draw(points: Sequence[Point], x_axis: Axis, y_axis: Axis, size: str, width: int, height: int) -> Chart:
-    """Places points, error bars, ticks, fronts and labels. Points with larger labels first keep their place.
+    """Places points, error bars, ticks, fronts and labels; labels that must be there choose their place first.
 
     Args:
-        points: finite values; at least one.
-        x_axis, y_axis: what is drawn; larger is to the right and above.
-        size: a class for the template.
-        width, height: of the view box, in pixels.
+        points: at least one point, with finite values.
+        x_axis, y_axis: the quantities drawn; larger values lie further right and further up.
+        size: the CSS class that the template gives the chart.
+        width, height: size of the view box, in pixels.
     """
     plot = (_LEFT, _TOP, width - _RIGHT, height - _BOTTOM)
     n_ticks = max(2, width // 90)
@@ -178,7 +179,7 @@ def draw(points: Sequence[Point], x_axis: Axis, y_axis: Axis, size: str, width: 
 
 
 def _limits(values: Sequence[tuple[float, float]], n_ticks: int) -> tuple[float, float, list[float]]:
-    """Lowest and highest value with room around the error bars, and the ticks between them."""
+    """Returns the lowest and highest value, with room around the error bars, and the ticks between them."""
     low, high = min(value - error for value, error in values), max(value + error for value, error in values)
     room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - room, high + room
@@ -191,7 +192,7 @@ def _looks(marks: Sequence[Mark]) -> list[str]:
 
 
 def _corners(marks: Sequence[Mark]) -> list[tuple[float, float]]:
-    """Corners of the step line: all that the front dominates lies below it."""
+    """Returns the corners of the step line; everything that the front dominates lies below that line."""
     corners: list[tuple[float, float]] = []
     for mark in sorted(marks, key=lambda mark: (mark.x, mark.y)):
         if corners:
@@ -206,10 +207,10 @@ def _steps(corners: Sequence[tuple[float, float]]) -> Iterator[Box]:
 
 
 def _labels(marks: Sequence[Mark], steps: Sequence[Box], plot: Box) -> Iterator[Label]:
-    """Each label at the nearest place where it covers no mark, no label and no line.
+    """Yields each label at the nearest place where it covers no mark, no label and no line.
 
-    Where every place has a fault, a label that must be there takes the least bad one; another is left out, as the
-    point tells its name when it is pointed at.
+    Where every place has a fault, a label that must be there takes the least bad one. Any other label is left out: the
+    reader still sees the point's name by pointing at it.
     """
     taken: list[Box] = []
     for mark in sorted(marks, key=lambda mark: not mark.point.must_label):
@@ -259,7 +260,7 @@ def _faults(
         if mark is not own
     )
     outside = box[0] < plot[0] or box[1] < plot[1] or box[2] > plot[2] or box[3] > plot[3]
-    # Nearer to another point than to its own, without a line to it, it would be read as that one's.
+    # A label that is nearer to another point, and has no line to its own, would be taken for that point's label.
     distance = _distance(box, own)
     astray = not joined and any(_distance(box, mark) < distance for mark in marks if mark is not own)
     crossed = any(_overlap(box, step) for step in steps)

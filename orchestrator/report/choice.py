@@ -1,7 +1,10 @@
-"""What helps to choose a plan, in tables and sentences: lengths, successive halving, predicted speed, cost by stage.
+"""Builds the tables and sentences that help to choose a plan.
 
-The cells are those of `orchestrator.report.tables`: empty for missing, floats unrounded, an order of rows that does
-not depend on the order in which they came.
+They cover prompt lengths, successive halving, predicted speed and the cost of each stage.
+
+
+The cells follow `orchestrator.report.tables`: a missing value is an empty cell, floats are unrounded, and the order of
+rows does not depend on the order in which they came.
 """
 
 from __future__ import annotations
@@ -32,8 +35,11 @@ LENGTH_COLUMNS = {
     "status": "str",
     "error": "str",
 }
-"""Columns of lengths.csv, in order. Rows: base, baselines, search, each by plan_id; then unhealed before healed; then
-by concurrency and prompt_tokens."""
+"""Columns of lengths.csv, in order.
+
+Rows are sorted by base, baselines, search, then by plan_id, then unhealed before healed, then by concurrency and
+prompt_tokens.
+"""
 
 HALVING_COLUMNS = {
     "plan_id": "str",
@@ -41,31 +47,31 @@ HALVING_COLUMNS = {
     "window": "Int64",
     "origin": "str",
     "rung": "Int64",  # from 1
-    "share": "float64",  # of the healing budget, at the end of the rung
+    "share": "float64",  # share of the healing budget spent at the end of the rung
     "tokens": "Int64",
     "quality": "float64",
     "quality_stderr": "float64",
     "quality_retained": "float64",
     "quality_retained_stderr": "float64",
-    "objective": "float64",  # what the plans of a rung are compared by, larger is better
+    "objective": "float64",  # the value by which the plans of a rung are compared; larger is better
     "speedup": "float64",  # predicted
     "survived": "boolean",  # went on to the next rung
     "final_quality": "float64",  # after the whole budget; empty for plans that were dropped
 }
-"""Columns of halving.csv, in order. Rows: by rung, then base, baselines, search, each by plan_id."""
+"""Columns of halving.csv, in order. Rows are sorted by rung, then by base, baselines, search, then by plan_id."""
 
 FIDELITY_COLUMNS = {
-    "of": "str",  # what is ranked
+    "of": "str",  # the value by which the plans are ranked
     "rung_a": "Int64",
-    "rung_b": "Int64",  # the later one; one more than the last for the end of healing
+    "rung_b": "Int64",  # the later rung; the end of healing counts as one rung after the last
     "share_a": "float64",
     "share_b": "float64",
     "n_plans": "Int64",
-    "spearman": "float64",  # between the orders of the same plans at both
+    "spearman": "float64",  # correlation between the orders of the same plans at both rungs
     "spearman_low": "float64",
     "spearman_high": "float64",
 }
-"""Columns of fidelity.csv, in order. Rows: by of, share_a, share_b."""
+"""Columns of fidelity.csv, in order. Rows are sorted by of, share_a and share_b."""
 
 SPEED_COLUMNS = {
     "plan_id": "str",
@@ -73,13 +79,16 @@ SPEED_COLUMNS = {
     "window": "Int64",
     "healed": "boolean",
     "concurrency": "Int64",
-    "in_fit": "boolean",  # measured before the search, to predict the others from
+    "in_fit": "boolean",  # measured before the search; the prediction was fitted to it
     "predicted_throughput_tok_per_s": "float64",
     "predicted_throughput_stderr": "float64",
     "output_throughput_tok_per_s": "float64",
     "relative_error": "float64",  # predicted over measured, minus 1
 }
-"""Columns of speed.csv, in order: one row for each measured plan and concurrency. Rows: by concurrency, plan_id."""
+"""Columns of speed.csv, in order. The table has one row for each measured plan and concurrency.
+
+Rows are sorted by concurrency and plan_id.
+"""
 
 ESTIMATE_COLUMNS = {
     "stage": "str",
@@ -93,7 +102,7 @@ ESTIMATE_COLUMNS = {
     "actual_gpu_hours": "float64",
     "memory_mib": "float64",
 }
-"""Columns of estimates.csv, in order. Rows: as the stages follow each other."""
+"""Columns of estimates.csv, in order. Rows keep the order in which the stages run."""
 
 
 def lengths_table(rows: Iterable[Row]) -> pd.DataFrame:
@@ -161,7 +170,7 @@ def estimates_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def fidelity_sentences(table: pd.DataFrame) -> Iterator[str]:
-    """One sentence for each pair of shares: how well the earlier order of the plans predicts the later one."""
+    """Yields one sentence for each pair of shares, on how well the earlier order of plans predicts the later one."""
     for _, row in table.iterrows():
         ends = f"{_share(row['share_a'])} and at {_share(row['share_b'])} of the healing budget"
         if pd.isna(row["spearman"]):
@@ -177,7 +186,10 @@ def fidelity_sentences(table: pd.DataFrame) -> Iterator[str]:
 
 
 def speed_sentences(table: pd.DataFrame) -> Iterator[str]:
-    """How far predicted throughput is from measured: of plans that the prediction had not seen, and of those it had."""
+    """Yields sentences on how far predicted throughput is from measured throughput.
+
+    Plans that the prediction had not seen and plans that it was fitted to get one sentence each.
+    """
     known = table[table["relative_error"].notna()]
     in_fit = known["in_fit"].fillna(False).astype(bool)
     for rows, which in ((known[~in_fit], "that the prediction had not seen"), (known[in_fit], "that it was made from")):
@@ -194,7 +206,7 @@ def _share(share: float) -> str:
 
 
 def _trust(row: pd.Series) -> str:
-    """What the interval says; without one, what the correlation alone may suggest."""
+    """Says what the interval allows to conclude; without an interval, what the correlation alone suggests."""
     low = row["spearman_low"]
     if pd.notna(low) and low <= 0:
         return "so few plans do not show that the early order predicts the later one"

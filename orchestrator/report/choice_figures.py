@@ -1,4 +1,4 @@
-"""Pictures that help to choose a plan: lengths, successive halving, predicted against measured speed."""
+"""Draws the pictures that help to choose a plan: lengths, successive halving, predicted against measured speed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lengths_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
         The picture; None where no plan was timed at two lengths.
     """
     table = table[table["status"].eq("ok") & table["tpot_ms_p50"].notna()]
-    # Two hardwares or concurrencies would be lines of their own.
+    # Timings on different hardware or at another concurrency are not comparable, so each gets a line of its own.
     keys = ["plan_id", "healed", "concurrency", "hardware", "engine"]
     lines: list[Any] = [group for group in table.groupby(keys, dropna=False, sort=False) if len(group[1]) > 1]
     if not lines:
@@ -83,7 +83,7 @@ def halving_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
     table = table[np.isfinite(table["quality"]) & table["tokens"].notna()]
     if table.empty:
         return None
-    # Whoever is in the last rung was never dropped, whatever that rung decides.
+    # The picture counts every plan of the last rung as a survivor, even where that rung decides against it.
     survivors = set(table.loc[table["rung"] == table["rung"].max(), "plan_id"])
     styles = line_looks(sorted(survivors))
     with matplotlib.rc_context(STYLE):

@@ -1,4 +1,7 @@
-"""The tables of the page that help to choose a plan: lengths, halving, predicted speed, cost; None without rows."""
+"""Builds the page's tables that help to choose a plan: lengths, halving, predicted speed, cost.
+
+A builder returns None where there are no rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from orchestrator.report.front import shown, shown_retained
 
 
 def lengths_cells(table: pd.DataFrame) -> Table | None:
-    """Every timing over lengths."""
+    """Lists every timing over the lengths of the prompt."""
     rows = [
         [
             row["plan"],
@@ -35,7 +38,7 @@ def lengths_cells(table: pd.DataFrame) -> Table | None:
 
 
 def halving_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | None:
-    """Every plan in every rung."""
+    """Lists every plan in every rung."""
     rows = [
         [
             names.get(row["plan_id"], row["plan_id"]),
@@ -59,7 +62,7 @@ def halving_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | None
 
 
 def fidelity_cells(table: pd.DataFrame) -> Table | None:
-    """Every pair of shares."""
+    """Lists every pair of shares of the budget with the correlation between their orders."""
     rows = [
         [
             row["of"],
@@ -76,7 +79,7 @@ def fidelity_cells(table: pd.DataFrame) -> Table | None:
 
 
 def speed_cells(table: pd.DataFrame) -> Table | None:
-    """Every predicted and measured throughput."""
+    """Lists every predicted and measured throughput."""
     rows = [
         [
             row["plan"],
@@ -105,7 +108,7 @@ def speed_cells(table: pd.DataFrame) -> Table | None:
 
 
 def estimates_cells(table: pd.DataFrame) -> Table | None:
-    """What each stage was expected to take, and what it took; columns without any value are left out."""
+    """Lists the expected and the actual cost of each stage; columns without any value are left out."""
     forms = {
         "units": ("units", "d"),
         "estimated_s": ("estimated s", ",.0f"),
@@ -122,12 +125,12 @@ def estimates_cells(table: pd.DataFrame) -> Table | None:
         [row["stage"], *(shown(row[name], form) for name, (_, form) in kept.items())] for _, row in table.iterrows()
     ]
     header = ["stage", *(title for title, _ in kept.values())]
-    caption = "Cost by stage: what was expected before the run, and what it took"
+    caption = "Cost by stage: what was expected before the run, and what was measured"
     return _table("Cost by stage", caption, header, rows, {0})
 
 
 def plain_cells(caption: str, table: pd.DataFrame | None) -> Table | None:
-    """Any table as it is."""
+    """Shows any table as it is."""
     if table is None or table.empty:
         return None
     rows = [[text_of(value) for value in row] for row in table.itertuples(index=False, name=None)]

@@ -1,4 +1,4 @@
-"""Several runs side by side: their fronts in one figure, what differs between them, one table of all candidates."""
+"""Compares several runs: their fronts in one figure, their differences, and all candidates in one table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from orchestrator.report.data import ReportData
 
 MAX_RUNS = 6
-"""Runs that one figure can tell apart by colour."""
+"""The most runs that the colours of one figure can tell apart."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with what it is called."""
+    """Holds a run's data under the name that the comparison gives it."""
 
     name: str
     data: ReportData
@@ -37,22 +37,25 @@ class Run:
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """All that depends on the serving condition."""
+    """Holds everything that depends on the serving condition."""
 
     label: str
     headlines: list[tuple[str, Headline | None]]
-    """(letter and name, sentence) of each run; None where it has no candidate on the front here."""
+    """(letter and name, headline) of each run; the headline is None where no candidate of the run is on this front."""
     charts: list[Chart]
     key: list[tuple[str, str, str, str]]
 
 
 def letter(index: int) -> str:
-    """What a run is called in the figure."""
+    """Returns the letter that stands for a run in the figure."""
     return chr(ord("A") + index)
 
 
 def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """comparison.csv: the rows of each run's pareto.csv after columns `run` and `model`; what a run lacks is empty."""
+    """Builds comparison.csv: the rows of each run's pareto.csv behind columns `run` and `model`.
+
+    Cells of columns that a run lacks are empty.
+    """
     tables = [run.data.pareto.assign(run=run.name, model=run.data.title) for run in runs]
     names = [name for table in tables for name in table.columns if name not in {*PARETO_COLUMNS, "run", "model"}]
     scores = [name for name in dict.fromkeys(names) if f"{name}_stderr" in names]
@@ -78,7 +81,7 @@ def render_comparison(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def comparison_summary(runs: Sequence[Run]) -> str:
-    """What the terminal says: each run's headline at its highest concurrency."""
+    """Returns the text for the terminal: each run's headline at its highest concurrency."""
     lines = []
     for run in runs:
         found = conditions(run.data.pareto)
@@ -88,7 +91,7 @@ def comparison_summary(runs: Sequence[Run]) -> str:
 
 
 def _concurrencies(runs: Sequence[Run]) -> list[int]:
-    """The concurrencies of all runs, those that most runs share first, then the highest first."""
+    """Returns the concurrencies of all runs: those that most runs share come first, then the highest."""
     found = [n for run in runs for n in {condition.concurrency for condition in conditions(run.data.pareto)}]
     return sorted(set(found), key=lambda n: (-found.count(n), -n))
 
@@ -111,7 +114,7 @@ def _view(runs: Sequence[Run], concurrency: int) -> ComparisonView:
 
 
 def _points(run: Run, condition: Condition, index: int) -> Iterator[Point]:
-    """A run's points in its colour, numbered with its letter; what a run dominates itself is grey."""
+    """Yields a run's points in its colour, numbered after its letter; points dominated in their own run are grey."""
     axes = ("speedup", SPEEDUP), ("quality_retained", RETAINED)
     for point in points(marked(run.data.pareto, condition), axes):
         number = point.label.split(" ")[0] if point.in_front else ""
@@ -126,8 +129,8 @@ def _points(run: Run, condition: Condition, index: int) -> Iterator[Point]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before comparing."""
-    notes = ["Speed-up and quality retained are over the base of the same run."]
+    """Returns the warnings that a reader needs before comparing the runs."""
+    notes = ["Speed-up and quality retained are relative to the base of the same run."]
     if len({run.data.title for run in runs}) > 1:
         notes.append(
             "The runs start from different models: a larger speed-up here says nothing about which model is faster."
@@ -144,7 +147,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _differences(caption: str, runs: Sequence[Run], values: Callable[[Run], dict[str, Any]]) -> Table | None:
-    """A row for each field that is not the same in all runs, a column for each run."""
+    """Lists the fields that differ between runs: one row for each field, one column for each run."""
     found = [dict(flat(values(run))) for run in runs]
     fields = dict.fromkeys(name for of_run in found for name in of_run)
     rows = [
@@ -157,7 +160,7 @@ def _differences(caption: str, runs: Sequence[Run], values: Callable[[Run], dict
 
 
 def _cost(runs: Sequence[Run]) -> Table | None:
-    """Worker seconds of each stage, a column for each run."""
+    """Lists the worker seconds of each stage, with one column for each run."""
     column = "worker seconds"
     costs = [run.data.cost for run in runs]
     found = [

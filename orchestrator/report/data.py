@@ -1,4 +1,4 @@
-"""All tables and facts that a report shows, in one object."""
+"""Collects all tables and facts that a report shows in one object."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from orchestrator.report.tables import candidates_table, pareto_table, sensitivi
 
 @dataclass
 class ReportData:
-    """All that a report shows. A run that stopped early leaves the later tables empty."""
+    """Holds everything that a report shows. A run that stopped early leaves the later tables empty."""
 
     title: str
     recipe_yaml: str
-    """The resolved recipe."""
+    """The resolved recipe as YAML."""
     sensitivity: pd.DataFrame = field(default_factory=lambda: sensitivity_table([]))
     candidates: pd.DataFrame = field(default_factory=lambda: candidates_table([]))
     pareto: pd.DataFrame = field(default_factory=lambda: pareto_table([]))
@@ -29,7 +29,7 @@ class ReportData:
     baselines: pd.DataFrame = field(default_factory=lambda: baselines_table([]))
     branches: pd.DataFrame = field(default_factory=lambda: branches_table([]))
     early_stops: list[dict[str, Any]] = field(default_factory=list)
-    """`plan_id`, `tokens` and `budget` of each healed plan whose budget was not spent."""
+    """`plan_id`, `tokens` and `budget` of each healed plan that stopped before its budget was spent."""
     rankings: pd.DataFrame = field(default_factory=lambda: rankings_table([]))
     correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
     interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))
@@ -40,11 +40,11 @@ class ReportData:
     speed: pd.DataFrame = field(default_factory=lambda: speed_table([]))
     estimates: pd.DataFrame = field(default_factory=lambda: estimates_table([]))
     verdict: list[str] = field(default_factory=list)
-    """Which plan is the best under the recipe's constraints, or which of them to loosen: whole sentences."""
+    """Whole sentences that name the best plan under the recipe's constraints, or the constraints to loosen."""
     best: list[int] = field(default_factory=list)
     """Index labels of the rows of `pareto` that are best under the constraints, at most one for each condition."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions and hardware by name; mappings inside are flattened for the page."""
     cost: pd.DataFrame | None = None
-    """What each stage took, columns as they should read."""
+    """The cost of each stage; column names are headings for readers."""
     warnings: list[str] = field(default_factory=list)

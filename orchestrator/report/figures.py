@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG and SVG bytes: the front, the sensitivity, the plans."""
+"""Draws the pictures of a run as PNG and SVG bytes: the front, the sensitivity and the plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pareto_picture(rows: pd.DataFrame) -> Picture | None:
     """Draws quality over output throughput for the rows of one serving condition.
 
     Args:
-        rows: rows of pareto.csv under one condition, those of the front with their number in a column `point`.
+        rows: rows of pareto.csv under one condition; a column `point` numbers those on the front.
 
     Returns:
         The picture; None where no row has both values.

@@ -1,4 +1,4 @@
-"""The front of one serving condition in words: its rows, the headline, a table for the terminal."""
+"""Describes the front of one serving condition: its rows, the headline and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from orchestrator.report.tables import CONDITION_COLUMNS
 Row = Mapping[str, Any]
 
 MIN_RETAINED = 0.99
-"""Share of base's quality that a headline asks for: the bar of MLPerf Inference, 99 % of the reference's accuracy."""
+"""The share of the base's quality that a plan must keep to be a headline.
+
+It is the bar of MLPerf Inference: 99 % of the reference's accuracy.
+"""
 
 
 class Condition(NamedTuple):
-    """One way of serving; a front is only ever drawn inside one."""
+    """Names one serving condition. Speeds are comparable only inside one, so each front is drawn inside one."""
 
     hardware: str
     engine: str
@@ -30,14 +33,14 @@ class Condition(NamedTuple):
 
 
 def conditions(pareto: pd.DataFrame) -> list[Condition]:
-    """The serving conditions of a pareto table, highest concurrency first."""
+    """Returns the serving conditions of a pareto table, highest concurrency first."""
     known = pareto.dropna(subset=CONDITION_COLUMNS)[CONDITION_COLUMNS].drop_duplicates()
     found = [Condition(*row) for row in known.itertuples(index=False, name=None)]
     return sorted(found, key=lambda c: (-c.concurrency, c.hardware, c.engine, c.prompt_tokens, c.new_tokens))
 
 
 def under(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
-    """The rows of one serving condition."""
+    """Returns the rows of one serving condition."""
     mask = pd.Series(True, index=pareto.index)
     for name, value in condition._asdict().items():
         mask &= (pareto[name] == value).fillna(False)
@@ -45,7 +48,7 @@ def under(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
 
 
 def front_rows(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
-    """The front of one condition, best quality first, with its number in a column `point` (1 is the best quality)."""
+    """Returns the front of one condition, best quality first, numbered from 1 in a column `point`."""
     rows = under(pareto, condition)
     rows = rows[rows["on_front"].fillna(False).astype(bool)]
     rows = rows.sort_values(["quality", "plan_id"], ascending=[False, True], kind="stable")
@@ -53,16 +56,16 @@ def front_rows(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
 
 
 def marked(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
-    """All rows of one condition, with the number of those on the front in a column `point`, missing elsewhere."""
+    """Returns all rows of one condition; a column `point` numbers those on the front and is missing elsewhere."""
     rows = under(pareto, condition)
     return rows.assign(point=front_rows(pareto, condition)["point"].reindex(rows.index).astype("Int64"))
 
 
 def plan_labels(pareto: pd.DataFrame, candidates: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """What to call each plan: (label, plan string) by plan_id; base, then the front, then the rest.
+    """Returns (label, plan string) by plan_id; the base comes first, then the front, then the rest.
 
-    A label is the plan_id or a baseline's name (both where several plans have the name), and the point's number on the
-    front at the highest concurrency.
+    A label is the plan_id or a baseline's name, or both where several plans share the name. It also holds the number
+    that the plan's point has on the front at the highest concurrency.
     """
     known = pd.concat([table[["plan_id", "plan", "origin"]] for table in (pareto, candidates)], ignore_index=True)
     known = known.drop_duplicates("plan_id").set_index("plan_id")
@@ -83,9 +86,9 @@ def plan_labels(pareto: pd.DataFrame, candidates: pd.DataFrame) -> dict[str, tup
 
 
 def headline_row(pareto: pd.DataFrame, condition: Condition, *, min_retained: float = MIN_RETAINED) -> pd.Series | None:
-    """The row that a headline speaks of: the fastest candidate on the front that keeps `min_retained` of the quality.
+    """Returns the row for the headline: the fastest candidate on the front that keeps `min_retained` of the quality.
 
-    Where none keeps as much, the one that keeps the most; None without a candidate on the front.
+    Where none keeps as much, it returns the one that keeps the most; without a candidate on the front, None.
     """
     rows = front_rows(pareto, condition)
     rows = rows[(rows["origin"] != "base") & rows["speedup"].notna()]
@@ -98,36 +101,36 @@ def headline_row(pareto: pd.DataFrame, condition: Condition, *, min_retained: fl
 
 
 def headline(row: Row | pd.Series) -> str:
-    """One sentence on a pareto row: `1.52x throughput at 99.1 ± 0.4 % of the quality (concurrency 100, ...)`."""
+    """Sums a pareto row up in a sentence: `1.52x throughput at 99.1 ± 0.4 % of the quality (concurrency 100, ...)`."""
     return f"{trade(row)} ({Condition(*(row[name] for name in CONDITION_COLUMNS))})"
 
 
 def trade(row: Row | pd.Series) -> str:
-    """The headline without its serving condition."""
+    """Returns the headline without its serving condition."""
     quality: str = "unknown quality" if pd.isna(row["quality_retained"]) else f"{shown_retained(row)} of the quality"
     speed: str = "unknown" if pd.isna(row["speedup"]) else f"{row['speedup']:.2f}x"
     return f"{speed} throughput at {quality}"
 
 
 def letter_counts(plan: str) -> str:
-    """How many layers got each treatment, such as `24 S, 12 N`."""
+    """Counts the layers of each treatment, such as `24 S, 12 N`."""
     counts = ((treatment.letter, plan.count(treatment.letter)) for treatment in Treatment)
     return ", ".join(f"{count} {letter}" for letter, count in counts if count)
 
 
 FRONT_HEADER = ("point", "plan", "layers", "origin", "healed", "quality retained", "tok/s", "speedup", "KV bytes/token")
-"""Headings of the cells that `front_cells` gives."""
+"""The headings of the cells that `front_cells` returns."""
 
 
 def front_and_base(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
-    """The rows that a table of the front shows: base first where it is dominated (no `point`), then the front."""
+    """Returns the rows of a table of the front; a dominated base comes first, without a `point`."""
     rows = front_rows(pareto, condition)
     base = under(pareto, condition)
     return pd.concat([base[(base["origin"] == "base") & ~base.index.isin(rows.index)], rows])
 
 
 def front_cells(rows: pd.DataFrame) -> list[tuple[str, ...]]:
-    """Rows of `front_and_base` as rounded text under `FRONT_HEADER`."""
+    """Formats rows of `front_and_base` as rounded text under `FRONT_HEADER`."""
     return [
         (
             shown(row.get("point"), "d"),
@@ -145,7 +148,7 @@ def front_cells(rows: pd.DataFrame) -> list[tuple[str, ...]]:
 
 
 def format_front_table(pareto: pd.DataFrame) -> str:
-    """The front at the highest concurrency as plain text for a terminal, one block for each such condition."""
+    """Formats the front at the highest concurrency as text for a terminal, one block for each such condition."""
     found = conditions(pareto)
     blocks = []
     for condition in (c for c in found if c.concurrency == found[0].concurrency):
@@ -163,7 +166,11 @@ def format_front_table(pareto: pd.DataFrame) -> str:
 
 
 def shown(value: Any, form: str, unit: str = "") -> str:
-    """A cell for a reader: formatted, `yes`/`no` with the form `yes`, a dash for missing."""
+    """Formats a cell for a reader.
+
+    The form `yes` writes `yes` or `no`, the form `d` an integer; other forms are format specifications of a float. A
+    missing value becomes a dash.
+    """
     if value is None or pd.isna(value):
         return "-"
     if form == "yes":
@@ -172,7 +179,7 @@ def shown(value: Any, form: str, unit: str = "") -> str:
 
 
 def shown_retained(row: Row | pd.Series) -> str:
-    """Retained quality in percent with its standard error."""
+    """Formats the retained quality in percent with its standard error."""
     stderr = row["quality_retained_stderr"]
     margin: str = "" if pd.isna(stderr) else f" ± {100 * stderr:.1f}"
     return shown(100 * row["quality_retained"], ".1f", margin + " %")

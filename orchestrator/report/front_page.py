@@ -1,4 +1,4 @@
-"""What the page says of each serving condition: headlines, figure and table, which switch together."""
+"""Builds the page's headlines, figure and table for each serving condition; the page switches all three together."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ RETAINED = Axis("quality retained (%)", lambda value: f"{value:g}")
 QUALITY = Axis("quality", lambda value: f"{value:g}")
 
 FOUND = ("search", "refined", "given")
-"""Origins of plans that are no baselines: they are called by their plan_id."""
+"""Origins of plans that are no baselines. Such a plan has no name, so the page calls it by its plan_id."""
 
 Axes = tuple[tuple[str, Axis], tuple[str, Axis]]
-"""Column and axis across, column and axis upwards."""
+"""(column, axis) of the horizontal axis, then of the vertical axis."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A sentence on one plan, what it is called, and why it comes where it does."""
+    """Holds a sentence on one plan, the plan string, and a remark on its name and on why it was chosen."""
 
     sentence: str
     plan: str
@@ -49,18 +49,18 @@ class Headline:
 
 @dataclass(frozen=True)
 class FrontView:
-    """All that depends on the serving condition."""
+    """Holds everything that depends on the serving condition."""
 
     condition: Condition
     label: str
-    """What tells it apart from the other conditions."""
+    """The values in which this condition differs from the others."""
     headlines: list[Headline]
     charts: list[Chart]
     table: Table
 
     @property
     def key(self) -> list[tuple[str, str, str, str]]:
-        """(look, shape, text, further class) of what the figure holds."""
+        """Returns (look, shape, text, further CSS class) of each entry that the key of the figure needs."""
         shown_points = [mark.point for mark in self.charts[0].marks]
         present = {(point.look, point.shape) for point in shown_points}
         entries = [("front", "line", "front", ""), ("named", "triangle", "baseline", "")]
@@ -77,7 +77,7 @@ class FrontView:
 
 
 def front_views(pareto: pd.DataFrame, best: Collection[int]) -> list[FrontView]:
-    """One view for each serving condition, highest concurrency first.
+    """Builds one view for each serving condition, highest concurrency first.
 
     Args:
         pareto: rows of pareto.csv.
@@ -103,18 +103,18 @@ def _charts(rows: pd.DataFrame) -> list[Chart]:
 
 
 def _axes(rows: pd.DataFrame) -> Axes:
-    """What a figure of these rows has on its axes: relative to the base where that is known."""
+    """Chooses the columns and axes of a figure: relative to the base where that is known, else absolute."""
     x = ("speedup", SPEEDUP) if rows["speedup"].notna().any() else ("output_throughput_tok_per_s", THROUGHPUT)
     y = ("quality_retained", RETAINED) if rows["quality_retained"].notna().any() else ("quality", QUALITY)
     return x, y
 
 
 def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
-    """The rows of one condition that have both values, as points; the front last, so that it is drawn on top.
+    """Turns the rows of one condition that have both values into points; the front comes last, to be drawn on top.
 
     Args:
-        rows: rows of pareto.csv, with the number of those on the front in a column `point`.
-        axes: what is drawn.
+        rows: rows of pareto.csv; a column `point` numbers those on the front.
+        axes: the columns to draw and their axes.
     """
     (x, _), (y, _) = axes
     rows = rows[rows["status"].eq("ok") & rows[x].notna() & rows[y].notna()]
@@ -149,7 +149,7 @@ def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
 
 
 def point_details(row: pd.Series) -> tuple[tuple[str, str], ...]:
-    """What a reader of a point wants to know, as (term, value); what is unknown is left out."""
+    """Returns the facts that the page shows for a point, as (term, value); unknown values are left out."""
     cells = [
         ("origin", row["origin"]),
         ("healed", shown(row["healed"], "yes")),
@@ -170,7 +170,11 @@ def _known(value: float) -> float:
 
 
 def _speedup_error(row: pd.Series, base: pd.DataFrame) -> float:
-    """Standard error of a speed-up: both throughputs were timed, each by itself; the base's is 1 without error."""
+    """Returns the standard error of a speed-up.
+
+    Both throughputs were timed independently, so their relative errors add in quadrature. The base's own speed-up is
+    exactly 1 and has no error.
+    """
     if row["origin"] == "base" or base.empty:
         return 0.0
     relative = [
@@ -181,9 +185,9 @@ def _speedup_error(row: pd.Series, base: pd.DataFrame) -> float:
 
 
 def headlines(pareto: pd.DataFrame, condition: Condition, best: Collection[int]) -> list[Headline]:
-    """A sentence on each plan of the front, the base left out.
+    """Returns a sentence on each plan of the front, without the base.
 
-    First the best plan under the constraints, even where it is dominated; without one, `headline_row`.
+    The best plan under the constraints leads, even where it is dominated; without one, `headline_row` leads.
     """
     front = front_rows(pareto, condition)
     front = front[front["origin"] != "base"]

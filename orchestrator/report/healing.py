@@ -1,4 +1,4 @@
-"""Healing in tables and sentences: losses, the quality curve, baselines beside candidates, branches."""
+"""Describes healing in tables and sentences: losses, the quality curve, baselines against candidates, branches."""
 
 from __future__ import annotations
 
@@ -12,52 +12,58 @@ from orchestrator.report.front import shown, shown_retained
 from orchestrator.report.tables import Row, candidate_order, checked_rows, frame, score_cells, with_score_columns
 
 NEGLIGIBLE_NLL = 0.01
-"""Nats per token that a branch may be worth and still be called bypassed."""
+"""A branch whose removal costs less than this many nats per token is called bypassed."""
 
 HEALING_COLUMNS = {
     "plan_id": "str",
     "phase": "str",  # transfer | heal
-    "step": "Int64",  # from 1 over both phases; 0 where text was measured before the first step
+    "step": "Int64",  # counts from 1 over both phases; 0 is a measurement before the first step
     "tokens": "Int64",
-    "loss": "float64",  # of the step's batch
-    "held_out_divergence": "float64",  # from the teacher, on text that is not trained on; empty where not measured
+    "loss": "float64",  # loss of the step's batch
+    "held_out_divergence": "float64",  # to the teacher, on text outside training; empty: not measured
 }
 """Columns of healing_curves.csv, in order."""
 
 QUALITY_CURVE_COLUMNS = {
     "plan_id": "str",
     "origin": "str",
-    "share": "float64",  # of the budget; 0 is before healing, the last row the checkpoint
+    "share": "float64",  # share of the budget; 0 is before healing, the last row is the checkpoint
     "tokens": "Int64",
-    # here: `<task>_<metric>` and `<task>_<metric>_stderr` for each benchmark and the text (`text_nll`, `text_kl`)
+    # `<task>_<metric>` and `<task>_<metric>_stderr` of each benchmark and the text (`text_nll`, `text_kl`) stand here.
     "quality": "float64",
     "quality_stderr": "float64",
     "quality_retained": "float64",
     "quality_retained_stderr": "float64",  # paired
 }
-"""Columns of healing_quality.csv, in order. Rows: candidates before baselines, each by plan_id, then by tokens."""
+"""Columns of healing_quality.csv, in order.
+
+Rows are sorted by candidates before baselines, then by plan_id, then by tokens.
+"""
 
 BASELINE_COLUMNS = {
     "plan_id": "str",
     "plan": "str",
     "window": "Int64",
     "origin": "str",  # the baseline's name
-    "candidate_id": "str",  # the healed candidate of the same number of layers of each treatment
+    "candidate_id": "str",  # the healed candidate with as many layers of each treatment
     "candidate": "str",
     "quality_ratio": "float64",  # the baseline's quality over the candidate's
     "quality_ratio_stderr": "float64",  # paired over the items
-    "nll_gain": "float64",  # nats per token that the text costs the baseline less; positive is better
+    "nll_gain": "float64",  # the candidate's NLL minus the baseline's, nats per token; positive: baseline better
     "nll_gain_stderr": "float64",  # paired over the sequences
 }
-"""Columns of baselines.csv, in order: one row for each healed baseline and candidate of the same attention budget."""
+"""Columns of baselines.csv, in order.
+
+The table has one row for each healed baseline and candidate of the same attention budget.
+"""
 
 BRANCH_COLUMNS = {
     "plan_id": "str",
     "origin": "str",
     "window": "Int64",
-    "branch_zeroed": "str",  # linear | window; empty with both at work
+    "branch_zeroed": "str",  # linear | window; empty where both branches work
     "nll": "float64",
-    "nll_loss": "float64",  # what zeroing costs in nats per token
+    "nll_loss": "float64",  # rise of the NLL when the branch is zeroed, nats per token
     "nll_loss_stderr": "float64",  # paired over the sequences
     "n_items": "Int64",
 }
@@ -102,16 +108,19 @@ def branches_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def early_stop_sentences(stops: Iterable[Row], names: Mapping[str, str]) -> Iterator[str]:
-    """One sentence for each healed plan whose budget was not spent."""
+    """Yields one sentence for each healed plan that stopped before its budget was spent."""
     for stop in stops:
         yield (
             f"{names.get(stop['plan_id'], stop['plan_id'])} stopped after {stop['tokens']:,} of {stop['budget']:,} "
-            "tokens, since its divergence on held-out text had become flat."
+            "tokens, because its divergence on held-out text no longer fell."
         )
 
 
 def baseline_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
-    """One sentence for each healed baseline that beats its candidate beyond the paired error, or one that none does."""
+    """Yields one sentence for each healed baseline that beats its candidate beyond the paired error.
+
+    Where no baseline does, one sentence says so.
+    """
     better = 0
     for _, row in table.iterrows():
         parts = []
@@ -136,23 +145,23 @@ def baseline_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterato
 
 
 def branch_sentences(table: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
-    """One sentence for each healed plan whose linear branch is bypassed: zeroing it costs nothing measurable."""
+    """Yields one sentence for each healed plan whose linear branch is bypassed: zeroing it costs nothing measurable."""
     for _, row in table[table["branch_zeroed"].eq("linear")].iterrows():
         if pd.isna(row["nll_loss_stderr"]):
             continue
-        # Not to see a cost is not to know that there is none: the interval must leave room for a small one only.
+        # A cost that is not significant may still be large: the upper end of its interval must be negligible too.
         at_most = row["nll_loss"] + 1.96 * row["nll_loss_stderr"]
         if not _is_above(row["nll_loss"], row["nll_loss_stderr"]) and at_most < NEGLIGIBLE_NLL:
             name = names.get(row["plan_id"], row["plan_id"])
             yield (
                 f"The linear branch of {name} is bypassed: zeroing it costs "
                 f"{with_stderr(row['nll_loss'], row['nll_loss_stderr'], '+')} nats per token, nothing measurable. "
-                "healing.window_dropout makes it learn, or plain windows do as well."
+                "Set healing.window_dropout to make it learn, or use plain windows, which do as well."
             )
 
 
 def quality_curve_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | None:
-    """Every point of the quality curve."""
+    """Lists every point of the quality curve."""
     scores = [name for name in table.columns if f"{name}_stderr" in table.columns and name not in QUALITY_CURVE_COLUMNS]
     rows = [
         [
@@ -170,7 +179,7 @@ def quality_curve_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table 
 
 
 def baselines_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | None:
-    """Every healed baseline beside the candidates of its budget."""
+    """Lists every healed baseline next to the candidates of the same attention budget."""
     rows = [
         [
             row["plan"],
@@ -188,7 +197,7 @@ def baselines_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | No
 
 
 def branches_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | None:
-    """Every healed plan with linear_window layers, with and without each branch."""
+    """Lists every healed plan with linear_window layers, with and without each branch."""
     rows = [
         [
             names.get(row["plan_id"], row["plan_id"]),
@@ -207,7 +216,7 @@ def branches_cells(table: pd.DataFrame, names: Mapping[str, str]) -> Table | Non
 
 
 def _is_above(value: Any, stderr: Any) -> bool:
-    """Whether a value is above 0 beyond its error at 95 %."""
+    """Says whether a value is above 0 beyond its error at 95 % confidence."""
     return bool(pd.notna(value) and pd.notna(stderr) and value > _Z_95 * stderr)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of healing: the losses, and what quality was retained after how many tokens."""
+"""Draws healing: the losses, and the quality retained over the tokens of healing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELD_OUT = "held-out divergence"
 def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
     """Draws the loss over the tokens seen, one line for each healed plan, one panel for each phase.
 
-    Where the divergence on held-out text was measured it has a panel of its own.
+    Where the divergence on held-out text was measured, it has its own panel.
 
     Args:
         curves: rows of healing_curves.csv.
@@ -137,7 +137,7 @@ def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None =
 
 
 def line_looks(plan_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, dashes and marker of each plan."""
+    """Assigns a colour, dashes and a marker to each plan."""
     return dict(zip(plan_ids, cycle(_LINES), strict=False))
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page that opens offline: no script, no network, pictures inside."""
+"""Writes the report as one HTML page that opens offline: it embeds its pictures and uses no script and no network."""
 
 from __future__ import annotations
 
@@ -51,10 +51,13 @@ _SVG_STYLE = f"""<style>
 
 @dataclass(frozen=True)
 class Drawings:
-    """The pictures of a report; None where there is nothing to draw. The page draws the front itself."""
+    """Holds the pictures of a report; a picture with nothing to draw is None.
+
+    The page draws the front itself, from `front_page`.
+    """
 
     names: Mapping[str, str]
-    """What to call a plan_id where a reader should recognise it."""
+    """The name by which readers recognise a plan, by plan_id."""
     front: Picture | None
     plans: Picture | None
     sensitivity: Picture | None
@@ -68,7 +71,7 @@ class Drawings:
 
 
 def page(data: ReportData, drawings: Drawings) -> bytes:
-    """Renders the page. All text is escaped: names of models and tasks come from elsewhere."""
+    """Renders the page. All text is escaped, because names of models and tasks come from outside the project."""
     views = front_views(data.pareto, data.best)
     problems = [*data.warnings, *failure_lines(data.pareto)]
     names = drawings.names
@@ -129,7 +132,7 @@ def render_page(template: str, **values: Any) -> bytes:
 
 
 def data_uri(picture: Picture) -> str:
-    """The picture's SVG as a data URI whose ink, paper and grid follow the reader's light or dark scheme."""
+    """Returns the picture's SVG as a data URI whose ink, paper and grid follow the reader's light or dark scheme."""
     svg = picture.svg.decode()
     start = svg.index(">", svg.index("<svg")) + 1
     body = svg[start:]
@@ -140,7 +143,7 @@ def data_uri(picture: Picture) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and texts of a mapping, with the names of mappings inside joined by dots."""
+    """Yields the names and texts of a mapping; names of nested mappings are joined by dots."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Labels of points in a figure, put where they cover neither each other nor the points."""
+"""Places labels of points in a figure where they cover neither each other nor the points."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def place_labels(
 ) -> None:
     """Writes each label at the nearest offset where it covers no earlier label, no point and no edge.
 
-    Labels are placed greedily in the order given; where every offset has a fault, the one with the fewest is taken.
-    A label without a line is also at fault where it is nearer to another point than to its own.
+    Labels are placed greedily in the order given. Where every offset has a fault, the one with the fewest is taken.
+    A label without a line also counts as a fault where it is nearer to another point than to its own, because a reader
+    would assign it to that point.
 
     Args:
         figure: an Agg figure whose axes already hold everything else, so that its limits are final.
-        axes: where the points are.
+        axes: the axes that hold the points.
         labels: (x, y, text) in data coordinates.
-        points: (x, y) of every point drawn, the labelled ones among them.
+        points: (x, y) of every point drawn, including the labelled ones.
         line_colour: colour of the thin line that joins a label to a point that it does not touch.
     """
     figure.draw_without_rendering()
@@ -66,7 +67,7 @@ def _pixel(axes: Axes, point: tuple[float, float]) -> tuple[float, float]:
 
 
 def _distance(box: Bbox, mark: tuple[float, float]) -> float:
-    """From the nearest edge of the box, in pixels."""
+    """Returns the distance of the mark from the nearest edge of the box, in pixels."""
     return math.hypot(
         max(box.x0 - mark[0], 0.0, mark[0] - box.x1),
         max(box.y0 - mark[1], 0.0, mark[1] - box.y1),

@@ -1,4 +1,4 @@
-"""Renders a report: its CSVs, pictures and page, out of tables alone."""
+"""Renders a report, which is its CSVs, pictures and page, from tables alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.report.html import Drawings, page
 from orchestrator.report.tables import to_csv
 
 MAX_STRIPS = 40
-"""Plans drawn as strips in a picture, those on the front first; the tables list all."""
+"""The most plans that the picture of strips draws, those on the front first; the tables list all plans."""
 
 
 _TABLES = {
@@ -51,7 +51,7 @@ _PICTURES = {
     "speed": "speed",
 }
 REPORT_FILES = ("report.html", *_TABLES, *(f"{name}.{form}" for name in _PICTURES for form in ("png", "svg")))
-"""All that a report may consist of; what there is nothing to say in is left out."""
+"""All files that a report may hold; a table without rows and a picture without data are left out."""
 
 
 def render(data: ReportData) -> dict[str, bytes]:
@@ -61,10 +61,10 @@ def render(data: ReportData) -> dict[str, bytes]:
         data: tables as the builders of `tables`, `certainty`, `healing` and `choice` make them.
 
     Returns:
-        Contents by file name: always report.html; a CSV for each table with rows (sensitivity.csv, candidates.csv,
-        pareto.csv, healing_curves.csv, healing_quality.csv, baselines.csv, branches.csv, rankings.csv,
+        The contents by file name. report.html is always there. Each table with rows gives a CSV (sensitivity.csv,
+        candidates.csv, pareto.csv, healing_curves.csv, healing_quality.csv, baselines.csv, branches.csv, rankings.csv,
         rank_correlations.csv, interactions.csv, tiers.csv, lengths.csv, halving.csv, fidelity.csv, speed.csv,
-        estimates.csv); PNG and SVG of each picture there is something to draw for (pareto at the highest concurrency,
+        estimates.csv). Each picture with something to draw gives a PNG and an SVG (pareto at the highest concurrency,
         sensitivity, healing, healing_quality, plans, rank_correlations, interactions, lengths, halving, speed).
     """
     drawings = _draw(data)
@@ -96,7 +96,10 @@ def _draw(data: ReportData) -> Drawings:
 
 
 def _names(labels: Mapping[str, tuple[str, str]], pareto: pd.DataFrame) -> dict[str, str]:
-    """What to call each plan: its label with its id; a baseline by the name that it was healed under."""
+    """Names each plan by its label and its id.
+
+    A healed plan that several origins share is named after the baseline under which it was healed.
+    """
     names = {key: label if key in label else f"{label} {key}" for key, (label, _) in labels.items()}
     healed = pareto[pareto["healed"].fillna(False).astype(bool)]
     for key, origin in zip(healed["plan_id"], healed["origin"], strict=True):

@@ -1,7 +1,7 @@
-"""The tables that users read: columns, builders from records, CSV, and the front as plain text.
+"""Defines the tables that users read: their columns, their builders from records, and how CSV is written and read.
 
-Cells: empty for missing, floats unrounded, booleans `true`/`false`. Rows come in an order that does not depend on
-the order in which the units finished. A failed unit is a row with its `status`, never a gap.
+A missing value is an empty cell, floats are unrounded, booleans are `true` or `false`. The order of rows does not
+depend on the order in which the units finished. A failed unit is a row with its `status`, never a gap.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Row = Mapping[str, Any]
 SENSITIVITY_COLUMNS = {
     "layer": "Int64",  # 0 is the layer after the embedding
     "treatment": "str",  # softmax | linear_window | window | none
-    "task": "str",  # a benchmark, `text`, or `mean`: the sensitivity, over the benchmarks
+    "task": "str",  # a benchmark, `text`, or `mean`, which is the sensitivity over the benchmarks
     "metric": "str",
-    "n_items": "Int64",  # items that both models answered
+    "n_items": "Int64",  # the number of items that both models answered
     "base": "float64",
     "ablated": "float64",  # the same score with this one layer treated
     "drop": "float64",  # positive is worse, whatever the metric's direction
@@ -34,7 +34,7 @@ SENSITIVITY_COLUMNS = {
 }
 """Columns of sensitivity.csv, in order, with their pandas types.
 
-Rows: by layer, treatment, task (`mean` first), metric.
+Rows are sorted by layer, treatment, task (`mean` first) and metric.
 """
 
 CANDIDATE_COLUMNS = {
@@ -49,11 +49,14 @@ CANDIDATE_COLUMNS = {
     "output_throughput_tok_per_s": "float64",  # measured; empty where it was not
     "on_front": "boolean",
     "status": "str",  # ok | failed
-    "objective": "float64",  # what the search keeps, larger is better: minus the drop of the score, or the quality
+    "objective": "float64",  # the search maximises it: minus the drop of the score, or the quality
     "predicted_throughput_tok_per_s": "float64",
     "predicted_throughput_stderr": "float64",
 }
-"""Columns of candidates.csv, in order: one row for each distinct plan that was tried. Rows: base, baselines, search."""
+"""Columns of candidates.csv, in order. The table has one row for each distinct plan that was tried.
+
+Rows are sorted by base, baselines, search.
+"""
 
 PARETO_COLUMNS = {
     "plan_id": "str",
@@ -77,32 +80,34 @@ PARETO_COLUMNS = {
     "tpot_ms_p50": "float64",
     "peak_memory_mib": "float64",
     "kv_bytes_per_token": "float64",
-    # here: `<task>_<metric>` and `<task>_<metric>_stderr` for each benchmark, base's order
+    # `<task>_<metric>` and `<task>_<metric>_stderr` of each benchmark stand here, in the base's order.
     "quality": "float64",
     "quality_stderr": "float64",
     "quality_retained": "float64",  # quality over base's quality
     "quality_retained_stderr": "float64",  # paired
     "speedup": "float64",  # output throughput over base's under the same condition
-    "on_front": "boolean",  # among the ok rows of the same condition: (quality, output throughput)
+    "on_front": "boolean",  # no ok row of the same condition dominates it in (quality, output throughput)
     "status": "str",
     "error": "str",
-    "predicted_throughput_tok_per_s": "float64",  # from the plans measured before the search
+    "predicted_throughput_tok_per_s": "float64",  # predicted from the plans measured before the search
     "predicted_throughput_stderr": "float64",
     "feasible": "boolean",  # holds the recipe's constraints; empty where there are none
     "flags": "str",  # what a candidate lost although its accuracy held: generation, retrieval, calibration
-    # what vllm tells and transformers does not
+    # The transformers engine does not report the following columns; vllm does.
     "engine_version": "str",
     "ttft_ms_p99": "float64",
     "tpot_ms_p99": "float64",
     "itl_ms_p50": "float64",
     "itl_ms_p99": "float64",
-    "kv_cache_tokens": "Int64",  # that the engine's memory holds at once, in sequences of the longest length
+    "kv_cache_tokens": "Int64",  # tokens that the KV cache holds at once, in sequences of the longest length
 }
-"""Columns of pareto.csv, in order: one row for each candidate and serving condition. Rows: base, baselines, search,
-each by plan_id; then unhealed before healed; then by condition."""
+"""Columns of pareto.csv, in order. The table has one row for each candidate and serving condition.
+
+Rows are sorted by base, baselines, search, then by plan_id, then unhealed before healed, then by condition.
+"""
 
 CONDITION_COLUMNS = ["hardware", "engine", "concurrency", "prompt_tokens", "new_tokens"]
-"""What makes two rows comparable in speed."""
+"""Two rows are comparable in speed where they agree in all of these columns."""
 
 _AFTER_SCORES = "quality"
 _OBJECTIVES = ["quality", "output_throughput_tok_per_s"]
@@ -173,7 +178,7 @@ def pareto_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def with_score_columns(columns: Mapping[str, str], scores: Iterable[str]) -> dict[str, str]:
-    """Columns with those of the benchmarks in their place, before `quality`; give the `<task>_<metric>` names."""
+    """Inserts the score columns, named `<task>_<metric>`, before `quality`, each with its `_stderr` column."""
     found: dict[str, str] = {}
     for name, dtype in columns.items():
         if name == _AFTER_SCORES:
@@ -184,7 +189,10 @@ def with_score_columns(columns: Mapping[str, str], scores: Iterable[str]) -> dic
 
 
 def score_column(task: str, metric: str) -> str:
-    """The column of a score: `<task>_<metric>` with each run of characters other than letters, digits, . - as one _."""
+    """Returns the name of a score's column, `<task>_<metric>`.
+
+    Each run of characters other than letters, digits, `_`, `.` and `-` becomes one `_`.
+    """
     return re.sub(r"[^\w.-]+", "_", f"{task}_{metric}")
 
 
@@ -197,7 +205,7 @@ def to_csv(table: pd.DataFrame) -> bytes:
 
 
 def read_csv(content: bytes, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Reads what `to_csv` wrote, exactly; a column that `columns` lacks is a benchmark's and read as a float."""
+    """Reads exactly what `to_csv` wrote. A column that `columns` lacks belongs to a benchmark and is read as floats."""
     header = pd.read_csv(io.BytesIO(content), nrows=0).columns
     dtypes = {name: columns.get(name, "float64") for name in header}
     return pd.read_csv(
@@ -210,7 +218,7 @@ def read_csv(content: bytes, columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def checked_rows(rows: Iterable[Row], columns: Mapping[str, str], required: Sequence[str]) -> list[dict[str, Any]]:
-    """Copies of the rows.
+    """Copies the rows and checks their keys.
 
     Raises:
         ValueError: a row has a key that is no column, or lacks a required one.
@@ -225,7 +233,7 @@ def checked_rows(rows: Iterable[Row], columns: Mapping[str, str], required: Sequ
 
 
 def frame(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
-    """The rows as a table with these columns and types; absent keys become empty cells."""
+    """Makes a table of the rows with these columns and types; absent keys become empty cells."""
     return pd.DataFrame(
         {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in columns.items()}
     )
@@ -261,10 +269,10 @@ def _counts(plan: str) -> dict[str, int]:
 def score_cells(
     scores: Iterable[Row], owners: dict[str, tuple[str, str]], columns: Mapping[str, str]
 ) -> dict[str, float | None]:
-    """Cells of one row; `owners` remembers, over the rows, which score each column belongs to.
+    """Returns the score cells of one row; `owners` records, over all rows, which score each column belongs to.
 
     Raises:
-        ValueError: two scores would share a column, or one would have a column of the table's own.
+        ValueError: two scores would share a column, or a score would take one of the table's own columns.
     """
     cells: dict[str, float | None] = {}
     for score in scores:

@@ -1,1 +1,1 @@
-"""Running a recipe as a job of a Ray cluster elsewhere, and following its log."""
+"""Runs a recipe as a job of a Ray cluster elsewhere and follows its log."""

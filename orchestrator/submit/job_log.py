@@ -1,4 +1,4 @@
-"""A Ray cluster's job server as it is seen over a bad line: starting a job, and following its log to its end."""
+"""Starts a job on a Ray cluster's job server and follows its log to the end, even over a bad connection."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from tasks.cluster.connection import our_package_folders
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 120.0
 QUIET_S = 60.0
-"""After so long without a line the connection is made anew: a line that was cut silently never says so."""
+"""After this time without log output the connection is opened again.
+
+A connection that was cut silently never reports it.
+"""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 GIVE_UP_AFTER_S = 3600.0
 
 
 class JobServerError(RuntimeError):
-    """The job server does not answer, refuses us, or does not do what it was asked.
+    """The job server does not answer, refuses the connection, or fails at a request.
 
     Attributes:
-        is_lost: whether it may answer again by itself.
-        id_is_taken: whether what is wrong is the submission id.
+        is_lost: whether the server may answer again by itself.
+        id_is_taken: whether the fault is that the submission id is in use.
     """
 
     def __init__(self, message: str, *, is_lost: bool = False, id_is_taken: bool = False) -> None:
@@ -39,13 +42,13 @@ class JobServerError(RuntimeError):
 
 
 class JobServer(JobSubmissionClient):
-    """Ray's client with an end to its waiting, and with errors that say what to do.
+    """Wraps Ray's client with timeouts, and with errors that name the remedy.
 
     Args:
         address: URL of the head's job server.
 
     Raises:
-        JobServerError: nobody answers there, somebody else does, or the token is refused.
+        JobServerError: nothing answers at the address, another server does, or the token is refused.
     """
 
     def __init__(self, address: str) -> None:
@@ -71,17 +74,17 @@ class JobServer(JobSubmissionClient):
         return response
 
     def send_our_packages(self) -> list[str]:
-        """Uploads LayerBoost's own packages; returns what `py_modules` calls them."""
-        # Apart from the working directory, whose excludes would be patterns of these folders too.
+        """Uploads LayerBoost's own packages and returns their URIs for `py_modules`."""
+        # This is a separate upload, because the excludes of the working directory would apply to these folders too.
         sent: dict[str, Any] = {"py_modules": our_package_folders(), "excludes": ["__pycache__"]}
         self._asked(self._upload_py_modules_if_needed, sent)
         return sent["py_modules"]
 
     def start(self, submission_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
-        """Uploads what travels and starts the job.
+        """Uploads the package and starts the job.
 
         Raises:
-            JobServerError: if it did not start.
+            JobServerError: the job did not start.
         """
         try:
             self._asked(self.submit_job, submission_id=submission_id, entrypoint=entrypoint, runtime_env=runtime_env)
@@ -91,7 +94,7 @@ class JobServer(JobSubmissionClient):
                 raise
 
     def details(self, submission_id: str) -> JobDetails:
-        """What is known of a job.
+        """Returns what the server knows of a job.
 
         Raises:
             JobServerError: the server does not answer, or knows no such job.
@@ -99,10 +102,10 @@ class JobServer(JobSubmissionClient):
         return self._asked(self.get_job_info, submission_id)
 
     def log(self, submission_id: str) -> str:
-        """Everything that a job has written so far.
+        """Returns everything that a job has written so far.
 
         Raises:
-            JobServerError: as `details`.
+            JobServerError: in the same cases as `details`.
         """
         return self._asked(self.get_job_logs, submission_id)
 
@@ -124,7 +127,7 @@ class JobServer(JobSubmissionClient):
             raise self._unwilling(str(error)) from error
 
     def _unwilling(self, answer: str) -> JobServerError:
-        # A traceback of the server's; its last line says what went wrong.
+        # The answer is a traceback of the server, and its last line says what went wrong.
         reason = ([line for line in answer.splitlines() if line.strip(" .")] or ["it gave no reason"])[-1].strip()
         if "already exists" in answer:
             return JobServerError("is the id of another job on that cluster; give another", id_is_taken=True)
@@ -138,16 +141,16 @@ class JobServer(JobSubmissionClient):
 def follow(
     server: JobServer, submission_id: str, write: Callable[[str], None], say: Callable[[str], None]
 ) -> JobDetails:
-    """Writes a job's log, without gap or repetition however often the connection is lost, until the job has ended.
+    """Writes a job's log until the job has ended, without gaps or repetitions even if the connection is lost.
 
     Args:
-        server: which runs the job.
-        submission_id: of the job.
-        write: gets the log in pieces.
-        say: gets a line when the connection is lost, and one when it is back.
+        server: the job server.
+        submission_id: the id of the job.
+        write: receives the log in pieces.
+        say: receives one line when the connection is lost, and one when it is back.
 
     Returns:
-        The job as it ended.
+        The details of the ended job.
 
     Raises:
         JobServerError: the job is no longer known, the token is refused, or nobody has answered for an hour.
@@ -165,7 +168,7 @@ def follow(
         line.answers()
         has_ended = details.status.is_terminal()
         if cut is not None:
-            # Where websockets do not get through, plain HTTP may; and what came before the end is there by now.
+            # Plain HTTP may work where websockets are blocked, and it also gives what was written just before the end.
             try:
                 log.write_new(server.log(submission_id))
             except JobServerError as error:
@@ -178,20 +181,20 @@ def follow(
 
 
 def exit_code(details: JobDetails) -> int:
-    """The exit code of an ended job's command; 1 for a job that was stopped or never came to its command."""
+    """Returns the exit code of an ended job's command; a job that was stopped or never started its command gives 1."""
     code = 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code
     return code if code is not None and 0 <= code < 256 else 1
 
 
 class _Log:
-    """What has been written of a log, of which every reading begins at its first character."""
+    """Remembers how much of a log has been written, because every read of it starts at its first character."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._n_written = 0
 
     def write_new(self, text: str, *, start: int = 0) -> None:
-        """Writes what is new in a piece that begins at the character `start` of the log."""
+        """Writes the new part of a piece that begins at character `start` of the log."""
         if (fresh := text[max(0, self._n_written - start) :]) and start + len(text) > self._n_written:
             self._write(fresh)
             self._n_written = start + len(text)
@@ -200,7 +203,7 @@ class _Log:
         """Writes the log as it grows.
 
         Returns:
-            None when it is at its end; else why it came no further, empty if it was only quiet for long.
+            None at the end of the log, else the reason why it stopped, which is empty after a long silence.
         """
         try:
             asyncio.run(self._tail(server, submission_id, on_piece))
@@ -221,7 +224,7 @@ class _Log:
 
 
 class _Line:
-    """The connection: says once that it is lost and once that it is back, and waits longer each time between."""
+    """Watches the connection: it reports a loss once and the return once, and waits longer before each further try."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

@@ -1,7 +1,7 @@
-"""`layerboost submit`: a run as a job of a Ray cluster elsewhere, over nothing but HTTP.
+"""`layerboost submit`: runs a recipe as a job of a Ray cluster elsewhere, using only HTTP.
 
-The working directory travels, the driver runs on the head, and this process follows its log and takes over its exit
-code. Losing the connection loses nothing: the job goes on, and so does the log where it stopped.
+The working directory is uploaded and the driver runs on the head. This process follows its log and returns its exit
+code. A lost connection loses nothing: the job goes on, and the log continues where it stopped.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class Job:
-    """A run as it will be submitted.
+    """Describes a run that is ready to be submitted.
 
     Attributes:
-        submission_id: names it on the cluster.
+        submission_id: the name of the job on the cluster.
         entrypoint: the command that the head runs in the working directory.
-        package: what travels.
+        package: the files to upload.
         variables: environment variables of driver and workers. Their values are secrets.
-        brings_layerboost: whether our packages are in the working directory.
-        notes: what the user should know before it runs.
+        brings_layerboost: whether the working directory holds LayerBoost's own packages.
+        notes: hints that the user should read before the job runs.
     """
 
     submission_id: str
@@ -57,22 +57,22 @@ class Job:
     notes: tuple[str, ...]
 
     def runtime_env(self) -> dict[str, Any]:
-        """What Ray sets up for the job, before anything is uploaded."""
+        """Returns the environment that Ray sets up for the job, before anything is uploaded."""
         wanted: dict[str, Any] = {"working_dir": str(self.package.folder), "excludes": list(self.package.excludes)}
         return wanted | ({"env_vars": dict(self.variables)} if self.variables else {})
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """`layerboost submit`: returns the job's exit code, or 0 where it is not waited for."""
+    """`layerboost submit`: returns the job's exit code, or 0 with `--no-wait`."""
     with contextlib.nullcontext() if arguments.verbose else _only_errors_of_ray():
         return _submit(arguments)
 
 
 @contextlib.contextmanager
 def _only_errors_of_ray() -> Iterator[None]:
-    """Otherwise each ignore file that Ray heeds and each step of its upload is a line.
+    """Silences Ray's log except for errors, because Ray logs each ignore file and each step of the upload.
 
-    Some of Ray's loggers set levels of their own, therefore it is done where their lines come out.
+    The level is set on the handlers, because some of Ray's loggers set levels of their own.
     """
     levels = {handler: handler.level for handler in logging.getLogger("ray").handlers}
     for handler in levels:
@@ -89,7 +89,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = prepare(arguments)
     by_itself = not os.environ.get("RAY_AUTH_MODE")
     use_token_if_at_hand()
-    # What must be typed with a command of Ray's own, which does not look for the token by itself.
+    # Ray's own commands do not look for the token, so the printed commands must name the mode.
     token = "RAY_AUTH_MODE=token " if by_itself and os.environ.get("RAY_AUTH_MODE") else ""
     server = _connect(address)
     for note in job.notes:
@@ -110,10 +110,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> Job:
-    """Checks everything that can be checked from here, and decides what travels.
+    """Checks everything that can be checked from here and decides what is uploaded.
 
     Raises:
-        InputError: for the first thing that is wrong.
+        InputError: an input is wrong; it names the first fault.
     """
     out = check_out(arguments.out)
     load_recipe(arguments.recipe, arguments.overrides)
@@ -127,7 +127,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
         )
     named = named_paths(arguments.recipe, arguments.overrides)
     task_files = _task_files(named)
-    # An environment works only where it was made.
+    # A virtual environment works only on the machine where it was made, so it is not uploaded.
     needed = [path.found for path in named if path.found and path.field != "throughput.environment"]
     package = pack(folder, _inside([recipe, *needed, *task_files], folder))
     _check_travels("recipe", arguments.recipe, recipe, package)
@@ -150,10 +150,10 @@ def prepare(arguments: argparse.Namespace) -> Job:
 
 
 def check_address(address: str | None) -> str:
-    """The URL of a job server, without a slash at its end.
+    """Returns the URL of a job server without a slash at its end.
 
     Raises:
-        InputError: there is none, or it is of another kind.
+        InputError: the address is missing or is no HTTP URL.
     """
     remedy = "the head's job server is needed, for example http://HEAD:8265"
     if address is None:
@@ -164,10 +164,10 @@ def check_address(address: str | None) -> str:
 
 
 def check_out(out: str | None) -> str:
-    """The run folder, if every node can have it.
+    """Returns the run folder after checking that every node can reach it.
 
     Raises:
-        InputError: there is none, it is relative, or it is of one process only.
+        InputError: it is missing, relative, or exists in one process only.
     """
     remedy = "give an absolute path that every node has, or a URL such as s3://bucket/run"
     if out is None:
@@ -191,10 +191,10 @@ def check_out(out: str | None) -> str:
 
 
 def check_variables(names: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables of these names.
+    """Returns the environment variables of these names.
 
     Raises:
-        InputError: one is not a name, or not set. No value is in the message.
+        InputError: a name is invalid or not set. The message never holds a value.
     """
     for name in names:
         bare = name.partition("=")[0]
@@ -210,7 +210,7 @@ def check_variables(names: Sequence[str], here: Mapping[str, str]) -> dict[str, 
 
 
 def check_submission_id(submission_id: str | None) -> str | None:
-    """The id that was asked for, if it can be one."""
+    """Returns the requested submission id after checking that it is valid."""
     if submission_id is not None and not _ID.fullmatch(submission_id):
         raise InputError(
             "--submission-id", submission_id, "must be up to 100 letters, digits, '-', '_' and '.', a letter first"
@@ -219,16 +219,16 @@ def check_submission_id(submission_id: str | None) -> str | None:
 
 
 def new_submission_id(recipe_name: str) -> str:
-    """A readable id of its own: the recipe's name, the time, and a few random digits."""
+    """Makes a readable, unique id from the recipe's name, the time and a few random digits."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe_name).strip("-_") or "run"
     return f"{name[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def check_paths(named: Iterable[NamedPath], package: Package) -> list[str]:
-    """Whether the nodes will find what the recipe names; returns what they must have themselves.
+    """Checks that the nodes will find the paths of the recipe; returns notes on paths that they must have themselves.
 
     Raises:
-        InputError: a relative path does not travel.
+        InputError: a relative path would not be uploaded.
     """
     notes = []
     for path in named:
@@ -249,7 +249,7 @@ def check_paths(named: Iterable[NamedPath], package: Package) -> list[str]:
 
 
 def check_size(package: Package, most_bytes: int) -> None:
-    """Raises InputError if the package is more than the job server takes."""
+    """Raises InputError if the package is larger than the job server accepts."""
     if package.n_bytes > most_bytes:
         raise InputError(
             "working directory",
@@ -278,7 +278,7 @@ def _check_travels(name: str, written: object, found: Path, package: Package) ->
 
 
 def _task_files(named: Iterable[NamedPath]) -> list[Path]:
-    """The task files that stand here, with what they include and read."""
+    """Returns the local task files, with the files that they include and read."""
     files: list[Path] = []
     for path in named:
         if (
@@ -308,7 +308,7 @@ def _inside(paths: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def _connect(address: str) -> JobServer:
-    # Ray prefers this variable, and RAY_ADDRESS, to the address that it is given.
+    # Ray prefers this variable, and RAY_ADDRESS, to the address argument.
     with environment({"RAY_API_SERVER_ADDRESS": address}):
         try:
             return JobServer(address)
@@ -347,7 +347,7 @@ def _follow(server: JobServer, job: Job) -> int:
 
 
 def hide(text: str, variables: Mapping[str, str]) -> str:
-    """A text without the values of these variables, but for those too short to be secrets."""
+    """Replaces the values of these variables in a text by their names; values too short to be secrets stay."""
     for name, value in variables.items():
         if len(value) >= 6:
             text = text.replace(value, f"${name}")

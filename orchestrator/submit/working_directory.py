@@ -1,8 +1,8 @@
-"""What of a working directory travels to a cluster with a job, and what is too heavy to.
+"""Decides which files of a working directory are uploaded to a cluster with a job.
 
-Ray packs the folder less what `.gitignore` and `.rayignore` name, and holds the package in the head's memory. So what a
-job does not need stays here: repositories, environments, caches, run folders, and large files that the recipe does not
-name.
+Ray packs the folder without what `.gitignore` and `.rayignore` name, and keeps the package in the head's memory. A job
+therefore leaves behind what it does not need: repositories, environments, caches, run folders, and large files that the
+recipe does not name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LARGE_FILE_MIB = 5.0
-"""A file above this travels only if the recipe names it, or the folder that it is in."""
+"""A file larger than this is uploaded only if the recipe names it or its folder."""
 
 _STAY = frozenset(
     (
@@ -37,13 +37,13 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class Package:
-    """What travels of a folder.
+    """Describes which files of a folder are uploaded.
 
     Attributes:
         folder: the working directory.
-        excludes: patterns for Ray's `excludes`, each of one path in the folder.
+        excludes: patterns for Ray's `excludes`; each matches one path in the folder.
         stays: the paths of those patterns, relative to the folder.
-        sizes: bytes of each file that travels, by its path relative to the folder.
+        sizes: bytes of each uploaded file, by its path relative to the folder.
     """
 
     folder: Path
@@ -53,11 +53,11 @@ class Package:
 
     @property
     def n_bytes(self) -> int:
-        """The size of the archive, which Ray does not compress: an entry costs its name twice and its headers."""
+        """Returns the size of the archive. Ray does not compress it; an entry adds its name twice and its headers."""
         return sum(size + 2 * len(name.encode()) + 128 for name, size in self.sizes.items())
 
     def lacking(self, path: Path) -> Path | None:
-        """The first file of a path in the folder that does not travel; None if all do."""
+        """Returns the first file under a path of the folder that is not uploaded; None if all are."""
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         travelling = (file.relative_to(self.folder).as_posix() in self.sizes for file in files)
         return next(
@@ -65,11 +65,11 @@ class Package:
         )
 
     def worth_saying(self) -> list[str]:
-        """What stays, less what nobody would miss."""
+        """Lists what stays here, without what no job needs, such as caches and environments."""
         return [name for name in self.stays if name.rpartition("/")[2] not in _STAY]
 
     def largest(self, n: int = 5) -> str:
-        """The heaviest folders (of two levels) and files, with their sizes."""
+        """Lists the largest folders (down to two levels) and files with their sizes."""
         totals: Counter[str] = Counter()
         for name, size in self.sizes.items():
             parts = name.split("/")
@@ -78,11 +78,11 @@ class Package:
 
 
 def pack(folder: Path, needed: Iterable[Path]) -> Package:
-    """Looks what of a folder would travel. Writes nothing.
+    """Finds which files of a folder would be uploaded; it writes nothing.
 
     Args:
         folder: the working directory.
-        needed: files and folders in it that travel whatever their size.
+        needed: files and folders in it that are uploaded whatever their size.
     """
     folder = folder.absolute()
     stays = tuple(path.relative_to(folder).as_posix() for path in _staying(folder, frozenset(needed)))
@@ -91,7 +91,7 @@ def pack(folder: Path, needed: Iterable[Path]) -> Package:
 
 
 def max_package_bytes() -> int:
-    """What the job server accepts."""
+    """Returns the largest package that the job server accepts, in bytes."""
     from ray._private import ray_constants
 
     return ray_constants.DASHBOARD_CLIENT_MAX_SIZE
@@ -114,7 +114,7 @@ def _staying(folder: Path, needed: frozenset[Path], *, only_needed: bool = False
         elif only_needed:
             yield path
         elif entry.is_dir():
-            # Ray would follow links, also those that lead out of the folder or in a circle.
+            # Links stay here: Ray would follow them, even out of the folder or in a circle.
             if entry.is_symlink() or _is_heavy_folder(path):
                 yield path
             else:
@@ -134,12 +134,12 @@ def _is_cache(file: Path) -> bool:
 
 
 def _pattern(name: str) -> str:
-    """A pattern, as in a `.gitignore`, of one path and nothing else."""
+    """Returns a `.gitignore` pattern that matches one path and nothing else."""
     return "/" + re.sub(r" $", "[ ]", re.sub(r"([\\*?\[\]])", r"\\\1", name))
 
 
 def _packed_sizes(folder: Path, excludes: Iterable[str]) -> dict[str, int]:
-    """Bytes of each file that Ray packs, found by Ray's own walk."""
+    """Returns the bytes of each file that Ray packs, using Ray's own directory walk."""
     from ray._private import ray_constants
     from ray._private.runtime_env import packaging
 
