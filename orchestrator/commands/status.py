@@ -34,7 +34,8 @@ def read_status(folder: RunFolder) -> dict[str, Any]:
 
     Returns:
         The keys of `Progress.snapshot`, and `state` (`running`, `done`, `some units failed`, `stopped` or `gone`),
-        `reason`, `started_at`, `written_at`, and `holder` of the lock: `host`, `pid`, `heartbeat_age_s`, `is_alive`; or None.
+        `reason`, `started_at`, `written_at`, and the lock's `holder` (`host`, `pid`, `heartbeat_age_s`,
+        `is_alive`), which is None where nobody holds the folder.
 
     Raises:
         InputError: the folder holds no run.
