@@ -28,8 +28,8 @@ class Difference:
     Attributes:
         mean: Mean of base minus other; positive if the other scores lower.
         stderr: Standard error by normal theory; None if a single item says nothing about it.
-        ci_low: Lower end of the confidence interval; None if `stderr` is None.
-        ci_high: Upper end of the confidence interval; None if `stderr` is None.
+        ci_low: Lower end of the confidence interval; None if `stderr` is None or no interval was asked for.
+        ci_high: Upper end of the confidence interval; None if `ci_low` is None.
         n_items: Items compared, over all tasks.
     """
 
@@ -52,7 +52,7 @@ def paired_difference(
     base_items: Sequence[float],
     other_items: Sequence[float],
     *,
-    confidence: float = 0.95,
+    confidence: float | None = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Difference:
@@ -73,7 +73,7 @@ def paired_difference(
     Args:
         base_items: The base's score of each item.
         other_items: The other model's score of each item, in the same order.
-        confidence: Probability that the interval is to cover.
+        confidence: Probability that the interval is to cover; None for no interval, which takes nearly all of the time.
         resamples: Bootstrap samples.
         seed: Seed of the bootstrap.
 
@@ -84,21 +84,21 @@ def paired_difference(
     n = len(differences)
     mean = float(differences.mean())
     stderr = mean_stderr(differences)
-    if stderr is None:
-        return Difference(mean, None, None, None, n)
+    if stderr is None or confidence is None:
+        return Difference(mean, stderr, None, None, n)
     if stderr == 0.0:
         return Difference(mean, stderr, mean, mean, n)
     reach = stderr * _studentised_quantile(differences, stderr, confidence, resamples, seed)
     return Difference(mean, stderr, mean - reach, mean + reach, n)
 
 
-def mean_of_differences(differences: Sequence[Difference], *, confidence: float = 0.95) -> Difference:
+def mean_of_differences(differences: Sequence[Difference], *, confidence: float | None = 0.95) -> Difference:
     """Averages the differences of independent tasks, with the same weight for each task.
 
     Tasks are fixed and their items sampled: the error is that of the same tasks with other items. The interval is
     Student's with Welch and Satterthwaite's degrees of freedom, because the error itself is uncertain if most of it
     comes from a small task. The standard error of a task that has no number of items counts as exact. If a task has no
-    standard error, the mean has none either.
+    standard error, the mean has none either. With a confidence of None there is no interval.
 
     Raises:
         PairingError: If there are no differences.
@@ -108,8 +108,8 @@ def mean_of_differences(differences: Sequence[Difference], *, confidence: float 
     mean = math.fsum(d.mean for d in differences) / len(differences)
     n_items = sum(d.n_items for d in differences)
     stderr = mean_of_independent([d.stderr for d in differences])
-    if stderr is None:
-        return Difference(mean, None, None, None, n_items)
+    if stderr is None or confidence is None:
+        return Difference(mean, stderr, None, None, n_items)
     reach = stderr * _t_quantile(confidence, _welch_satterthwaite(differences))
     return Difference(mean, stderr, mean - reach, mean + reach, n_items)
 

@@ -40,7 +40,7 @@ class DropRow:
         return asdict(self)
 
 
-def drops(base: Scores, variant: Scores, score: str) -> list[DropRow]:
+def drops(base: Scores, variant: Scores, score: str, *, intervals: bool = True) -> list[DropRow]:
     """Returns what a variant lost on each task and, as the last row, on their mean (task `mean`): the sensitivity.
 
     The mean over tasks of base minus variant is Eq. 3 of LayerBoost (arXiv 2604.22050). Each task has the same weight,
@@ -51,22 +51,28 @@ def drops(base: Scores, variant: Scores, score: str) -> list[DropRow]:
         base: Scores of the untouched model. Its KL to itself is zero and may be missing.
         variant: Scores of the model with one layer treated.
         score: One of SCORES except `cosine`, whose rows `cosine_drops` gives.
+        intervals: Whether rows get the ends of their intervals; their bootstrap takes nearly all of the time.
 
     Raises:
         QualityError: The score was not measured, or not over the same items.
     """
-    pairs = list(_pairs(base, variant, score))
+    pairs: list[tuple[MetricScore | None, MetricScore]] = list(_pairs(base, variant, score))
     if not pairs:
         raise QualityError(f"sensitivity.score: '{score}' was not measured; add what it needs to quality")
-    differences = [_drop(before, after) for before, after in pairs]
+    differences = [_drop(before, after, intervals) for before, after in pairs]
     rows = [
         _row(after.task, after.metric, 0.0 if before is None else before.value, after.value, difference, after.n_items)
         for (before, after), difference in zip(pairs, differences, strict=True)
     ]
     if score == "benchmark":
-        pairs = [(_as_probability(before), _as_probability(after)) for before, after in pairs]
-        differences = [_drop(before, after) for before, after in pairs]
-    return [*rows, _mean_row(pairs, differences)]
+        converted = [(before and _as_probability(before), _as_probability(after)) for before, after in pairs]
+        differences = [
+            # An accuracy is a probability already: its difference, with its bootstrap, stays the same.
+            difference if pair == of_pair else _drop(*pair, intervals)
+            for pair, of_pair, difference in zip(converted, pairs, differences, strict=True)
+        ]
+        pairs = converted
+    return [*rows, _mean_row(pairs, differences, intervals)]
 
 
 def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray]:
@@ -84,14 +90,16 @@ def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarra
     return found
 
 
-def mean_drop(base: Scores, variant: Scores, score: str) -> DropRow:
+def mean_drop(base: Scores, variant: Scores, score: str, *, intervals: bool = True) -> DropRow:
     """Returns the last row of `drops`: the mean over tasks (Eq. 3)."""
-    return drops(base, variant, score)[-1]
+    return drops(base, variant, score, intervals=intervals)[-1]
 
 
-def cosine_drops(distances: Sequence[float]) -> list[DropRow]:
+def cosine_drops(distances: Sequence[float], *, intervals: bool = True) -> list[DropRow]:
     """Returns the rows of one layer, given its row of `cosine_scores` with one distance for each sequence."""
-    difference = paired_difference([0.0] * len(distances), [-distance for distance in distances])
+    difference = paired_difference(
+        [0.0] * len(distances), [-distance for distance in distances], confidence=_confidence(intervals)
+    )
     return [_row(task, COSINE_METRIC, 0.0, difference.mean, difference, len(distances)) for task in ("text", MEAN_TASK)]
 
 
@@ -120,9 +128,13 @@ def _paired_items(before: MetricScore | None, after: MetricScore) -> tuple[list[
     return [sign * x for x in base_items], [sign * x for x in after.items]
 
 
-def _drop(before: MetricScore | None, after: MetricScore) -> Difference:
+def _confidence(intervals: bool) -> float | None:
+    return 0.95 if intervals else None
+
+
+def _drop(before: MetricScore | None, after: MetricScore, intervals: bool) -> Difference:
     if (items := _paired_items(before, after)) is not None:
-        return paired_difference(*items)
+        return paired_difference(*items, confidence=_confidence(intervals))
     sign = 1.0 if after.higher_is_better else -1.0
     base_value, base_stderr = (0.0, 0.0) if before is None else (before.value, before.stderr)
     mean = sign * (base_value - after.value)
@@ -130,6 +142,8 @@ def _drop(before: MetricScore | None, after: MetricScore) -> Difference:
     if base_stderr is None or after.stderr is None:
         return Difference(mean, None, None, None, n_items)
     stderr = (base_stderr**2 + after.stderr**2) ** 0.5
+    if not intervals:
+        return Difference(mean, stderr, None, None, n_items)
     return Difference(mean, stderr, mean - _CONFIDENCE_95 * stderr, mean + _CONFIDENCE_95 * stderr, n_items)
 
 
@@ -137,10 +151,14 @@ def _row(task: str, metric: str, base: float, ablated: float, drop: Difference, 
     return DropRow(task, metric, n_items, base, ablated, drop.mean, drop.stderr, drop.ci_low, drop.ci_high)
 
 
-def _mean_row(pairs: list[tuple[MetricScore | None, MetricScore]], differences: list[Difference]) -> DropRow:
+def _mean_row(
+    pairs: list[tuple[MetricScore | None, MetricScore]], differences: list[Difference], intervals: bool
+) -> DropRow:
     metrics = {after.metric for _, after in pairs}
     # With a single task its own bootstrap interval is kept, which is better than the t interval of a mean.
-    mean = differences[0] if len(differences) == 1 else mean_of_differences(differences)
+    mean = (
+        differences[0] if len(differences) == 1 else mean_of_differences(differences, confidence=_confidence(intervals))
+    )
     return _row(
         MEAN_TASK,
         metrics.pop() if len(metrics) == 1 else "mixed",

@@ -114,5 +114,5 @@ def _nll_gain(candidate: Scores, other: Scores) -> dict[str, float | None]:
     """How much less a text costs the other one, where both read one."""
     if "nll" not in measured_scores(other):
         return {}
-    drop = mean_drop(candidate, other, "nll")
+    drop = mean_drop(candidate, other, "nll", intervals=False)
     return {"nll_gain": -drop.drop, "nll_gain_stderr": drop.drop_stderr}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,7 +21,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -144,18 +146,53 @@ class RunFolder:
 
     def read_record(self, stage: str, key: str) -> Record | None:
         """Reads one record; None if it is absent, or damaged, which is said in a warning."""
-        name = _record_name(stage, key)
         try:
-            return self._parse_record(stage, key, self.read_bytes(name))
+            data = self.read_bytes(_record_name(stage, key))
         except FileNotFoundError:
             return None
-        except _DamagedRecordError as error:
-            self._put_damaged_aside(name, str(error))
-            return None
+        return self._sound_record(stage, key, data)
 
     def read_records(self, stage: str, keys: Sequence[str]) -> list[Record | None]:
         """Reads several records side by side, each as `read_record` does."""
         return _side_by_side(lambda key: self.read_record(stage, key), keys)
+
+    def each_record(self, keys: Iterable[str], stages: Sequence[str]) -> Iterator[Record | None]:
+        """Reads many records one after the other, ahead of whoever takes them, however many there are.
+
+        A few are under way side by side, as the bytes that they are stored in; nothing else is held of a record that is
+        taken.
+
+        Args:
+            keys: of the records, in the order in which they come.
+            stages: where each may stand; the first that holds a sound one gives it.
+
+        Yields:
+            The record of each key; None if none of the stages has it.
+        """
+
+        def stored(key: str) -> tuple[str, str, bytes | None]:
+            for stage in stages:
+                with contextlib.suppress(FileNotFoundError):
+                    return key, stage, self.read_bytes(_record_name(stage, key))
+            return key, "", None
+
+        for key, stage, data in _ahead(stored, keys):
+            if data is None:
+                yield None
+                continue
+            record = self._sound_record(stage, key, data)
+            for other in stages[stages.index(stage) + 1 :] if record is None else ():
+                record = record or self.read_record(other, key)
+            yield record
+
+    def record_keys(self, stage: str) -> list[str]:
+        """The keys of all records of a stage, sound or not, in order."""
+        folder = self._join(_record_name(stage, "0" * 16)).rpartition("/")[0]
+        try:
+            names = [PurePosixPath(str(path)).name for path in self._list(folder)]
+        except FileNotFoundError:
+            return []
+        return sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
 
     def has_record(self, stage: str, key: str) -> bool:
         """True if a sound record of this unit is there."""
@@ -163,29 +200,15 @@ class RunFolder:
 
     def records(self, stage: str) -> list[Record]:
         """All sound records of a stage, ordered by key."""
-        folder = self._join(_record_name(stage, "0" * 16)).rpartition("/")[0]
-        try:
-            names = [PurePosixPath(str(path)).name for path in self._list(folder)]
-        except FileNotFoundError:
-            return []
-        keys = sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
-        return [record for record in self.read_records(stage, keys) if record is not None]
+        return [record for record in self.each_record(self.record_keys(stage), [stage]) if record is not None]
 
-    def _parse_record(self, stage: str, key: str, data: bytes) -> Record:
+    def _sound_record(self, stage: str, key: str, data: bytes) -> Record | None:
+        """The record that these bytes hold; None if it is damaged, which is said in a warning."""
         try:
-            payload = json.loads(data)
-        except ValueError:
-            raise _DamagedRecordError("it is not valid JSON") from None
-        if not isinstance(payload, dict):
-            raise _DamagedRecordError("it is not a JSON object")
-        if payload.get("schema") != SCHEMA_VERSION:
-            raise _DamagedRecordError(f"its schema is {payload.get('schema')}, this version writes {SCHEMA_VERSION}")
-        members = _members({name: payload[name] for name in payload if name != "sha256"})
-        if payload.get("sha256") != _sha256(members):
-            raise _DamagedRecordError("its checksum does not fit its content")
-        if (payload.get("stage"), payload.get("key")) != (stage, key) or unit_key(payload["identity"]) != key:
-            raise _DamagedRecordError("it belongs to another unit")
-        return Record(stage, key, payload["identity"], payload["result"])
+            return _parsed_record(stage, key, data)
+        except _DamagedRecordError as error:
+            self._put_damaged_aside(_record_name(stage, key), str(error))
+            return None
 
     def _put_damaged_aside(self, name: str, reason: str) -> None:
         remark = ""
@@ -422,6 +445,21 @@ def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got
         return [future.result() for future in [pool.submit(do, one) for one in each]]
 
 
+def _ahead(do: Callable[[Given], Got], each: Iterable[Given]) -> Iterator[Got]:
+    """What `do` gives for each, in order, `SIDE_BY_SIDE` of them begun before they are taken."""
+    left = iter(each)
+    with ThreadPoolExecutor(SIDE_BY_SIDE, "records") as pool:
+        begun = deque(pool.submit(do, one) for one in itertools.islice(left, SIDE_BY_SIDE))
+        try:
+            while begun:
+                got = begun.popleft().result()
+                begun.extend(pool.submit(do, one) for one in itertools.islice(left, 1))
+                yield got
+        finally:
+            for future in begun:
+                future.cancel()
+
+
 _HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -439,6 +477,39 @@ def _record_name(stage: str, key: str) -> str:
     return f"{RECORDS}/{stage}/{key}.json"
 
 
+def _parsed_record(stage: str, key: str, data: bytes) -> Record:
+    """The record that these bytes hold.
+
+    Raises:
+        _DamagedRecordError: why it cannot be believed.
+    """
+    try:
+        payload = json.loads(data)
+    except ValueError:
+        raise _DamagedRecordError("it is not valid JSON") from None
+    if not isinstance(payload, dict):
+        raise _DamagedRecordError("it is not a JSON object")
+    if payload.get("schema") != SCHEMA_VERSION:
+        raise _DamagedRecordError(f"its schema is {payload.get('schema')}, this version writes {SCHEMA_VERSION}")
+    if not _has_checksum_of_its_bytes(data):
+        # The same content may have been laid out anew: the checksum is that of its canonical text.
+        members = _members({name: payload[name] for name in payload if name != "sha256"})
+        if payload.get("sha256") != _sha256(members):
+            raise _DamagedRecordError("its checksum does not fit its content")
+    if (payload.get("stage"), payload.get("key")) != (stage, key) or unit_key(payload["identity"]) != key:
+        raise _DamagedRecordError("it belongs to another unit")
+    return Record(stage, key, payload["identity"], payload["result"])
+
+
+def _has_checksum_of_its_bytes(data: bytes) -> bool:
+    """Whether a record is laid out as it was written, with the checksum of these very bytes.
+
+    That spares writing its content anew, which takes longer than reading it.
+    """
+    *members, checksum = data.removeprefix(b"{").removesuffix(b"}\n").split(b",\n")
+    return checksum == f'"sha256":"{_sha256_of_bytes(members)}"'.encode()
+
+
 def _members(payload: dict[str, Any]) -> list[str]:
     """The members of a JSON object, each as canonical text, in order: a record has one a line."""
     return [f"{json.dumps(name)}:{canonical_json(payload[name], allow_nan=True)}" for name in sorted(payload)]
@@ -446,4 +517,8 @@ def _members(payload: dict[str, Any]) -> list[str]:
 
 def _sha256(members: Sequence[str]) -> str:
     """Of the canonical text of the object that has these members."""
-    return hashlib.sha256(("{" + ",".join(members) + "}").encode()).hexdigest()
+    return _sha256_of_bytes([member.encode() for member in members])
+
+
+def _sha256_of_bytes(members: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"{" + b",".join(members) + b"}").hexdigest()

@@ -12,4 +12,4 @@ def objective(run: RunContext, base: Scores, scores: Scores) -> float:
     recipe = run.inputs.recipe
     if recipe.search.objective == "quality":
         return quality(scores)[0]
-    return 0.0 - mean_drop(base, scores, recipe.sensitivity.score).drop
+    return 0.0 - mean_drop(base, scores, recipe.sensitivity.score, intervals=False).drop

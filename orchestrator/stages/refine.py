@@ -121,7 +121,9 @@ class _Rounds:
         base, found = recorded(identify(self._base, self.spec)), recorded(identify(plan, self.spec))
         if base is None or found is None:
             return None
-        return mean_drop(Scores.from_dict(base["scores"]), Scores.from_dict(found["scores"]), self._score).drop
+        return mean_drop(
+            Scores.from_dict(base["scores"]), Scores.from_dict(found["scores"]), self._score, intervals=False
+        ).drop
 
     def record(self, unit: PlansUnit, result: dict, duration_s: float, info: dict) -> None:
         """Records the scores of each plan of a unit."""

@@ -2,7 +2,9 @@
 
 import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +127,13 @@ def test_cosine_drops_are_the_distances_with_their_error():
     text, mean = cosine_drops([0.1, 0.2, 0.6])
     assert mean.task == "mean" and mean.drop == text.drop == text.ablated == pytest.approx(0.3)
     assert text.drop_stderr == pytest.approx(torch.tensor([0.1, 0.2, 0.6]).std().item() / math.sqrt(3))
+
+
+@pytest.mark.parametrize("score", ["benchmark", "margin", "nll", "kl"])
+def test_rows_without_intervals_are_the_same_but_for_them(score):
+    wanted = [replace(row, drop_ci_low=None, drop_ci_high=None) for row in drops(BASE, WORSE, score)]
+    assert drops(BASE, WORSE, score, intervals=False) == wanted
+    assert mean_drop(BASE, WORSE, score, intervals=False) == wanted[-1]
+    distances = np.random.default_rng().uniform(size=12).tolist()
+    wanted = [replace(row, drop_ci_low=None, drop_ci_high=None) for row in cosine_drops(distances)]
+    assert cosine_drops(distances, intervals=False) == wanted

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.recipe.errors import InputError
 from orchestrator.run import lock as run_lock
-from orchestrator.run.folder import RunFolder, unit_key
+from orchestrator.run.folder import SIDE_BY_SIDE, RunFolder, unit_key
 from orchestrator.run.lock import LockHolder, RunFolderLockedError
 
 IDENTITY = {"stage": "search", "plan": "NSSL", "window": 8}
@@ -420,9 +421,11 @@ class SlowStorage(MemoryFileSystem):
             cls.under_way += 1
             cls.most = max(cls.most, cls.under_way)
         time.sleep(0.05)
-        yield
-        with self.mutex:
-            cls.under_way -= 1
+        try:
+            yield
+        finally:
+            with self.mutex:
+                cls.under_way -= 1
 
     def pipe_file(self, path, value, **options):
         with self._slow():
@@ -445,6 +448,47 @@ def test_records_are_written_and_read_side_by_side(monkeypatch):
     found = folder.read_records("sweep", [*keys, unit_key({"unit": "none"})])
     assert SlowStorage.most > 1
     assert [record and record.result for record in found] == [*(result for _, result in results), None]
+
+
+def test_many_records_are_read_ahead_of_who_takes_them_and_no_further(monkeypatch):
+    fsspec.register_implementation("slow", SlowStorage, clobber=True)
+    folder = RunFolder("slow://bucket/long run")
+    identities = [{"unit": i} for i in range(3 * SIDE_BY_SIDE)]
+    folder.write_records("sweep", [(identity, {"score": i}) for i, identity in enumerate(identities)])
+    read = []
+    cat_file = SlowStorage.cat_file
+    monkeypatch.setattr(SlowStorage, "cat_file", lambda fs, path, **o: (read.append(path), cat_file(fs, path, **o))[1])
+    monkeypatch.setattr(SlowStorage, "most", 0)
+    records = folder.each_record(map(unit_key, identities), ["sweep"])
+    for i, record in enumerate(records):
+        assert record.result == {"score": i}
+        assert len(read) <= i + 1 + SIDE_BY_SIDE
+    assert len(read) == len(identities)
+    assert 1 < SlowStorage.most <= SIDE_BY_SIDE
+
+
+def test_a_record_is_read_from_the_first_stage_that_holds_a_sound_one(folder, caplog):
+    here, there, both, damaged, nowhere = keys = [unit_key({"unit": i}) for i in range(5)]
+    for stage, units in {"search": (0, 2, 3), "refine": (1, 2, 3)}.items():
+        folder.write_records(stage, [({"unit": i}, {"of": stage}) for i in units])
+    folder.write_text(f"records/search/{damaged}.json", "{")
+    found = folder.each_record(keys, ["search", "refine"])
+    assert {key: record and record.result["of"] for key, record in zip(keys, found, strict=True)} == {
+        here: "search",
+        there: "refine",
+        both: "search",
+        damaged: "refine",
+        nowhere: None,
+    }
+    assert f"{damaged}.json is damaged" in caplog.text
+
+
+def test_the_same_content_in_another_layout_is_sound(folder):
+    result = {"values": [random.random() for _ in range(20)], "text": "a,\n b"}
+    folder.write_record("search", IDENTITY, result)
+    payload = json.loads(folder.read_text(NAME))
+    folder.write_text(NAME, json.dumps(dict(reversed(payload.items())), indent=2))
+    assert folder.read_record("search", KEY).result == result
 
 
 def test_of_several_records_those_that_can_be_written_are(folder):
