@@ -1,1 +1,1 @@
-"""Healing: distillation of a converted model from its untouched parent."""
+"""Heals a converted model by distillation from its untouched parent."""

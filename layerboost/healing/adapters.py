@@ -1,4 +1,4 @@
-"""What is trained in a converted model: feature maps, LoRA adapters on every projection, or all parameters."""
+"""Selects what is trained in a converted model: feature maps, LoRA adapters on every projection, or all parameters."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from torch import nn
 from transformers import PreTrainedModel
 
 FEATURE_MAP = "linear_window"
-"""Name of the submodule that a linear_window layer's attention owns."""
+"""Name of the submodule with the feature map in the attention of a linear_window layer."""
 
 
 def feature_map_layers(model: nn.Module) -> list[str]:
-    """Names of the attention modules that own a learned feature map, first layer first."""
+    """Returns the names of the attention modules that have a learned feature map, first layer first."""
     return [name for name, module in model.named_modules() if isinstance(getattr(module, FEATURE_MAP, None), nn.Module)]
 
 
 def feature_map_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of all feature maps of `model`."""
+    """Returns names and parameters of all feature maps of `model`."""
     return ((name, p) for name, p in model.named_parameters() if FEATURE_MAP in name.split("."))
 
 
 def freeze_all_but_feature_maps(model: nn.Module) -> None:
-    """Leaves only the feature maps trainable. Parameters shared with another model are frozen there too."""
+    """Makes only the feature maps trainable. Parameters shared with another model are frozen there, too."""
     model.requires_grad_(False)
     for _, parameter in feature_map_parameters(model):
         parameter.requires_grad_(True)
 
 
 def unshare_parameters(model: nn.Module) -> None:
-    """Gives `model` copies of all its parameters, in place; parameters tied inside the model stay tied."""
+    """Replaces all parameters of `model` by copies, in place; parameters tied inside the model stay tied."""
     _replace_parameters(model, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()})
 
 
 def load_trained(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-    """Gives a model trained parameters by name, in place.
+    """Replaces parameters of a model by trained ones, by name and in place.
 
-    They become parameters of its own, so that another model that shared the old ones keeps its values.
+    The model gets new parameters, so that another model that shared the old ones keeps its values.
 
     Raises:
-        ValueError: the model has no parameter of a name and shape.
+        ValueError: The model has no parameter of a given name and shape.
     """
     parameters = dict(model.named_parameters())
     for name, tensor in trained.items():
@@ -58,7 +58,7 @@ def load_trained(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
 
 
 def _replace_parameters(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> None:
-    """Puts other parameters in the place of those with the given ids, wherever they stand in the model."""
+    """Replaces the parameters with the given ids wherever they occur in the model."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in by_id:
@@ -66,7 +66,7 @@ def _replace_parameters(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> 
 
 
 def projection_names(model: PreTrainedModel) -> list[str]:
-    """Names of the projections of attention and MLP: every `nn.Linear` but the output head."""
+    """Returns the names of the projections of attention and MLP: every `nn.Linear` except the output head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
@@ -75,15 +75,15 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
     """Puts LoRA adapters (peft) on every projection of attention and MLP, in place.
 
     Afterwards only the adapters and the feature maps are trainable. The adapted model computes the same function
-    until it is trained, since the second factor starts at zero.
+    until it is trained, because the second factor starts at zero.
 
     Args:
-        model: a causal language model; its own weights are frozen, also where another model shares them.
-        rank: rank of each adapter.
-        alpha: scale numerator; the update is scaled by alpha / rank. None means the rank.
-        seed: of the first factor's random start; the global random state is left as it was.
+        model: A causal language model; its own weights are frozen, also in other models that share them.
+        rank: Rank of each adapter.
+        alpha: Numerator of the scale; the update is scaled by alpha / rank. None means the rank.
+        seed: Seed of the first factor's random start; the global random state does not change.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # costs 4 s
+    from peft import LoraConfig, inject_adapter_in_model  # the import takes 4 s
     from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(
@@ -93,7 +93,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
         bias="none",
         init_lora_weights=False,
     )
-    # The adapters keep the model's dtype; an engine keeps float32 masters of whatever is narrower.
+    # The adapters keep the model's dtype; an engine holds fp32 master copies of narrower parameters.
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model)
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), without a pass over an (N, out) in between."""
+    """x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), added in place to save a pass over (N, out)."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scaling):
@@ -133,10 +133,10 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def _shorten_forward(layer: Any) -> None:
-    """Lets a peft LoRA layer on a frozen `nn.Linear` compute its output by `_LoraProduct`.
+    """Makes a peft LoRA layer on a frozen `nn.Linear` compute its output by `_LoraProduct`.
 
-    peft scales and adds whole outputs, which for narrow models costs a tenth of a training step. Weights that ZeRO-3
-    keeps in parts are gathered by the forward passes of their own modules, so peft's forward stays for them.
+    peft scales and adds whole outputs, which for narrow models costs a tenth of a training step. Under ZeRO-3, sharded
+    weights are gathered by the forward passes of their own modules, so peft's forward is kept for them.
     """
     original = layer.forward
     (adapter,) = layer.active_adapters
@@ -157,7 +157,7 @@ def _shorten_forward(layer: Any) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Adds every adapter's update to its projection and removes the adapters, in place.
 
-    The merged projections get weights of their own, so that a model that shared them keeps its values.
+    The merged projections get new weights, so that a model that shared the old ones keeps its values.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -1,4 +1,4 @@
-"""Attention transfer: the feature maps of linear_window layers fitted to the parent's attention."""
+"""Attention transfer: fits the feature maps of linear_window layers to the parent's attention."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .spec import HealingSpec, window_dropout_at
 
 
 class AttentionTransfer(nn.Module):
-    """Module whose forward is the error of every linear_window layer's attention output, on the teacher's hidden input.
+    """Module whose forward returns the error of all linear_window layers' attention on the teacher's hidden inputs.
 
     Each converted attention module gets the hidden state that the teacher's module of the same name got, and its
-    output (after the output projection) is compared with the teacher's; no gradient passes from one layer to another.
+    output (after the output projection) is compared with the teacher's. No gradient passes from one layer to another.
 
     Args:
-        teacher, student: the parent and its conversion.
-        spec: window dropout and seed.
-        layers: names of the attention modules to fit; all linear_window ones if None.
+        teacher, student: The parent and its conversion.
+        spec: Gives window dropout and seed.
+        layers: Names of the attention modules to fit; all linear_window ones if None.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AttentionTransfer(nn.Module):
         position_ids: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum over the layers: what one of them learns does not depend on which others are fitted with it."""
+        """Returns the sum over the layers, not the mean: what a layer learns must not depend on which others train."""
         return torch.stack(list(self.layer_errors(input_ids, position_ids, targets).values())).sum()
 
     def layer_errors(
@@ -56,9 +56,9 @@ class AttentionTransfer(nn.Module):
         position_ids: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Squared error relative to the teacher's variance for each converted attention module, by its name.
+        """Returns each converted attention module's squared error relative to the teacher's variance, by name.
 
-        All tokens count; `targets` (B, T) only weighs the sequences, as in the other losses.
+        All tokens count; `targets` (B, T) only weights the sequences, as in the other losses.
         """
         weights = None if targets is None else targets[:, 1:].sum(dim=1)
         inputs: dict[str, torch.Tensor] = {}
@@ -76,7 +76,7 @@ class AttentionTransfer(nn.Module):
         arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         with torch.no_grad(), _tapped(self.teacher, self.layers, lambda name, states: states, keep):
             self.teacher.base_model(**arguments)
-        # The student runs as a whole, so that its layers get the masks and positions that it gives them itself.
+        # The whole student runs, so that its layers get the masks and positions that the student itself makes.
         with _tapped(self.student, self.layers, lambda name, states: inputs.pop(name), compare):
             self.student.base_model(**arguments)
         return errors
@@ -119,15 +119,15 @@ def _tapped(
 
 
 def linear_window_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Names of the attention modules that own a feature map, and what each knows of its treatment."""
+    """Returns the names of the attention modules that have a feature map, with their treatment's state."""
     return [(name, getattr(model.get_submodule(name), "layerboost")) for name in feature_map_layers(model)]  # noqa: B009
 
 
 def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: bool = False) -> None:
-    """Gives each linear_window layer the window that it sees in a step: its own, or by chance a shorter one.
+    """Gives each linear_window layer its window for a step: its own or, with some probability, a shorter one.
 
-    The draw is a function of seed, step and layer, so it is the same in all workers and after a resume. `whole` leaves
-    chance out.
+    The draw depends only on seed, step and layer, so it is the same in all workers and after a resume. `whole` disables
+    the random shortening.
     """
     probability = 0.0 if whole else window_dropout_at(spec, step)
     for name, treated in linear_window_layers(student):
@@ -137,14 +137,14 @@ def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: boo
 
 
 def restore_windows(student: nn.Module) -> None:
-    """Gives each linear_window layer its whole window back, for good."""
+    """Gives each linear_window layer its whole window back, permanently."""
     for _, treated in linear_window_layers(student):
         treated.window = treated.full_window
 
 
 @contextmanager
 def full_windows(student: nn.Module) -> Iterator[None]:
-    """Every linear_window layer sees its whole window for a while, whatever the step drew."""
+    """Gives every linear_window layer its whole window inside the block, whatever the step drew."""
     drawn = [(treated, treated.window) for _, treated in linear_window_layers(student)]
     try:
         restore_windows(student)

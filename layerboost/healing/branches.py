@@ -1,7 +1,7 @@
-"""What the two branches of linear_window layers are worth: the loss of a text without one of them.
+"""Measures what the two branches of linear_window layers are worth: the loss of a text without one of them.
 
-A converted model can look healed while its linear branch does nothing, the window alone carrying it ("bypassed"); only
-zeroing the branch shows that.
+A converted model can look healed although its linear branch does nothing and the window alone carries it ("bypassed").
+Only zeroing the branch reveals this.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BRANCHES = ("linear", "window")
 
 @dataclass(frozen=True)
 class BranchLoss:
-    """The loss of a text with one branch of every linear_window layer zeroed.
+    """Holds the loss of a text with one branch of every linear_window layer zeroed.
 
     Attributes:
-        zeroed: `linear` or `window`; None with both branches at work.
-        nll: nats per token.
-        nll_loss: what zeroing costs, paired over the sequences; positive is worse.
-        nll_loss_stderr: its standard error; None for one sequence.
-        n_items: sequences.
+        zeroed: `linear` or `window`; None if both branches are active.
+        nll: Nats per token.
+        nll_loss: Increase of the NLL by zeroing, paired over the sequences; positive is worse.
+        nll_loss_stderr: Standard error of `nll_loss`; None for a single sequence.
+        n_items: Number of sequences.
     """
 
     zeroed: str | None
@@ -45,15 +45,15 @@ class BranchLoss:
 
 
 def branch_check(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> list[BranchLoss]:
-    """The loss of a text with both branches, without the linear one, and without the window.
+    """Returns the losses of a text with both branches, without the linear one, and without the window.
 
     Args:
-        model: a converted model with linear_window layers.
-        sequences: token ids (n, tokens), at least two tokens long.
-        batch_size: sequences in a forward pass.
+        model: A converted model with linear_window layers.
+        sequences: Token ids (n, tokens), at least two tokens long.
+        batch_size: Sequences in a forward pass.
 
     Raises:
-        ValueError: the model has no linear_window layer.
+        ValueError: The model has no linear_window layer.
     """
     if not linear_window_layers(model):
         raise ValueError("model: no layer has a linear_window, so there is no branch to check; give another model")
@@ -70,8 +70,8 @@ def without_branch(model: nn.Module, branch: str) -> Iterator[None]:
     """Zeroes one branch of every linear_window layer of a converted model.
 
     Args:
-        branch: `linear` leaves softmax inside the window alone; `window` leaves each query's own key and everything
-            older than the window. Whole sequences only, not with a cache.
+        branch: `linear` keeps only softmax inside the window; `window` keeps each query's own key and everything
+            older than the window. It works for whole sequences only, not with a cache.
     """
     if branch not in BRANCHES:
         raise ValueError(f"branch: '{branch}' is unknown; use {' or '.join(BRANCHES)}")

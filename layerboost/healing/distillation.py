@@ -1,7 +1,7 @@
-"""Distillation of a converted model from its untouched parent, or from a larger teacher of the same vocabulary.
+"""Distils a converted model from its untouched parent, or from a larger teacher with the same vocabulary.
 
-Teacher and student may share parameters: with LoRA they are one copy of the weights seen in two modes. The teacher is
-only ever run without gradients.
+Teacher and student may share parameters: with LoRA they are one copy of the weights with adapters on or off. The
+teacher always runs without gradients.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .spec import TRANSFER, HealingSpec
 
 
 class Distillation(nn.Module):
-    """Module whose forward is the healing loss of a student, for any engine that wraps modules.
+    """Module whose forward returns the healing loss of a student, for any engine that wraps modules.
 
     Args:
-        teacher, student: causal language models over one vocabulary.
-        spec: weights, temperature and chunk.
+        teacher, student: Causal language models with the same vocabulary.
+        spec: Gives the loss weights and the temperature.
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, spec: HealingSpec):
@@ -31,11 +31,11 @@ class Distillation(nn.Module):
         self.teacher, self.student, self.spec = teacher, student, spec
         self.splits_head = all(_has_split_head(model) for model in (teacher, student))
         can_fuse = self.splits_head and not spec.cross_entropy_weight
-        # A tuple, so that the heads are not registered as modules a second time.
+        # A tuple keeps the heads from being registered as modules a second time.
         self.fused_heads = fused_heads(teacher, student, spec.divergence, spec.temperature) if can_fuse else None
 
     def begin_step(self, step: int, *, whole_windows: bool = False) -> None:
-        """What the run's step (from 0) changes in the student, before its first forward pass."""
+        """Draws the student's windows for the run's step (from 0); call it before the step's first forward pass."""
         draw_windows(self.student, self.spec, step, whole=whole_windows)
 
     def forward(
@@ -46,11 +46,11 @@ class Distillation(nn.Module):
         *,
         measure: bool = False,
     ) -> torch.Tensor:
-        """The loss of a slice of a batch, a mean over its targets.
+        """Returns the loss of a slice of a batch, a mean over its targets.
 
         Args:
-            input_ids, position_ids, targets: as in `PackedText`.
-            measure: give the divergence alone instead, with whole windows and no gradient: what a curve is drawn of.
+            input_ids, position_ids, targets: As in `PackedText`.
+            measure: Return only the divergence instead, with whole windows and no gradient, for the held-out curve.
         """
         if measure:
             return self._measured(input_ids, position_ids, targets)
@@ -83,7 +83,7 @@ class Distillation(nn.Module):
     def _divergence(
         self, student_states, teacher_states, input_ids, targets, *, divergence_weight=1.0, cross_entropy_weight=0.0
     ) -> torch.Tensor:
-        # ZeRO-3 gathers a head's weights for its own forward pass only.
+        # The fused kernel bypasses the head's forward, in which alone ZeRO-3 gathers the head's sharded weights.
         if self.fused_heads is not None and not any(hasattr(head.weight, "ds_id") for head in self.fused_heads):
             return fused_divergence(
                 student_states,
@@ -114,7 +114,7 @@ class Distillation(nn.Module):
     def _run(
         self, model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None, with_layers: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """What the head takes (B, T, d or vocabulary), and the hidden state behind every layer."""
+        """Returns the head's input (B, T, d), or logits if not split, and the hidden state after every layer."""
         output = (model.base_model if self.splits_head else model)(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=with_layers
         )
@@ -126,7 +126,7 @@ class Distillation(nn.Module):
 
 
 def head_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """Logits (N, vocabulary) of final hidden states (N, d), with the scaling and capping that known families apply."""
+    """Returns logits (N, vocabulary) of final hidden states (N, d), scaled and capped as known families do."""
     config = model.config
     logits = model.get_output_embeddings()(states)
     if getattr(config, "logits_scaling", None):  # Granite
@@ -139,7 +139,7 @@ def head_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _has_split_head(model: PreTrainedModel) -> bool:
-    """Whether `head_logits` of the backbone's output is what the model's own forward gives; tried on a few tokens."""
+    """Returns whether `head_logits` of the backbone's output equals the model's own logits, tried on a few tokens."""
     device = next(model.parameters()).device
     n_tokens = min(8, model.config.vocab_size)
     input_ids = torch.arange(n_tokens, device=device)[None]
@@ -150,7 +150,7 @@ def _has_split_head(model: PreTrainedModel) -> bool:
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, spec: HealingSpec) -> None:
-    """Raises ValueError where a teacher cannot teach the student: other tokens, or no layers to compare."""
+    """Raises ValueError if a teacher cannot teach the student: other tokens, or no layers to compare."""
     vocabularies = teacher.config.get_text_config().vocab_size, student.config.get_text_config().vocab_size
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(
@@ -166,10 +166,10 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, spec: Heal
 
 
 def make_trainee(phase: str, teacher: PreTrainedModel, student: PreTrainedModel, spec: HealingSpec) -> nn.Module:
-    """The module to train in a phase: makes the right parameters of `student` trainable, in place, and adds the loss.
+    """Returns the module to train in a phase, after making the right parameters of `student` trainable, in place.
 
-    `transfer` trains the feature maps. `heal` adds LoRA, or copies the student's parameters (`full`) so that the
-    teacher, which may share them, never moves. The teacher is frozen.
+    `transfer` trains the feature maps. `heal` adds LoRA, or copies the student's parameters (`full`), so that the
+    teacher, which may share them, does not change. The teacher is frozen.
     """
     teacher.requires_grad_(False).eval()
     student.eval()

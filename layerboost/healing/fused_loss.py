@@ -1,4 +1,4 @@
-"""The divergence by a fused kernel (liger-kernel), where there is a GPU and the kernel gives what our chunks give."""
+"""Computes the divergence by a fused kernel (liger-kernel) if there is a GPU and it agrees with our own code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The head, where a model's logits are its product with the states and nothing else; None for any other."""
+    """Returns the head if a model's logits are only its product with the hidden states, None otherwise."""
     head, config = model.get_output_embeddings(), model.config
     changed = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     is_plain = isinstance(head, nn.Linear) and head.bias is None
@@ -43,9 +43,9 @@ def fused_divergence(
     temperature: float = 1.0,
     divergence_weight: float = 1.0,
 ) -> torch.Tensor:
-    """What `distillation_loss` gives without cross-entropy, by one kernel for each chunk of positions; on CUDA only.
+    """Computes `distillation_loss` without cross-entropy by one kernel for each chunk of positions; on CUDA only.
 
-    Arguments and result as there.
+    Arguments and result are those of `distillation_loss`.
     """
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
@@ -66,10 +66,10 @@ def is_installed() -> bool:
 def fused_heads(
     teacher: PreTrainedModel, student: PreTrainedModel, divergence: Divergence, temperature: float
 ) -> tuple[nn.Linear, nn.Linear] | None:
-    """The heads of student and teacher if `fused_divergence` can be used with them.
+    """Returns the heads of student and teacher if `fused_divergence` can be used with them, None otherwise.
 
-    It can on CUDA, with plain heads, where the kernel's value and gradient agree with ours on a few random states:
-    kernels are compiled for the device at hand and their library moves on. What does not agree is said and not used.
+    It needs CUDA and plain heads. Its value and gradient must agree with our own code on a few random states, because
+    kernels are compiled for the present device and their library changes. A disagreement is logged.
     """
     heads = plain_head(student), plain_head(teacher)
     if heads[0] is None or heads[1] is None or not is_installed():
@@ -94,11 +94,11 @@ def fused_heads(
                 value = loss(leaf, teacher_states, *found, input_ids, divergence=divergence, temperature=temperature)
             (gradient,) = torch.autograd.grad(value, leaf)
             results.append((value.detach().float(), gradient.float()))
-    except Exception as error:  # a kernel that does not compile here is no reason not to heal
+    except Exception as error:  # healing works without the kernel, so a failed compilation must not stop it
         log.warning("fused loss: not used, liger-kernel failed on this device (%r)", error)
         return None
     for fused, chunked in zip(*results, strict=True):
-        if not (fused - chunked).norm() <= _TRIAL_TOLERANCE * chunked.norm():  # NaN is no agreement
+        if not (fused - chunked).norm() <= _TRIAL_TOLERANCE * chunked.norm():  # also true if a value is NaN
             log.warning("fused loss: not used, liger-kernel gives another result than the plain form here")
             return None
     return found

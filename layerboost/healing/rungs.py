@@ -1,8 +1,9 @@
-"""Successive halving over healing tokens: which plans are healed on what share of the budget, and which of them go on.
+"""Successive halving over healing tokens: plans share the token budget in rungs, and the best ones advance.
 
-Quality before healing does not always order plans as quality after it, so many plans are healed on few tokens and few
-on all (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). A rung is a healing of its own, with its own
-transfer, warm-up and decay: it orders plans no worse than the first part of a long one, of which nothing must be kept.
+Quality before healing does not always rank plans like quality after it, so many plans are healed on few tokens and few
+on all (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). Each healing of a rung is complete, with its own
+transfer, warm-up and decay: it ranks plans no worse than the first part of a long healing, whose state would have to be
+kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Rung:
-    """Healings of `n_plans` plans, each on `share` of the budget."""
+    """Describes healings of `n_plans` plans, each on `share` of the budget."""
 
     share: float
     n_plans: int
@@ -24,12 +25,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well one ranking of plans tells a later one.
+    """Says how well one ranking of plans predicts a later one.
 
     Attributes:
-        spearman: rank correlation; None below two plans, and where all plans of one ranking are equal.
-        ci_low, ci_high: ends of its 95 % interval over the choice of plans; None below five plans.
-        n_plans: plans that both rankings have.
+        spearman: Rank correlation; None below two plans, and if all plans of one ranking are equal.
+        ci_low, ci_high: Ends of its 95 % interval over the choice of plans; None below five plans.
+        n_plans: Plans that both rankings have.
     """
 
     spearman: float | None
@@ -39,15 +40,15 @@ class Agreement:
 
 
 def rungs(plans: int, candidates: int, first: float, rungs: int) -> list[Rung]:
-    """The rungs before the whole budget: shares rise and numbers fall in equal ratios to (1, `candidates`).
+    """Returns the rungs before the whole budget; shares rise and numbers fall in equal ratios to (1, `candidates`).
 
-    A rung that would drop no plan is left out, so that there may be fewer than asked for.
+    A rung that would drop no plan is left out, so that there may be fewer rungs than asked for.
 
     Args:
-        plans: healed in the first rung; more than `candidates`.
-        candidates: healed on the whole budget.
-        first: share of the budget of the first rung, between 0 and 1.
-        rungs: how many, at least one.
+        plans: Plans healed in the first rung; more than `candidates`.
+        candidates: Plans healed on the whole budget.
+        first: Share of the budget of the first rung, between 0 and 1.
+        rungs: Number of rungs, at least one.
     """
     found = [
         Rung(first ** (1 - rung / rungs), round(plans * (candidates / plans) ** (rung / rungs)))
@@ -58,22 +59,24 @@ def rungs(plans: int, candidates: int, first: float, rungs: int) -> list[Rung]:
 
 
 def total_tokens(rungs: Sequence[Rung], candidates: int, tokens_at: Callable[[float], int]) -> int:
-    """Tokens of all rungs and of the last healings.
+    """Returns the tokens of all rungs and of the last healings.
 
     Args:
-        tokens_at: tokens that one healing takes of a share of the budget, in whole steps.
+        rungs: The rungs.
+        candidates: Number of healings on the whole budget.
+        tokens_at: Returns the tokens, in whole steps, of one healing with a share of the budget.
     """
     return sum(rung.n_plans * tokens_at(rung.share) for rung in rungs) + candidates * tokens_at(1.0)
 
 
 def agreement(early: Sequence[float], late: Sequence[float]) -> Agreement:
-    """Spearman's correlation of what plans are worth at two times.
+    """Returns Spearman's correlation between values of the same plans at two times.
 
     The interval is Fisher's with the variance of Bonett and Wright (Psychometrika 2000, 65:23). A perfect correlation
-    of n plans is taken as half way to the next one that n plans can have, for it does not prove perfect agreement.
+    of n plans enters as half way to the next value that n plans can have, as it does not prove perfect agreement.
 
     Args:
-        early, late: of the same plans in the same order.
+        early, late: Values of the same plans in the same order.
     """
     n = len(early)
     if n < 2 or len(set(early)) < 2 or len(set(late)) < 2:

@@ -1,4 +1,4 @@
-"""How a converted model is healed: the budget, its phases, losses and schedule. Plain values, no model."""
+"""Says how a converted model is healed: budget, phases, losses and schedule, as plain values without a model."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from .losses import Divergence
 TRANSFER, HEAL = "transfer", "heal"
 
 FINAL_LEARNING_RATE = 0.1
-"""Share of a phase's peak learning rate that the cosine ends at."""
+"""Learning rate at the end of a phase's cosine, relative to the peak."""
 
 ANNEALING_FRACTION = 0.1
-"""Steps that an early stop still takes to bring the learning rate down, as a share of those before it."""
+"""Steps that an early stop still takes to bring the learning rate down, relative to the steps before it."""
 
 
 @dataclass(frozen=True)
 class HealingSpec:
-    """How a converted model is healed. Equal specs give equal results on equal data, wherever they run.
+    """Says how a converted model is healed. Equal specs give equal results on equal data, wherever they run.
 
     Attributes:
-        tokens: budget over both phases; it is never exceeded.
-        sequence_tokens: length of a packed sequence.
-        batch_sequences: sequences of one step over all workers.
+        tokens: Token budget of both phases together; it is never exceeded.
+        sequence_tokens: Length of a packed sequence.
+        batch_sequences: Sequences of one step, summed over all workers.
         method: `lora` trains adapters on every projection of attention and MLP and merges them at the end, `full`
             trains every parameter on a copy; both train the feature maps.
-        rank, alpha: of the adapters; `alpha` None means the rank.
-        learning_rate: peak of the healing phase; None means 0.5 / hidden size (lora) or 0.1 / hidden size (full).
-        transfer_fraction: share of the tokens that goes to attention transfer when a plan has linear_window layers.
-        transfer_learning_rate: peak of the transfer phase.
-        divergence: of the student's next token from the teacher's.
-        temperature: of the softmax of both models in the divergence.
-        divergence_weight, cross_entropy_weight, hidden_weight: of the divergence, of the text's own next tokens, and of
-            the squared error of every layer's hidden state relative to the teacher's variance.
-        window_dropout: probability that a linear_window layer sees, for one step, only a shorter window drawn at
-            random, so that its linear branch must carry what the window left out; falls linearly to 0 at
-            three quarters of the budget, and is 0 once healing that stops early brings its learning rate down.
-        warmup_fraction: share of a phase's steps with linear warm-up; a cosine then falls to 10 % of the peak.
-        gradient_clip: largest norm of the gradient in the healing phase. Layers are fitted independently of each other
-            in the transfer phase, which is therefore not clipped.
-        weight_decay: of AdamW.
-        micro_batch_sequences: most sequences that a worker runs at once; changes memory, not results, but for the
-            rounding of gradients in bfloat16.
-        activation_checkpointing: run the student's layers again in the backward pass; changes memory, not results.
-        stop_when_flat: stop early once two tenths of the budget have brought less than this share of the fall of the
-            held-out divergence so far; the learning rate then still comes down. None spends the whole budget.
-        held_out_sequences: first sequences of the text that are not trained on where `stop_when_flat` is given.
-        seed: of the adapters and of the order of the text.
+        rank, alpha: Rank and scale of the adapters; `alpha` None means the rank.
+        learning_rate: Peak of the healing phase; None means 0.5 / hidden size (lora) or 0.1 / hidden size (full).
+        transfer_fraction: Share of the tokens that goes to attention transfer if a plan has linear_window layers.
+        transfer_learning_rate: Peak of the transfer phase.
+        divergence: Divergence of the student's next token from the teacher's.
+        temperature: Temperature of both models' softmax in the divergence.
+        divergence_weight, cross_entropy_weight, hidden_weight: Weights of the divergence, of the cross-entropy of the
+            text's own next tokens, and of the squared error of every layer's hidden state relative to the teacher's
+            variance.
+        window_dropout: Probability that a linear_window layer sees, for one step, only a shorter window drawn at
+            random, so that its linear branch must represent what the window left out. It falls linearly to 0 at three
+            quarters of the budget, and is 0 once a healing that stops early brings its learning rate down.
+        warmup_fraction: Share of a phase's steps with linear warm-up; a cosine then falls to 10 % of the peak.
+        gradient_clip: Maximum norm of the gradient in the healing phase. In the transfer phase layers are fitted
+            independently of each other, therefore it is not clipped.
+        weight_decay: Weight decay of AdamW.
+        micro_batch_sequences: Maximum number of sequences that a worker runs at once. It changes memory, not results,
+            except for the rounding of gradients in bfloat16.
+        activation_checkpointing: Run the student's layers again in the backward pass; it changes memory, not results.
+        stop_when_flat: Stop early once the last two tenths of the budget have brought less than this share of the fall
+            of the held-out divergence so far; the learning rate is then still brought down. None spends the whole
+            budget.
+        held_out_sequences: First sequences of the text, which are not trained on if `stop_when_flat` is given.
+        seed: Seed of the adapters and of the order of the text.
     """
 
     tokens: int
@@ -112,7 +114,7 @@ class HealingSpec:
 
     @property
     def steps(self) -> int:
-        """Steps of both phases together: as many as the budget pays for in full."""
+        """Number of steps of both phases together; a step that the budget does not pay for in full is not taken."""
         return self.tokens // self.tokens_per_step
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,9 +127,9 @@ class HealingSpec:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: `steps` optimizer steps, the first of which is the run's step `first_step` + 1.
+    """Describes one part of training: `steps` optimizer steps that follow the run's first `first_step` steps.
 
-    `gradient_clip` is the largest norm of the gradient, 0 for any.
+    `gradient_clip` is the maximum norm of the gradient, 0 for no limit.
     """
 
     name: str
@@ -138,7 +140,7 @@ class Phase:
 
 
 def phases_of(spec: HealingSpec, plan: Plan, hidden_size: int) -> tuple[Phase, ...]:
-    """The phases that a budget is divided into: transfer where the plan has linear_window layers, then healing."""
+    """Returns the phases of a budget: transfer if the plan has linear_window layers, then healing."""
     transfer_steps = 0
     if plan.count(Treatment.LINEAR_WINDOW):
         transfer_steps = int(spec.tokens * spec.transfer_fraction) // spec.tokens_per_step
@@ -153,26 +155,26 @@ def phases_of(spec: HealingSpec, plan: Plan, hidden_size: int) -> tuple[Phase, .
 
 
 def mark_steps(spec: HealingSpec, fractions: Sequence[float]) -> dict[int, float]:
-    """The steps (from 1) that end at given shares of the budget, with the shares; those below one step are left out."""
+    """Maps the steps (from 1) that end at given shares of the budget to the shares, except those below one step."""
     steps = {int(spec.steps * fraction + 1e-9): fraction for fraction in sorted(fractions, reverse=True)}
     return {step: steps[step] for step in sorted(steps) if 0 < step < spec.steps}
 
 
 def window_dropout_at(spec: HealingSpec, step: int) -> float:
-    """Probability of a shorter window at a step (from 0) of the run."""
+    """Returns the probability of a shorter window at a step (from 0) of the run."""
     return spec.window_dropout * max(0.0, 1.0 - step / (0.75 * spec.steps))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Divergence from the teacher on sequences that are not trained on, after `step` steps of the run."""
+    """Holds the divergence from the teacher on sequences that are not trained on, after `step` steps of the run."""
 
     step: int
     divergence: float
 
 
 def held_out_steps(spec: HealingSpec, phase: Phase) -> list[int]:
-    """The run's steps after which the held-out divergence is measured: the healing phase's start and every tenth."""
+    """Returns the steps after which the held-out divergence is measured: the healing phase's start and each tenth."""
     if spec.stop_when_flat is None or phase.name != HEAL:
         return []
     tenths = {phase.first_step + phase.steps * tenth // 10 for tenth in range(10)}
@@ -180,9 +182,9 @@ def held_out_steps(spec: HealingSpec, phase: Phase) -> list[int]:
 
 
 def annealing_start(spec: HealingSpec, measured: Sequence[HeldOut]) -> int | None:
-    """The run's step after which the learning rate comes down because the curve is flat; None while it is not.
+    """Returns the step after which the learning rate comes down because the curve is flat; None while it is not.
 
-    It is a function of what was measured alone, so that a resumed run stops where the undisturbed one does.
+    It depends only on what was measured, so that a resumed run stops at the same step as an undisturbed one.
     """
     if spec.stop_when_flat is None:
         return None
@@ -195,7 +197,7 @@ def annealing_start(spec: HealingSpec, measured: Sequence[HeldOut]) -> int | Non
 
 
 def last_step(phase: Phase, annealed_from: int | None) -> int:
-    """The run's step that ends a phase, earlier than planned where its learning rate comes down early."""
+    """Returns the run's step that ends a phase, earlier than planned if its learning rate comes down early."""
     planned = phase.first_step + phase.steps
     if annealed_from is None:
         return planned
@@ -203,9 +205,10 @@ def last_step(phase: Phase, annealed_from: int | None) -> int:
 
 
 def learning_rate_at(phase: Phase, step: int, warmup_fraction: float, annealed_from: int | None = None) -> float:
-    """Learning rate of the run's step `step` (from 0), inside `phase`.
+    """Returns the learning rate of the run's step `step` (from 0), inside `phase`.
 
-    Linear warm-up, then a cosine to 10 % of the peak; from `annealed_from` on a straight line to the same end.
+    It rises linearly in the warm-up, then falls along a cosine to 10 % of the peak. From `annealed_from` on it falls
+    along a straight line to the same end.
     """
     final = FINAL_LEARNING_RATE * phase.learning_rate
     if annealed_from is not None and step >= annealed_from:

@@ -1,4 +1,4 @@
-"""The healing loop, for any engine: plain PyTorch here and in notebooks, DeepSpeed where `tasks` runs it."""
+"""Runs the healing loop on any engine: plain PyTorch here and in notebooks, DeepSpeed in `tasks`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ ADAM_BETAS = (0.9, 0.95)
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or gradient that is not a number; the message names phase, step and batch."""
+    """A loss or gradient is not a finite number; the message names phase, step and batch."""
 
 
 @dataclass(frozen=True)
 class CurveRow:
-    """One step of the loss curve: `step` counts from 1 over both phases, `tokens` is the budget consumed by then."""
+    """Holds one step of the loss curve: `step` counts from 1 over both phases, `tokens` is the budget used so far."""
 
     phase: str
     step: int
@@ -53,10 +53,11 @@ class CurveRow:
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine; DeepSpeed's own engine has it.
+    """Defines what the loop needs of an engine; DeepSpeed's own engine satisfies it.
 
-    One optimizer step is `accumulation` rounds of forward, backward and step, where only the last `step` moves the
-    parameters; `backward` divides the loss by the number of rounds and gradients are averaged over the workers.
+    One optimizer step consists of `accumulation` rounds of forward, backward and step, of which only the last `step`
+    changes the parameters. `backward` divides the loss by the number of rounds, and gradients are averaged over the
+    workers.
     """
 
     optimizer: Any
@@ -72,7 +73,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process, plain AdamW; parameters narrower than fp32 are trained through fp32 copies."""
+    """Engine for one process with plain AdamW; parameters narrower than fp32 are trained through fp32 copies."""
 
     def __init__(self, module: nn.Module, spec: HealingSpec, accumulation: int = 1, gradient_clip: float = 0.0):
         self.module, self.accumulation = module, accumulation
@@ -94,7 +95,7 @@ class TorchEngine:
     def step(self) -> None:
         self._rounds += 1
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:  # rounds are added in fp32
+            if master is not parameter and parameter.grad is not None:  # gradients of the rounds are summed in fp32
                 gradient, parameter.grad = parameter.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         if self._rounds % self.accumulation:
@@ -113,7 +114,7 @@ class TorchEngine:
 
 
 def accumulation_rounds(spec: HealingSpec, world_size: int = 1) -> int:
-    """Rounds that each worker divides its share of a batch into, the same on all workers."""
+    """Returns the number of rounds that each worker divides its share of a batch into, the same on all workers."""
     if world_size > spec.batch_sequences:
         raise ValueError(
             f"batch_sequences: {spec.batch_sequences} cannot feed {world_size} workers; use at least {world_size}"
@@ -123,10 +124,10 @@ def accumulation_rounds(spec: HealingSpec, world_size: int = 1) -> int:
 
 
 def split_held_out(text: PackedText, spec: HealingSpec) -> tuple[PackedText, PackedText | None]:
-    """The text to train on, and its first sequences where the spec wants some held out.
+    """Returns the text to train on, and its first sequences as held-out text if the spec wants it.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: Nothing is left to train on.
     """
     if spec.stop_when_flat is None:
         return text, None
@@ -135,7 +136,7 @@ def split_held_out(text: PackedText, spec: HealingSpec) -> tuple[PackedText, Pac
             f"held_out_sequences: {spec.held_out_sequences} of {len(text)} sequences leave nothing to train on; "
             "give a longer text"
         )
-    # The first, since a short source of a mixture begins again further on.
+    # The first sequences are held out, because a short source of a mixture repeats further on.
     return text[spec.held_out_sequences :], text[: spec.held_out_sequences]
 
 
@@ -156,18 +157,25 @@ def run_phase(
 ) -> None:
     """Trains one phase, from its step `start` (0 is its first) to its end, or to where its curve is flat.
 
-    A worker runs its slice of each global batch; the slices' losses are weighted so that loss and gradient are those
-    of the whole batch on any number of workers, also one that does not divide the batch.
+    A worker runs its slice of each global batch. The losses of the slices are weighted so that loss and gradient are
+    those of the whole batch on any number of workers, even one that does not divide the batch.
 
     Args:
-        engine: wraps the phase's module; made with `accumulation_rounds(spec, world_size)` rounds.
-        held_out: sequences of `split_held_out`; needed with `spec.stop_when_flat`.
-        measured: what was measured on them so far; grows in place.
-        sum_over_workers: adds a tensor over all workers.
-        on_step: called after each step with the loss of the global batch, before the next.
+        engine: Engine around the phase's module, made with `accumulation_rounds(spec, world_size)` rounds.
+        phase: The phase to train.
+        batches: The global batches.
+        spec: How to heal.
+        start: First step to take, counted within the phase.
+        held_out: Sequences of `split_held_out`; needed with `spec.stop_when_flat`.
+        measured: What was measured on them so far; it grows in place.
+        rank, world_size: This worker's number, and the number of workers.
+        device: Device of this worker.
+        sum_over_workers: Adds a tensor over all workers.
+        on_step: Called after each step with the loss of the global batch, before the next step.
 
     Raises:
-        NonFiniteLossError: on all workers; the step with a non-finite loss has moved no parameter.
+        NonFiniteLossError: A loss or gradient is not finite. It is raised on all workers, and the step with such a loss
+            has changed no parameter.
     """
     rounds = accumulation_rounds(spec, world_size)
     measured = [] if measured is None else measured
@@ -203,7 +211,7 @@ def run_phase(
 
 
 def _held_out_divergence(engine, held_out, spec, rank, world_size, device, sum_over_workers) -> float:
-    """Mean divergence over the held-out targets; all workers run equally many passes, as sharded weights need."""
+    """Returns the mean divergence over the held-out targets; sharded weights need equally many passes per worker."""
     per_pass = spec.micro_batch_sequences or max(1, spec.batch_sequences // world_size)
     n_passes = -(-len(held_out) // (per_pass * world_size))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -241,23 +249,24 @@ def heal_locally(
 ) -> PreTrainedModel:
     """Converts `model` by `plan` and heals the result on `text`, in this process.
 
-    `model` and `teacher` stay as they are, to the bit. Parameters that healing did not change are shared with the
-    result.
+    `model` and `teacher` stay bitwise unchanged. Parameters that healing did not change are shared with the result.
 
     Args:
-        model: the untouched parent, on the device to train on.
-        text: sequences of `spec.sequence_tokens`; as many steps as `spec` pays for are taken.
-        teacher: what the student learns to say; the parent itself if None. Attention is always transferred from the
-            parent.
-        on_step: called with each row of the loss curve.
-        marks, on_mark: shares of the budget at which `on_mark` is given the share and the student as it is then, for
-            measuring; it must not change it.
+        model: The untouched parent, on the device to train on.
+        plan: The plan to convert it by.
+        text: Sequences of `spec.sequence_tokens`; as many steps as `spec` pays for are taken.
+        spec: How to heal.
+        teacher: The model whose predictions the student learns; the parent itself if None. Attention is always
+            transferred from the parent.
+        on_step: Called with each row of the loss curve.
+        marks, on_mark: Shares of the budget at which `on_mark` is called with the share and the current student, for
+            measurements; it must not change the student.
 
     Returns:
         The healed model, plain (no adapters), in evaluation mode.
 
     Raises:
-        NonFiniteLossError: `model` is still untouched.
+        NonFiniteLossError: A loss or gradient is not finite; `model` is still unchanged.
     """
     device = next(model.parameters()).device
     student = convert(model, plan)
@@ -282,7 +291,7 @@ def heal_locally(
 
 @contextmanager
 def _left_as_they_were(*models: PreTrainedModel) -> Iterator[None]:
-    """Gives models their mode and their trainable parameters back, whatever a student that shares them needed."""
+    """Restores the mode and the trainable parameters of models after a student that shares them has been trained."""
     was_training = [model.training for model in models]
     was_trainable = [(p, p.requires_grad) for model in models for p in model.parameters()]
     try:
@@ -295,7 +304,7 @@ def _left_as_they_were(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def finish_student(student: PreTrainedModel, spec: HealingSpec) -> None:
-    """Makes a trained student a plain model again, in place: adapters merged, evaluation mode."""
+    """Makes a trained student a plain model again, in place: merges adapters and sets evaluation mode."""
     if spec.method == "lora":
         merge_lora(student)
     if spec.activation_checkpointing:
@@ -313,16 +322,18 @@ def student_from(
     parent: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The plain student that a healing run had made of `model` when its trained parameters were `trained`.
+    """Returns the plain student that a healing run had made of `model` when its trained parameters were `trained`.
 
     Args:
-        model: the untouched parent, which keeps its values; parameters that were not trained are shared with it.
-        trained: by the student's parameter names, as in a snapshot: feature maps alone while attention is transferred,
-            then also adapters (`lora`) or all parameters (`full`). The result may take the tensors over.
-        parent, revision: for the student's configuration, as `convert` takes them.
+        model: The untouched parent, which keeps its values; parameters that were not trained are shared with it.
+        plan: The student's plan.
+        spec: How it was healed.
+        trained: Trained parameters by the student's names, as in a snapshot: only feature maps during attention
+            transfer, then also adapters (`lora`) or all parameters (`full`). The result may use these tensors.
+        parent, revision: For the student's configuration, as in `convert`.
 
     Raises:
-        ValueError: a parameter that the student does not have.
+        ValueError: The student has no parameter of a given name and shape.
     """
     student = convert(model, plan, parent=parent, revision=revision)
     with _left_as_they_were(model):

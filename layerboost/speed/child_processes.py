@@ -1,4 +1,4 @@
-"""Other programs at work for us, and the folder that they work in: none of it outlives us, however we end."""
+"""Starts other programs and gives them a scratch folder; both are removed however this process ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import IO, Any
 import psutil
 
 STOP_S = 20.0
-"""For a program that was asked to end, before it is made to."""
+"""Time that a program gets to end when asked, before it is killed."""
 
 
 class Scratch:
-    """A folder, and the process groups that work in it: all gone when its block ends, or when this process does."""
+    """Owns a folder and the process groups that work in it; all are removed when its block or this process ends."""
 
     def __init__(self, folder: Path, watchdog: subprocess.Popen):
         self.folder, self._watchdog = folder, watchdog
         self._running: list[subprocess.Popen] = []
 
     def start(self, command: Sequence[Any], log: Path, variables: Mapping[str, str]) -> subprocess.Popen:
-        """Starts a command in a process group of its own, which no Ctrl-C in the terminal reaches."""
+        """Starts a command in a process group of its own, so that Ctrl-C in the terminal does not reach it."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [str(word) for word in command],
@@ -42,7 +42,7 @@ class Scratch:
         return process
 
     def end(self, process: subprocess.Popen, *, ask: bool = True) -> None:
-        """Ends a process and its whole group: asked first (or not), then made to, and waited for."""
+        """Ends a process and its whole group: asks it first (if `ask`), then kills what is left, and waits."""
         if process.poll() is None and ask:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -62,7 +62,7 @@ class Scratch:
             for process in reversed(self._running[:]):
                 self.end(process)
         finally:
-            # What could not be ended or deleted here is left to the watchdog.
+            # The watchdog ends or deletes what could not be ended or deleted here.
             shutil.rmtree(self.folder, ignore_errors=True)
             self._pipe.close()
             self._watchdog.wait()
@@ -80,7 +80,7 @@ class Scratch:
 _WATCHDOG = """
 import contextlib, os, shutil, signal, sys
 if os.fork():
-    os._exit(0)  # nobody's child: Ray ends those of a worker that dies
+    os._exit(0)  # the watchdog must be no child of a Ray worker: Ray kills the children of a worker that dies
 running = set()
 for word in sys.stdin:
     (running.add if word[0] == "+" else running.discard)(int(word[1:]))
@@ -93,7 +93,7 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Scratch]:
-    """A scratch folder under a watchdog, whose pipe closes however this process ends."""
+    """Makes a scratch folder with a watchdog; the pipe to the watchdog closes however this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="layerboost-scratch-"))
     watchdog = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _WATCHDOG, folder],
@@ -110,7 +110,7 @@ def scratch_folder() -> Iterator[Scratch]:
 
 
 def _group(leader: int) -> list[psutil.Process]:
-    """The living processes of a group, by its leader's id."""
+    """Returns the living processes of a group, given its leader's id."""
     found = []
     for process in psutil.process_iter():
         try:

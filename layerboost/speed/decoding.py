@@ -1,4 +1,4 @@
-"""Decoding: measured speed, memory and KV bytes of a live model, with caches that no step copies."""
+"""Measures decoding of a live model: speed, memory and KV bytes, with caches that no step has to copy."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ from ..families import head_dim, kv_heads, native_windows
 from .hardware import PeakMemory, hardware_name
 
 PREFILL_TOKENS = {"cpu": 256, "cuda": 16_384}
-"""Tokens of all sequences that one call of a prefill takes: what it works with stays small beside the cache."""
+"""Tokens of all sequences in one call of a prefill; few enough for its activations to stay small beside the cache."""
 
 MIN_PREFILL_CHUNK_TOKENS = 16
 
 
 class DecodeSettingError(ValueError):
-    """A condition that cannot be measured; the message names the setting, its value and the remedy."""
+    """A condition cannot be measured; the message names the setting, its value and the remedy."""
 
 
 @dataclass(frozen=True)
 class DecodeMeasurement:
-    """What one serving condition cost with the transformers engine: greedy, one batch, prefill apart from decode.
+    """Holds the cost of one serving condition with the transformers engine: one greedy batch, prefill timed separately.
 
     Attributes:
-        threads: torch's CPU threads.
-        output_throughput_tok_per_s: concurrency x decode steps / decode seconds, where each step counts with its median
-            over the repeats. Prefill, which gives each sequence its first token, is not in it.
-        output_throughput_stderr: standard error of the mean of the repeats.
-        ttft_ms_p50: median over the repeats of the prefill's milliseconds (time to first token); 0 where the
-            prompts were not read.
-        tpot_ms_p50: median over all decode steps of all repeats (time per output token, the first left out).
-        peak_memory_mib: the bytes of the model's weights plus the growth over a whole untimed pass: on CUDA of what the
-            allocator holds, on CPU of the process's resident memory, sampled each 2 ms.
-        kv_bytes_per_token: bytes by which the live cache grows for each token of one sequence, past every window.
+        threads: Number of torch's CPU threads.
+        output_throughput_tok_per_s: Concurrency x decode steps / decode seconds, where each step counts with its median
+            over the repeats. The prefill, which gives each sequence its first token, is not included.
+        output_throughput_stderr: Standard error of the mean of the repeats.
+        ttft_ms_p50: Median over the repeats of the prefill's milliseconds (time to first token); 0 if the prompts were
+            not read.
+        tpot_ms_p50: Median over all decode steps of all repeats (time per output token, without the first token).
+        peak_memory_mib: Bytes of the model's weights plus the growth over a whole untimed pass, as in `PeakMemory`.
+        kv_bytes_per_token: Bytes by which the live cache grows for each token of one sequence, past every window.
     """
 
     engine: str
@@ -70,7 +69,7 @@ class DecodeMeasurement:
         return cls(**data)
 
     def scaled(self, factor: float) -> DecodeMeasurement:
-        """As it would have been on a machine `factor` times as fast."""
+        """Returns the measurement as it would have been on a machine `factor` times as fast."""
         return replace(
             self,
             output_throughput_tok_per_s=self.output_throughput_tok_per_s * factor,
@@ -95,21 +94,21 @@ def measure_decode(
 ) -> DecodeMeasurement:
     """Times greedy decoding of `concurrency` random prompts through the model's own forward and cache.
 
-    One whole pass goes before the timed ones: it warms up, and the memory is read off it so that the reading does not
-    disturb the clock. Every step ends with a synchronisation, as a server that hands out each token would.
+    One whole pass precedes the timed ones. It warms up, and the memory is measured during it, so that the measurement
+    does not disturb the timings. Every step ends with a synchronisation, as in a server that sends out each token.
 
     Args:
-        model: a causal language model, converted or not, on the device to be measured.
-        concurrency: sequences decoded together in one batch.
-        prompt_tokens: length of each prompt, of tokens drawn evenly from the vocabulary.
-        new_tokens: tokens to generate for each sequence, at least 2: the prefill gives the first.
-        repeats: timed passes, at least 3.
-        seed: of the prompts.
-        read_prompts: False fills the cache with random numbers instead: decoding after a context that would take long
-            to read. Its steps cost the same.
+        model: A causal language model, converted or not, on the device to be measured.
+        concurrency: Sequences decoded together in one batch.
+        prompt_tokens: Length of each prompt; its tokens are drawn uniformly from the vocabulary.
+        new_tokens: Tokens to generate for each sequence, at least 2, because the prefill gives the first.
+        repeats: Number of timed passes, at least 3.
+        seed: Seed of the prompts.
+        read_prompts: False fills the cache with random numbers instead, to time decoding after a context that would
+            take long to read. The steps cost the same.
 
     Raises:
-        DecodeSettingError: a setting that is too small, or more tokens than the model has positions.
+        DecodeSettingError: A setting is too small, or there are more tokens than the model has positions.
     """
     return measure_together(
         [model],
@@ -133,10 +132,11 @@ def measure_together(
     seed: int = 0,
     read_prompts: bool = True,
 ) -> list[DecodeMeasurement]:
-    """Times models of one vocabulary on one device side by side, so that a machine that drifts is fair to all of them.
+    """Times models with one vocabulary on one device side by side, so that a drift of the machine affects all equally.
 
-    Each of the `repeats` rounds has one pass of every model, in an order drawn anew. By how much a round was slower
-    than the others, all models together tell; it is taken out of each pass. See `measure_decode` for the arguments.
+    Each of the `repeats` rounds has one pass of every model, in a new random order. How much slower a round was than
+    the others is estimated from all models together and divided out of each pass. See `measure_decode` for the
+    arguments.
 
     Returns:
         One measurement for each model, in order.
@@ -149,7 +149,7 @@ def measure_together(
     peaks_mib = []
     for model in models:
         warm_up = prompts[:, : _prefill_chunk_tokens(model, concurrency)]
-        timed_generation(model, warm_up, 2)  # what the libraries keep for themselves is not the model's
+        timed_generation(model, warm_up, 2)  # so that memory which libraries allocate once does not count
         with PeakMemory(model) as memory:
             timed_generation(model, prompts, new_tokens, read_prompts)
         peaks_mib.append(memory.peak_mib)
@@ -164,7 +164,7 @@ def measure_together(
     slowness = _slowness_of_rounds(steps_s.sum(axis=2))
     prefill_s /= slowness
     steps_s /= slowness[:, None]
-    # What is taken out was read off the same passes, which then scatter less than they did.
+    # The slowness is estimated from the same passes and reduces their scatter; this factor compensates for it.
     spread = math.sqrt(len(models) / (len(models) - 1)) if len(models) > 1 else 1.0
     found = []
     for model, prefills_s, passes_s, kv, peak_mib in zip(models, prefill_s, steps_s, kv_bytes, peaks_mib, strict=True):
@@ -179,8 +179,8 @@ def measure_together(
                 concurrency=concurrency,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,
-                # Step by step: another process that gets in between hits other steps in each pass, what is slow by
-                # itself the same ones.
+                # The median is taken for each step: a disturbance by another process hits other steps in each pass,
+                # whereas a step that is slow by itself is slow in every pass.
                 output_throughput_tok_per_s=float(concurrency * (new_tokens - 1) / np.median(passes_s, axis=0).sum()),
                 output_throughput_stderr=float(spread * throughput.std(ddof=1) / math.sqrt(repeats)),
                 ttft_ms_p50=float(1e3 * np.median(prefills_s)),
@@ -196,8 +196,8 @@ def measure_together(
 
 
 def _slowness_of_rounds(passes_s: np.ndarray) -> np.ndarray:
-    """(rounds,) by how much each round was slower than the middle one, from seconds (models, rounds)."""
-    if len(passes_s) == 1:  # one model cannot tell the machine's slowness from its own scatter
+    """Returns how much slower each round was than the median round, (rounds,), given seconds (models, rounds)."""
+    if len(passes_s) == 1:  # with one model the machine's slowness cannot be told from the model's own scatter
         return np.ones(passes_s.shape[1])
     logs = np.log(passes_s)
     slowness = np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
@@ -206,9 +206,9 @@ def _slowness_of_rounds(passes_s: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def kv_bytes_per_token(model, *, seed: int = 0, n_sequences: int = 2, n_tokens: int = 8) -> float:
-    """Bytes by which the live cache grows for each token of one sequence, counted past every window of the model.
+    """Returns the bytes by which the live cache grows for each token of one sequence, past every window of the model.
 
-    A layer with a constant state or a full window counts nothing. The cache is filled by a prefill up to the largest
+    A layer with a constant state or a full window adds nothing. The cache is filled by a prefill up to the largest
     window (or as far as the model has positions), then grown token by token.
     """
     start = _largest_window(model.config) + 1
@@ -224,7 +224,7 @@ def kv_bytes_per_token(model, *, seed: int = 0, n_sequences: int = 2, n_tokens: 
 
 
 def _largest_window(config) -> int:
-    """The largest window of a model's own sliding layers and of its plan, at least 1."""
+    """Returns the largest window of a model's own sliding layers and of its plan, at least 1."""
     native = native_windows(config)
     plan_window = (getattr(config, "layerboost", None) or {}).get("window")
     return max(window or 1 for window in (*native, plan_window))
@@ -252,13 +252,13 @@ def _check_settings(model, concurrency: int, prompt_tokens: int, new_tokens: int
 
 
 def _random_tokens(model, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same prompts on every device
+    generator = torch.Generator().manual_seed(seed)  # the CPU's generator gives the same prompts on every device
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (n_sequences, n_tokens), generator=generator).to(model.device)
 
 
 def _forward(model, tokens: torch.Tensor, cache):
-    """One forward call; the cache, and the greedy next token of each sequence (n, 1)."""
+    """Makes one forward call and returns the cache and the greedy next token of each sequence (n, 1)."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(type(model).forward) else {}
     output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last_only)
     return output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
@@ -272,13 +272,13 @@ def _forward_parameters(forward: Callable) -> frozenset[str]:
 def timed_generation(
     model, prompts: torch.Tensor, new_tokens: int, read_prompts: bool = True
 ) -> tuple[float, list[float], torch.Tensor]:
-    """Greedy decoding of a batch, with a cache that has room for all of it from the start.
+    """Decodes a batch greedily, with a cache that has room for all tokens from the start.
 
     Args:
-        model: a causal language model, converted or not.
+        model: A causal language model, converted or not.
         prompts: (concurrency, tokens), on the model's device.
-        new_tokens: for each sequence; the prefill gives the first.
-        read_prompts: as of `measure_decode`.
+        new_tokens: Tokens to generate for each sequence; the prefill gives the first.
+        read_prompts: As in `measure_decode`.
 
     Returns:
         Seconds of the prefill, seconds of each decode step, generated tokens (concurrency, new_tokens).
@@ -307,7 +307,7 @@ def timed_generation(
 
 
 def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
-    """Makes a new cache look as if it had seen `n_tokens` tokens: random numbers, the same in all heads."""
+    """Fills a new cache as if it had seen `n_tokens` tokens, with random numbers that are the same in all heads."""
     config = model.config.get_text_config()
     shape = (n_sequences, kv_heads(config), n_tokens, head_dim(config))
     for layer in cache.layers:
@@ -324,5 +324,5 @@ def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
 
 
 def _prefill_chunk_tokens(model, n_sequences: int) -> int:
-    """Tokens of each sequence that one call of a prefill takes."""
+    """Returns the tokens of each sequence that one call of a prefill takes."""
     return max(MIN_PREFILL_CHUNK_TOKENS, PREFILL_TOKENS[model.device.type] // n_sequences)

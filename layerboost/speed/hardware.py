@@ -1,4 +1,4 @@
-"""The machine: its name, how fast it moves bytes, how much memory a piece of work takes at its peak."""
+"""Describes the machine: its name, its memory bandwidth, and the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def hardware_name(device: torch.device | str) -> str:
-    """What the measurement ran on: the GPU's name, or the CPU's and the number of cores."""
+    """Returns what a measurement ran on: the GPU's name, or the CPU's name and number of cores."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -26,15 +26,17 @@ def hardware_name(device: torch.device | str) -> str:
         with open("/proc/cpuinfo") as lines:
             name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
-        pass  # no /proc on this system: the architecture has to do
+        pass  # this system has no /proc, so the architecture serves as the name
     return f"{name} ({os.cpu_count()} cores)"
 
 
 def copy_bandwidth_bytes_per_s(device: torch.device | str, *, n_mib: int = 512, repeats: int = 7) -> float:
-    """Bytes that a plain copy reads and writes in a second, with torch's threads: the median of some copies.
+    """Returns the bytes per second that a plain copy reads and writes with torch's threads: the median of some copies.
 
     Args:
-        n_mib: size of what is copied; far more than the caches hold.
+        device: The device to copy on.
+        n_mib: Size of the copied data, which must be far larger than the caches.
+        repeats: Number of timed copies.
     """
     device = torch.device(device)
     source = torch.ones(n_mib * MIB // 4, device=device)
@@ -46,7 +48,7 @@ def copy_bandwidth_bytes_per_s(device: torch.device | str, *, n_mib: int = 512, 
         target.copy_(source)
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * n_mib * MIB / statistics.median(seconds[1:])  # the first touches the pages
+    return 2 * n_mib * MIB / statistics.median(seconds[1:])  # the first copy also maps the pages
 
 
 def _synchronize(device: torch.device) -> None:
@@ -55,10 +57,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """Peak memory of what runs inside the `with` block: a model's weights, and the growth beside them.
+    """Measures the peak memory of what runs inside the `with` block: the model's weights plus the growth beyond them.
 
-    The growth is that of what the allocator has handed out: on CUDA torch's, on a CPU glibc's, sampled each 2 ms, or
-    elsewhere the process's resident memory. What an allocator keeps of freed memory is not in it.
+    The growth is that of allocated memory: torch's on CUDA, glibc's on a CPU, sampled every 2 ms. Without glibc the
+    resident memory of the process is used. Freed memory that an allocator keeps is not counted.
     """
 
     SAMPLE_S = 0.002
@@ -97,7 +99,7 @@ class PeakMemory:
 
 
 class _MallocInfo(ctypes.Structure):
-    """glibc's struct mallinfo2; `uordblks` counts the main thread's heap, `hblkhd` all blocks of their own."""
+    """Mirrors glibc's struct mallinfo2; `uordblks` counts the main thread's heap, `hblkhd` the memory-mapped blocks."""
 
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
@@ -106,7 +108,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _allocated_bytes() -> Callable[[], int] | None:
-    """Tells the bytes that malloc has handed out, where glibc has it (from 2.33)."""
+    """Returns a function that gives the bytes allocated by malloc, or None without glibc 2.33 or later."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
     if mallinfo2 is None:
         return None

@@ -1,8 +1,8 @@
-"""Decode speed of every plan from the measured speed of a few.
+"""Predicts the decode speed of every plan from the measured speed of a few.
 
-A decode step takes what everything but attention takes, plus what each layer's attention adds, which depends on the
-layer's treatment and not on its place. Where the parent itself gives some layers a window, its softmax layers are of
-two kinds, and each kind has a time of its own; a treated layer has the plan's window, whichever kind it was.
+The time of a decode step is that of everything except attention plus what each layer's attention adds, which depends on
+the layer's treatment and not on its place. If the parent itself gives some layers a window, its softmax layers are of
+two kinds, and each kind has its own time. A treated layer has the plan's window, whichever kind it was.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from scipy.optimize import nnls
 from ..plan import Plan, Treatment
 
 Kind = tuple[Treatment, int | None]
-"""A treatment, and for softmax the window that the parent itself gives the layer."""
+"""A treatment and, for softmax, the window that the parent itself gives the layer."""
 
 Point = tuple[Plan, float, float]
-"""A measured plan: seconds of a decode step, and their standard error."""
+"""A measured plan, the seconds of a decode step, and their standard error."""
 
 _LEAST_ERROR = 0.01
-"""Relative error that a measurement has at least: that of a few repeats may be small by chance."""
+"""Minimum relative error of a measurement, because the scatter of a few repeats may be small by chance."""
 
 _MOST_PARTS = 12
-"""Into how many parts the layers are cut to mix treatments: enough for any mixture that a fit needs."""
+"""Number of parts that the layers are cut into for mixtures: enough for any mixture that a fit needs."""
 
 
 class SpeedFitError(ValueError):
-    """The measured plans do not tell the treatments' times; the message says how many there are and are needed."""
+    """The measured plans do not determine the treatments' times; the message says how many there are and are needed."""
 
 
 @dataclass(frozen=True)
 class SpeedModel:
-    """Seconds of a decode step under one serving condition.
+    """Predicts the seconds of a decode step under one serving condition.
 
     Attributes:
-        concurrency: sequences decoded together.
-        native_windows: the window that the parent itself gives each layer.
-        window: of the windowed treatments, in tokens; None where no measured plan had one.
-        kinds: what layers were measured with, `none` apart.
-        rest_s: of everything but attention.
-        attention_s: what one layer of each kind adds to that.
-        covariance: of (rest_s, *attention_s), in s².
-        scatter: relative standard deviation of a plan's time around the model.
-        n_points: plans that it was fitted to.
+        concurrency: Sequences decoded together.
+        native_windows: The window that the parent itself gives each layer.
+        window: Window of the windowed treatments, in tokens; None if no measured plan had one.
+        kinds: Kinds of layers that were measured, except `none`.
+        rest_s: Seconds of everything except attention.
+        attention_s: Seconds that one layer of each kind adds.
+        covariance: Covariance of (rest_s, *attention_s), in s².
+        scatter: Relative standard deviation of a plan's time around the model.
+        n_points: Number of plans that it was fitted to.
     """
 
     concurrency: int
@@ -64,18 +64,19 @@ class SpeedModel:
     def fit(
         cls, points: Sequence[Point], *, concurrency: int, native_windows: Sequence[int | None] | None = None
     ) -> SpeedModel:
-        """Fits times of at least 0, each plan weighted by its relative error.
+        """Fits non-negative times, with each plan weighted by its relative error.
 
-        The scatter is the largest of three: what the measurements' own errors say, what the residuals say, and what
-        plans that are left out of the fit say.
+        The scatter is the largest of three estimates: from the measurements' own errors, from the residuals, and from
+        plans that are left out of the fit.
 
         Args:
-            points: plans of one model, each with seconds of a step and their standard error.
-            concurrency: sequences that were decoded together.
-            native_windows: the window that the parent itself gives each layer; None: none.
+            points: Plans of one model, each with seconds of a step and their standard error.
+            concurrency: Sequences that were decoded together.
+            native_windows: The window that the parent itself gives each layer; None if it gives none.
 
         Raises:
-            SpeedFitError: there are no more plans than times to fit, they leave times open, or their windows differ.
+            SpeedFitError: There are no more plans than times to fit, the plans do not determine all times, or their
+                windows differ.
         """
         native = tuple(native_windows) if native_windows is not None else (None,) * len(points[0][0]) if points else ()
         plans = [plan for plan, _, _ in points]
@@ -108,9 +109,9 @@ class SpeedModel:
         )
 
     def predict(self, plan: Plan) -> tuple[float, float] | None:
-        """Output throughput in tokens per second and its standard error.
+        """Returns the output throughput in tokens per second and its standard error.
 
-        None for a plan with a treatment or window that no measured plan had.
+        It is None for a plan with a treatment or window that no measured plan had.
         """
         plan.check_length(len(self.native_windows))
         if not set(_kinds(plan, self.native_windows)) <= set(self.kinds) or plan.window not in (None, self.window):
@@ -122,7 +123,7 @@ class SpeedModel:
         return throughput, float(throughput * stderr_s / step_s)
 
     def layer_times(self) -> dict[Treatment, list[float]]:
-        """Seconds that each layer's attention adds to a step, first layer first; by treatment that was measured."""
+        """Returns the seconds that each layer's attention adds to a step, first layer first, by measured treatment."""
         of_kind = dict(zip(self.kinds, self.attention_s, strict=True))
         times = {Treatment.NONE: [0.0] * len(self.native_windows)}
         for treatment in dict.fromkeys(treatment for treatment, _ in self.kinds):
@@ -156,7 +157,7 @@ class SpeedModel:
 
 
 def counts(plan: Plan, native_windows: Sequence[int | None]) -> tuple[tuple[Treatment, int | None, int], ...]:
-    """How many layers of each kind a plan has: what decides its speed, beside its window."""
+    """Returns how many layers of each kind a plan has, which together with its window determines its speed."""
     kinds = _kinds(plan, native_windows)
     return tuple((*kind, kinds.count(kind)) for kind in sorted(set(kinds), key=_order))
 
@@ -170,20 +171,20 @@ def design_plans(
     native_windows: Sequence[int | None] | None = None,
     given: Sequence[Plan] = (),
 ) -> list[Plan]:
-    """The plans to measure so that the speed of all others follows.
+    """Returns the plans to measure so that the speed of all others can be predicted.
 
-    First every layer treated alike, for each treatment; then, where the parent has layers of two kinds, softmax in one
-    of them alone; then the given plans; then mixtures, the one first that takes most of the uncertainty away
-    (D-optimal). A mixture gives no treatment more than half of the layers, so that it also tells whether times add up,
-    and spreads each over the depth.
+    The order is: every layer treated alike, for each treatment; if the parent has layers of two kinds, softmax in only
+    one of them; the given plans; then mixtures, each time the one that reduces the uncertainty most (D-optimal). A
+    mixture gives no treatment more than half of the layers, so that it also tests whether times add up, and spreads
+    each treatment over the depth.
 
     Args:
-        n_layers: of the model.
-        treatments: what layers may get; softmax and none are always among them.
-        window: of the windowed treatments, in tokens.
-        n: plans in all; never fewer than a fit needs, and never more than there are.
-        native_windows: the window that the parent itself gives each layer; None: none.
-        given: plans that are measured in any case, but for those of another window.
+        n_layers: Layers of the model.
+        treatments: Treatments that layers may get; softmax and none are always included.
+        window: Window of the windowed treatments, in tokens.
+        n: Total number of plans; at least as many as a fit needs are returned, and at most as many as there are.
+        native_windows: The window that the parent itself gives each layer; None if it gives none.
+        given: Plans that are measured in any case, except those of another window.
     """
     native = tuple(native_windows) if native_windows is not None else (None,) * n_layers
     given = [plan for plan in given if plan.window in (None, window)]
@@ -208,11 +209,11 @@ def design_plans(
 
 
 def _mixtures(n_layers: int, treatments: Sequence[Treatment], window: int) -> list[Plan]:
-    """Plans of at least two treatments, none of them in more than half of the layers (rounded up)."""
+    """Returns plans of at least two treatments, none of them in more than half of the layers (rounded up)."""
     n_parts, n_bars = min(n_layers, _MOST_PARTS), len(treatments) - 1
     found = []
     for bars in combinations(range(n_parts + n_bars), n_bars):
-        # Stars and bars: the parts before the first bar go to the first treatment, and so on.
+        # This is stars and bars: the parts before the first bar go to the first treatment, and so on.
         ends = [bar - i for i, bar in enumerate(bars)] + [n_parts]
         layers = np.diff([0, *(round(end * n_layers / n_parts) for end in ends)])
         if layers.max() <= (n_layers + 1) // 2 and np.count_nonzero(layers) > 1:
@@ -221,7 +222,7 @@ def _mixtures(n_layers: int, treatments: Sequence[Treatment], window: int) -> li
 
 
 def _interleaved(n_of: dict[Treatment, int]) -> tuple[Treatment, ...]:
-    """So many layers of each treatment, spread over the depth."""
+    """Spreads the given numbers of layers of each treatment evenly over the depth."""
     places = [((i + 0.5) / n, treatment) for treatment, n in n_of.items() for i in range(n)]
     return tuple(treatment for _, treatment in sorted(places, key=lambda place: place[0]))
 
@@ -231,7 +232,7 @@ def _kind(treatment: Treatment, native: int | None) -> Kind:
 
 
 def _kinds(plan: Plan, native_windows: Sequence[int | None]) -> list[Kind]:
-    """What the layers add to a step; those without attention add nothing."""
+    """Returns the kinds of the layers that add time to a step; layers without attention add none."""
     layers = zip(plan.treatments, native_windows, strict=True)
     return [_kind(treatment, native) for treatment, native in layers if treatment is not Treatment.NONE]
 
@@ -241,18 +242,18 @@ def _order(kind: Kind) -> tuple[int, int]:
 
 
 def _row(plan: Plan, kinds: Sequence[Kind], native_windows: Sequence[int | None]) -> list[float]:
-    """What a step's seconds are the sum of: the rest once, and each kind as often as the plan has it."""
+    """Returns the coefficients of a step's seconds: 1 for the rest, and the number of layers of each kind."""
     of_plan = _kinds(plan, native_windows)
     return [1.0, *(float(of_plan.count(kind)) for kind in kinds)]
 
 
 def _left_out_factor(rows: np.ndarray, times: np.ndarray) -> float:
-    """Mean square of the errors of points that are left out of the fit, over what it would be by their weights."""
+    """Returns the mean squared error of left-out points, relative to the error that their weights predict."""
     found = []
     for index in range(len(rows)):
         kept, kept_times = np.delete(rows, index, axis=0), np.delete(times, index)
         if np.linalg.matrix_rank(kept) < rows.shape[1]:
-            continue  # the only point that tells one of the times
+            continue  # without this point one of the times would be undetermined
         fitted, _ = nnls(kept, kept_times)
         row = rows[index]
         expected = 1 + row @ np.linalg.inv(kept.T @ kept) @ row

@@ -1,4 +1,4 @@
-"""Serving: what a model costs in vLLM, told by vLLM's own client of vLLM's own server."""
+"""Measures what serving a model in vLLM costs, with vLLM's own server and benchmark client."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from .vllm_environment import ServingEnvironment, ServingError, cause_of, enviro
 VLLM = "vllm"
 
 START_LIMIT_S = 1800.0
-"""For reading the weights and compiling, until the server answers."""
+"""Time limit for reading the weights and compiling, until the server answers."""
 BENCH_LIMIT_S = 3600.0
 _POLL_S = 0.2
 _LOG_LINES = 25
 _MIN_SEQUENCES = 256
 PROMPT_SLACK_TOKENS = 16
-"""By so many tokens at most the client's random prompts come out longer than asked for."""
+"""Maximum number of tokens by which the client's random prompts come out longer than asked for."""
 _MIN_REQUESTS, _PROMPTS_PER_SEQUENCE = 16, 4
-"""Requests for each of those at once: enough that the last ones, with fewer beside them, weigh little."""
+"""Minimum requests of a run, and requests per concurrent one: enough for the last, less busy part to matter little."""
 _PERCENTILES = {f"{name}_ms_p{p}": f"p{p}_{name}_ms" for name in ("ttft", "tpot", "itl") for p in (50, 99)}
-"""The client's names of what `ServingMeasurement` calls so."""
+"""The client's names for the percentiles of `ServingMeasurement`."""
 
 
 @dataclass(frozen=True)
 class ServingCondition:
-    """What the client asks: so many requests at a time, of so many random tokens, for so many new ones.
+    """Describes what the client sends: concurrent requests with random prompts, each for a number of new tokens.
 
     Attributes:
-        repeats: runs of the client.
-        seed: of the prompts.
+        concurrency: Requests at a time.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Tokens to generate for each request.
+        repeats: Number of runs of the client.
+        seed: Seed of the prompts.
     """
 
     concurrency: int
@@ -57,21 +60,22 @@ class ServingCondition:
 
 @dataclass(frozen=True)
 class ServingMeasurement:
-    """What one serving condition cost with vLLM, named as `DecodeMeasurement` where both tell the same.
+    """Holds the cost of one serving condition with vLLM; fields shared with `DecodeMeasurement` have the same names.
 
     Attributes:
-        output_throughput_tok_per_s: generated tokens of a run over its seconds, prefill and scheduling among them;
-            the median over the repeats, as all that follows.
-        output_throughput_stderr: standard error of the mean of the repeats.
-        ttft_ms_p50, ttft_ms_p99: time to first token, over the requests.
-        tpot_ms_p50, tpot_ms_p99: each request's time per output token, the first left out.
-        itl_ms_p50, itl_ms_p99: time between two tokens of a request.
-        peak_memory_mib: None: vLLM fills the memory it is given with KV cache, whatever the model needs of it.
-        kv_bytes_per_token: bytes by which the cache grows for each token of one sequence, past every window, as
+        output_throughput_tok_per_s: Generated tokens of a run over its seconds, including prefill and scheduling. This
+            and the following values are medians over the repeats.
+        output_throughput_stderr: Standard error of the mean of the repeats.
+        ttft_ms_p50, ttft_ms_p99: Time to first token, over the requests.
+        tpot_ms_p50, tpot_ms_p99: Each request's time per output token, without the first token.
+        itl_ms_p50, itl_ms_p99: Time between two tokens of a request.
+        peak_memory_mib: Always None, because vLLM fills the memory that it gets with KV cache, whatever the model
+            needs.
+        kv_bytes_per_token: Bytes by which the cache grows for each token of one sequence, past every window, as
             `byte_model` counts them.
-        kv_blocks, kv_block_tokens: blocks of the engine's KV cache, and tokens of a block; None without a cache.
-        kv_cache_tokens: tokens of sequences of the longest length that the cache can hold together.
-        n_requests: of each repeat, all of them answered in full.
+        kv_blocks, kv_block_tokens: Blocks of the engine's KV cache, and tokens of a block; None without a cache.
+        kv_cache_tokens: Tokens of sequences of the maximum length that the cache can hold together.
+        n_requests: Requests of each repeat, all of which were answered in full.
     """
 
     engine: str
@@ -105,7 +109,7 @@ class ServingMeasurement:
         return cls(**data)
 
     def scaled(self, factor: float) -> ServingMeasurement:
-        """As it would have been on a machine `factor` times as fast."""
+        """Returns the measurement as it would have been on a machine `factor` times as fast."""
         return replace(
             self,
             output_throughput_tok_per_s=self.output_throughput_tok_per_s * factor,
@@ -116,7 +120,7 @@ class ServingMeasurement:
 
 
 def local_checkpoint(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, which a hub name is fetched into: weights as safetensors, and what describes them."""
+    """Returns the folder of a checkpoint, after downloading the safetensors and metadata if `name` is a hub name."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
@@ -135,15 +139,18 @@ def measure_served(
     start_limit_s: float = START_LIMIT_S,
     on_result: Callable[[ServingCondition, ServingMeasurement | ServingError], None],
 ) -> None:
-    """Serves one model and asks it under all conditions, one after the other; nothing is left running or lying.
+    """Serves one model and measures all conditions one after the other; processes and files are cleaned up.
 
     Args:
-        model: folder of a checkpoint, or what writes one into the folder that it is given, deleted afterwards.
-        dtype: `auto` serves the model as it was saved, where vLLM itself would turn float32 into something narrower.
-        on_result: told what each condition gave; one that fails does not take the others with it.
+        environment: The environment that has vLLM.
+        model: Folder of a checkpoint, or a function that writes one into a given folder, which is deleted afterwards.
+        conditions: The conditions to measure.
+        dtype: `auto` serves the model as it was saved, whereas vLLM itself would narrow float32.
+        start_limit_s: Time limit until the server is healthy.
+        on_result: Called with the result of each condition; if one fails the others still run.
 
     Raises:
-        ServingError: the model is not served.
+        ServingError: The model cannot be served.
     """
     with scratch_folder() as scratch:
         folder = scratch.folder / "model" if callable(model) else model
@@ -193,7 +200,7 @@ def _measurement(
 
 
 def _dtype_and_kv_bytes(folder: Path, dtype: str) -> tuple[str, float]:
-    """The dtype that a checkpoint is served in, and the bytes of a token in its cache."""
+    """Returns the dtype that a checkpoint is served in, and the bytes of a token in its cache."""
     import torch
     from transformers import AutoConfig
 
@@ -212,7 +219,7 @@ def _dtype_and_kv_bytes(folder: Path, dtype: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class _Server:
-    """One `vllm serve` that answers."""
+    """Holds a running `vllm serve`."""
 
     scratch: Scratch
     environment: ServingEnvironment
@@ -222,13 +229,13 @@ class _Server:
     log: Path
 
     def check_running(self) -> None:
-        """Raises ServingError where the server has ended, with the end of its log."""
+        """Raises ServingError with the end of the log if the server has ended."""
         if self.process.poll() is not None:
             text = self.log.read_text(errors="replace")
             raise ServingError(f"vllm serve ended with exit {self.process.returncode}: {cause_of(text)}\n{_tail(text)}")
 
     def get(self, path: str) -> str:
-        # Nothing between us and the loopback interface.
+        # Proxies are bypassed, because the server is on the loopback interface.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             return answer.read().decode()
@@ -241,7 +248,7 @@ class _Server:
 
 
 class _KvCache(NamedTuple):
-    """What the engine says of its cache; see ServingMeasurement."""
+    """Holds what the engine reports about its cache; see ServingMeasurement."""
 
     n_blocks: int | None
     block_tokens: int | None
@@ -253,8 +260,8 @@ def _serve(
 ) -> _Server:
     """Starts a server and waits until it is healthy.
 
-    The flags are the same for every model. Prompts come again with each repeat, and a plan with constant-state layers
-    cannot take their beginning from a cache of prefixes as its parent could: nobody does.
+    The flags are the same for every model. Prefix caching is off for all of them: prompts repeat with each run of the
+    client, and a plan with constant-state layers could not reuse their beginnings as its parent could.
     """
     port, log = _free_port(), scratch.folder / "server.log"
     command = [Path(environment.folder) / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", "--port", port]
@@ -267,7 +274,7 @@ def _serve(
         server.check_running()
         try:
             server.get("/health")
-        except (urllib.error.URLError, OSError):  # not there yet
+        except (urllib.error.URLError, OSError):  # the server does not answer yet
             if time.monotonic() - started > start_limit_s:
                 text = log.read_text(errors="replace")
                 raise ServingError(
@@ -280,13 +287,13 @@ def _serve(
 
 
 def _ask(server: _Server, condition: ServingCondition, *, first: bool) -> dict[str, Any]:
-    """One run of the client; the first of a condition warms up.
+    """Runs the client once; the first run of a condition warms up.
 
     Returns:
         The client's result.
 
     Raises:
-        ServingError: the client or the server failed, or a request was lost, refused or cut short.
+        ServingError: The client or the server failed, or a request was lost, refused or cut short.
     """
     server.check_running()
     folder = server.scratch.folder

