@@ -35,7 +35,9 @@ class ConstraintsSection(Section):
 
     at_least: dict[AtLeast, Number] = Field(default_factory=dict)
     at_most: dict[AtMost, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
-    pin: dict[CountOrZero, Literal["softmax", "linear_window", "window", "none"]] = Field(default_factory=dict)
+    pin: dict[CountOrZero, Literal["softmax", "linear_window", "window", "none"]] = Field(
+        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}
+    )
 
     def bounds(self) -> list[Bound]:
         """Returns each constraint as a separate bound."""

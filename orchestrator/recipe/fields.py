@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -21,21 +21,30 @@ def as_number(value: Any) -> Any:
     return value
 
 
-def auto_or(kind: type[int | float], minimum: float, words: str) -> Callable[[Any], Any]:
-    """A check that lets `auto` pass, and numbers of a kind from `minimum` on."""
+@dataclass(frozen=True)
+class AutoOr:
+    """A check that lets `auto` pass, and numbers of a kind from a least one on.
 
-    def check(value: Any) -> Any:
+    Attributes:
+        kind: `int` for whole numbers.
+        minimum: the least number.
+        words: what else than `auto` it takes, for the message.
+    """
+
+    kind: type[int | float]
+    minimum: float
+    words: str
+
+    def __call__(self, value: Any) -> Any:
         if value == AUTO:
             return AUTO
         try:
             number = float(as_number(value))
-            if not minimum <= number < float("inf") or (kind is int and not number.is_integer()):
+            if not self.minimum <= number < float("inf") or (self.kind is int and not number.is_integer()):
                 raise ValueError
         except (TypeError, ValueError):
-            raise ValueError(f"must be auto or {words}") from None
-        return kind(number)
-
-    return check
+            raise ValueError(f"must be auto or {self.words}") from None
+        return self.kind(number)
 
 
 def unique_entries(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -55,7 +64,7 @@ Count = Annotated[int, BeforeValidator(as_number), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(as_number), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(as_number)]
 Name = Annotated[str, AfterValidator(_not_blank)]
-AutoCount = Annotated[int | Literal["auto"], BeforeValidator(auto_or(int, 1, "a whole number of at least 1"))]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(AutoOr(int, 1, "a whole number of at least 1"))]
 
 
 class Section(BaseModel):

@@ -76,6 +76,12 @@ class HalvingSection(Section):
     rungs: Count = 1
 
 
+def _or_one_name(schema: dict[str, Any]) -> None:
+    """Says in a JSON Schema that a name stands for a list of one source."""
+    listed = {name: schema.pop(name) for name in ("items", "type")}
+    schema["anyOf"] = [{"type": "string", "minLength": 1}, listed, {"type": "null"}]
+
+
 class HealingSection(Section):
     """Distillation from the untouched parent, or from a larger teacher.
 
@@ -130,7 +136,7 @@ class HealingSection(Section):
     """
 
     tokens: CountOrZero = 0
-    text: tuple[HealingText, ...] = ()
+    text: tuple[HealingText, ...] = Field(default=(), json_schema_extra=_or_one_name)
     split: Name = "train"
     field: Name | None = None
     documents: Literal["joined", "apart"] = "joined"

@@ -12,13 +12,13 @@ from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import (
     AUTO,
     AutoCount,
+    AutoOr,
     Count,
     CountOrZero,
     Name,
     Number,
     Section,
     as_number,
-    auto_or,
     resolve_sequence_tokens,
     unique_entries,
 )
@@ -364,18 +364,18 @@ class PlacementSection(Section):
 
     workers: AutoCount = "auto"
     cpus_per_worker: Annotated[
-        float | Literal["auto"], BeforeValidator(auto_or(float, 0, "a number of CPUs of at least 0"))
+        float | Literal["auto"], BeforeValidator(AutoOr(float, 0, "a number of CPUs of at least 0"))
     ] = "auto"
     gpus_per_worker: Annotated[
         float | Literal["auto"],
-        BeforeValidator(auto_or(float, 0, "a number of GPUs of at least 0")),
+        BeforeValidator(AutoOr(float, 0, "a number of GPUs of at least 0")),
         AfterValidator(_one_gpu_at_most),
     ] = "auto"
     healing_workers: AutoCount = "auto"
     activations_gib: Annotated[
-        float | Literal["auto"], BeforeValidator(auto_or(float, 0.001, "a number of GiB of at least 0.001"))
+        float | Literal["auto"], BeforeValidator(AutoOr(float, 0.001, "a number of GiB of at least 0.001"))
     ] = "auto"
     unit_timeout_s: Annotated[
-        float | Literal["auto"], BeforeValidator(auto_or(float, 1, "a number of seconds of at least 1"))
+        float | Literal["auto"], BeforeValidator(AutoOr(float, 1, "a number of seconds of at least 1"))
     ] = "auto"
     labels: LabelsSection = LabelsSection()

@@ -1,0 +1,214 @@
+"""The recipe's reference: `docs/recipe.md` for people and `recipes/recipe.schema.json` for editors, from the fields.
+
+    python -m orchestrator.recipe.reference [FOLDER]
+
+writes both into a checkout. Types, defaults and bounds are those that a recipe is checked against, and descriptions are
+the `Attributes` of the sections' docstrings, so that neither file can say anything else than the code does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from orchestrator.recipe.fields import AutoOr, unique_entries
+from orchestrator.recipe.recipe import Recipe
+
+REFERENCE_FILE, SCHEMA_FILE = "docs/recipe.md", "recipes/recipe.schema.json"
+
+Schema = dict[str, Any]
+
+_JSON_NAMES = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+_NUMBER_TEXT = "NumberText"
+_NUMBER_TEXT_SCHEMA = {
+    "type": "string",
+    "pattern": r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]+)?$",
+    "description": "A number such as 10_000_000 or 1e7, which some versions of YAML read as a text.",
+}
+
+_INTRODUCTION = """# Recipe reference
+
+A recipe is a YAML file that says what to run. It has the sections below; only `model` and `quality` must be there. This
+page is written by `python -m orchestrator.recipe.reference` from the code that checks recipes, as is
+[recipe.schema.json](../recipes/recipe.schema.json), which gives an editor with the YAML language server completion and
+checks once this line stands at the top of a recipe:
+
+```yaml
+# yaml-language-server: $schema=recipe.schema.json
+```
+
+Some rules hold everywhere. An unknown key is an error that names the nearest known one. A path is looked for beside
+the recipe first, then in the current directory. Where a field takes a hub name or a path, what exists on this machine
+is taken for a path, and so is all that begins with `./`, `../`, `/` or `~`. Numbers may be written as `10_000_000` or
+`1e7`. `layerboost run RECIPE --set section.field=value` overrides a field for one run. Everything in a recipe can
+change results and is therefore part of what identifies a unit of work, except `placement`, `throughput.environment`
+and the fields of `healing` that only memory depends on.
+"""
+
+
+def descriptions(section: type[BaseModel]) -> dict[str, str]:
+    """What the docstring's `Attributes` say of each field, on one line."""
+    attributes = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def introduction(section: type[BaseModel]) -> str:
+    """What the docstring says before its `Attributes`, one line a paragraph."""
+    text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:")[0]
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
+
+
+def sections(section: type[BaseModel] = Recipe, name: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section with its dotted name, each before those inside it; the recipe itself has the empty name."""
+    yield name, section
+    for field_name, field in section.model_fields.items():
+        for inner in _sections_of(field.annotation):
+            yield from sections(inner, f"{name}.{field_name}".lstrip("."))
+
+
+def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_of(argument)
+
+
+def recipe_schema() -> Schema:
+    """The JSON Schema (draft 2020-12) of recipes: all that one field alone can get wrong.
+
+    What fields must agree on is checked when a recipe is read.
+    """
+    schema = _plain_schema()
+    for part in (schema, *schema["$defs"].values()):
+        part["properties"] = {name: _with_number_texts(field) for name, field in part["properties"].items()}
+    schema["$defs"][_NUMBER_TEXT] = _NUMBER_TEXT_SCHEMA
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "LayerBoost recipe"}
+    return about | schema
+
+
+def _plain_schema() -> Schema:
+    """Pydantic's schema with descriptions, with what its validators check, and under the names of JSON Schema."""
+    schema = _named(Recipe.model_json_schema())
+    for _, section in sections():
+        part = schema if section is Recipe else schema["$defs"][section.__name__]
+        part.pop("title", None)
+        part["description"] = introduction(section)
+        described = descriptions(section)
+        for name, field in section.model_fields.items():
+            entry = part["properties"][name]
+            entry.pop("title", None)
+            if "$ref" in entry:
+                entry.pop("default", None)  # every field inside has its own
+            for check in (getattr(data, "func", None) for data in field.metadata):
+                if isinstance(check, AutoOr):
+                    number = next(kind for kind in entry["anyOf"] if "const" not in kind)
+                    number["minimum"] = check.minimum
+                elif check is unique_entries:
+                    entry["uniqueItems"] = True
+            if name in described:
+                entry["description"] = described[name]
+    return schema
+
+
+def _named(schema: Any) -> Any:
+    """The schema with bounds as JSON Schema calls them."""
+    if isinstance(schema, dict):
+        return {_JSON_NAMES.get(name, name): _named(value) for name, value in schema.items()}
+    return [_named(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def _with_number_texts(schema: Any) -> Any:
+    """Lets each number be written as a text too, with `_` or an exponent."""
+    if isinstance(schema, list):
+        return [_with_number_texts(value) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") not in ("integer", "number"):
+        return {name: value if name == "default" else _with_number_texts(value) for name, value in schema.items()}
+    about = {name: schema[name] for name in ("default", "description") if name in schema}
+    number = {name: value for name, value in schema.items() if name not in about}
+    return {"anyOf": [number, {"$ref": f"#/$defs/{_NUMBER_TEXT}"}], **about}
+
+
+def reference() -> str:
+    """The reference as Markdown: one table a section."""
+    schema = _plain_schema()
+    parts = [_INTRODUCTION]
+    for name, section in sections():
+        part = schema if section is Recipe else schema["$defs"][section.__name__]
+        if not name:
+            continue
+        parts.append(f"{'##' if '.' not in name else '###'} `{name}`\n\n{part['description']}\n\n{_table(part, name)}")
+    return "\n".join(parts)
+
+
+def _table(part: Schema, section: str) -> str:
+    rows = ["| field | value | default | |", "|---|---|---|---|"]
+    for name, field in part["properties"].items():
+        value = words(field) or f"[{section}.{name}](#{section.replace('.', '')}{name})"
+        default = "needed" if name in part.get("required", ()) else _shown(field.get("default"))
+        description = field["description"]
+        cells = (f"`{name}`", value, default, description[0].upper() + description[1:])
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _shown(default: Any) -> str:
+    return "" if default is None or default == {} else f"`{json.dumps(default).strip(chr(34))}`"
+
+
+def words(schema: Mapping[str, Any]) -> str:
+    """The values that a schema allows, in words; empty for a section of its own."""
+    if alternatives := schema.get("anyOf"):
+        return " or ".join(filter(None, (words(kind) for kind in alternatives if kind.get("type") != "null")))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "prefixItems" in schema:
+        return "`[low, high]`"
+    kind = schema.get("type")
+    if kind == "array":
+        items = words(schema["items"]) or "mapping"
+        return "list of " + re.sub("^(whole number|number|text|mapping)", r"\1s", items)
+    if kind == "object" and "additionalProperties" in schema:
+        names = schema.get("propertyNames", {})
+        keys = words(names) if "enum" in names else "layer" if "pattern" in names else "name"
+        return f"mapping of {keys} to {words(schema['additionalProperties'])}"
+    if kind in ("integer", "number"):
+        return " ".join(filter(None, ("whole number" if kind == "integer" else "number", _bounds(schema))))
+    return {"string": "text", "boolean": "`true` or `false`"}.get(str(kind), "")
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    said = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    return " and ".join(f"{word} {schema[name]:g}" for name, word in said.items() if name in schema)
+
+
+def files() -> dict[str, str]:
+    """The contents of both files by their path in a checkout."""
+    return {
+        REFERENCE_FILE: reference(),
+        SCHEMA_FILE: json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes both files."""
+    parser = argparse.ArgumentParser(description="Writes the recipe's reference and its JSON Schema.")
+    parser.add_argument("folder", nargs="?", default=".", help="the checkout to write into (default: %(default)s)")
+    folder = Path(parser.parse_args(argv).folder)
+    for name, content in files().items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
