@@ -1,6 +1,6 @@
 """Triton kernels of the `linear_window` treatment: prefill with gradients, and decode.
 
-`layerboost.attention` defines what they compute and takes them where they can run; tests compare the two.
+`layerboost.attention` defines what they compute and uses them if they can run; tests compare the two.
 """
 
 from .prefill import linear_window_prefill, supports

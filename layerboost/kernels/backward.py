@@ -1,9 +1,9 @@
-"""Backward kernels of `linear_window`: everything between two tokens is computed again, nothing of size T x S is kept.
+"""Backward kernels of `linear_window`, which recompute the weights of all pairs and never store anything of size T x S.
 
 With P the normalised weight of a query and a key, o the output and delta = do . o, the gradient of a weight before
-normalisation is P (do . v - delta), for the window as for the features. What queries meet through the state comes back
-to the keys through a state too: sums of features x do and of features x delta over all later blocks of queries.
-Peaks are constants: they cancel, save where a feature is capped.
+normalisation is P (do . v - delta), for the window as well as for the features. The gradient of what queries read from
+the state reaches the keys through a state, too: sums of features x do and of features x delta over all later blocks of
+queries. Peaks are treated as constants, because they cancel except where a feature is capped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _query_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK queries of one head: the scores inside their windows."""
+    """Computes the gradient of BLOCK queries of one head from the scores inside their windows."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -68,7 +68,7 @@ def _logits_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK x BLOCK_R query logits of one head: the keys between state and window, and the state."""
+    """Computes the gradient of BLOCK x BLOCK_R query logits of one head from older keys and the state."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     feature = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -107,7 +107,7 @@ def _state_gradients_kernel(
     G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk the sums over all queries that meet it through the state, from the last chunk to the first."""
+    """Sums, for each chunk, over all queries that read it from the state, from the last chunk to the first."""
     head = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -142,7 +142,7 @@ def _key_value_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK keys by their scores, and of their values, from the queries of all heads of the group."""
+    """Computes the gradients of BLOCK keys (by their scores) and values from the queries of all heads of the group."""
     head = tl.program_id(0).to(tl.int64)
     keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -201,7 +201,7 @@ def _features_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the features of BLOCK keys, BLOCK_R of them, from the queries of all heads of the group."""
+    """Computes the gradient of BLOCK_R features of BLOCK keys from the queries of all heads of the group."""
     head = tl.program_id(0).to(tl.int64)
     keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     feature = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -235,7 +235,7 @@ def _features_kernel(
 def backward(
     d_output, output, peak, log_total, query, key, value, logits, features, valid, state, scaling, window, cap
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of query, key, value, logits and features, each in its own dtype."""
+    """Returns the gradients of query, key, value, logits and features, each in its own dtype."""
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys, n_features = key.shape[1], key.shape[2], features.shape[-1]
     d_output = d_output.contiguous()
@@ -260,7 +260,7 @@ def backward(
         value, logits, features, valid, sums, norms, d_output, delta, peak, log_total, d_logits,
         window, n_queries, n_keys, n_chunks, H=n_heads, HAS_VALID=has_valid, **featured,
     )  # fmt: skip
-    d_sums, d_norms = sums, norms  # read for the last time above
+    d_sums, d_norms = sums, norms  # reuses the memory, as the states were read for the last time above
     narrow = min(blocks["BLOCK_D"], 64)
     _state_gradients_kernel[(batch * n_kv_heads, feature_blocks, triton.cdiv(head_dim, narrow))](
         logits, d_output, delta, peak, log_total, d_sums, d_norms, window, n_queries, n_keys, n_chunks,

@@ -1,4 +1,4 @@
-"""Forward kernels of `linear_window`: the state before each chunk of keys, the output of each block of queries."""
+"""Forward kernels of `linear_window`: the state before each chunk of keys, and the output of blocks of queries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _states_kernel(
     K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program carries BLOCK_R x BLOCK_D of one head's state through all chunks, and writes it before each."""
+    """Each program carries BLOCK_R x BLOCK_D of one head's state through all chunks and writes it before each chunk."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -61,7 +61,10 @@ def _forward_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program gives BLOCK queries of one head: window, keys between state and window, state."""
+    """Each program computes BLOCK queries of one head from their window, the keys between it and the state, the state.
+
+    The softmax over the window is online: peak and sums are rescaled as higher scores come up.
+    """
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -123,13 +126,13 @@ def _forward_kernel(
 
 
 def chunk_states(features, value, valid, state) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (B, K, N, R, D) and norms (B, K, N, R), fp32, over everything before each chunk of CHUNK_TOKENS keys."""
+    """Returns fp32 sums (B, K, N, R, D) and norms (B, K, N, R) over all keys before each chunk of CHUNK_TOKENS keys."""
     batch, n_kv_heads, n_keys, head_dim = value.shape
     n_features, n_chunks = features.shape[-1], triton.cdiv(n_keys, CHUNK_TOKENS)
     sums = value.new_empty((batch, n_kv_heads, n_chunks, n_features, head_dim), dtype=torch.float32)
     norms = value.new_empty((batch, n_kv_heads, n_chunks, n_features), dtype=torch.float32)
     blocks = launch_options(value)
-    blocks["BLOCK_D"] = min(blocks["BLOCK_D"], 64)  # more programs: each goes through all chunks by itself
+    blocks["BLOCK_D"] = min(blocks["BLOCK_D"], 64)  # gives more programs, since each goes through all chunks in turn
     grid = (
         batch * n_kv_heads,
         triton.cdiv(n_features, blocks["BLOCK_R"]),
@@ -145,7 +148,7 @@ def chunk_states(features, value, valid, state) -> tuple[torch.Tensor, torch.Ten
 
 
 def forward(query, key, value, logits, features, valid, state, scaling: float, window: int, cap: float):
-    """Output as `query`, and of each query (B, H, T) in fp32 its peak and the logarithm of its denominator."""
+    """Returns the output (as `query`), and in fp32 (B, H, T) each query's peak and logarithm of its denominator."""
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     sums, norms = chunk_states(features, value, valid, state)

@@ -20,10 +20,10 @@ def supports(
     segments: torch.Tensor | None,
     softcap: float | None,
 ) -> bool:
-    """Whether `linear_window_prefill` can take it.
+    """Returns whether `linear_window_prefill` can handle the arguments.
 
-    Not packed documents, a cap of scores, a gradient to a state, other dtypes and head sizes than those above, or a
-    GPU without tensor cores for them (before NVIDIA's Ampere).
+    It cannot handle packed documents, a cap on scores, a gradient to a state, dtypes and head sizes other than those
+    above, or a GPU that lacks the tensor cores for them (before NVIDIA's Ampere).
     """
     if query.is_cuda and (torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0)):
         return False
@@ -54,16 +54,18 @@ def linear_window_prefill(
 ) -> torch.Tensor:
     """Softmax inside the window plus linear attention over everything older, in time linear in T.
 
-    The feature map stays outside, so that autograd gives its parameters their gradients; its logits are what the
-    form without kernels writes too, beside the weights between tokens that are never written here.
+    The feature map is applied outside, so that autograd gives its parameters their gradients. Its logits are stored, as
+    in the form without kernels, but the weights between pairs of tokens never are.
 
     Args:
         query: (B, H, T, D), in fp32, bf16 or fp16; sums are in fp32.
         key, value: (B, K, S, D); at most window - 1 keys precede the queries' own.
         logits: (B, H, T, R), a_r(q).
         features: (B, K, S, R), b_r(k).
-        logit_cap: cap of a_r less the largest score inside the query's window.
-        state: sums (B, K, R, D) and norms (B, K, R) over the tokens before `key`, without gradient.
+        scaling: Factor on the scores.
+        window: Tokens in the window, including the query's own.
+        logit_cap: Maximum of a_r minus the largest score inside the query's window.
+        state: Sums (B, K, R, D) and norms (B, K, R) over the tokens before `key`, without gradient.
         valid: (B, S) bool, False for padding; a query always sees its own key.
 
     Returns:

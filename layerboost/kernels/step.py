@@ -1,4 +1,4 @@
-"""Decode of `linear_window` by kernels: one token of each sequence over the slots of its window and the state."""
+"""Decode of `linear_window` by kernels: one token of each sequence attends to the slots of its window and the state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _step_kernel(
     HAS_VISIBLE: tl.constexpr, HAS_STATE: tl.constexpr, CAP: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program gives BLOCK_V columns of the output of one group of heads, which share keys, values and state."""
+    """Each program computes BLOCK_V output columns of one group of heads, which share keys, values and state."""
     head = tl.program_id(0).to(tl.int64)
     group, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     own_columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -81,22 +81,26 @@ def linear_window_step(
     state: tuple[torch.Tensor, torch.Tensor] | None = None,
     visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax over the slots of a window, in any order, plus linear attention over the state, one denominator.
+    """Computes softmax over the slots of a window, in any order, plus linear attention over the state.
+
+    Both parts have one common denominator. No gradient passes through.
 
     Args:
         query: (B, H, D).
-        key_ring, value_ring: (B, K, W, D), the query's own token among the slots; also the first W slots of longer
+        key_ring, value_ring: (B, K, W, D), including the query's own token; they may be the first W slots of longer
             rings.
         logits: (B, H, R), a_r(q).
-        logit_cap: cap of a_r less the largest score of the window.
-        state: sums (B, K, R, D) and norms (B, K, R), fp32 and contiguous, over everything older.
-        visible: (B, W) bool, False where a slot is empty or holds padding, True for the query's own; None: all True.
+        scaling: Factor on the scores.
+        logit_cap: Maximum of a_r minus the largest score of the window.
+        state: Sums (B, K, R, D) and norms (B, K, R), fp32 and contiguous, over all older tokens.
+        visible: (B, W) bool, False for slots that are empty or hold padding, True for the query's own; None means all
+            True.
 
     Returns:
-        (B, H, D) in the dtype of `query`. No gradient goes through it.
+        (B, H, D) in the dtype of `query`.
 
     Raises:
-        ValueError: a ring or a state is laid out otherwise, and would have to be copied at each step.
+        ValueError: A ring or a state has another layout and would have to be copied at each step.
     """
     batch, n_kv_heads, n_slots, head_dim = key_ring.shape
     n_heads, n_features = logits.shape[1:]
@@ -111,7 +115,7 @@ def linear_window_step(
     query, logits = query.contiguous(), logits.contiguous()
     output = torch.empty_like(query)
     visible = None if visible is None else visible.contiguous()
-    block_v = min(triton.next_power_of_2(head_dim), 64)  # more programs than heads where sequences are few
+    block_v = min(triton.next_power_of_2(head_dim), 64)  # gives more programs than heads if there are few sequences
     sums, norms = (logits, logits) if state is None else state
     with torch.cuda.device_of(query):
         _step_kernel[(batch * n_kv_heads, triton.cdiv(head_dim, block_v))](
@@ -138,10 +142,10 @@ def linear_window_evict(
         features: (B, K, R), b_r(k) of the token that leaves.
         value: (B, K, D), its value.
         sums, norms: (B, K, R, D) and (B, K, R), fp32 and contiguous.
-        mask: (B,) bool, False for sequences of which no token leaves, or padding; None: all True.
+        mask: (B,) bool, False for sequences from which no token, or only padding, leaves; None means all True.
 
     Raises:
-        ValueError: the state is not fp32 or not contiguous.
+        ValueError: The state is not fp32 or not contiguous.
     """
     _check_state((sums, norms))
     batch, n_kv_heads, n_features, head_dim = sums.shape

@@ -1,6 +1,6 @@
-"""vLLM plugin: `vllm serve DIR` of a converted checkpoint, in an environment made by `make_environment.sh`.
+"""vLLM plugin that lets `vllm serve DIR` serve a converted checkpoint, in an environment by `make_environment.sh`.
 
-vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes.
+vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ _OPERATOR = "vllm::layerboost_linear_window"
 
 
 def register() -> None:
-    """Tells vLLM which class serves each converted architecture; the configurations are known to transformers already.
+    """Tells vLLM which class serves each converted architecture; transformers knows the configurations already.
 
-    Families that are not served are registered too, since vLLM would else try transformers' own code for them.
+    Families that cannot be served are registered, too, because vLLM would otherwise try transformers' own code for
+    them.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
@@ -28,6 +29,6 @@ def register() -> None:
         served = architecture if model_type in SERVED_FAMILIES else "NotServed"
         ModelRegistry.register_model(architecture, f"{__name__}.models:{served}")
         MODELS_CONFIG_MAP[architecture] = ConvertedModelConfig
-    # Compiled graphs are cut at the operators that look at what is special to a step.
+    # vLLM splits compiled graphs at these operators, because they read the metadata of each step.
     if _OPERATOR not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(_OPERATOR)

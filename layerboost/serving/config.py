@@ -1,4 +1,4 @@
-"""What vLLM must know of a plan before it builds the model, and what it is refused."""
+"""Tells vLLM what it must know of a plan before it builds the model, and refuses what cannot be served."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from .families import SERVED_FAMILIES
 
 logger = init_logger(__name__)
 
-# What changes attention scores or masks in a way that the treated layers do not follow.
+# These settings change attention scores or masks in a way that the treated layers do not implement.
 _UNKNOWN_TO_TREATMENTS = ("attn_logit_softcapping", "dual_chunk_attention_config")
 
 
 class ConvertedModelConfig(VerifyAndUpdateConfig):
-    """vLLM's hook into the configuration of a converted model."""
+    """Hooks into vLLM's configuration of a converted model."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Checks the checkpoint's configuration and says in vLLM's words what each layer keeps.
+        """Checks the checkpoint's configuration and adds what each layer keeps, in the form that vLLM reads.
 
         Raises:
-            ValueError: a family or a setting that cannot be served.
-            PlanError: the plan does not fit the model.
+            ValueError: The family or a setting cannot be served.
+            PlanError: The plan does not fit the model.
         """
         config = model_config.hf_config
         plan = check_config(config)
-        # By this vLLM knows which models keep states beside, or instead of, keys and values.
+        # vLLM reads from `layer_types` which models keep states beside, or instead of, keys and values.
         config.layerboost_windows = layer_windows(config, plan)
         config.layer_types = [
             "linear_attention" if treatment is Treatment.LINEAR_WINDOW else "full_attention"
             for treatment in plan.treatments
         ]
-        config.max_window_layers = len(plan)  # vLLM's Qwen takes layers of unlike types for its own sliding ones
+        config.max_window_layers = len(plan)  # vLLM's Qwen would otherwise take mixed types for sliding layers
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Turns off, or refuses, what constant states cannot do.
+        """Turns off, or refuses, features that do not work with constant states.
 
         Raises:
-            ValueError: speculative decoding, which takes tokens back.
+            ValueError: Speculative decoding is on, which would have to remove tokens from a state.
         """
         plan = Plan.from_dict(vllm_config.model_config.hf_config.layerboost)
         has_states = Treatment.LINEAR_WINDOW in plan.treatments
@@ -54,7 +54,7 @@ class ConvertedModelConfig(VerifyAndUpdateConfig):
             )
         keeps_nothing = set(plan.treatments) == {Treatment.NONE}
         if keeps_nothing:
-            # vLLM prefills in one piece where there is no cache, and waits for ever for room for a longer prompt.
+            # Without a cache vLLM prefills a prompt in one piece and would wait forever if it exceeds a batch.
             scheduler = vllm_config.scheduler_config
             scheduler.max_num_batched_tokens = max(
                 scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
@@ -66,11 +66,11 @@ class ConvertedModelConfig(VerifyAndUpdateConfig):
 
 
 def check_config(config: Any) -> Plan:
-    """The plan of a converted model's configuration, if vLLM can serve it.
+    """Returns the plan of a converted model's configuration, if vLLM can serve it.
 
     Raises:
-        ValueError: a family or a setting that cannot be served.
-        PlanError: the plan does not fit the model.
+        ValueError: The family or a setting cannot be served.
+        PlanError: The plan does not fit the model.
     """
     model_type = config.model_type
     if model_type.removeprefix(CONVERTED_PREFIX) not in SERVED_FAMILIES or not model_type.startswith(CONVERTED_PREFIX):
@@ -89,9 +89,10 @@ def check_config(config: Any) -> Plan:
 
 
 def layer_windows(config: Any, plan: Plan) -> list[int | None]:
-    """Window in tokens, the query's own among them, of each layer that attends by softmax in a window, else None.
+    """Returns the window of each layer that attends by softmax in a window, None for the others.
 
-    Softmax layers have the window that the family gives them, which is not always the same in all layers.
+    A window is in tokens and includes the query's own. Softmax layers have the window that the family gives them, which
+    can differ between layers.
     """
     if hasattr(config, "layerboost_windows"):
         return config.layerboost_windows

@@ -1,4 +1,4 @@
-"""The model families whose converted models vLLM can serve."""
+"""Lists the model families whose converted models vLLM can serve."""
 
 from __future__ import annotations
 

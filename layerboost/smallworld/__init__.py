@@ -1,6 +1,6 @@
-"""A small generated world: text, benchmarks and a tiny model that run offline.
+"""A small generated world of text, benchmarks and a tiny model that runs offline.
 
-MODEL, TRAIN_TEXT, VALIDATION_TEXT and TASKS are paths, as texts, of what the package ships.
+MODEL, TRAIN_TEXT, VALIDATION_TEXT and TASKS are the paths, as strings, of the files that the package ships.
 """
 
 from pathlib import Path

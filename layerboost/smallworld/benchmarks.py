@@ -1,9 +1,9 @@
-"""Tasks about the small world, as JSON lines and lm-eval task files: multiple choice, and one to write on from.
+"""Makes tasks about the small world, as JSON lines and lm-eval task files: multiple choice, and one with generation.
 
-In `smallworld_recall` the context holds every wrong choice too, and the right one is equally often the first, second,
-third and fourth of the choices to be mentioned last. In `smallworld_holder` it holds only the right one. Without
-attention nothing but chance is left: 1/4 for these two, 1/2 for `smallworld_agreement`, about nothing for
-`smallworld_naming`, where the model itself writes whose thing it is and goes on to the place.
+In `smallworld_recall` the context also holds every wrong choice, and the right one is equally often the first, second,
+third and fourth of the choices counted from the end of the context. In `smallworld_holder` it holds only the right one.
+Without attention a model is left with chance: 1/4 for these two, 1/2 for `smallworld_agreement`, and about 0 for
+`smallworld_naming`, where the model itself writes the owner's second name and the way to the place.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ Item = dict[str, Any]
 
 
 def items(task: str, n_items: int = N_ITEMS) -> list[Item]:
-    """The items of a task, the same ones on every call.
+    """Returns the items of a task, the same ones on every call.
 
     Each has `context`, `choices` (with their leading space), `gold` (index of the right one) and `distance_tokens`:
-    words and punctuation marks between the last evidence and the answer, each one token of the model's tokenizer.
-    Where the model writes, `answer` stands in place of choices.
+    words and punctuation marks between the last evidence and the answer, each of which is one token of the model's
+    tokenizer. Items of generation tasks have `answer` instead of choices.
     """
     make = {
         "smallworld_holder": _holder,
@@ -77,7 +77,7 @@ def items(task: str, n_items: int = N_ITEMS) -> list[Item]:
 
 
 def task_yaml(task: str) -> str:
-    """The lm-eval task file; its data path is relative to the file's own folder."""
+    """Returns the lm-eval task file; its data path is relative to the file's own folder."""
     kind, metric = (_WRITES, "exact_match") if task in GENERATION_TASKS else (_CHOOSES, "acc")
     return (
         f"# LayerBoost small world: {(TASKS | GENERATION_TASKS)[task]}.\n"
@@ -100,17 +100,17 @@ def task_yaml(task: str) -> str:
 
 
 def task_jsonl(task: str) -> str:
-    """The items of a task as JSON lines."""
+    """Returns the items of a task as JSON lines."""
     return "".join(json.dumps(item) + "\n" for item in items(task))
 
 
 def tokens(text: str) -> list[str]:
-    """Words and punctuation marks of a text."""
+    """Splits a text into words and punctuation marks."""
     return text.replace(".", " .").split()
 
 
 def _holder(drawn: Scene, number: int) -> Item | None:
-    """Whose thing it is: its owner against people whom the text does not know."""
+    """Asks for a thing's owner, against people that do not occur in the text."""
     name = drawn.rng.choice(sorted(drawn.owner))
     text, owner, prompt = drawn.text(), drawn.owner[name], f"The {name} of"
     evidence = f"{name} of {owner}"
@@ -122,7 +122,7 @@ def _holder(drawn: Scene, number: int) -> Item | None:
 
 
 def _recall(drawn: Scene, number: int) -> Item | None:
-    """A person's second name against those of the others; None if the document does not fit the item's number."""
+    """Asks for a person's second name, against those of others; None if the document does not fit the item's number."""
     first = drawn.rng.choice(sorted(drawn.second_name))
     text, right, evidence = drawn.text(), drawn.second_name[first], drawn.person(first)
     mentioned = [word for word in dict.fromkeys(reversed(tokens(text))) if word in drawn.second_name.values()]
@@ -136,7 +136,7 @@ def _recall(drawn: Scene, number: int) -> Item | None:
 
 
 def _naming(drawn: Scene, number: int) -> Item | None:
-    """The owner's second name and the way to the place, behind the thing and the first name."""
+    """Asks for the owner's second name and the following words, after the thing and the owner's first name."""
     name = drawn.rng.choice(sorted(drawn.owner))
     text, owner, prompt = drawn.text(), drawn.owner[name], f"The {name} of {drawn.owner[name]}"
     evidence = drawn.person(owner)
@@ -147,12 +147,12 @@ def _naming(drawn: Scene, number: int) -> Item | None:
 
 
 def _distance(text: str, evidence: str, prompt: str) -> int:
-    """Tokens from the last evidence in a text to the answer behind the prompt."""
+    """Returns the number of tokens from the last evidence in a text to the answer after the prompt."""
     return len(tokens(text[text.rindex(evidence) + len(evidence) :])) + len(tokens(prompt))
 
 
 def _agreement(drawn: Scene, number: int) -> Item | None:
-    """Subject and distractor vary independently, so the last noun says nothing."""
+    """Asks for the verb's number; subject and distractor vary independently, so that the last noun gives no hint."""
     start, plural = drawn.agreement()
     if (plural, start.endswith("s")) != (bool(number & 1), bool(number & 2)):
         return None

@@ -4,7 +4,8 @@ The committed `model/` folder is the result of
 
     python -m layerboost.smallworld.train
 
-with its default arguments. The run is reproducible on one kind of CPU: one thread, fixed seeds, a budget in steps.
+with its default arguments. The run is reproducible on one kind of CPU, because it uses one thread, fixed seeds and a
+fixed number of steps.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ VALIDATION_DOCUMENTS = 160
 
 
 def train_tokenizer(vocab_size: int, max_tokens: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the generated text; `<|endoftext|>` (id 0) begins, ends, separates and pads."""
+    """Trains byte-level BPE on the generated text; `<|endoftext|>` (id 0) begins, ends, separates and pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +57,7 @@ def train_tokenizer(vocab_size: int, max_tokens: int = 512) -> PreTrainedTokeniz
 
 
 def build_model(vocab_size: int, args: argparse.Namespace) -> LlamaForCausalLM:
-    """A freshly initialised Llama.
+    """Returns a freshly initialised Llama.
 
     Its matrices start larger than usual: at this width the usual 0.02 leaves attention flat for thousands of steps.
     """
@@ -78,7 +79,7 @@ def build_model(vocab_size: int, args: argparse.Namespace) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):  # what writes into the residual stream
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # these write into the residual stream
                 parameter.mul_((2 * args.layers) ** -0.5)
     return model
 
@@ -94,14 +95,14 @@ def rows(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], row_tokens: i
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, a constant stretch, then a linear decay to 2 % of the peak over the last `decay_steps`."""
+    """Returns the rate: linear warm-up, a constant stretch, and a linear decay to 2 % of the peak in `decay_steps`."""
     rise = min(1.0, (step + 1) / args.warmup)
     fall = min(1.0, (args.steps - step) / args.decay_steps)
     return args.lr * min(rise, 0.02 + 0.98 * fall)
 
 
 def validation_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n_documents: int) -> float:
-    """Mean negative log-likelihood in nats per token over single validation documents, in fp32."""
+    """Returns the mean negative log-likelihood in nats per token over single validation documents, in fp32."""
     total, n_tokens = 0.0, 0
     model.eval()
     with torch.no_grad():
@@ -117,7 +118,7 @@ def validation_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 def choice_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, n_items: int = N_ITEMS
 ) -> float:
-    """Share of a task's items whose right choice, a single token, is the likeliest of the choices."""
+    """Returns the share of a task's items whose right choice, a single token, is the most likely of the choices."""
     n_right = 0
     model.eval()
     with torch.no_grad():
@@ -131,7 +132,7 @@ def choice_accuracy(
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> int:
-    """Trains in place and returns the number of tokens seen; prints a line now and then."""
+    """Trains in place and returns the number of tokens seen; prints a line every `log_every` steps."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -167,7 +168,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line; the defaults are those of the committed model."""
+    """Parses the command line; the defaults are those of the committed model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write (default: the package's model/)")
     parser.add_argument("--steps", type=int, default=3000)
@@ -191,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains and writes model, tokenizer and `training.json`."""
+    """Trains the model and writes it with the tokenizer and `training.json`."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

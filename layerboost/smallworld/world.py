@@ -1,12 +1,12 @@
-"""A little world of people, things and places, and any amount of text about it.
+"""A small world of people, things and places, and any amount of text about it.
 
-In every document four people get second names, and own three things, drawn anew. Each mention of a person is the full
+In every document four people get newly drawn second names and own three things. Each mention of a person is the full
 name and each mention of a thing names its owner, so that many words of a text can only be known by looking back:
 
     Tom Hill went to the barn. The lamp of Mia Reed is in the garden. Mia Reed saw Tom Hill. The lamp of Mia Reed is ...
 
-Words of one role are drawn evenly, so that no answer is likelier than another before the document is read. Documents
-depend on the split and their number alone.
+Words with the same role are drawn uniformly, so that no answer is more likely than another before the document is read.
+A document depends only on the split and its number.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ N_PEOPLE, N_THINGS = 4, 3
 
 @dataclass
 class Scene:
-    """The people and things of one document, and its sentences so far.
+    """Holds the people and things of one document, and its sentences so far.
 
     Attributes:
-        second_name: of each person, by first name.
-        owner: first name of each thing's owner.
-        place: where each thing is.
+        rng: Random generator of the document.
+        second_name: Second name of each person, by first name.
+        owner: First name of each thing's owner.
+        place: Place of each thing.
+        sentences: The sentences so far.
     """
 
     rng: random.Random
@@ -62,7 +64,7 @@ class Scene:
         )
 
     def write(self, n_sentences: int) -> Scene:
-        """Goes on with sentences of all kinds."""
+        """Adds sentences of all kinds."""
         kinds = (self._went, self._saw, self._lies, self._lies, self._took, self._agrees)
         for _ in range(n_sentences):
             self.sentences.append(self.rng.choice(kinds)())
@@ -78,7 +80,7 @@ class Scene:
         return f"the {name} of {self.person(self.owner[name])}"
 
     def agreement(self) -> tuple[str, bool]:
-        """The start of a sentence up to its verb, and whether its subject is in the plural; other nouns are either."""
+        """Returns a sentence up to its verb, and whether its subject is plural; the other noun may be either."""
         subject, other = self.rng.sample(THINGS, 2)
         plural, other_plural = self.rng.random() < 0.5, self.rng.random() < 0.5
         return f"The {subject}{'s' * plural} near the {other}{'s' * other_plural}", plural
@@ -111,10 +113,10 @@ class Scene:
 
 
 def scene(split: str, index: int) -> Scene:
-    """The people and things of a document, before its first sentence.
+    """Returns the people and things of a document, before its first sentence.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: The split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split: unknown value '{split}'; use one of {', '.join(SPLITS)}")
@@ -122,18 +124,18 @@ def scene(split: str, index: int) -> Scene:
 
 
 def document(split: str, index: int) -> str:
-    """One document of 8 to 14 sentences."""
+    """Returns one document of 8 to 14 sentences."""
     drawn = scene(split, index)
     return drawn.write(drawn.rng.randint(8, 14)).text()
 
 
 def documents(split: str, start: int = 0) -> Iterator[str]:
-    """The documents of a split from number `start` on, without end."""
+    """Returns the documents of a split from number `start` on, without end."""
     return (document(split, index) for index in count(start))
 
 
 def corpus(split: str, n_bytes: int) -> str:
-    """Whole documents, separated by a line `<|endoftext|>`, until there are at least `n_bytes`."""
+    """Returns whole documents, separated by lines `<|endoftext|>`, until there are at least `n_bytes`."""
     texts: list[str] = []
     size = 0
     for text in documents(split):

@@ -19,7 +19,7 @@ VALIDATION_BYTES = 120_000
 
 
 def render(train_bytes: int = TRAIN_BYTES, validation_bytes: int = VALIDATION_BYTES) -> dict[str, str]:
-    """All files as text, by path relative to the data folder."""
+    """Returns all files as text, by path relative to the data folder."""
     files = {"train.txt": corpus("train", train_bytes), "val.txt": corpus("validation", validation_bytes)}
     for task in (*TASKS, *GENERATION_TASKS):
         files[f"tasks/{task}.yaml"] = task_yaml(task)
