@@ -1,4 +1,4 @@
-"""Fingerprints of a model by the content of its files."""
+"""Identifies a model by the content of its files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64
 
 
 def model_content(facts: ModelFacts, revision: str | None) -> dict[str, Any]:
-    """A folder by its content, a hub name by its commit."""
+    """Identifies a folder by its content and a hub name by its commit."""
     content = model_fingerprint(Path(facts.path)) if Path(facts.path).is_dir() else None
     return {"content": content, "hub": None if content else {"name": facts.path, "commit": facts.commit or revision}}
 
 
 def shipped(path: str) -> str:
-    """A local path as the workers of a Ray job see it: relative, where it lies in the job's working directory.
+    """Returns a local path as the workers of a Ray job see it.
 
-    Every node unpacks the working directory at a place of its own. Elsewhere the path is what it was.
+    Every node unpacks the job's working directory at another place, so a path in that directory becomes relative. Any
+    other path stays as it is.
     """
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job and Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()):
@@ -33,9 +34,10 @@ def shipped(path: str) -> str:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's content: configuration, tokenizer, weights.
+    """Hashes the content of a model folder: configuration, tokenizer and weights.
 
-    Files above 1 GiB count by their size, their first MiB (names, types and shapes of all tensors) and 64 samples.
+    A file above 1 GiB is hashed by its size and 64 samples, because reading all of it takes long. The first sample is
+    its first MiB, which holds names, types and shapes of all tensors.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

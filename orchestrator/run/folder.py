@@ -1,11 +1,12 @@
-"""The run folder: where records and results live, on a local disk or behind any fsspec URL.
+"""Reads and writes the run folder, which holds records and results on a local disk or behind any fsspec URL.
 
     records/<stage>/<key>.json    one record for each finished unit of work
     everything else               artefacts: CSVs, pictures, healed checkpoints, the resolved recipe
 
-A record holds its unit's identity, its result and a checksum. It is written whole or not at all: under another name and
-renamed on a local disk, in a single put on an object store. One run at a time holds the folder, by a lock file.
-What a network or a file server fails in is tried again for half a minute (`layerboost.storage.errors`).
+A record holds its unit's identity, its result and a checksum. It is written whole or not at all: on a local disk under
+another name that is then renamed, on an object store in a single put. A lock file makes sure that one run at a time
+holds the folder. Operations that a network or a file server fails are repeated for half a minute
+(`layerboost.storage.errors`).
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ RECORDS = "records"
 LOCK_NAME = "run.lock"
 
 SIDE_BY_SIDE = 16
-"""Requests under way at once: an object store answers many as fast as one."""
+"""The number of requests in flight at once; an object store answers many as fast as one."""
 
 Given = TypeVar("Given")
 Got = TypeVar("Got")
 
 
 def canonical_json(value: Any, *, allow_nan: bool = False) -> str:
-    """JSON that is the same text for the same content: sorted keys, no spaces."""
+    """Writes JSON with sorted keys and without spaces, so that equal content gives equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
 
 
 def unit_key(identity: dict[str, Any]) -> str:
-    """The name of a unit of work: the first 16 hex digits of the hash of what changes its result.
+    """Returns the name of a unit of work: the first 16 hex digits of the SHA-256 of what changes its result.
 
     Args:
-        identity: plain JSON values only. Leave out where the unit runs.
+        identity: plain JSON values only. It must not say where the unit runs.
 
     Raises:
-        TypeError, ValueError: if the identity is not plain JSON (NaN is not).
+        TypeError, ValueError: the identity is not plain JSON; NaN is not allowed.
     """
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished unit of work as it was read back."""
+    """Holds a finished unit of work as it was read back."""
 
     stage: str
     key: str
@@ -76,17 +77,17 @@ class Record:
 
 
 class _DamagedRecordError(ValueError):
-    """Why a record cannot be believed."""
+    """Says why a record cannot be trusted."""
 
 
 class RunFolder:
-    """A folder of records and artefacts. Creating the object touches nothing.
+    """Represents a folder of records and artefacts. Creating the object touches no storage.
 
     Args:
         url: a local path, or any URL that fsspec knows (`file://`, `s3://`, `memory://`).
 
     Raises:
-        InputError: if no filesystem is known for the URL.
+        InputError: no filesystem is known for the URL.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -113,10 +114,10 @@ class RunFolder:
         Args:
             stage: the stage's name, a folder under `records/`.
             identity: what changes the result, plain JSON.
-            result: what came out, JSON (NaN and infinities allowed).
+            result: the result of the unit as JSON; NaN and infinities are allowed.
 
         Raises:
-            RunFolderLockedError: if this run held the lock and another has taken it over since.
+            RunFolderLockedError: this run held the lock and another has taken it over since.
         """
         self.check_held()
         key = unit_key(identity)
@@ -137,10 +138,10 @@ class RunFolder:
 
         Args:
             stage: as in `write_record`.
-            results: identity and result of each.
+            results: identity and result of each record.
 
         Raises:
-            What `write_record` raises, when all that can be written are.
+            The first error of `write_record`, after all other records have been written.
         """
         _side_by_side(lambda each: self.write_record(stage, *each), results)
 
@@ -195,7 +196,7 @@ class RunFolder:
         return sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
 
     def has_record(self, stage: str, key: str) -> bool:
-        """True if a sound record of this unit is there."""
+        """Returns True if an intact record of this unit exists."""
         return self.read_record(stage, key) is not None
 
     def records(self, stage: str) -> list[Record]:
@@ -212,7 +213,7 @@ class RunFolder:
 
     def _put_damaged_aside(self, name: str, reason: str) -> None:
         remark = ""
-        # A reader without the lock leaves the folder as it is; the run that holds the lock cleans up.
+        # Only the run that holds the lock may clean up, so a reader without it leaves the folder as it is.
         if self._lock is not None:
             aside = f"{name}.damaged"
             retried(self.fs.mv)(self._join(name), self._join(aside))
@@ -225,7 +226,7 @@ class RunFolder:
 
     @retried
     def exists(self, name: str = "") -> bool:
-        """True if the artefact, or with no name the folder itself, is there."""
+        """Returns True if the artefact exists or, without a name, the folder itself."""
         return self.fs.exists(self._join(name))
 
     @retried
@@ -233,12 +234,12 @@ class RunFolder:
         """Writes an artefact, whole or not at all.
 
         Raises:
-            DiskFullError: there is no room for it.
+            DiskFullError: the disk has no room for it.
         """
         self.write_once(name, data)
 
     def write_once(self, name: str, data: bytes) -> None:
-        """Writes an artefact, whole or not at all, and waits for no storage that fails."""
+        """Writes an artefact, whole or not at all, without trying again when the storage fails."""
         path = self._join(name)
         if not self.is_local:
             self.fs.pipe_file(path, data)
@@ -278,7 +279,7 @@ class RunFolder:
         return self.fs.open(self._join(name), mode)
 
     def names(self, name: str = "") -> list[str]:
-        """The names of what lies directly in a subfolder, sorted; empty if it is absent."""
+        """Returns the sorted names of the direct entries of a subfolder; an absent subfolder has none."""
         try:
             return sorted(PurePosixPath(str(path)).name for path in self._list(self._join(name)))
         except FileNotFoundError:
@@ -286,31 +287,31 @@ class RunFolder:
 
     @retried
     def remove(self, name: str) -> None:
-        """Removes an artefact or a subfolder, if it is there."""
+        """Removes an artefact or a subfolder if it exists."""
         if not name:
             raise ValueError("refusing to remove the whole run folder")
         if self.exists(name):
             self.fs.rm(self._join(name), recursive=True)
 
     def local_path(self, name: str = "") -> Path:
-        """The path of an artefact in a local folder.
+        """Returns the path of an artefact in a local folder.
 
         Raises:
-            ValueError: if the folder is not local; `fetch_folder` and `new_folder` work for all.
+            ValueError: the folder is not local; `fetch_folder` and `new_folder` work for all.
         """
         if not self.is_local:
             raise ValueError(f"{self.url} is not a local folder")
         return Path(self._join(name))
 
     def place(self, name: str) -> str:
-        """Path or URL of an artefact, for those who read and write it on their own."""
+        """Returns the path or URL of an artefact, for code that reads and writes it without this class."""
         return self._join(name) if self.is_local else f"{self.url}/{name}"
 
     @contextlib.contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
         """Gives an empty local folder that becomes the artefact `name` when the block ends without an error.
 
-        An artefact of that name that is there already is replaced.
+        An existing artefact of that name is replaced.
         """
         target = self._join(name)
         if not self.is_local:
@@ -330,10 +331,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def fetch_folder(self, name: str) -> Iterator[Path]:
-        """Gives a subfolder as a local folder: itself where the run folder is local, else a copy for the block's time.
+        """Gives a subfolder as a local folder: itself in a local run folder, else a copy that lasts for the block.
 
         Raises:
-            FileNotFoundError: if it is absent.
+            FileNotFoundError: the subfolder is absent.
         """
         if not self.exists(name):
             raise FileNotFoundError(f"{self}/{name}")
@@ -345,7 +346,7 @@ class RunFolder:
             yield Path(copy)
 
     def storage(self, name: str = "") -> tuple[str, Any]:
-        """(path, pyarrow filesystem) of a subfolder, as Ray Train's `storage_path` and `storage_filesystem`."""
+        """Returns (path, pyarrow filesystem) of a subfolder, as Ray Train's `storage_path` and `storage_filesystem`."""
         from pyarrow import fs as arrow_fs
 
         if self.is_local:
@@ -355,10 +356,10 @@ class RunFolder:
     # The folder as a whole
 
     def lock(self) -> contextlib.AbstractContextManager[RunFolder]:
-        """Holds the folder for one run, and creates it where it is absent.
+        """Holds the folder for one run, and creates it if it is absent.
 
         Raises:
-            RunFolderLockedError: if another run holds it, naming who.
+            RunFolderLockedError: another run holds it; the message names the holder.
         """
         return self._locked()
 
@@ -381,7 +382,7 @@ class RunFolder:
             self._lock.check_held()
 
     def _sweep(self) -> None:
-        """Removes what a killed run left half written; only the holder of the lock may."""
+        """Removes half-written files of a killed run; only the holder of the lock may do so."""
         if not self.is_local:
             return
         for leftover in Path(self.path).rglob(".*.tmp"):
@@ -395,7 +396,7 @@ class RunFolder:
         """Checks that the folder can be created and written, and leaves nothing behind.
 
         Raises:
-            InputError: naming the folder, why it cannot be written, and what to do.
+            InputError: the folder cannot be written; the message names it, the reason and the remedy.
         """
         if self.is_local:
             self._preflight_local()
@@ -409,13 +410,13 @@ class RunFolder:
 
     def _preflight_local(self) -> None:
         ancestor = Path(self.path)
-        # A broken link is no place to build under, though it does not "exist".
+        # A broken link does not "exist", but no folder can be created under it, so the walk stops there.
         while not os.path.lexists(ancestor):
             ancestor = ancestor.parent
         if not ancestor.is_dir():
             raise InputError("--out", self.path, f"{ancestor} is not a folder; give a folder")
         try:
-            # As root the permission bits say nothing, and a full or read-only disk only shows when it is written.
+            # Only writing tells: root ignores permission bits, and a full or read-only disk fails only when written to.
             with tempfile.TemporaryFile(dir=ancestor) as file:
                 file.write(b"x" * 4096)
                 file.flush()
@@ -438,7 +439,7 @@ class RunFolder:
 
 
 def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got]:
-    """What `do` gives for each, in order; the first error, when all have ended."""
+    """Returns what `do` gives for each, in order; if some fail, it raises the first error after all have ended."""
     if len(each) < 2:
         return [do(one) for one in each]
     with ThreadPoolExecutor(min(len(each), SIDE_BY_SIDE), "records") as pool:
@@ -464,7 +465,10 @@ _HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def _hidden_beside(path: str) -> str:
-    """A name on the same disk, so that renaming to `path` is atomic, that no listing of results takes for one."""
+    """Returns a temporary name for `path`.
+
+    It lies on the same disk, so that renaming it to `path` is atomic, and no listing takes it for a result.
+    """
     parent, base = os.path.split(path)
     return f"{parent}/.{base}.{uuid.uuid4().hex[:8]}.tmp"
 
@@ -511,7 +515,7 @@ def _has_checksum_of_its_bytes(data: bytes) -> bool:
 
 
 def _members(payload: dict[str, Any]) -> list[str]:
-    """The members of a JSON object, each as canonical text, in order: a record has one a line."""
+    """Returns the members of a JSON object as canonical text, in order; a record has one on each line."""
     return [f"{json.dumps(name)}:{canonical_json(payload[name], allow_nan=True)}" for name in sorted(payload)]
 
 

@@ -1,4 +1,4 @@
-"""What changes the result of a unit of work, and nothing else: the content that record keys are hashed from."""
+"""Holds what changes the result of a unit of work, and nothing else; record keys are hashes of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from layerboost.plan import Plan
 
 MEMORY_ONLY = ("micro_batch_sequences", "activation_checkpointing")
-"""Fields of a `HealingSpec` that change what healing holds at once and not its result."""
+"""Fields of a `HealingSpec` that change only the memory that healing needs, not its result."""
 
 LINEAR_WINDOW_ONLY = ("transfer_fraction", "transfer_learning_rate", "window_dropout")
-"""Fields of a `HealingSpec` that matter to plans with linear_window layers alone."""
+"""Fields of a `HealingSpec` that matter only to plans with linear_window layers."""
 
 
 def plan_identity(plan: Plan | None) -> dict[str, Any] | None:

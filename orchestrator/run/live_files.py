@@ -1,8 +1,8 @@
-"""A run as others can watch it: `progress.json` and `log.jsonl` in its folder, and Prometheus metrics of its driver.
+"""Shows a run to others: `progress.json` and `log.jsonl` in its folder, and Prometheus metrics of its driver.
 
-Both files are written whole, by a thread, at most every two seconds, as object stores know no appending; `log.jsonl`
-therefore keeps the last events only, those of earlier calls of the command among them. What a killed driver had not
-written yet is lost with it; what was done is in the records.
+A thread writes both files whole, at most every two seconds, because object stores cannot append. `log.jsonl` therefore
+keeps only the last events, including those of earlier calls of the command. A killed driver loses the events that it
+had not written yet; finished work is in the records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROGRESS_FILE, LOG_FILE = "progress.json", "log.jsonl"
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "some units failed", "stopped"
 
 MAX_EVENTS = 5000
-"""Events that `log.jsonl` keeps, about a megabyte."""
+"""The number of events that `log.jsonl` keeps; they take about a megabyte."""
 
 _INTERVAL_S = 2.0
 _UNIT_SECONDS_BOUNDARIES = [0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class Watching:
-    """Writes where a run stands into its folder while it goes on.
+    """Writes the state of a run into its folder while the run goes on.
 
     Args:
-        folder: the run's, which this process holds the lock of.
-        progress: what is told of the run; it is listened to until `close`.
+        folder: the folder of the run; this process holds its lock.
+        progress: the progress of the run, to which this object listens until `close`.
     """
 
     def __init__(self, folder: RunFolder, progress: Progress):
@@ -79,7 +79,7 @@ class Watching:
             self._folder.check_held()
             self._folder.write_once(PROGRESS_FILE, json.dumps({**about, **self._progress.snapshot()}).encode())
             self._folder.write_once(LOG_FILE, log.encode())
-        except Exception as error:  # the run itself finds out whether its folder can be written
+        except Exception as error:  # the run itself reports a folder that cannot be written
             if not self._warned:
                 logger.warning("%s and %s cannot be written: %s", PROGRESS_FILE, LOG_FILE, error)
             self._warned, self._is_new = True, True
@@ -87,7 +87,7 @@ class Watching:
 
 @contextlib.contextmanager
 def watching(folder: RunFolder, progress: Progress) -> Iterator[Watching]:
-    """Watches a run for the time of a block; what ends it with an error is in `progress.json`."""
+    """Watches a run during a block; an error that ends the block is written to `progress.json`."""
     watched = Watching(folder, progress)
     try:
         yield watched
@@ -101,14 +101,14 @@ def watching(folder: RunFolder, progress: Progress) -> Iterator[Watching]:
 
 
 class Metrics:
-    """Prometheus metrics of a run, which Ray's own exporter on the driver's node shows as `ray_layerboost_...`."""
+    """Keeps the Prometheus metrics of a run; Ray's exporter on the driver's node shows them as `ray_layerboost_...`."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._made: dict[str, Any] = {}
 
     def take(self, event: Event) -> None:
-        """Counts an event, once there is a cluster; what was before it is not counted."""
+        """Counts an event if Ray is connected; earlier events are not counted."""
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return

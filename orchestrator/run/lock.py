@@ -1,7 +1,7 @@
-"""One run at a time on a run folder: a lock file that says who holds it, and that outlives no dead holder.
+"""Lets one run at a time use a run folder: a lock file names the holder and loses its force when the holder dies.
 
-On a local disk every look at the lock file happens under `flock`, so that of two processes that find it free, or find a
-dead holder, exactly one wins. On an object store the lock is created with the store's own create-only put.
+On a local disk every access to the lock file happens under `flock`, so that exactly one wins of two processes that find
+it free or find a dead holder. On an object store the lock is created with the store's own create-only put.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 10.0
 STALE_AFTER_S = 60.0
-# A foreign process may get the same id and, to the clock's tick, nearly the same start.
+# A foreign process may get the same id later, so the start times must agree too, up to rounding to clock ticks.
 _SAME_START_S = 1.0
 _LOCK_BYTES = 512
 
 
 class RunFolderLockedError(RuntimeError):
-    """Another run holds the folder. The message names who and what to do."""
+    """Another run holds the folder. The message names the holder and the remedy."""
 
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a lock, as written in the lock file."""
+    """Describes who holds a lock, as written in the lock file."""
 
     token: str
     host: str
@@ -62,18 +62,18 @@ class LockHolder:
 
     @classmethod
     def from_json(cls, data: bytes) -> LockHolder | None:
-        """Reads a lock file; None if it is empty or damaged, which nobody alive would leave."""
+        """Reads a lock file; returns None if it is empty or damaged, because no living holder leaves it so."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError):
             return None
 
     def to_json(self) -> bytes:
-        """The content of the lock file, always as long: a heartbeat must need no room on a full disk."""
+        """Returns the content of the lock file, padded to one length: a heartbeat must need no room on a full disk."""
         return json.dumps(asdict(self)).encode().ljust(_LOCK_BYTES)
 
     def is_alive(self) -> bool:
-        """On this host: whether that very process runs. Elsewhere: whether its heartbeat is recent."""
+        """Says whether the holder lives: on this host its process must run, on another its heartbeat must be recent."""
         if (self.host, self.process_space) != (socket.gethostname(), _process_space()):
             return time.time() - self.heartbeat_at < STALE_AFTER_S
         try:
@@ -89,7 +89,7 @@ class LockHolder:
 
 
 def _process_space() -> str:
-    """Tells apart containers of one host name, whose process ids mean different processes."""
+    """Identifies the process namespace: containers may share a host name, but their process ids are independent."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -97,13 +97,13 @@ def _process_space() -> str:
 
 
 class RunFolderLock:
-    """The lock of one run folder, with a daemon thread that keeps its heartbeat fresh.
+    """Holds the lock of one run folder; a daemon thread keeps its heartbeat fresh.
 
     Args:
         fs: the folder's filesystem.
         path: the lock file on it.
-        is_local: whether `path` is a path of this machine.
-        folder: how messages call the folder.
+        is_local: whether `path` is a local path.
+        folder: the name of the folder in messages.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, *, is_local: bool, folder: str) -> None:
@@ -119,7 +119,7 @@ class RunFolderLock:
         """Takes the lock.
 
         Raises:
-            RunFolderLockedError: if a run that is alive holds it.
+            RunFolderLockedError: a living run holds it.
         """
         won, previous = retried(self._file.claim)(self._me)
         if not won:
@@ -140,7 +140,7 @@ class RunFolderLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back, if it is still ours."""
+        """Releases the lock if this run still holds it."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -162,7 +162,7 @@ class RunFolderLock:
 
 
 class _LocalLockFile:
-    """A lock file on a disk with `flock`."""
+    """Keeps a lock file on a disk that has `flock`."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -173,7 +173,7 @@ class _LocalLockFile:
             descriptor = os.open(self._path, flags | os.O_RDWR | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                # A holder that released in between unlinked the file we opened: what we hold then guards nothing.
+                # A holder that released meanwhile has unlinked the file opened here: a lock on it guards nothing.
                 with contextlib.suppress(FileNotFoundError):
                     if os.stat(self._path).st_ino == os.fstat(descriptor).st_ino:
                         yield descriptor
@@ -193,7 +193,7 @@ class _LocalLockFile:
         os.fsync(descriptor)
 
     def claim(self, me: LockHolder) -> tuple[bool, LockHolder | None]:
-        """Takes the lock unless its holder is alive; returns whether that worked and who held it before."""
+        """Takes the lock unless its holder is alive; returns whether it was taken and who held it before."""
         with self._exclusive(os.O_CREAT) as descriptor:
             previous = self._read(descriptor)
             if previous is not None and previous.is_alive():
@@ -202,7 +202,7 @@ class _LocalLockFile:
             return True, previous
 
     def refresh(self, me: LockHolder) -> LockHolder | None:
-        """Renews our heartbeat if the lock is still ours; returns who holds it."""
+        """Renews the heartbeat if this run still holds the lock; returns the holder."""
         try:
             with self._exclusive(0) as descriptor:
                 holder = self._read(descriptor)
@@ -213,7 +213,7 @@ class _LocalLockFile:
             return None
 
     def remove(self, me: LockHolder) -> None:
-        """Removes the lock file if it is ours."""
+        """Removes the lock file if this run holds it."""
         with contextlib.suppress(FileNotFoundError), self._exclusive(0) as descriptor:
             holder = self._read(descriptor)
             if holder is not None and holder.token == me.token:
@@ -221,7 +221,7 @@ class _LocalLockFile:
 
 
 class _RemoteLockFile:
-    """A lock object on a store: created only where absent, taken over by rewriting and reading back."""
+    """Keeps a lock object on a store. It is created only where absent, and taken over by rewriting and reading back."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs = fs
@@ -241,19 +241,19 @@ class _RemoteLockFile:
         except FileExistsError:
             return False
         except (TypeError, NotImplementedError, ValueError):
-            # This store has no create-only put: the reading back in `claim` narrows the race, it cannot close it.
+            # This store has no create-only put. Reading back in `claim` narrows the race but cannot close it.
             if self._fs.exists(self._path):
                 return False
             self._fs.pipe_file(self._path, me.to_json())
             return True
 
     def claim(self, me: LockHolder) -> tuple[bool, LockHolder | None]:
-        """Takes the lock unless its holder is alive; returns whether that worked and who held it before."""
+        """Takes the lock unless its holder is alive; returns whether it was taken and who held it before."""
         previous: LockHolder | None = None
         if not self._create(me):
             previous = self._read()
             if previous is not None and previous.token == me.token:
-                return True, None  # an earlier try, whose answer was lost
+                return True, None  # an earlier attempt succeeded, but its answer was lost
             if previous is not None and previous.is_alive():
                 return False, previous
             self._fs.pipe_file(self._path, me.to_json())
@@ -262,14 +262,14 @@ class _RemoteLockFile:
         return won, previous if won else holder
 
     def refresh(self, me: LockHolder) -> LockHolder | None:
-        """Renews our heartbeat if the lock is still ours; returns who holds it."""
+        """Renews the heartbeat if this run still holds the lock; returns the holder."""
         holder = self._read()
         if holder is not None and holder.token == me.token:
             self._fs.pipe_file(self._path, me.to_json())
         return holder
 
     def remove(self, me: LockHolder) -> None:
-        """Removes the lock object if it is ours."""
+        """Removes the lock object if this run holds it."""
         holder = self._read()
         if holder is not None and holder.token == me.token:
             self._fs.rm_file(self._path)

@@ -1,4 +1,4 @@
-"""What the checks learn of a model without loading its weights."""
+"""Holds what the checks learn about a model without loading its weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are read.
+    """Holds what is known about a model before its weights are read.
 
     Attributes:
         path: the local folder or hub name.
-        commit: the hub's commit that the revision means now, or the cached one where the hub cannot be reached; None
-            for a local folder.
+        commit: the commit that the revision means on the hub now, or the cached commit where the hub cannot be
+            reached; None for a local folder.
         local_files_only: whether the model comes from the cache because the hub cannot be reached.
         config: the transformers config.
-        n_layers: decoder layers.
+        n_layers: the number of decoder layers.
         context_tokens: the longest sequence of the model; None where its config sets no limit.
-        teacher: of the larger model that healing learns from, where there is one.
+        teacher: the facts of the larger model that healing learns from, where there is one.
     """
 
     path: str
@@ -31,7 +31,7 @@ class ModelFacts:
 
     @property
     def is_converted(self) -> bool:
-        """Whether this is a model that LayerBoost converted."""
+        """Says whether LayerBoost converted this model."""
         return is_converted_type(self.config.model_type)
 
 

@@ -1,4 +1,4 @@
-"""Progress: one plain line for each finished unit, with counts and the time left, on stderr; and events for others."""
+"""Reports progress: one plain line on stderr for each finished unit, with counts and time left, and events."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from typing import Any, TextIO
 from tasks.pool.watch import UnitEvent
 
 Event = dict[str, Any]
-"""What happened, JSON-able: `what` (`stage`, `units`, `end`, `started`, `retried`, `failed`, `recorded` or `note`),
-`stage`, and what else is known: `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error`, `text`."""
+"""An event of a run, as JSON values.
+
+It holds `what` (`stage`, `units`, `end`, `started`, `retried`, `failed`, `recorded` or `note`) and `stage`, and where
+they are known `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error` and `text`.
+"""
 
 _LAST_ERRORS = 5
 
 
 class Progress:
-    """Says what is finished. Safe to call from several threads.
+    """Reports what is finished. It is safe to call from several threads.
 
-    Lines read `sensitivity 7/36 done layer=3 treatment=none duration_s=1.2 left_s=17`. In a log each stands by itself;
-    on a terminal the next one overwrites it, except for lines that say that something failed.
+    Lines read `sensitivity 7/36 done layer=3 treatment=none duration_s=1.2 left_s=17`. In a log each line stands by
+    itself; on a terminal the next line overwrites it, unless it reports a failure.
 
     Args:
-        stream: where lines go; stderr if None.
+        stream: the stream of the lines; None is stderr.
 
     Attributes:
-        stage_s: wall seconds of each stage so far, together the whole time since this was made.
-        expected_s: what each stage was expected to take before the run, for the time left of all.
-        listeners: called with each event, on whichever thread it happens; they must be quick.
+        stage_s: wall seconds of each stage so far; together they cover the whole time since this object was made.
+        expected_s: seconds that each stage was expected to take before the run; they give the time left of the run.
+        listeners: functions that are called with each event, on the thread where it happens; they must be quick.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -59,13 +62,13 @@ class Progress:
         """Begins a stage.
 
         Args:
-            stage: its name.
-            total: its units of work, those already recorded among them.
-            recorded: units that an earlier run has done.
-            workers: units that run at the same time.
+            stage: the name of the stage.
+            total: the number of its units of work, including those already recorded.
+            recorded: the number of units that an earlier run has done.
+            workers: the number of units that run at the same time.
         """
         with self._mutex:
-            # What went on since the last stage was made ready for this one.
+            # The time since the last stage was spent in preparing this one, so it counts for this one.
             self._clock(self._clocked_stage or stage)
             self._clocked_stage = stage
             self._stage, self._total, self._recorded, self._finished = stage, total, recorded, recorded
@@ -77,24 +80,24 @@ class Progress:
             self._write(self._text("start", recorded=recorded, workers=self._workers), keep=True)
 
     def set_total(self, total: int) -> None:
-        """Says how many units the stage has by what is known now: some follow from what others give."""
+        """Updates the number of units of the stage, because the results of some units decide how many others follow."""
         with self._mutex:
             if total != self._total:
                 self._total = total
                 self._tell("units", units=total)
 
     def finish_unit(self, duration_s: float, *, status: str = "done", **fields: object) -> None:
-        """Says that a unit is finished.
+        """Reports that a unit is finished.
 
         Args:
             duration_s: seconds that the unit took on its worker.
             status: `done`, or `failed`, which stays on the screen.
-            fields: what tells the unit from others, written as `name=value`.
+            fields: what identifies the unit, written as `name=value`.
         """
         with self._mutex:
             self._finished += 1
             if status == "failed":
-                # How long a failure took says nothing about the units that are left.
+                # The duration of a failure does not predict the remaining units, so it stays out of the mean.
                 self._failed += 1
                 self._tell("failed", **_unit(fields))
             else:
@@ -106,7 +109,7 @@ class Progress:
             )
 
     def end_stage(self) -> None:
-        """Says how the stage went."""
+        """Reports how the stage went."""
         with self._mutex:
             self.stop_clock(self._stage)
             wall_s = round(time.monotonic() - self._started_at, 1)
@@ -127,14 +130,14 @@ class Progress:
         self._clocked_at = now
 
     def note(self, text: str, **fields: object) -> None:
-        """Writes a line that is no unit's, and that stays."""
+        """Writes a line that belongs to no unit and that is not overwritten."""
         with self._mutex:
             self._last_note = " ".join([text, *_written(fields)])
             self._tell("note", text=self._last_note)
             self._write(self._last_note, keep=True)
 
     def unit_event(self, event: UnitEvent, name: dict[str, Any]) -> None:
-        """Takes in what happened to a unit on its way, which has no line of its own but for what is tried again."""
+        """Takes in an event of an unfinished unit; only a retry gets a line of its own."""
         with self._mutex:
             label, node = " ".join(_written(name)), event.worker.get("node")
             if event.what == "started":
@@ -149,7 +152,7 @@ class Progress:
                 self._n_retried += 1
 
     def recorded(self, stage: str, key: str, identity: dict[str, Any], result: dict[str, Any]) -> None:
-        """Takes in that a unit's record is written."""
+        """Takes in that the record of a unit has been written."""
         with self._mutex:
             worker, seconds = result.get("worker") or {}, result.get("duration_s")
             plan = identity.get("plan")
@@ -158,13 +161,13 @@ class Progress:
             self._tell("recorded", stage=stage, key=key, **about)
 
     def snapshot(self) -> dict[str, Any]:
-        """Where the run stands, JSON-able.
+        """Returns the state of the run as JSON values.
 
         Returns:
-            Of the stage at work `stage`, `units`, `finished`, `failed`, `recorded` (before this call of the command),
+            For the current stage `stage`, `units`, `finished`, `failed`, `recorded` (before this call of the command),
             `retried`, `workers`, `in_flight` (`name`, `attempt`, `node`, `since`), `units_per_min`, `left_s` and `note`
-            (its last line that is no unit's); `ended`, the stages before it; `run_left_s` of all stages, None where
-            nothing was expected; and the last `errors`.
+            (the last line that belongs to no unit). For the run `ended`, the stages before; `run_left_s`, the seconds
+            left of all stages, which is None without an estimate; and `errors`, the last ones.
         """
         with self._mutex:
             elapsed_s = time.monotonic() - self._started_at
@@ -206,7 +209,7 @@ class Progress:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the rest of the stage will take, as far as its finished units tell."""
+        """Returns the seconds that the rest of the stage will take, judged by its finished units."""
         with self._mutex:
             return self._left_s()
 
@@ -214,7 +217,7 @@ class Progress:
         remaining = max(0, self._total - self._finished)
         if not remaining or not self._durations_s:
             return 0.0
-        # The last wave takes a whole unit's time, however few units are in it.
+        # Units run in waves, one unit on each worker; the last wave takes as long as a unit even if it is not full.
         waves = -(-remaining // self._workers)
         return waves * statistics.fmean(self._durations_s)
 
@@ -232,7 +235,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Ends an overwritable line, so that what follows starts on a line of its own."""
+        """Ends an overwritable line, so that the next output starts on a new line."""
         with self._mutex:
             if self._line_is_open:
                 self._stream.write("\n")
@@ -241,14 +244,14 @@ class Progress:
 
 
 def _unit(fields: dict[str, object]) -> dict[str, Any]:
-    """A unit's fields as an event has them: JSON-able, the error apart from the name."""
+    """Turns the fields of a unit into those of an event: JSON values, with the error apart from the name."""
     name = {label: value if isinstance(value, (int, float)) else str(value) for label, value in fields.items()}
     error = name.pop("error", None)
     return {"name": name, "error": error}
 
 
 def _written(fields: dict[str, object]) -> list[str]:
-    """`name=value`, a value with spaces in quotes, on one line."""
+    """Writes fields as `name=value` on one line; a value with spaces is quoted."""
     written = []
     for name, value in fields.items():
         text = " ".join(str(value).split())

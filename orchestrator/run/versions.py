@@ -1,4 +1,4 @@
-"""Versions and hardware, as results carry them."""
+"""Reads the versions and the hardware that results carry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("layerboost", "torch", "transformers", "ray", "deepspeed", "lm-eval"
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on: Python, packages, processor, memory, GPUs."""
+    """Describes what this process runs on: Python, packages, processor, memory and GPUs."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
