@@ -146,7 +146,7 @@ class RunFolder:
         _side_by_side(lambda each: self.write_record(stage, *each), results)
 
     def read_record(self, stage: str, key: str) -> Record | None:
-        """Reads one record; None if it is absent, or damaged, which is said in a warning."""
+        """Reads one record. An absent record gives None; a damaged one gives None and a warning."""
         try:
             data = self.read_bytes(_record_name(stage, key))
         except FileNotFoundError:
@@ -158,17 +158,17 @@ class RunFolder:
         return _side_by_side(lambda key: self.read_record(stage, key), keys)
 
     def each_record(self, keys: Iterable[str], stages: Sequence[str]) -> Iterator[Record | None]:
-        """Reads many records one after the other, ahead of whoever takes them, however many there are.
+        """Reads many records one after the other, ahead of the consumer.
 
-        A few are under way side by side, as the bytes that they are stored in; nothing else is held of a record that is
-        taken.
+        Memory does not grow with their number: a few records are being read at once, only as bytes, and a record that
+        was taken is not kept.
 
         Args:
-            keys: of the records, in the order in which they come.
-            stages: where each may stand; the first that holds a sound one gives it.
+            keys: the keys of the records, in the order in which they are yielded.
+            stages: the stages that may hold each record; the first with an intact one gives it.
 
         Yields:
-            The record of each key; None if none of the stages has it.
+            The record of each key; None if no stage holds it.
         """
 
         def stored(key: str) -> tuple[str, str, bytes | None]:
@@ -187,7 +187,7 @@ class RunFolder:
             yield record
 
     def record_keys(self, stage: str) -> list[str]:
-        """The keys of all records of a stage, sound or not, in order."""
+        """Returns the sorted keys of all records of a stage, intact or damaged."""
         folder = self._join(_record_name(stage, "0" * 16)).rpartition("/")[0]
         try:
             names = [PurePosixPath(str(path)).name for path in self._list(folder)]
@@ -200,11 +200,11 @@ class RunFolder:
         return self.read_record(stage, key) is not None
 
     def records(self, stage: str) -> list[Record]:
-        """All sound records of a stage, ordered by key."""
+        """Returns all intact records of a stage, ordered by key."""
         return [record for record in self.each_record(self.record_keys(stage), [stage]) if record is not None]
 
     def _sound_record(self, stage: str, key: str, data: bytes) -> Record | None:
-        """The record that these bytes hold; None if it is damaged, which is said in a warning."""
+        """Returns the record that these bytes hold; a damaged one gives None and a warning."""
         try:
             return _parsed_record(stage, key, data)
         except _DamagedRecordError as error:
@@ -447,7 +447,7 @@ def _side_by_side(do: Callable[[Given], Got], each: Sequence[Given]) -> list[Got
 
 
 def _ahead(do: Callable[[Given], Got], each: Iterable[Given]) -> Iterator[Got]:
-    """What `do` gives for each, in order, `SIDE_BY_SIDE` of them begun before they are taken."""
+    """Yields what `do` gives for each, in order; up to `SIDE_BY_SIDE` calls run ahead of the consumer."""
     left = iter(each)
     with ThreadPoolExecutor(SIDE_BY_SIDE, "records") as pool:
         begun = deque(pool.submit(do, one) for one in itertools.islice(left, SIDE_BY_SIDE))
@@ -482,10 +482,10 @@ def _record_name(stage: str, key: str) -> str:
 
 
 def _parsed_record(stage: str, key: str, data: bytes) -> Record:
-    """The record that these bytes hold.
+    """Returns the record that these bytes hold.
 
     Raises:
-        _DamagedRecordError: why it cannot be believed.
+        _DamagedRecordError: the record cannot be trusted.
     """
     try:
         payload = json.loads(data)
@@ -496,7 +496,7 @@ def _parsed_record(stage: str, key: str, data: bytes) -> Record:
     if payload.get("schema") != SCHEMA_VERSION:
         raise _DamagedRecordError(f"its schema is {payload.get('schema')}, this version writes {SCHEMA_VERSION}")
     if not _has_checksum_of_its_bytes(data):
-        # The same content may have been laid out anew: the checksum is that of its canonical text.
+        # A tool may have rewritten the file with another layout, so compare the checksum of the canonical text.
         members = _members({name: payload[name] for name in payload if name != "sha256"})
         if payload.get("sha256") != _sha256(members):
             raise _DamagedRecordError("its checksum does not fit its content")
@@ -506,9 +506,9 @@ def _parsed_record(stage: str, key: str, data: bytes) -> Record:
 
 
 def _has_checksum_of_its_bytes(data: bytes) -> bool:
-    """Whether a record is laid out as it was written, with the checksum of these very bytes.
+    """Says whether a record still has the layout in which it was written, so that its checksum fits these bytes.
 
-    That spares writing its content anew, which takes longer than reading it.
+    This spares serializing its content again, which takes longer than reading it.
     """
     *members, checksum = data.removeprefix(b"{").removesuffix(b"}\n").split(b",\n")
     return checksum == f'"sha256":"{_sha256_of_bytes(members)}"'.encode()
@@ -520,7 +520,7 @@ def _members(payload: dict[str, Any]) -> list[str]:
 
 
 def _sha256(members: Sequence[str]) -> str:
-    """Of the canonical text of the object that has these members."""
+    """Returns the SHA-256 of the canonical text of the object that has these members."""
     return _sha256_of_bytes([member.encode() for member in members])
 
 

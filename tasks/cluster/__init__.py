@@ -1,1 +1,1 @@
-"""The Ray cluster: connecting to it, what its nodes have, and what each worker gets of it."""
+"""Connects to the Ray cluster, reads what its nodes have, and divides it among workers."""

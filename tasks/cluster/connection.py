@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and how many workers of a size fit on it."""
+"""Joins or starts a Ray cluster, and computes how many workers of a size fit on it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OUR_PACKAGES = ("layerboost", "tasks", "orchestrator")
 
 
 MAX_ADDED_NODES = 1000
-"""Of a node type without a limit."""
+"""A node type without a limit counts as this many nodes."""
 
 _NODE_GROUP_LABEL = "ray.io/node-group"
 _PROBE_TIMEOUT_S = 4.0
@@ -42,17 +42,17 @@ _PROBE_COMMAND_TIMEOUT_S = 8.0
 
 
 class ClusterError(RuntimeError):
-    """No cluster to work on; the message names the address and the remedy."""
+    """There is no cluster to work on; the message names the address and the remedy."""
 
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """The cluster that this process is connected to.
+    """Describes the cluster that this process is connected to.
 
     Attributes:
-        address: of the cluster's head (`host:port`).
-        started: True where `connect` started it, and `shutdown` ends it.
-        nodes: living nodes.
+        address: the address of the cluster's head (`host:port`).
+        started: True if `connect` started the cluster, so that `shutdown` ends it.
+        nodes: the living nodes.
     """
 
     address: str
@@ -72,24 +72,24 @@ _started = False
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> ClusterInfo:
-    """Connects this process to a cluster, quietly; a second call only describes it again.
+    """Connects this process to a cluster without printing; a second call only describes the cluster again.
 
-    * Inside a Ray job (RAY_ADDRESS is set) or with RAY_ADDRESS set by hand: that cluster. A job's workers inherit the
-      job's working directory, and with it our packages.
-    * With an address: that cluster; our packages travel along as `py_modules`. The process must stand on a machine that
-      the cluster's nodes can reach.
-    * Otherwise: an embedded cluster of this machine's CPUs and GPUs, on loopback alone and without a dashboard,
-      that ends with the process.
+    * If RAY_ADDRESS is set, by a Ray job or by hand, it joins that cluster. A job's workers inherit the job's working
+      directory, and with it LayerBoost's packages.
+    * With an address it joins that cluster and sends LayerBoost's packages as `py_modules`. The process must run on a
+      machine that the cluster's nodes can reach.
+    * Otherwise it starts an embedded cluster of this machine's CPUs and GPUs, which uses only loopback, has no
+      dashboard, and ends with the process.
 
-    Token authentication is turned on by itself where RAY_AUTH_MODE is unset and a token is at hand (RAY_AUTH_TOKEN,
-    RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): a cluster that asks for none accepts it.
+    Token authentication is turned on if RAY_AUTH_MODE is unset and a token exists (RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). This is safe because a cluster that needs no token accepts one.
 
     Args:
-        address: `host:port` or `auto` (the cluster running on this machine); None as above.
-        num_cpus, num_gpus: of the embedded cluster; None takes what the machine has.
+        address: `host:port` or `auto` (the cluster that runs on this machine); None chooses as described above.
+        num_cpus, num_gpus: resources of the embedded cluster; None takes what the machine has.
 
     Raises:
-        ClusterError: nobody answers at the address, the token is refused, or the address is of another kind.
+        ClusterError: nothing answers at the address, the token is refused, or the address has another form.
     """
     global _started
     address = address or os.environ.get("RAY_ADDRESS") or None
@@ -121,37 +121,37 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, num_gpus
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Keeps all servers of an embedded cluster on 127.0.0.1, as Ray does by itself on Windows and macOS.
+    """Keeps all servers of an embedded cluster on 127.0.0.1, which is Ray's default on Windows and macOS.
 
-    Elsewhere it would take the machine's address and, without a token, commands from everybody who reaches it.
+    On Linux Ray would listen on the machine's address and, without a token, take commands from anyone who reaches it.
     """
     from ray._private import ray_constants
 
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):  # of the processes that it starts
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):  # for the processes that Ray starts
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
 
 
 def use_token_if_at_hand() -> None:
-    """Turns token authentication on where RAY_AUTH_MODE is unset and a token is at hand."""
+    """Turns token authentication on if RAY_AUTH_MODE is unset and a token exists."""
     if os.environ.get("RAY_AUTH_MODE"):
         return
     at_hand = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if at_hand or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ["RAY_AUTH_MODE"] = "token"
         if "ray" in sys.modules:
-            # Ray reads the variable when it is imported, and once more when told so.
+            # Ray has read the variable when it was imported, so it must be told to read it again.
             from ray import _raylet
 
             _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def shutdown() -> None:
-    """Ends the embedded cluster if `connect` started one; a cluster that was joined stays as it is."""
+    """Ends the embedded cluster if `connect` started one; a joined cluster goes on."""
     global _started
     if _started:
         import ray
@@ -161,7 +161,7 @@ def shutdown() -> None:
 
 
 def resources() -> tuple[NodeResources, ...]:
-    """The living nodes of the connected cluster, the largest first."""
+    """Returns the living nodes of the connected cluster, the largest first."""
     import ray
 
     nodes = (
@@ -180,7 +180,7 @@ def resources() -> tuple[NodeResources, ...]:
 
 
 def addable() -> tuple[NodeResources, ...]:
-    """The nodes that an autoscaler could add, where it has told the connected cluster's head of its node types."""
+    """Returns the nodes that an autoscaler could add; it must have reported its node types to the cluster's head."""
     import ray
     from ray._private.state import state
 
@@ -190,7 +190,7 @@ def addable() -> tuple[NodeResources, ...]:
     living = Counter(node["Labels"].get(_NODE_GROUP_LABEL) for node in ray.nodes() if node["Alive"])
     nodes: list[NodeResources] = []
     for group in config.node_group_configs:
-        # -1 says that there is no limit.
+        # A count of -1 means that there is no limit.
         most = MAX_ADDED_NODES if group.max_count < 0 else group.max_count
         size = (float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
         n_more = min(most - living[group.name], MAX_ADDED_NODES)
@@ -207,17 +207,17 @@ def resolve_workers(
     growth: Sequence[NodeResources] = (),
     labels: Mapping[str, str] = MappingProxyType({}),
 ) -> WorkerResources:
-    """Turns a placement into a number of workers and the size of each, or says why it can never be had.
+    """Turns a placement into a number of workers and the size of each, or raises if it can never be placed.
 
-    `auto` takes one GPU for each worker where there are GPUs, else no GPU and the CPUs of a node shared by at most
-    MAX_AUTO_CPU_WORKERS_PER_NODE workers; and as many workers as fit. Ray would wait for ever, without an error, for a
-    worker that no node can hold.
+    `auto` starts as many workers as fit. Each takes one GPU if there are GPUs. Without GPUs at most
+    MAX_AUTO_CPU_WORKERS_PER_NODE workers share the CPUs of a node. The check is needed because Ray waits for ever,
+    without an error, for a worker that no node can hold.
 
     Args:
         workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
-        nodes: of the cluster; None asks the connected one, also for `growth`.
-        growth: nodes that an autoscaler adds when work waits for them; counted where the others do not suffice.
-        labels: that a node must carry.
+        nodes: the nodes of the cluster; None asks the connected cluster, also for `growth`.
+        growth: the nodes that an autoscaler adds when work waits; they count where the others do not suffice.
+        labels: the labels that a node must carry.
 
     Raises:
         ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
@@ -237,7 +237,7 @@ def resolve_workers(
 
 
 def our_package_folders() -> list[str]:
-    """The folders of our packages that can be imported here, for Ray's `py_modules`."""
+    """Returns the folders of LayerBoost's importable packages, for Ray's `py_modules`."""
     folders = []
     for name in OUR_PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -257,14 +257,17 @@ def _in_job() -> bool:
 
 
 def _keep_ray_off_stdout() -> None:
-    """Ray prints each worker's death on the driver's stdout, whatever its logging is told; there stand our results."""
+    """Redirects Ray's reports of dead workers to the log: Ray prints them to stdout, which carries results."""
     from ray._private import worker
 
     worker.print_to_stdstream = lambda data, ignore_prefix: logger.debug("ray: %s", "\n".join(data["lines"]))
 
 
 def _check_address(address: str) -> None:
-    """Ray itself waits for two minutes and then ends the process when nobody answers or a token is refused."""
+    """Checks the address first, because Ray waits two minutes and then ends the process.
+
+    Ray does so when nothing answers or when it refuses the token.
+    """
     if address == AUTO:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -1,4 +1,4 @@
-"""What a node of a cluster lacks for a run, asked on the node itself before anything starts."""
+"""Finds on each node of a cluster what it lacks for a run, before anything starts."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tasks.cluster.resources import NodeResources
 
 HUB_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 90.0
-"""A node starts a process, and unpacks our packages, before it answers."""
+"""The time that a node gets to answer; it starts a process and unpacks LayerBoost's packages first."""
 
 _VERSION = re.compile(r"""^__version__ = ["']([^"']+)["']""", re.M)
 
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What to look for.
+    """Says what a node looks for.
 
     Attributes:
-        folder: where files are to be written, a path or an fsspec URL; None asks nothing about storage.
-        token: of the probe files' names, of this probe alone.
-        paths: local files and folders that must be there, by the fields that name them.
+        folder: the folder that must be writable, a path or an fsspec URL; None leaves storage unchecked.
+        token: the part of the probe files' names that is unique to this probe.
+        paths: local files and folders that must exist, by the fields that name them.
         models: names and revisions of models on the hub, by their fields.
         datasets: names of datasets on the hub, by their fields.
-        packages: distributions whose versions are asked.
+        packages: distributions whose versions are reported.
     """
 
     folder: str | None = None
@@ -50,13 +50,13 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node answered.
+    """Holds what a node answered.
 
     Attributes:
-        versions: of `python`, `layerboost` and the packages asked for; None where there is none.
-        shm_bytes: size of /dev/shm; None where there is none.
-        missing: why something cannot be had, by the field that names it.
-        storage: why the folder cannot be used; None if it can.
+        versions: the versions of `python`, `layerboost` and the requested packages; None for a missing one.
+        shm_bytes: the size of /dev/shm; None where there is none.
+        missing: the reason why something is unavailable, by the field that names it.
+        storage: the reason why the folder cannot be used; None if it can.
         clock_s: the node's time of day when it had finished.
     """
 
@@ -69,7 +69,7 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Answer:
-    """A node's report, or why there is none, and by how much at least its clock is ahead of this process's."""
+    """Holds a node's report, or why there is none, and the least lead of its clock over this process's clock."""
 
     report: NodeReport | None
     failure: str = ""
@@ -77,11 +77,11 @@ class Answer:
 
 
 def probe_node(request: ProbeRequest, name: str) -> NodeReport:
-    """Looks for everything on this machine. Writes the probe file `name` where it finds the driver's, and nothing else.
+    """Looks for everything on this machine; it writes only the probe file `name`, and only next to the driver's.
 
     Args:
         request: what to look for.
-        name: of this node among the probe files.
+        name: the name of this node's probe file.
     """
     missing = {place: "is not there" for place, path in request.paths.items() if not os.path.exists(path)}
     for place, (model, revision) in request.models.items():
@@ -98,15 +98,15 @@ def probe_node(request: ProbeRequest, name: str) -> NodeReport:
 
 
 def probe_nodes(request: ProbeRequest, nodes: Sequence[NodeResources], timeout_s: float) -> dict[str, Answer]:
-    """Has every node of the connected cluster probe itself, also those without a CPU to give.
+    """Makes every node of the connected cluster probe itself, even a node that offers no CPU.
 
     Args:
-        request: what to look for; where it has a folder, the driver's probe file lies there already.
-        nodes: to ask.
-        timeout_s: after which a node counts as silent; its probe is cancelled.
+        request: what to look for; if it has a folder, the driver's probe file is there already.
+        nodes: the nodes to ask.
+        timeout_s: the time after which a node counts as silent and its probe is cancelled.
 
     Returns:
-        An answer for each node's id.
+        An answer by each node's id.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -120,7 +120,7 @@ def probe_nodes(request: ProbeRequest, nodes: Sequence[NodeResources], timeout_s
     answers = {}
     end = time.monotonic() + timeout_s
     while pending and (left_s := end - time.monotonic()) > 0:
-        # One at a time: when an answer arrives says how far its clock is off.
+        # Answers are taken one at a time, because the time of arrival shows how far the node's clock is off.
         for done in ray.wait(list(pending), num_returns=1, timeout=left_s)[0]:
             answers[pending.pop(done)] = _answer(done, sent_s)
     for late, node_id in pending.items():
@@ -130,37 +130,38 @@ def probe_nodes(request: ProbeRequest, nodes: Sequence[NodeResources], timeout_s
 
 
 def ahead_s(clock_s: float, sent_s: float, arrived_s: float) -> float:
-    """By how much at least a clock is ahead (below 0: behind) that read `clock_s` between question and answer.
+    """Returns the least lead, in seconds, of a clock that read `clock_s` between question and answer.
 
-    A clock that agrees reads something between the two, however slow either machine is.
+    It is negative for a clock that is behind. A clock that agrees reads a time between the two, however slow either
+    machine is, and gives 0.
     """
     return max(clock_s - arrived_s, 0.0) + min(clock_s - sent_s, 0.0)
 
 
 def put_probe_file(folder: str, token: str, name: str) -> str | None:
-    """Writes a probe file; returns why it cannot be written or read back, None if it can."""
+    """Writes a probe file and reads it back; returns why that fails, None if it works."""
     filesystem, path = _probe_file(folder, token, name)
     try:
         filesystem.pipe_file(path, token.encode())
         return None if filesystem.cat_file(path) == token.encode() else "reads back other than it was written"
-    except Exception as error:  # of whatever kind a store's library has
+    except Exception as error:  # each store's library raises errors of its own kinds
         return f"cannot be written ({_first_line(error)})"
 
 
 def take_probe_file(folder: str, token: str, name: str) -> str | None:
-    """Removes a probe file; returns why it could not be read first, None if it could."""
+    """Reads and removes a probe file; returns why that fails, None if it works."""
     filesystem, path = _probe_file(folder, token, name)
     try:
         filesystem.invalidate_cache()
         found = filesystem.cat_file(path)
         filesystem.rm_file(path)
-    except Exception as error:  # as above
+    except Exception as error:  # each store's library raises errors of its own kinds
         return _first_line(error)
     return None if found == token.encode() else "it reads other than it was written"
 
 
 def existing_ancestor(folder: str) -> str:
-    """The folder itself, or what is there of the way to it: probing makes no folders. URLs have none to make."""
+    """Returns the folder or its nearest existing ancestor, because probing creates no folders; a URL stays as it is."""
     filesystem, path = fsspec.core.url_to_fs(folder)
     if not isinstance(filesystem, LocalFileSystem):
         return folder
@@ -171,7 +172,7 @@ def existing_ancestor(folder: str) -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """The versions of Python, of LayerBoost, and of distributions; nothing heavy is imported."""
+    """Returns the versions of Python, LayerBoost and distributions without importing any of them."""
     found: dict[str, str | None] = {"python": platform.python_version(), "layerboost": _our_version()}
     for package in packages:
         found[package] = None
@@ -181,7 +182,7 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def _our_version() -> str | None:
-    """Of the package that would be imported, which need not be the one that is installed."""
+    """Returns the version of the package that would be imported; another one may be installed."""
     spec = importlib.util.find_spec("layerboost")
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
@@ -196,7 +197,7 @@ def _storage(folder: str, token: str, name: str) -> str | None:
     try:
         filesystem.invalidate_cache()
         is_shared = filesystem.exists(drivers) and filesystem.cat_file(drivers) == token.encode()
-    except Exception as error:  # as above
+    except Exception as error:  # each store's library raises errors of its own kinds
         return f"cannot be read ({_first_line(error)})"
     reason = put_probe_file(folder, token, name)
     if reason is None and not is_shared:
@@ -242,7 +243,7 @@ def _hub_dataset(name: str) -> None:
 def _reason(place: str, look: Callable[..., None], *what: str | None) -> dict[str, str]:
     try:
         look(*what)
-    except Exception as error:  # the hub's client has many kinds, and its HTTP library more
+    except Exception as error:  # the hub's client and its HTTP library raise many kinds of errors
         return {place: f"is not in the cache, and the hub cannot be asked ({_first_line(error)})"}
     return {}
 
@@ -253,7 +254,7 @@ def _answer(done: Any, sent_s: float) -> Answer:
     arrived_s = time.time()
     try:
         report = ray.get(done)
-    except Exception as error:  # a node that dies, or cannot set up our packages
+    except Exception as error:  # the node died or could not set up LayerBoost's packages
         return Answer(None, _first_line(error))
     return Answer(report, ahead_s=ahead_s(report.clock_s, sent_s, arrived_s))
 

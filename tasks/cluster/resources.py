@@ -1,4 +1,4 @@
-"""What nodes have, what a worker takes of it, and how many workers fit."""
+"""Describes the resources of nodes and workers, and computes how many workers fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ AUTO = "auto"
 
 
 MAX_AUTO_CPU_WORKERS_PER_NODE = 8
-"""Without GPUs, `auto` starts at most this many workers on a node: each one loads the model."""
+"""Without GPUs `auto` starts at most this many workers on a node, because each one loads the model."""
 
 
 class ResourcesError(ValueError):
-    """Workers that the cluster can never hold.
+    """The cluster can never hold the workers.
 
     Attributes:
         field: the placement field at fault: `workers`, `cpus_per_worker`, `gpus_per_worker` or `labels`.
-        value: what it asks for.
+        value: the value of the field.
         remedy: what to write instead.
     """
 
@@ -29,11 +29,11 @@ class ResourcesError(ValueError):
 
 @dataclass(frozen=True)
 class NodeResources:
-    """One living node, or one that could be started.
+    """Describes a living node, or one that could be started.
 
     Attributes:
-        labels: Ray's node labels; None where nobody knows them or they do not count: nodes to come, a cluster that
-            `connect` starts of this machine.
+        labels: Ray's node labels. None means that every label fits: the labels of nodes to come are unknown, and those
+            of the embedded cluster do not count.
     """
 
     node_id: str
@@ -44,16 +44,16 @@ class NodeResources:
     labels: tuple[tuple[str, str], ...] | None = ()
 
     def carries(self, labels: Mapping[str, str]) -> bool:
-        """Whether work for nodes with some labels may go there."""
+        """Says whether work for nodes with these labels may run on this node."""
         return self.labels is None or set(labels.items()) <= set(self.labels)
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """How many workers, what each one holds, the labels of the nodes that they may go to.
+    """Says how many workers run, what each one holds, and which labels their nodes must carry.
 
     Attributes:
-        activations_gib: how much a worker's activations may take; None: what it finds fit.
+        activations_gib: the limit on a worker's activations in GiB; None lets the worker choose.
     """
 
     n_workers: int
@@ -67,22 +67,22 @@ class WorkerResources:
         return max(1, int(self.cpus))
 
     def actor_options(self) -> dict:
-        """Options for `ray.remote(...)` of one worker."""
+        """Returns the options for `ray.remote(...)` of one worker."""
         selector = {"label_selector": dict(self.labels)} if self.labels else {}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
 
 
 def labelled(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[NodeResources, ...]:
-    """Those nodes that work for some labels may go to."""
+    """Returns the nodes on which work for these labels may run."""
     return tuple(node for node in nodes if node.carries(labels))
 
 
 def with_node_to_come(
     nodes: Sequence[NodeResources], growth: Sequence[NodeResources], labels: Mapping[str, str]
 ) -> tuple[NodeResources, ...]:
-    """The nodes; and where none of them that carries the labels has a CPU or GPU to give, the largest of `growth`.
+    """Returns the nodes, with the largest of `growth` added if no node with the labels offers a CPU or GPU.
 
-    So it is with an idle cluster in a cloud, of which only the head is left.
+    This is the case on an idle cluster in a cloud, of which only the head is left.
     """
     if not growth or any(node.cpus or node.gpus for node in labelled(nodes, labels)):
         return tuple(nodes)
@@ -90,12 +90,12 @@ def with_node_to_come(
 
 
 def selected(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The labels that Ray is to be told; none where those of this machine do not count."""
+    """Returns the labels to pass to Ray; there are none if labels do not count, as on the embedded cluster."""
     return () if all(node.labels is None for node in nodes) else tuple(sorted(labels.items()))
 
 
 def no_such_node(labels: Mapping[str, str]) -> ResourcesError:
-    """That no node carries the labels."""
+    """Makes the error that no node carries the labels."""
     written = ", ".join(f"{name}: {value}" for name, value in sorted(labels.items()))
     return ResourcesError("labels", written, "no node carries them; start one with ray start --labels")
 
@@ -139,7 +139,7 @@ def _gpus(node: NodeResources) -> float:
 
 
 def _fitting(node: NodeResources, cpus: float, gpus: float) -> int:
-    """Workers of a size that fit on a node; a fraction of a GPU never straddles two GPUs."""
+    """Returns how many workers of a size fit on a node; a fraction of a GPU never spans two GPUs."""
     by_cpu = math.floor(node.cpus / cpus + 1e-9) if cpus else math.inf
     if not gpus:
         by_gpu = math.inf

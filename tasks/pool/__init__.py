@@ -1,1 +1,1 @@
-"""A pool of actors that work on units, with retries, time limits and growth."""
+"""Runs units of work on a pool of actors, with retries, time limits and growth."""

@@ -9,7 +9,7 @@ from tasks.cluster.resources import WorkerResources
 
 
 def actor_maker(worker_class: type, resources: WorkerResources, *args) -> Callable[[], Any]:
-    """Makes Ray actors of a plain worker class, each with its share of the cluster."""
+    """Returns a function that starts one Ray actor of a plain worker class with its share of the cluster."""
 
     def make():
         import ray

@@ -1,4 +1,4 @@
-"""Work that runs out of memory goes on with half as much at a time, which changes speed and no result."""
+"""Lets work that runs out of memory go on with half as much at a time; this changes its speed but not its result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 Result = TypeVar("Result")
 
 SHRUNK = "shrunk"
-"""Key under which a worker's result says with how much less at a time it came; its record has it with the worker."""
+"""The key of a result under which a worker reports its reduced sizes.
+
+The record keeps it with the facts of the worker.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of an allocator, of a GPU or of the host."""
+    """Says whether an error means that the memory of a GPU or of the host ran out."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -26,10 +29,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_memory(call: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
-    """What a call gives, which is made again while memory runs out and there is less to do at a time.
+    """Returns what a call gives; the call is repeated while memory runs out and `shrink` can reduce its work.
 
     Args:
-        shrink: halves what the next call does at a time; False where it is the least already.
+        call: the work.
+        shrink: halves what the next call does at a time; it returns False if that is the least already.
     """
     from accelerate.utils.memory import clear_device_cache
 
@@ -40,10 +44,10 @@ def in_memory(call: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
             if not is_out_of_memory(error) or not shrink():
                 raise
             logger.warning("out of memory, going on with half at a time: %s", str(error).splitlines()[0])
-        # Behind the handler, since the error's traceback holds what the call had allocated.
+        # This must follow the handler, because the traceback keeps alive what the call had allocated.
         clear_device_cache(garbage_collection=True)
 
 
 def was_ended_for_memory(error: str) -> bool:
-    """Whether Ray says that it ended a worker since its node ran out of memory."""
+    """Says whether Ray reports that it ended a worker because its node ran out of memory."""
     return any(words in error for words in ("OutOfMemoryError", "OUT_OF_MEMORY", "running low on memory"))

@@ -1,9 +1,9 @@
-"""Independent units of work on a pool of Ray actors that may die, and the results that come back from them.
+"""Runs independent units of work on a pool of Ray actors that may die, and hands back their results.
 
-An actor is anything with two methods: `run(unit) -> result` and `info() -> dict` (where it runs); a third, `shrink()`,
-is called where the actor before it was ended by Ray since its node ran out of memory. It is made once for each worker,
-so that what it holds, a model above all, is loaded once. `ray.util.ActorPool` keeps dead actors; here one is replaced,
-wherever the cluster has room for it.
+An actor has two methods: `run(unit) -> result` and `info() -> dict` (where it runs). A third, `shrink()`, is called if
+Ray ended the previous actor because its node ran out of memory. An actor is made once for each worker, so that what it
+holds, above all a model, is loaded once. Unlike `ray.util.ActorPool`, which keeps dead actors, this pool replaces them
+wherever the cluster has room.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _GROWTH_POLL_S = 3.0
 
 @dataclass(frozen=True)
 class UnitFailure(Generic[Unit]):
-    """A unit that was tried as often as allowed and never gave a result.
+    """Describes a unit that was tried as often as allowed and never gave a result.
 
     Attributes:
-        unit: as it was handed in.
-        error: the last error: one line, then its traceback where there is one.
-        n_attempts: how often it was tried; 0 where no worker could be started for it.
+        unit: the unit as it was handed in.
+        error: the last error: one line, then its traceback if there is one.
+        n_attempts: the number of attempts; 0 if no worker could be started for it.
     """
 
     unit: Unit
@@ -71,13 +71,13 @@ def run_units(
     max_attempts: int = 3,
     watch: Watch = UNWATCHED,
 ) -> list[UnitFailure]:
-    """Runs every unit on one of `n_workers` actors and hands each result over as soon as it is there.
+    """Runs every unit on one of `n_workers` actors and hands over each result as soon as it exists.
 
-    One unit is in flight for each actor, which has its next one before the result of the last is handed over. An actor
-    that dies is replaced and its unit tried again; so is a unit that raises, on the same actor. An actor whose unit
-    gives no result within `watch.timeout_s` is killed, which is the same. Nodes may leave and join: a replacement waits
-    for room while the others work on. Nothing is waited for that nobody needs: an actor that never finds room is given
-    up when the units are done.
+    Each actor has one unit in flight, and gets its next one before the last result is handed over. An actor that dies
+    is replaced and its unit is tried again. A unit that raises is tried again on the same actor. An actor whose unit
+    gives no result within `watch.timeout_s` is killed and then treated like a dead one. Nodes may leave and join: a
+    replacement waits for room while the others work on, and an actor that never finds room is given up when the units
+    are done.
 
     The first Ctrl-C lets the units in flight finish and hands their results over, then raises KeyboardInterrupt; the
     second one raises at once.
@@ -85,20 +85,20 @@ def run_units(
     Args:
         units: picklable values, each independent of the others.
         make_actor: makes one actor (a handle with `run` and `info`).
-        n_workers: actors at most; never more than units. A function is asked again every few seconds, so that actors
-            are added where a cluster grows under a running job.
+        n_workers: the most actors; there are never more actors than units. A function is asked again every few
+            seconds, so that actors are added when a cluster grows under a running job.
         on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
-            What it raises ends the run.
-        on_results_end: called when `on_result` has had all results that are there by now, at least once after each:
-            who writes them together is not outrun by many workers.
+            An error that it raises ends the run.
+        on_results_end: called when `on_result` has received all results that exist by then, at least once after each
+            result. A caller that writes results in batches can so keep up with many workers.
         on_failure: called in this process with each failure as it happens.
-        more_units: called when all units are done, for those that follow from their results; the actors are kept. The
-            run ends when it has none.
-        max_attempts: how often a unit is tried, and how often in a row an actor may fail to start.
-        watch: what is told of each unit, and when one is taken for hung.
+        more_units: called when all units are done and returns the units that follow from their results; the actors are
+            kept. The run ends when it returns none.
+        max_attempts: the number of attempts for each unit, and the number of consecutive failures to start an actor.
+        watch: what is reported about each unit, and when a unit counts as hung.
 
     Returns:
-        The failures, in the order in which they happened; the same ones `on_failure` got.
+        The failures that `on_failure` received, in the order in which they happened.
     """
     units = list(units) or (list(more_units()) if more_units else [])
     if not units:
@@ -151,7 +151,7 @@ class _Loop:
             ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
             collected = [self._collect(pending[reference], reference) for reference in done]
-            # Not after the hand-over, which may take long: what was ready by then would count as hung.
+            # This must precede the hand-over, which may take long: units that finish during it would count as hung.
             self._end_hung_units()
             if not interrupt.requested:
                 self._fill()
@@ -168,7 +168,7 @@ class _Loop:
         return worker.ready if worker.info is None else worker.result
 
     def _add_units(self) -> bool:
-        """Takes in what follows from the results; whether there is anything."""
+        """Adds the units that follow from the results; returns whether there are any."""
         units = [] if self.more_units is None else list(self.more_units())
         self.waiting += range(len(self.units), len(self.units) + len(units))
         self.units += units
@@ -176,7 +176,7 @@ class _Loop:
         return bool(units)
 
     def _fill(self) -> None:
-        """Makes the actors that are missing, and gives each idle one a unit."""
+        """Starts the actors that are missing and gives each idle actor a unit."""
         if self.ask_n_workers is not None and time.monotonic() - self.asked_s > _GROWTH_POLL_S:
             self.n_workers, self.asked_s = max(self.n_workers, self.ask_n_workers()), time.monotonic()
         busy = sum(worker.unit is not None for worker in self.workers)
@@ -195,7 +195,7 @@ class _Loop:
                 self._tell("started", worker)
 
     def _collect(self, worker: _Worker, reference) -> tuple[Any, Any, float, dict] | None:
-        """What `on_result` is to be called with, if the worker has a result."""
+        """Returns the arguments for `on_result` if the worker has a result, else None."""
         import ray
 
         try:
@@ -227,7 +227,7 @@ class _Loop:
             self.on_results_end()
 
     def _end_hung_units(self) -> None:
-        """Loses the workers whose units take longer than any should."""
+        """Ends the workers whose units take longer than `watch.timeout_s`."""
         timeout_s = self.watch.timeout_s
         for worker in [worker for worker in self.workers if worker.unit is not None]:
             if timeout_s is not None and time.monotonic() - worker.started_s > timeout_s:
@@ -240,7 +240,7 @@ class _Loop:
         self.watch.on_event(UnitEvent(what, unit, attempt, info, seconds, error or None))
 
     def _lose(self, worker: _Worker, error: str) -> None:
-        """The actor is gone or out of reach: never to be used again."""
+        """Drops an actor that is gone or out of reach; it is never used again."""
         self.workers.remove(worker)
         self._kill(worker)
         self.n_ended_for_memory += was_ended_for_memory(error)
@@ -270,7 +270,7 @@ class _Loop:
             self.on_failure(failure)
 
     def _give_up_waiting(self) -> None:
-        """No actor is left and none will start: what still waits has failed."""
+        """Fails all waiting units, because no actor is left and none will start."""
         while self.waiting:
             self._fail(self.waiting.popleft(), f"no worker could be started: {self.start_error}")
 
@@ -289,7 +289,7 @@ class _Loop:
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed inside `finish_on_interrupt`."""
+    """Records whether Ctrl-C was pressed inside `finish_on_interrupt`."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -297,7 +297,7 @@ class Interrupt:
 
 @contextmanager
 def finish_on_interrupt() -> Iterator[Interrupt]:
-    """Makes the first Ctrl-C a request to stop and gives the second one its usual meaning again."""
+    """Turns the first Ctrl-C into a request to stop; the second one has its usual meaning."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
@@ -317,7 +317,7 @@ def finish_on_interrupt() -> Iterator[Interrupt]:
 
 
 def worker_info() -> dict:
-    """Where the calling actor runs: node, process id and GPUs."""
+    """Returns where the calling actor runs: node, process id and GPUs."""
     import ray
 
     context = ray.get_runtime_context()
@@ -330,7 +330,7 @@ def worker_info() -> dict:
 
 
 def _describe(error: Exception) -> str:
-    """The cause's one line, then everything Ray knows about it."""
+    """Returns one line on the cause, then everything that Ray knows about it."""
     cause = getattr(error, "cause", None) or error
     first = "".join(traceback.format_exception_only(cause)).strip().splitlines()[0]
     return f"{first}\n{error}"

@@ -1,4 +1,4 @@
-"""Units under the eye of the driver: what happens to each, and when one that gives no sign is taken for hung."""
+"""Reports what happens to each unit of work, and ends units and processes that count as hung."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class UnitEvent:
-    """Something that happened to a unit.
+    """Describes something that happened to a unit.
 
     Attributes:
-        what: `started`; then `retried`, when an attempt failed and another follows, `done` or `failed`.
-        unit: as it was handed in.
-        attempt: counts from 1.
-        worker: where it ran, as far as that is known.
-        seconds: since the attempt was started.
-        error: one line, then its traceback where there is one.
+        what: `started`; then `retried` (an attempt failed and another follows), `done` or `failed`.
+        unit: the unit as it was handed in.
+        attempt: the number of the attempt, from 1.
+        worker: where the unit ran, as far as that is known.
+        seconds: the time since the attempt started.
+        error: one line, then its traceback if there is one.
     """
 
     what: Literal["started", "retried", "done", "failed"]
@@ -32,12 +32,12 @@ class UnitEvent:
 
 @dataclass(frozen=True)
 class Watch:
-    """How units are watched.
+    """Says how units are watched.
 
     Attributes:
-        timeout_s: a unit that gives no result for so long is taken for hung: its process is ended and it is tried
+        timeout_s: a unit that gives no result for this time counts as hung: its process is ended and the unit is tried
             again. None waits for ever.
-        on_event: called in the driver.
+        on_event: called in the driver with each event.
     """
 
     timeout_s: float | None = None
@@ -48,27 +48,28 @@ UNWATCHED = Watch()
 
 
 class HungProcess:
-    """Ends this process when nothing was heard of its work for `timeout_s`; None never does.
+    """Ends this process when its work gave no sign for `timeout_s`; with None it never does.
 
-    It needs neither the interpreter's lock nor a signal, and writes where every thread hangs to stderr.
+    The timer needs neither the interpreter's lock nor a signal, so it works even if every thread hangs. It writes the
+    stack of each thread to stderr.
     """
 
     def __init__(self, timeout_s: float | None):
         self._timeout_s = timeout_s
 
     def alive(self) -> None:
-        """The work goes on: the time begins anew."""
+        """Notes that the work goes on, so that the time starts again."""
         if self._timeout_s is not None:
             faulthandler.dump_traceback_later(self._timeout_s, exit=True)
 
     def close(self) -> None:
-        """The work is done."""
+        """Stops the timer, because the work is done."""
         faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
 def ends_if_hung(timeout_s: float | None) -> Iterator[HungProcess]:
-    """Ends this process if the block takes longer than `timeout_s`, or so long since `alive` was called last."""
+    """Ends this process if the block runs for `timeout_s` without a call of `alive`."""
     hung = HungProcess(timeout_s)
     hung.alive()
     try:
