@@ -1,10 +1,10 @@
-"""How many items adaptive tiers take, and how often they differ from those of all items, from a run's own records.
+"""Measures how many items adaptive tiers need, and how often they differ from the tiers by all items of a run.
 
     layerboost run recipes/default.yaml --out DIR --until sensitivity
     python benchmarks/adaptive_tiers.py DIR --removed 4 --middle 4
 
-For each ranking of the run the items are drawn in many random orders; no model is computed. `wrong` counts the orders
-whose tiers differ from those by all items; `spent` is the part of layers x items that was scored.
+For each ranking of the run the recorded items are drawn in many random orders; no model is computed. `wrong` counts the
+orders whose tiers differ from those by all items; `spent` is the part of layers x items that was scored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestrator.run.state import load_state
 
 
 def adaptive(matrix: DropMatrix, rule: TierRule, error: float, first_items: int, seed: int) -> tuple[list[str], float]:
-    """Tiers and the part of the items spent, for one random order of the items."""
+    """Returns the tiers and the part of the items spent, for one random order of the items."""
     rng = np.random.default_rng(seed)
     counts = {task: drops.shape[1] for task, drops in matrix.tasks.items()}
     order = mixed_tasks(counts)

@@ -1,4 +1,4 @@
-"""Decode speed and memory of plans against the untouched model, beside the limits that bytes set.
+"""Measures decode speed and memory of plans against the untouched model, together with the limits set by bytes.
 
     python benchmarks/decode.py gain --shape wide-12 --concurrency 4 --context 512 2048 8192
     python benchmarks/decode.py gain --shape smallworld --concurrency 32 --context 512 2048 8192
@@ -6,13 +6,13 @@
     python benchmarks/decode.py memory --shape wide-12 --concurrency 4 --context 2048
     python benchmarks/decode.py gain --shape qwen3-4b --dtype bfloat16 --concurrency 16 50 100 200 --context 512 8192
 
-`gain`: base and plans are timed side by side in rounds. `limit` is the ratio of the bytes that one step must read,
-`share` the measured gain over the gain that the limit allows; both sides' bytes are set against the machine's copy
-bandwidth. `constant`: one step at each length of a plan whose layers all have a constant state, in turn. `memory`: the
-peak while prompts are read and continued, against the weights and the cache by the formula.
+`gain` times base and plans side by side in rounds. `limit` is the ratio of the bytes that one step must read, `share`
+the measured gain over the gain that the limit allows; the bytes of both sides are compared with the machine's copy
+bandwidth. `constant` times one step at each length, in turn, for a plan whose layers all have a constant state.
+`memory` measures the peak while prompts are read and continued, against the weights and the cache by the formula.
 
-Weights are random: a shape decodes at its real speed whatever they are. Contexts are random numbers in the cache,
-except for `memory`, which reads its prompts.
+Weights are random, because a shape decodes at its real speed whatever they are. Contexts are random numbers in the
+cache, except for `memory`, which reads its prompts.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from layerboost.speed.hardware import MIB, copy_bandwidth_bytes_per_s, hardware_
 
 SMALLWORLD = Path(layerboost.__file__).parent / "smallworld" / "model"
 SHAPES = {
-    # Published shapes: layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary.
+    # Entries are layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary; some are published.
     "qwen3-4b": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936),
     "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256),
     "small": ("llama", 12, 256, 8, 2, 32, 704, 2048),
-    "small-llm": ("llama", 12, 256, 4, 2, 64, 704, 32_768),  # a head's share as in models of 0.1 to 0.6 B
+    "small-llm": ("llama", 12, 256, 4, 2, 64, 704, 32_768),  # the head has a share as in models of 0.1 to 0.6 B
     "wide": ("llama", 6, 1024, 16, 4, 64, 2816, 32_768),
-    "kv-bound": ("llama", 8, 512, 8, 8, 64, 512, 2048),  # served at 200 requests, its steps are nearly all KV cache
-    "wide-12": ("llama", 12, 1024, 16, 16, 64, 2816, 8192),  # memory-bound on a CPU too
+    "kv-bound": ("llama", 8, 512, 8, 8, 64, 512, 2048),  # at 200 served requests its steps read almost only KV cache
+    "wide-12": ("llama", 12, 1024, 16, 16, 64, 2816, 8192),  # memory-bound even on a CPU
 }
 
 
 def build(shape: str, dtype: torch.dtype, device: str, n_positions: int):
-    """A model of a published shape, or of the embedded default's, with random weights."""
+    """Builds a model of a shape above, or of the embedded default's, with random weights."""
     if shape == "smallworld":
         config = AutoConfig.from_pretrained(SMALLWORLD, max_position_embeddings=n_positions)
     else:
@@ -70,7 +70,7 @@ def build(shape: str, dtype: torch.dtype, device: str, n_positions: int):
 
 
 def plans(n_layers: int, window: int) -> dict[str, Plan]:
-    """A quarter, half and three quarters of the layers without attention, evenly spread; half with windows beside."""
+    """Returns plans without attention in a quarter, half and three quarters of the layers, and half with windows."""
 
     def spread(removed: int, of: int, middle: Treatment = Treatment.SOFTMAX) -> Plan:
         kept = {i: middle if i % of == of - 1 else Treatment.SOFTMAX for i in range(n_layers)}
@@ -86,7 +86,7 @@ def plans(n_layers: int, window: int) -> dict[str, Plan]:
 
 
 def gain(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
-    """Rows of each plan under each condition."""
+    """Yields a row for each plan under each condition."""
     named = plans(base.config.num_hidden_layers, args.window)
     models = [base, *(convert(base, plan) for plan in named.values())]
     bandwidth = copy_bandwidth_bytes_per_s(args.device)
@@ -122,7 +122,7 @@ def gain(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
 
 
 def constant(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step at each length, all layers `linear_window`, over those at the first length."""
+    """Yields the milliseconds of a step at each length, with all layers `linear_window`, over the first length's."""
     n_layers = base.config.num_hidden_layers
     model = convert(base, Plan.uniform(Treatment.LINEAR_WINDOW, n_layers, args.window))
     for concurrency in args.concurrency:
@@ -150,7 +150,7 @@ def constant(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
 
 
 def memory(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
-    """Peak memory of base and plans, measured while prompts are read and continued, over the formula's."""
+    """Yields the peak memory of base and plans, measured while prompts are read and continued, over the formula's."""
     named = plans(base.config.num_hidden_layers, args.window)
     for concurrency in args.concurrency:
         for context in args.context:

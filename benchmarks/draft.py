@@ -1,12 +1,13 @@
-"""The converted model as a draft of its own parent: how much of what it proposes the parent accepts.
+"""Measures a converted model as a draft of its own parent: how much of what it proposes the parent accepts.
 
     python benchmarks/draft.py PARENT CONVERTED [CONVERTED ...] --text val.txt
 
-Speculative decoding, greedy: the draft proposes k tokens, the parent reads them in one pass and keeps those that it
-would have written itself, and one token of its own. The text is the parent's whatever the draft is; where transformers
-can take tokens back from the draft's cache (plans of softmax and none) its assisted generation is run and compared
-with the parent's own. `tokens_per_pass` is how far one pass of the parent gets; `limit` is the speed-up over the parent
-alone if a step costs what its bytes cost and k + 1 tokens are read in one step's time.
+In greedy speculative decoding the draft proposes k tokens, and the parent reads them in one pass, keeps those that it
+would have written itself, and adds one token of its own. The text is the parent's whatever the draft is. If
+transformers can remove tokens from the draft's cache (plans of softmax and none), its assisted generation is run and
+compared with the parent's own. `tokens_per_pass` is the number of tokens that one pass of the parent yields; `limit` is
+the speed-up over the parent alone if a step costs what its bytes cost and k + 1 tokens are read in the time of one
+step.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ PROPOSED = (1, 2, 4, 8)
 
 @torch.inference_mode()
 def agreement(draft: Any, texts: torch.Tensor, n_prompt: int) -> torch.Tensor:
-    """(n, new tokens) bool: where the draft, given the parent's text so far, would write the parent's next token."""
+    """Returns (n, new tokens) bool: True if the draft, given the parent's text so far, predicts its next token."""
     logits = torch.cat([draft(batch[:, :-1], use_cache=False).logits[:, n_prompt - 1 :] for batch in texts.split(8)])
     return logits.argmax(dim=-1) == texts[:, n_prompt:]
 
 
 def tokens_per_pass(agrees: torch.Tensor, k: int) -> float:
-    """Tokens that a pass of the parent yields: the proposals up to the first wrong one, and the parent's own."""
+    """Returns the tokens per pass of the parent: the proposals before the first wrong one, and the parent's own."""
     n_passes = 0
     for row in agrees.tolist():
         position = 0
@@ -48,7 +49,7 @@ def tokens_per_pass(agrees: torch.Tensor, k: int) -> float:
 
 
 def lossless(parent: Any, draft: Any, prompts: torch.Tensor, texts: torch.Tensor) -> bool | None:
-    """Whether assisted generation writes the parent's text; None where the draft's cache cannot go back."""
+    """Returns whether assisted generation writes the parent's text; None if the draft's cache cannot drop tokens."""
     plan = plan_of(draft)
     if plan is None or any(treatment.needs_window for treatment in plan.treatments):
         return None

@@ -1,4 +1,4 @@
-"""What healing gives back: guided plans against baselines, over the budget of tokens, and what linear branches add.
+"""Measures what healing recovers: guided plans and baselines over the token budget, and what linear branches add.
 
     python benchmarks/healing.py baselines --model DIR --train A.txt --val B.txt --cloze C.jsonl D.jsonl --work RUNS
     python benchmarks/healing.py curve     ... --train A.txt:0.45 N.txt:0.55 --val B.txt M.txt --tokens 10_000_000
@@ -7,7 +7,8 @@
 `baselines` heals every plan on the same tokens with the same settings for each seed. The guided plans come from the
 sensitivity on the last sequences of the first training text, which no run on that text alone trains on: `guided` from
 the layers' own NLL, `guided_refined` after greedy swaps. Differences are paired item by item; an item's value is the
-mean over the seeds. Every run is a file under --work: the same command again goes on, several processes share the runs.
+mean over the seeds. Every run is a file under --work: the same command continues an earlier one, and several processes
+share the runs.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ CONTEXT_TOKENS, CONCURRENCY = 512, 32
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a command share."""
+    """Holds the settings that all runs of a command share."""
 
     model: str
     train: tuple[tuple[str, float], ...]
@@ -81,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One plan healed once (or not at all: `spec` None), judged at the shares in `marks` and at its end."""
+    """Describes one plan, healed once (or not, if `spec` is None), judged at the shares in `marks` and at its end."""
 
     name: str
     plan: Plan
@@ -101,7 +102,7 @@ class Run:
 
 
 def perform(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
-    """Heals and judges one plan; the scores item by item, from the run's file where it is there."""
+    """Heals and judges one plan, or reads the run's file if it exists; returns the scores item by item."""
     file = run.file(setting, folder)
     if file.exists():
         return json.loads(file.read_text())
@@ -149,18 +150,18 @@ def perform(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def training_text(setting: Setting, spec: HealingSpec) -> PackedText:
-    """The first sequences of the mixture; of a single text without those that plans are chosen by."""
+    """Returns the first sequences of the mixture; a single text leaves out those that plans are chosen by."""
     tokenizer = load_tokenizer(setting.model)
     sources = [TextSource(path, weight=weight) for path, weight in setting.train]
     wanted = spec.steps * spec.batch_sequences
-    if len(sources) > 1:  # a mixture reads on as far as the budget asks for
+    if len(sources) > 1:  # a mixture repeats its sources until the budget is filled
         return pack_sources(sources, tokenizer, spec.sequence_tokens, wanted)
     text = pack_sources(sources, tokenizer, spec.sequence_tokens, wanted + SELECTION_SEQUENCES)
     return text[: min(wanted, len(text) - SELECTION_SEQUENCES)]
 
 
 def selection_sequences(setting: Setting) -> torch.Tensor:
-    """The last sequences of the first training text: what plans are chosen by."""
+    """Returns the last sequences of the first training text, by which plans are chosen."""
     sequences = pack(read_documents(setting.train[0][0]), load_tokenizer(setting.model), setting.sequence_tokens)
     return sequences[-SELECTION_SEQUENCES:]
 
@@ -171,7 +172,7 @@ def val_sequences(setting: Setting, text: str) -> torch.Tensor:
 
 
 def judge(student, parent, setting: Setting) -> dict[str, list[float]]:
-    """Scores of each item: `nll <text>` and `kl <text>` of each sequence, `acc <task>` of each cloze item."""
+    """Returns the scores of each item: `nll <text>` and `kl <text>` per sequence, `acc <task>` per cloze item."""
     tokenizer, items = load_tokenizer(setting.model), {}
     was_training = student.training
     with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +195,7 @@ def judge(student, parent, setting: Setting) -> dict[str, list[float]]:
 
 
 def perform_all(runs: Sequence[Run], setting: Setting, folder: Path, processes: int) -> list[dict[str, Any]]:
-    """All runs, in processes of their own; those with files cost nothing."""
+    """Performs all runs in separate processes and returns their results; runs that have a file cost nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if not run.file(setting, folder).exists()]
     start = time.monotonic()
@@ -208,7 +209,7 @@ def perform_all(runs: Sequence[Run], setting: Setting, folder: Path, processes: 
 
 
 def chosen_plans(args: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
-    """The guided plans and the baselines, by name; from the file of an earlier call where it is there."""
+    """Returns the guided plans and the baselines, by name, from the file of an earlier call if it exists."""
     what = [setting.model, setting.train, args.counts, args.window, args.refined_plans, BASELINES]
     file = args.work / f"plans-{sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
     if not file.exists():
@@ -220,7 +221,7 @@ def chosen_plans(args: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
 
 
 def choose_plans(setting: Setting, counts: Sequence[int], window: int, n_refined: int) -> dict[str, Plan]:
-    """The guided plans and the baselines; `counts` are layers of softmax, linear_window and none."""
+    """Computes the guided plans and the baselines; `counts` are layers of softmax, linear_window and none."""
     model, sequences = load_model(setting.model), selection_sequences(setting)
     base, costs = single_layer_costs(model, sequences, window)
     guided = plan_by_scores(costs[Treatment.NONE], counts, window)
@@ -233,7 +234,7 @@ def choose_plans(setting: Setting, counts: Sequence[int], window: int, n_refined
 
 
 def single_layer_costs(model, sequences: torch.Tensor, window: int) -> tuple[float, dict[Treatment, list[float]]]:
-    """The base's NLL, and what it rises by when one layer alone is treated, for removal and linear_window."""
+    """Returns the base's NLL, and by treatment (none, linear_window) its rise if one layer alone is treated."""
     n_layers = model.config.num_hidden_layers
     untouched, costs, base = Plan.uniform(Treatment.SOFTMAX, n_layers), {}, 0.0
     for treatment in (Treatment.NONE, Treatment.LINEAR_WINDOW):
@@ -244,7 +245,7 @@ def single_layer_costs(model, sequences: torch.Tensor, window: int) -> tuple[flo
 
 
 def plan_by_scores(scores: Sequence[float], counts: Sequence[int], window: int) -> Plan:
-    """Layers of softmax, linear_window and none as `counts` has them, the layers with the smallest score removed."""
+    """Removes the layers with the smallest scores and keeps the largest; `counts` are softmax, linear_window, none."""
     order = sorted(range(len(scores)), key=lambda layer: scores[layer])
     dealt = (Treatment.NONE,) * counts[2] + (Treatment.LINEAR_WINDOW,) * counts[1] + (Treatment.SOFTMAX,) * counts[0]
     by_layer = dict(zip(order, dealt, strict=True))
@@ -254,7 +255,7 @@ def plan_by_scores(scores: Sequence[float], counts: Sequence[int], window: int) 
 def refined(
     model, sequences: torch.Tensor, start: Plan, base: float, costs: dict[Treatment, list[float]], n_plans: int
 ) -> Plan:
-    """The best plan that `n_plans` evaluations of greedy swaps find from `start`."""
+    """Returns the best plan that `n_plans` evaluations of greedy swaps find from `start`."""
     untouched = Plan.uniform(Treatment.SOFTMAX, len(start))
     refiner = make_refiner("greedy", start, costs, n_plans)
     while not refiner.finished:
@@ -265,13 +266,13 @@ def refined(
 
 
 def mean_items(results: Sequence[dict[str, Any]], metric: str, share: float = 1.0) -> np.ndarray:
-    """Each item's score, averaged over runs."""
+    """Returns each item's score, averaged over runs."""
     found = [judged[metric] for result in results for judged in result["judged"] if judged["share"] == share]
     return np.mean(np.asarray(found, dtype=np.float64), axis=0)
 
 
 def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    """One row for each plan: before and after healing, against the base and against the guided plan."""
+    """Returns one row for each plan: before and after healing, against the base and against the guided plan."""
     plans = chosen_plans(args, setting)
     if args.only:
         plans = {name: plan for name, plan in plans.items() if name in {*args.only, "guided_refined"}}
@@ -307,14 +308,14 @@ def about(plan: Plan, config, context_tokens: int = CONTEXT_TOKENS) -> dict[str,
 
 
 def against(items: np.ndarray, base: np.ndarray, label: str) -> dict[str, float | None]:
-    """Mean difference to the base and its paired standard error, under a column name made of the label."""
+    """Returns the mean difference to the base and its paired standard error, in columns named after the label."""
     difference = paired_difference(items.tolist(), base.tolist(), resamples=1)
     column = label.replace(" ", "_")
     return {column: difference.mean, f"{column}_stderr": difference.stderr}
 
 
 def curve(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    """One row for each share of the budget and metric of one long healing."""
+    """Returns one row for each share of the budget of one long healing."""
     plans = {"guided_refined": Plan.parse(args.plan, args.window)} if args.plan else None
     name, plan = next(iter((plans or chosen_plans(args, setting)).items()))
     untouched = Plan.uniform(Treatment.SOFTMAX, len(plan))
@@ -334,7 +335,7 @@ def curve(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
 
 
 def windows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    """One row for each window and middle treatment: linear_window against window on the same tokens."""
+    """Returns one row for each window and middle treatment: linear_window against window on the same tokens."""
     letters = args.plan or str(chosen_plans(args, setting)["guided_refined"])
     untouched = Plan.uniform(Treatment.SOFTMAX, len(letters))
     runs = [Run("base", untouched)]
@@ -363,7 +364,7 @@ def windows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
         for number, zeroed in ((1, "linear"), (2, "window")):
             costs = [branch[number] for branch in branches]
             row[f"nll_loss_without_{zeroed}"] = statistics.fmean(c["nll_loss"] for c in costs) if costs else None
-            stderrs = [cost["nll_loss_stderr"] for cost in costs]  # over the same sequences: not independent
+            stderrs = [cost["nll_loss_stderr"] for cost in costs]  # same sequences for all seeds: not independent
             row[f"nll_loss_without_{zeroed}_stderr"] = statistics.fmean(stderrs) if costs else None
         rows.append(row)
     return rows
@@ -386,13 +387,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["baselines", "curve", "windows"])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", nargs="+", required=True, help="texts, each with :WEIGHT behind it where several")
+    parser.add_argument("--train", nargs="+", required=True, help="texts, followed by :WEIGHT if there are several")
     parser.add_argument("--val", nargs="+", required=True, help="texts to measure NLL and KL on")
     parser.add_argument("--cloze", nargs="*", default=[], help="JSONL with context, choices and gold")
     parser.add_argument("--val-sequences", type=int, default=96)
     parser.add_argument("--counts", type=int, nargs=3, default=[4, 4, 4], help="layers of softmax, linear_window, none")
-    parser.add_argument("--only", nargs="+", help="baselines: these plans, beside guided_refined")
-    parser.add_argument("--plan", help="curve, windows: this plan instead of the guided one")
+    parser.add_argument("--only", nargs="+", help="baselines: only these plans and guided_refined")
+    parser.add_argument("--plan", help="curve, windows: plan to use instead of the guided one")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--window-dropout", type=float, nargs="+", default=[0.0])
@@ -407,10 +408,10 @@ def main() -> None:
     parser.add_argument("--batch-sequences", type=int, default=2)
     parser.add_argument("--transfer-fraction", type=float, default=0.05)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training; judged in fp32"
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of training (judging is in fp32)"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--out", type=Path, help="CSV to write")
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Peak memory of healing: one copy of the weights against two, and of the loss as the vocabulary grows.
+"""Measures the peak memory of healing: one copy of the weights against two, and the loss over vocabulary sizes.
 
     python benchmarks/healing_memory.py weights                                     # a shape whose weights dominate
     python benchmarks/healing_memory.py weights --shape qwen3-4b --dtype bfloat16   # on a GPU; also gives tokens/s
     python benchmarks/healing_memory.py vocabulary
 
-`weights`: optimizer steps with LoRA where teacher and student are the same parameters, and the same steps with a second
-copy as teacher; the losses must be identical. `vocabulary`: the distillation loss and its gradient, in chunks and in
-the form that holds whole logits. Each measurement has a process of its own; memory is counted above what the process
-held before, on a CPU by its peak resident set.
+`weights` takes optimizer steps with LoRA where teacher and student share their parameters, and the same steps with a
+second copy as teacher; the losses must be identical. `vocabulary` computes the distillation loss and its gradient, in
+chunks and in the form that holds whole logits. Each measurement has a process of its own. Memory is counted above what
+the process held before; on a CPU it is the peak resident set.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def peak_mib(device: str) -> float:
 
 
 def probe_weights(args: argparse.Namespace) -> dict[str, Any]:
-    """LoRA steps on a plan that removes every other layer's attention."""
+    """Measures LoRA steps on a plan that removes every other layer's attention."""
 
     def make(shape: str):
         torch.manual_seed(0)
         return build(shape, getattr(torch, args.dtype), args.device, args.sequence_tokens)
 
-    _steps(make("small"), None, args)  # what the libraries take once
+    _steps(make("small"), None, args)  # so that memory which libraries allocate once does not count
     before = peak_mib(args.device)
     model = make(args.shape)
     found = _steps(model, make(args.shape) if args.side == "two copies" else None, args)
@@ -91,7 +91,7 @@ def _steps(model, teacher, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def probe_vocabulary(args: argparse.Namespace) -> dict[str, Any]:
-    """One loss with its gradient by the student's states."""
+    """Measures one loss with its gradient with respect to the student's states."""
     states = torch.randn(2, LOSS_SEQUENCES, LOSS_TOKENS, LOSS_WIDTH, device=args.device)
     head = torch.randn(args.vocabulary, LOSS_WIDTH, device=args.device)
     input_ids = torch.randint(args.vocabulary, (LOSS_SEQUENCES, LOSS_TOKENS), device=args.device)
@@ -107,7 +107,7 @@ def probe_vocabulary(args: argparse.Namespace) -> dict[str, Any]:
         logs = [to_logits(x[:, :-1]).log_softmax(-1).flatten(0, 1) for x in (of_student, of_teacher)]
         return F.kl_div(logs[0], logs[1].detach(), log_target=True, reduction="batchmean")
 
-    loss(2).backward()  # what the libraries take once
+    loss(2).backward()  # so that memory which libraries allocate once does not count
     before = peak_mib(args.device)
     value = loss(LOSS_TOKENS)
     value.backward()
@@ -115,7 +115,7 @@ def probe_vocabulary(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
-    """A probe in a process of its own."""
+    """Runs a probe in a process of its own."""
     command = [sys.executable, __file__, args.command, "--side", side, *more]
     for name in ("shape", "dtype", "device", "sequence_tokens", "batch_sequences", "rank"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

@@ -1,4 +1,4 @@
-"""Tokens per second of healing against the loop that one would write: Hugging Face's Trainer with a second model.
+"""Measures tokens per second of healing against the usual loop: Hugging Face's Trainer with a second model.
 
     python benchmarks/healing_speed.py --model MODEL --plan NNNNLSLSLLSS --window 16
     python benchmarks/healing_speed.py --shape small-llm          # random weights, a real model's share of vocabulary
@@ -6,10 +6,10 @@
 
 The other side is `transformers.Trainer` with peft's LoRA of the same rank on the same converted model, a second copy of
 the parent as teacher and the plain KL of whole logits. Both sides take the same steps on the same sequences, in turn;
-a ratio is the median of the pairs. The losses of the first step are compared, so that both compute the same.
+a ratio is the median of the pairs. The losses of the first step are compared, to ensure that both compute the same.
 
-With --workers our steps are those of a Ray Train job with DeepSpeed engines, one thread a worker, while Trainer has all
-threads in its one process.
+With --workers our steps are those of a Ray Train job with DeepSpeed engines and one thread per worker, while Trainer
+has all threads in its single process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COLUMNS = (
 
 
 class Ours:
-    """Steps of `run_phase`; each call to `take` goes on where the last ended."""
+    """Takes steps of `run_phase`; each call to `take` continues where the last one ended."""
 
     def __init__(self, model, plan: Plan, text: PackedText, spec: HealingSpec):
         self.spec, self.batches, self.done = spec, GlobalBatches(text, spec.batch_sequences, spec.seed), 0
@@ -60,7 +60,7 @@ class Ours:
         self.device = next(model.parameters()).device
 
     def take(self, n: int) -> tuple[float, list[float]]:
-        """Seconds and losses of `n` steps."""
+        """Returns the seconds and losses of `n` steps."""
         phase, losses = Phase(HEAL, 0, self.done + n, self.spec.learning_rate or 1e-3, self.spec.gradient_clip), []
         start = time.perf_counter()
         run_phase(
@@ -77,18 +77,18 @@ class Ours:
 
 
 class OursOnRay:
-    """Steps of healing jobs, timed in their first worker without their start and their end."""
+    """Takes steps of healing jobs, timed in their first worker without the start and the end of the jobs."""
 
     def __init__(self, args: argparse.Namespace, plan: Plan, spec: HealingSpec, folder: str):
-        import ray  # a machine with a GPU may have neither Ray nor DeepSpeed
+        import ray  # only here, since a machine with a GPU may have neither Ray nor DeepSpeed
 
         self.args, self.plan, self.spec, self.folder, self.jobs = args, plan, spec, folder, 0
-        # Not at home in Ray's environment: the workers import this file by its name.
+        # The workers import this file by its module name, so its folder must be on their path.
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)
         ray.init(address="local", num_cpus=args.workers, include_dashboard=False, log_to_driver=False)
 
     def take(self, n: int) -> tuple[float, list[float]]:
-        """Seconds of `n` steps behind two that warm up, and the losses of all."""
+        """Returns the seconds of `n` steps after two that warm up, and the losses of all steps."""
         from tasks.healing.job import HealingJob
         from tasks.healing.run import heal
 
@@ -119,7 +119,7 @@ def note_time(file: str, event) -> None:
 
 
 class Distiller(Trainer):
-    """What one writes on top of Trainer: the teacher's logits, the student's, their KL."""
+    """Adds to Trainer what one usually writes: the teacher's logits, the student's, and their KL."""
 
     def __init__(self, *args, teacher, **kwargs):
         super().__init__(*args, **kwargs)
@@ -136,7 +136,7 @@ class Distiller(Trainer):
 
 
 class Timed(TrainerCallback):
-    """Seconds from the first step's beginning to the last one's end, without what Trainer does around them."""
+    """Measures the seconds from the beginning of the first step to the end of the last, without Trainer's own work."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -147,19 +147,19 @@ class Timed(TrainerCallback):
 
 
 class Theirs:
-    """Steps of a Trainer with a teacher of its own."""
+    """Takes steps of a Trainer with a separate teacher."""
 
     def __init__(self, model, teacher, plan: Plan, text: PackedText, spec: HealingSpec):
         self.spec, self.teacher, self.batches, self.done = spec, teacher.eval(), GlobalBatches(text, 1, spec.seed), 0
         self.student = convert(model, plan)
         add_lora(self.student, spec.rank, spec.alpha, spec.seed)
-        for module in self.student.modules():  # the same start, and peft's own forward
+        for module in self.student.modules():  # the start is the same as ours, but the forward is peft's own
             if isinstance(module, LoraLayer):
                 vars(module).pop("forward", None)
         self.on_cpu = next(model.parameters()).device.type == "cpu"
 
     def take(self, n: int) -> tuple[float, list[float]]:
-        """Seconds and losses of `n` steps."""
+        """Returns the seconds and losses of `n` steps."""
         each = self.spec.batch_sequences
         rows = [
             {"input_ids": self.batches.batch(step).input_ids[0].long()}
@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, help="time a healing job with so many single-threaded workers")
-    parser.add_argument("--text", type=Path, help="with --workers: what the job reads")
+    parser.add_argument("--workers", type=int, help="time a healing job with this many single-threaded workers")
+    parser.add_argument("--text", type=Path, help="with --workers: text that the job reads")
     parser.add_argument("--out", type=Path, help="append the row to this CSV")
     arguments = parser.parse_args()
     if arguments.workers and not (arguments.model and arguments.text):
@@ -232,7 +232,7 @@ def main() -> None:
     ours: Ours | OursOnRay = Ours(model, plan, text, spec)
     if arguments.workers:
         ours = OursOnRay(arguments, plan, spec, scratch.name)
-        tokenizer, wanted = load_tokenizer(arguments.model), 4 * spec.batch_sequences  # those of our first steps
+        tokenizer, wanted = load_tokenizer(arguments.model), 4 * spec.batch_sequences  # the rows of our first steps
         text = PackedText(pack(read_documents(arguments.text), tokenizer, spec.sequence_tokens, limit_sequences=wanted))
     theirs = Theirs(load(), load(), plan, text, spec)
     first = [side.take(2)[1][0] for side in (ours, theirs)]

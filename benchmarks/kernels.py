@@ -1,11 +1,12 @@
-"""The kernels of `linear_window` against its torch form, softmax attention and flash-linear-attention, on a CUDA GPU.
+"""Times the kernels of `linear_window` against its torch form, softmax attention and flash-linear-attention (CUDA).
 
     python benchmarks/kernels.py --out kernels.csv
     python benchmarks/kernels.py --tokens 2048 8192 --batch 16 64 --window 256
 
-Prefill is one sequence, decode one step of `batch` sequences; a form takes in its feature map. `sdpa` is softmax over
-all tokens, `fla` linear attention of as many features without a window (where flash-linear-attention is installed).
-`bandwidth_share` is what a form must read and write, each byte once, over its time, as a share of a plain copy's rate.
+Prefill has one sequence, decode is one step of `batch` sequences; a form includes its feature map. `sdpa` is softmax
+over all tokens, `fla` is linear attention with as many features and no window (if flash-linear-attention is installed).
+`bandwidth_share` is the number of bytes that a form must read and write at least, divided by its time, relative to the
+rate of a plain copy.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ COLUMNS = (
 
 
 class Shape:
-    """Random tensors of one attention layer."""
+    """Makes random tensors of one attention layer."""
 
     def __init__(self, args: argparse.Namespace):
         self.heads, self.kv_heads, self.head_dim, self.window = args.heads, args.kv_heads, args.head_dim, args.window
@@ -63,7 +64,7 @@ class Shape:
 
 
 def prefill_forms(shape: Shape, tokens: int, backward: bool) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """Name, least bytes and call of each form of one layer's prefill, with its gradients or without."""
+    """Yields name, least bytes and call of each form of one layer's prefill, with its gradients or without."""
     inputs = shape.qkv(tokens, grad=backward)
     query, value = inputs[0], inputs[2]
     direction = torch.randn_like(query)
@@ -90,7 +91,7 @@ def prefill_forms(shape: Shape, tokens: int, backward: bool) -> Iterator[tuple[s
 
 
 def decode_forms(shape: Shape, tokens: int, batch: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """The same for a step of `batch` sequences after `tokens` tokens; a token enters the state in each step."""
+    """Does the same for a step of `batch` sequences after `tokens` tokens; in each step a token enters the state."""
     from layerboost import kernels
 
     query = shape.random(batch, shape.heads, 1)
@@ -120,7 +121,7 @@ def decode_forms(shape: Shape, tokens: int, batch: int) -> Iterator[tuple[str, i
 
 
 def relative_error(shape: Shape, tokens: int = 1024) -> float:
-    """Of the kernels' prefill to the definition in fp64."""
+    """Returns the relative error of the kernels' prefill to the definition in fp64."""
     inputs = shape.qkv(tokens)
     with torch.no_grad():
         actual = shape.linear_window(*inputs, "kernels").double()
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("device: no CUDA GPU is here, and the kernels are timed on nothing else", file=sys.stderr)
+        print("device: there is no CUDA GPU, and the kernels can only be timed on one", file=sys.stderr)
         return 2
     import triton
     from triton.testing import do_bench, do_bench_cudagraph
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         for phase, backward in (("prefill", False), ("prefill_backward", True))
         for tokens in args.tokens
     ]
-    # A graph, lest a step of microseconds be the time of its launches.
+    # A CUDA graph is timed, because launching would dominate a step of microseconds.
     settings += [
         ("decode", tokens, batch, decode_forms(shape, tokens, batch), do_bench_cudagraph)
         for batch in args.batch

@@ -1,15 +1,15 @@
-"""Healing many plans on few tokens and the best of them on all: how near is that to healing every plan on all?
+"""Compares healing many plans on few tokens and the best of them on all with healing every plan on all tokens.
 
     python benchmarks/multi_fidelity.py --model DIR --train A.txt --val B.txt --work RUNS --name NAME
 
-A pool of plans, several at each of a few speeds, is healed three ways: on the whole budget; on shares of it by
-complete healings of their own (`restart`); on the first shares of the whole run (`prefix`). From these runs alone any
-schedule of successive halving can be replayed. Plans are chosen by the even sequences of the text and judged by the
-odd ones; quality is the likelihood that is retained, exp(NLL of the base - NLL). Errors are bootstrapped over the
-sequences, with the choices made anew each time; they do not hold the chance of training: each healing is of one seed.
+A pool of plans, several at each of a few speeds, is healed three ways: on the whole budget; on shares of it by separate
+complete healings (`restart`); on the first shares of the whole run (`prefix`). From these runs any schedule of
+successive halving can be replayed. Plans are chosen by the even sequences of the text and judged by the odd ones;
+quality is the likelihood that is retained, exp(NLL of the base - NLL). Errors are bootstrapped over the sequences, with
+the choices made again each time. They do not include the randomness of training, since each healing has one seed.
 
-Writes `multi_fidelity_{pool,ranks,schedules}_NAME.csv` and a picture. Every run is a file under --work: the same
-command again goes on.
+The benchmark writes `multi_fidelity_{pool,ranks,schedules}_NAME.csv` and a picture. Every run is a file under --work:
+the same command continues an earlier one.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ from orchestrator.report.canvas import STYLE
 matplotlib.use("Agg")
 
 LEVELS = ((8, 2, 2), (6, 3, 3), (4, 4, 4), (3, 4, 5), (2, 5, 5), (1, 5, 6))
-"""Layers of softmax, linear_window and none of the plans of one speed, for a model of twelve layers."""
+"""Layers of softmax, linear_window and none, for the plans of each speed of a model with twelve layers."""
 UNGUIDED = ("first", "cosine", "random", "first", "cosine", "first")
-"""The rule of the plan at each level that no score chooses."""
+"""Rule of the one plan at each level that is not chosen by scores."""
 REFINED_PLANS = 16
 RESTARTS, PREFIXES = (1 / 12, 1 / 6, 1 / 3), (0.1, 0.2, 1 / 3, 0.5)
 
 Fidelity = tuple[str, float]
-"""How a plan was measured: `before`, `restart`, `prefix` or `full`, and the share of the budget."""
+"""The way in which a plan was measured (`before`, `restart`, `prefix` or `full`), and the share of the budget."""
 BEFORE, FULL = ("before", 0.0), ("full", 1.0)
 
 CORNERS = ("kept", "rung")
-"""Corner of the areas by which a rung's plans are chosen: speed-up 1 and the worst quality of the first choice, kept
-for all that follow; or speed-up 1 and the worst quality of each rung anew."""
+"""Reference corner of the hypervolume by which a rung's plans are chosen, at speed-up 1. `kept` uses the worst quality
+of the first choice for all later ones, `rung` the worst quality of each rung."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The pool and all that was measured of it.
+    """Holds the pool and everything that was measured of it.
 
     Attributes:
-        speedup: (plans,) predicted.
-        level: (plans,) which of LEVELS a plan is of.
-        nll: (plans, sequences) by each fidelity.
-        base: (sequences,) NLL of the untouched model.
+        speedup: (plans,), predicted speed-up.
+        level: (plans,), index into LEVELS.
+        nll: (plans, sequences) for each fidelity.
+        base: (sequences,), NLL of the untouched model.
     """
 
     speedup: np.ndarray
@@ -85,15 +85,15 @@ class Measured:
     base: np.ndarray
 
     def quality(self, fidelity: Fidelity, sequences: np.ndarray) -> np.ndarray:
-        """(plans,) likelihood retained on those sequences."""
+        """Returns the likelihood retained on those sequences, (plans,)."""
         return np.exp(self.base[sequences].mean() - self.nll[fidelity][:, sequences].mean(axis=1))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Successive halving: at each rung so many plans are healed on so large a share; the last rung is the whole budget.
+    """Describes successive halving: each rung is a number of plans and a share; the last rung is the whole budget.
 
-    Where the first rung has fewer plans than the pool, they are chosen by quality before healing.
+    If the first rung has fewer plans than the pool, they are chosen by quality before healing.
     """
 
     way: str
@@ -101,7 +101,7 @@ class Schedule:
 
     @property
     def tokens(self) -> float:
-        """In whole healings. A prefix goes on from where the rung before it ended; a restart does not."""
+        """The cost in whole healings. A prefix continues from where the rung before it ended; a restart does not."""
         shares = [0.0] + [share for _, share in self.rungs]
         spent_before = shares[:-1] if self.way == "prefix" else [0.0] * len(self.rungs)
         return sum(n * (share - before) for (n, share), before in zip(self.rungs, spent_before, strict=True))
@@ -111,7 +111,7 @@ class Schedule:
 
 
 def schedules(n: int) -> list[Schedule]:
-    """The schedules that are compared, for a pool of `n` plans."""
+    """Returns the schedules that are compared, for a pool of `n` plans."""
     third, half = n // 3, n // 2
     found = [Schedule("before", ((third, 1.0),))]
     for final in (3, 4, 5, 6):
@@ -130,10 +130,13 @@ def schedules(n: int) -> list[Schedule]:
 
 
 def survivors(schedule: Schedule, measured: Measured, sequences: np.ndarray, corner: str) -> list[int]:
-    """The plans that a schedule heals on the whole budget, chosen by what is measured on `sequences`.
+    """Returns the plans that a schedule heals on the whole budget, chosen by what is measured on `sequences`.
 
     Args:
-        corner: where the areas are measured from that choose the plans of a rung; see CORNERS.
+        schedule: The schedule.
+        measured: The pool.
+        sequences: Indices of the sequences to choose by.
+        corner: Reference corner of the hypervolumes that choose a rung's plans; see CORNERS.
     """
     alive, fidelity, worst = list(range(len(measured.speedup))), BEFORE, None
     for n, share in schedule.rungs:
@@ -149,13 +152,14 @@ def survivors(schedule: Schedule, measured: Measured, sequences: np.ndarray, cor
 def judged(
     schedule: Schedule, measured: Measured, corner: str, choosing: np.ndarray, judging: np.ndarray
 ) -> dict[str, float]:
-    """What the survivors are worth beside the front of the pool, all of it healed on the whole budget.
+    """Compares the survivors with the front of the pool, all of it healed on the whole budget.
 
     Returns:
-        `hypervolume` and `best_hypervolume`: of the survivors, and of the best choice of as many plans, as shares of
-        the pool's; measured from the pool's worst quality and speed-up 1. `gain_over_before`: in hypervolume, over
-        the same number of plans chosen by quality before healing. `largest_shortfall`: most quality by which the best
-        survivor at least as fast as some survivor is behind the best such plan of the pool.
+        `hypervolume` and `best_hypervolume`: those of the survivors, and of the best choice of equally many plans, as
+        shares of the pool's; measured from the pool's worst quality and speed-up 1. `gain_over_before`: gain in
+        hypervolume over equally many plans chosen by quality before healing. `largest_shortfall`: over the speeds of
+        the survivors, the largest gap in quality between the best survivor and the best plan of the pool that are at
+        least as fast.
     """
     chosen = survivors(schedule, measured, choosing, corner)
     points = list(zip(measured.quality(FULL, judging).tolist(), measured.speedup.tolist(), strict=True))
@@ -178,11 +182,11 @@ def judged(
 
 
 def predictive(fidelity: Fidelity, measured: Measured, choosing: np.ndarray, judging: np.ndarray) -> dict[str, float]:
-    """How well a fidelity foretells quality after healing.
+    """Says how well a fidelity predicts quality after healing.
 
     Returns:
-        Spearman's correlation over the pool, and its mean over the levels; `regret`: quality lost, on the mean over the
-        levels, where the fidelity's best plan is taken for the best.
+        Spearman's correlation over the pool, and its mean over the levels; `regret`: the mean over the levels of the
+        quality that is lost by choosing the plan that the fidelity ranks best.
     """
     found, final = measured.quality(fidelity, choosing), measured.quality(FULL, judging)
     levels = [measured.level == level for level in np.unique(measured.level)]
@@ -194,7 +198,7 @@ def predictive(fidelity: Fidelity, measured: Measured, choosing: np.ndarray, jud
 
 
 def resampled(n_sequences: int, n_resamples: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The sequences to choose by and to judge by: as they are, then resampled, each half from itself."""
+    """Yields the sequences to choose by and to judge by: first as they are, then each half resampled from itself."""
     halves = np.arange(0, n_sequences, 2), np.arange(1, n_sequences, 2)
     yield halves
     rng = np.random.default_rng(seed)
@@ -203,7 +207,7 @@ def resampled(n_sequences: int, n_resamples: int, seed: int = 0) -> Iterator[tup
 
 
 def with_errors(estimates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The first of the estimates, and the standard deviation of the others beside each value."""
+    """Returns the first of the estimates, and the standard deviation of the others beside each value."""
     row: dict[str, float] = {}
     for name, value in estimates[0].items():
         row |= {name: value, f"{name}_stderr": float(np.std([other[name] for other in estimates[1:]], ddof=1))}
@@ -211,7 +215,7 @@ def with_errors(estimates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def pool_of_plans(setting: Setting, window: int, per_level: int, work: Path) -> list[dict[str, Any]]:
-    """The plans with level and origin; from the file of an earlier call where it is there."""
+    """Returns the plans with level and origin, from the file of an earlier call if it exists."""
     what = [setting.model, setting.train, setting.sequence_tokens, window, LEVELS, UNGUIDED, per_level]
     file = work / f"pool-{sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
     if not file.exists():
@@ -222,9 +226,9 @@ def pool_of_plans(setting: Setting, window: int, per_level: int, work: Path) -> 
 
 
 def make_pool(setting: Setting, window: int, per_level: int) -> list[dict[str, Any]]:
-    """At each level: by the scores of removal, the best sum of single costs, refined by swaps, one by a plain rule.
+    """Chooses plans at each level: by removal scores, the best sum of single costs, swaps from it, and a plain rule.
 
-    Where two of them coincide, swaps of the refined plan follow, those with the smallest sum of single costs first.
+    If two of them coincide, swaps of the refined plan follow, those with the smallest sum of single costs first.
     """
     model, sequences = load_model(setting.model), selection_sequences(setting)
     base, costs = single_layer_costs(model, sequences, window)
@@ -252,7 +256,7 @@ def make_pool(setting: Setting, window: int, per_level: int) -> list[dict[str, A
 
 
 def additive_optimum(costs: dict[Treatment, list[float]], counts: Sequence[int], window: int) -> Plan:
-    """The plan with the smallest sum of single-layer costs among those with so many layers of each treatment."""
+    """Returns the plan with the smallest sum of single-layer costs among those with these counts of each treatment."""
     slots = [
         t
         for t, n in zip((Treatment.SOFTMAX, Treatment.LINEAR_WINDOW, Treatment.NONE), counts, strict=True)
@@ -264,7 +268,7 @@ def additive_optimum(costs: dict[Treatment, list[float]], counts: Sequence[int],
 
 
 def swaps(plan: Plan, costs: dict[Treatment, list[float]]) -> list[Plan]:
-    """All plans that differ by a swap of two layers, the smallest sum of single-layer costs first."""
+    """Returns all plans that differ by a swap of two layers, the smallest sum of single-layer costs first."""
     found = []
     for i, j in combinations(range(len(plan)), 2):
         if plan.treatments[i] is not plan.treatments[j]:
@@ -273,7 +277,7 @@ def swaps(plan: Plan, costs: dict[Treatment, list[float]]) -> list[Plan]:
 
 
 def measure(pool: Sequence[dict[str, Any]], setting: Setting, spec: HealingSpec, args: argparse.Namespace) -> Measured:
-    """Heals the pool in every way."""
+    """Heals the pool in every way and returns what was measured."""
     plans = [entry["plan"] for entry in pool]
     runs: dict[Fidelity, list[Run]] = {
         BEFORE: [Run("before", plan) for plan in plans],
@@ -303,7 +307,7 @@ def label(fidelity: Fidelity) -> str:
 
 
 def pool_rows(pool: Sequence[dict[str, Any]], measured: Measured) -> list[dict[str, Any]]:
-    """One row for each plan, with its quality on all sequences by each fidelity."""
+    """Returns one row for each plan, with its quality on all sequences by each fidelity."""
     everything = np.arange(len(measured.base))
     quality = {fidelity: measured.quality(fidelity, everything) for fidelity in measured.nll}
     on_front = front(list(zip(quality[FULL].tolist(), measured.speedup.tolist(), strict=True)))
@@ -319,7 +323,7 @@ def pool_rows(pool: Sequence[dict[str, Any]], measured: Measured) -> list[dict[s
 
 
 def draw(measured: Measured, ranks: Sequence[dict[str, Any]], schedule: Schedule, file: Path) -> None:
-    """Rank correlations over the share of the tokens; the pool's front, and what a schedule finds of it."""
+    """Draws rank correlations over the share of the tokens, and the pool's front with what a schedule finds of it."""
     colours = {"restart": "#1f6f8b", "prefix": "#c8553d"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -1,11 +1,12 @@
-"""What quantized weights and a quantized KV cache cost a plan, beside what they cost its parent.
+"""Measures what quantized weights and a quantized KV cache cost a plan, compared with what they cost its parent.
 
     python benchmarks/quantization.py PARENT HEALED [HEALED ...] --text val.txt     # needs torchao and optimum-quanto
 
 The first half of each sequence is read into the cache, the second half is judged (negative log-likelihood per token).
-`cost` is what quantizing adds to a model, `interaction` how much more it adds to the plan than to the parent, both
-paired over the sequences. Weights: torchao, weight only, int8 by channel, int4 by groups of 32. KV cache: what softmax
-layers keep, as float8 (e4m3, unscaled) or in 4 and 2 bits by quanto; windows and states stay as they are.
+`cost` is what quantizing adds to a model's NLL, `interaction` how much more it adds to the plan than to the parent,
+both paired over the sequences. Weights are quantized by torchao, weight only: int8 by channel, int4 by groups of 32. In
+the KV cache the keys and values of softmax layers are quantized, as float8 (e4m3, unscaled) or in 4 and 2 bits by
+quanto; windows and states stay as they are.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WEIGHTS: dict[str, Callable[[], Any]] = {
 
 
 class Float8Layer(DynamicLayer):
-    """Keeps what float8 (e4m3) holds of keys and values."""
+    """Rounds keys and values to float8 (e4m3)."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         rounded = (x.to(torch.float8_e4m3fn).to(x.dtype) for x in (key_states, value_states))
@@ -56,7 +57,7 @@ CACHES: dict[str, Callable[[], DynamicLayer]] = {
 
 @torch.inference_mode()
 def second_half_nll(model: Any, sequences: torch.Tensor, layer: Callable[[], DynamicLayer] | None) -> torch.Tensor:
-    """Nats per token of each sequence's second half, the first half lying in the cache. (n,)"""
+    """Returns the nats per token of each sequence's second half, given the first half in the cache, (n,)."""
     half, found = sequences.shape[1] // 2, []
     for batch in sequences.split(8):
         cache = preallocated_cache(model.config, sequences.shape[1])
@@ -70,7 +71,7 @@ def second_half_nll(model: Any, sequences: torch.Tensor, layer: Callable[[], Dyn
 
 
 def judged(model: Any, sequences: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The likelihoods of a model as it is and under each way of quantizing."""
+    """Returns the NLL of a model as it is and under each way of quantizing."""
     found = {"as it is": second_half_nll(model, sequences, None)}
     for name, layer in CACHES.items():
         found[name] = second_half_nll(model, sequences, layer)

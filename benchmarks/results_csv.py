@@ -1,4 +1,4 @@
-"""How benchmarks write their tables."""
+"""Writes the tables of the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows of the same columns as CSV, and says so."""
+    """Writes rows with the same columns as CSV, and prints the path to stderr."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

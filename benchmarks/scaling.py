@@ -1,4 +1,4 @@
-"""How a run scales with workers: measured with one and two, and simulated for hundreds.
+"""Measures how a run scales from one to two workers, and simulates hundreds of them.
 
     python benchmarks/scaling.py stages --recipe RECIPE --work DIR --out stages.csv
     python benchmarks/scaling.py driver --workers 1 8 64 512 --out driver.csv
@@ -7,12 +7,12 @@
 `stages` runs a recipe with one worker and with two, one thread each, and compares the seconds of each stage. `driver`
 measures what one unit of a sweep costs the driver: the real loop hands out units that sleep, over real Ray calls, and
 writes a real record for each treatment; its processor time counts, whatever the workers do. `simulate` plays the sweep
-of larger models with the spread of the shares' times and the start of workers read from a run, and the driver as one
-server that takes what `driver` measured: it gives the workers that are done their next units, then writes the records
-of all that they brought, side by side. Makespan, efficiency, idle share, how busy the driver is, what is stored.
+of larger models. The spread of the shares' times is read from a run, and the driver is modelled as one server with the
+costs that `driver` measured: it gives the finished workers their next units, then writes the records of all results in
+parallel. The table has makespan, efficiency, idle share, how busy the driver is, and what is stored.
 
 A share of a real model takes as long as its layers: `--layer-us` is the time of one layer for one token of one plan,
-by default what the run took; 0.5 is near that of a model of 4 B parameters on a current data-centre GPU.
+by default what the run took; 0.5 is close to that of a model of 4 B parameters on a current data-centre GPU.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from layerboost.speed.hardware import hardware_name
 from orchestrator.run.folder import SIDE_BY_SIDE
 
 ANSWERS = ("log_p", "greedy")
-REQUESTS_PER_ITEM = 4  # choices of a multiple-choice item
+REQUESTS_PER_ITEM = 4  # the choices of a multiple-choice item
 
 OPERATIONS_OF_A_RECORD = 3
-"""A look whether it is there, a write, and a read when its scores are made."""
+"""Storage operations per record: a check whether it exists, a write, and a read when scores are computed."""
 
 
 @dataclass(frozen=True)
 class SweepShape:
-    """A sweep: layers x treatments over the items of some tasks, each of so many tokens."""
+    """Describes a sweep: layers x treatments over the items of some tasks, with a number of tokens per item."""
 
     name: str
     n_layers: int
@@ -64,11 +64,11 @@ class SweepShape:
 
     @property
     def layer_calls(self) -> int:
-        """Layers that a token of all plans passes: a plan joins the base's path up to the layer that it treats."""
+        """Layers that a token of all plans passes; a plan shares the base's path up to the layer that it treats."""
         return self.n_layers + self.n_treatments * self.n_layers * (self.n_layers + 1) // 2
 
     def shares_tokens(self) -> list[int]:
-        """Tokens of each share, cut as the stage cuts them, with lengths that scatter as those of benchmarks do."""
+        """Returns the tokens of each share, cut as in the stage, with item lengths that scatter as in benchmarks."""
         draw = random.Random(self.name)
         costs = [
             max(8, round(draw.lognormvariate(0, 0.5) * self.item_tokens)) for _ in range(self.n_tasks * self.n_items)
@@ -82,11 +82,11 @@ SHAPES = (
 )
 
 
-# Measured: one worker against two
+# Measurement of one worker against two
 
 
 def stages(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of each stage: its seconds with one worker and with two."""
+    """Yields a row for each stage: its seconds with one worker and with two."""
     seconds: dict[str, dict[int, float]] = {}
     for n in (1, 2):
         folder = args.work / ("one" if n == 1 else "two")
@@ -110,11 +110,11 @@ def stages(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-# Measured: the driver
+# Measurement of the driver
 
 
 class Sleeper:
-    """What a worker looks like to the driver: units that take a while and give answers."""
+    """Looks like a worker to the driver: its units take a while and give answers."""
 
     def __init__(self, n_plans: int, n_requests: int):
         self._answers = {name: [[0.123456789] * n_requests for _ in range(n_plans)] for name in ANSWERS}
@@ -128,7 +128,7 @@ class Sleeper:
 
 
 def driver(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of what a unit costs the driver with so many workers at once."""
+    """Yields what a unit costs the driver, for each number of concurrent workers."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -139,7 +139,7 @@ def driver(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
-    """What the loop of a sweep's units takes of the driver's processor, with a record for each treatment of each."""
+    """Returns the driver's processor time for the units of a sweep, with one record per unit and treatment."""
     import ray
 
     from orchestrator.run.folder import RunFolder
@@ -178,19 +178,19 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
     }
 
 
-# Simulated
+# Simulation
 
 
 @dataclass(frozen=True)
 class MeasuredSweep:
-    """What a run says of its sweep over tasks: how its shares scatter, and the seconds of a layer for one token."""
+    """Holds what a run says of its sweep over tasks: the spread of its shares, and the seconds of a layer per token."""
 
     relative_times: list[float]
     layer_call_s: float
 
 
 def measured_sweep(run: Path) -> MeasuredSweep:
-    """Read from the records of a run with one worker."""
+    """Reads the records of a run with one worker."""
     records = [json.loads(file.read_text()) for file in sorted((run / "records" / "sweep").glob("*.json"))]
     seconds: dict[tuple[str, int], float] = {}
     n_layers, treatments = 0, set()
@@ -212,7 +212,7 @@ def measured_sweep(run: Path) -> MeasuredSweep:
 
 
 def simulate(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of each shape, time of a layer and number of workers."""
+    """Yields a row for each shape, time of a layer and number of workers."""
     measured = measured_sweep(args.run)
     with args.driver.open() as file:
         cost = {(row["shape"], int(row["workers"])): row for row in csv.DictReader(file)}
@@ -235,7 +235,7 @@ def simulate(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     n_records=shape.n_treatments + 1,
                     put_s=put_ms / 1e3,
                 )
-                one_s = one_s or seconds  # the first number of workers is what the others are compared with
+                one_s = one_s or seconds  # the other rows are compared with the first number of workers
                 yield {
                     "shape": shape.name,
                     "layer_us": layer_us,
@@ -256,7 +256,7 @@ def simulate(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _nearest(cost: dict[tuple[str, int], Any], shape: SweepShape, n_workers: int) -> tuple[str, int]:
-    """The measured number of workers that is nearest, from above where there is one."""
+    """Returns the next larger measured number of workers, or the largest if there is none."""
     measured = sorted(n for name, n in cost if name == shape.name)
     return shape.name, next((n for n in measured if n >= n_workers), measured[-1])
 
@@ -271,22 +271,23 @@ def simulate_sweep(
     n_records: int,
     put_s: float,
 ) -> tuple[float, float, float]:
-    """Plays units on workers that ask one driver for the next one.
+    """Simulates units on workers that ask one driver for the next one.
 
     Args:
-        durations_s: of the units, in the order in which they are handed out.
-        start_s: until a worker is ready for its first unit.
-        hand_out_s: that the driver's processor takes to collect a result and give its worker the next unit.
-        record_s: that it takes to write a unit's records.
-        n_records: of a unit.
-        put_s: that the storage takes for a record; so many are written side by side as the run folder does.
+        durations_s: Durations of the units, in the order in which they are handed out.
+        n_workers: Number of workers.
+        start_s: Time until a worker is ready for its first unit.
+        hand_out_s: Time of the driver's processor to collect a result and give its worker the next unit.
+        record_s: Time of the driver's processor to write a unit's records.
+        n_records: Records of a unit.
+        put_s: Time of the storage for a record; as many are written in parallel as the run folder does.
 
     Returns:
         Makespan in seconds, idle share of the workers, busy share of the driver.
     """
     n_workers = min(n_workers, len(durations_s))
     waiting = list(reversed(durations_s))
-    ends_s = [start_s + waiting.pop() for _ in range(n_workers)]  # of the units in flight
+    ends_s = [start_s + waiting.pop() for _ in range(n_workers)]  # end times of the units in flight
     heapq.heapify(ends_s)
     now_s = driver_busy_s = 0.0
     while ends_s:
@@ -308,14 +309,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["stages", "driver", "simulate"])
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "default.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="changes a value of the recipe")
     parser.add_argument("--work", type=Path, help="folder of the two runs")
     parser.add_argument("--run", type=Path, help="run folder of a sweep with one worker")
     parser.add_argument("--driver", type=Path, help="CSV that `driver` wrote")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--layer-us", type=float, nargs="+", default=[0.5, 5.0])
-    parser.add_argument("--put-ms", type=float, nargs="+", default=[1.0, 30.0], help="that one record's storage takes")
-    parser.add_argument("--start-s", type=float, default=60.0, help="until a worker has loaded its model")
+    parser.add_argument("--put-ms", type=float, nargs="+", default=[1.0, 30.0], help="milliseconds to store one record")
+    parser.add_argument("--start-s", type=float, default=60.0, help="seconds until a worker has loaded its model")
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
     args = parser.parse_args(argv)
     rows = []

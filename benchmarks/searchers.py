@@ -1,12 +1,12 @@
-"""How good a front of quality against speed each method of search finds, over the number of plans it evaluates.
+"""Measures how good a front of quality against speed each search method finds, over the number of plans it evaluates.
 
     python benchmarks/searchers.py --model DIR --text TRAIN.txt --val VAL.txt --work DIR --out NAME.csv --picture P.png
 
-Every method sees single layers' NLL drops over 32 sequences of the text, drawn anew for each seed, and judges plans by
-the NLL over other sequences of it. What it holds for its front is judged again on sequences of the validation text.
-Hypervolume is that of (exp(-NLL drop), predicted speed-up) over the corner (0, 1). NAME.csv has a row for each method,
-seed and number of evaluations, NAME_summary.csv one for each method. Losses are kept under --work: the same command
-again goes on.
+Every method gets single layers' NLL drops over 32 sequences of the text, drawn again for each seed, and judges plans by
+the NLL over other sequences of it. The plans that it considers its front are judged again on sequences of the
+validation text. Hypervolume is that of (exp(-NLL drop), predicted speed-up) over the corner (0, 1). NAME.csv has a row
+for each method, seed and number of evaluations, NAME_summary.csv one for each method. Losses are kept under --work: the
+same command continues an earlier one.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ CONDITION = {"concurrency": 32, "context_tokens": 512, "dtype_bytes": 2}
 TREATMENTS = (Treatment.SOFTMAX, Treatment.LINEAR_WINDOW, Treatment.NONE)
 SEQUENCE_TOKENS, COST_SEQUENCES = 256, 32
 REFERENCE = (0.0, 1.0)
-LAG = 8  # plans that are out together, as in a run
+LAG = 8  # plans that are evaluated at the same time, as in a run
 MARKS = (25, 50, 100)
-COUNTS = (*range(5, 30, 5), *range(30, 1001, 10))  # of evaluations at which curves have points
-MOST_DRAWS = 8  # for each distinct plan asked for: the thresholds have few
+COUNTS = (*range(5, 30, 5), *range(30, 1001, 10))  # numbers of evaluations at which curves have points
+MOST_DRAWS = 8  # draws for each distinct plan that is asked for; the thresholds have few distinct plans
 
 Point = tuple[float, float]
 
@@ -60,7 +60,7 @@ class Proposer(Protocol):
 
 
 class Losses:
-    """NLL drops of plans over some sequences, from a file where they are there."""
+    """Returns NLL drops of plans over some sequences, reading from a file those that are known."""
 
     def __init__(self, model, sequences: torch.Tensor, folder: Path, identity: Sequence[Any]):
         self._model, self._sequences = model, sequences
@@ -83,7 +83,7 @@ class Losses:
 
 
 class Listed:
-    """Plans in a given order."""
+    """Proposes plans in a given order."""
 
     def __init__(self, plans: Sequence[Plan]):
         self._plans = deque(plans)
@@ -108,7 +108,7 @@ class Swaps:
 
 
 class Sampled:
-    """An Optuna sampler over numbers or categories that `read` makes a plan of."""
+    """Proposes plans by an Optuna sampler over numbers or categories, which `read` turns into a plan."""
 
     def __init__(self, sampler, names: dict[str, optuna.distributions.BaseDistribution], read: Callable[[dict], Plan]):
         self.study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
@@ -128,7 +128,7 @@ class Sampled:
 
 
 def thresholds(drops: Sequence[float], window: int, sampler) -> Sampled:
-    """Two thresholds as places in the layers' order; the second counts from the first on."""
+    """Samples two thresholds as places in the ranking of layers; the second is relative to the first."""
     ordered = sorted(drops)
     cuts = [-np.inf, *((low + high) / 2 for low, high in pairwise(ordered)), np.inf]
 
@@ -143,7 +143,7 @@ def thresholds(drops: Sequence[float], window: int, sampler) -> Sampled:
 
 
 def evolution(space: PlanSpace, seeds: Sequence[Plan], sampler) -> Sampled:
-    """One category for each layer, from given plans on."""
+    """Samples one category for each layer, starting from given plans."""
     choice = optuna.distributions.CategoricalDistribution([treatment.value for treatment in space.treatments])
     names = {f"layer_{layer}": choice for layer in range(space.n_layers)}
     found = Sampled(sampler, names, lambda drawn: space.plan([Treatment(drawn[name]) for name in names]))
@@ -153,14 +153,14 @@ def evolution(space: PlanSpace, seeds: Sequence[Plan], sampler) -> Sampled:
 
 
 def random_plans(space: PlanSpace, n: int, seed: int) -> list[Plan]:
-    """Treatments drawn independently, each plan with parts of its own, so that all speeds occur."""
+    """Draws treatments independently, with random proportions for each plan so that all speeds occur."""
     rng = np.random.default_rng(seed)
     draws = (rng.choice(len(space.treatments), space.n_layers, p=rng.dirichlet([1, 1, 1])) for _ in range(n))
     return [space.plan([space.treatments[code] for code in codes]) for codes in draws]
 
 
 def search(proposer: Proposer, judge: Callable[[Plan], Point], n: int, distinct: bool) -> list[Plan]:
-    """The distinct plans in the order evaluated; with `distinct` what comes again is told as failed."""
+    """Returns the distinct plans in the order of evaluation; with `distinct`, repeated plans are told as failed."""
     evaluated: dict[Plan, None] = {}
     out: deque[tuple[Plan, bool]] = deque()
     for _ in range(MOST_DRAWS * n):
@@ -177,7 +177,7 @@ def search(proposer: Proposer, judge: Callable[[Plan], Point], n: int, distinct:
 
 
 def costs_of(model, sequences: torch.Tensor, window: int, file: Path) -> dict[Treatment, list[float]]:
-    """NLL drop of each layer treated alone, from the file where it is there."""
+    """Returns the NLL drop of each layer treated alone, from the file if it exists."""
     if not file.exists():
         n_layers = model.config.num_hidden_layers
         single = [single_layer_plan(n_layers, i, t, window) for t in TREATMENTS[1:] for i in range(n_layers)]
@@ -191,7 +191,7 @@ def costs_of(model, sequences: torch.Tensor, window: int, file: Path) -> dict[Tr
 def proposers(
     space: PlanSpace, costs: dict, times: dict, rest: float, n: int, seed: int
 ) -> dict[str, tuple[Proposer, bool]]:
-    """The methods, and whether a plan that comes again is of no use to them."""
+    """Returns the methods, and for each whether repeated plans must be told to it as failed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def best_alone(n_plans: int) -> list[Plan]:
@@ -214,7 +214,7 @@ def proposers(
 
 
 def fronts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of the curves and of the summary; of the seeds done so far after each of them."""
+    """Returns the rows of the curves and of the summary; both are written after each seed."""
     model, tokenizer = load_model(args.model).eval(), load_tokenizer(args.model)
     n_layers = model.config.num_hidden_layers
     pool = pack(read_documents(args.text), tokenizer, SEQUENCE_TOKENS, limit_sequences=1024)
@@ -273,9 +273,9 @@ def fronts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def summarize(curves: list[dict[str, Any]], kept: dict[tuple[str, int], list[Point]]) -> list[dict[str, Any]]:
-    """A row for each method: means over the seeds, and how far below the best points of all methods it ends.
+    """Returns a row for each method: means over the seeds, and how far it ends below the best points of all methods.
 
-    The best front is that of all kept points on the held-out sequences; a gap is the quality of one of its plans less
+    The best front is that of all kept points on the held-out sequences. A gap is the quality of one of its plans minus
     the best quality that a method's final front has at that speed or above.
     """
     everything = sorted({point for points in kept.values() for point in points})
@@ -315,7 +315,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw(curves: list[dict[str, Any]], summary: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Mean hypervolume on the held-out sequences, with a band of one standard error."""
+    """Draws the mean hypervolume on the held-out sequences, with a band of one standard error."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for row in summary:
         found = [c for c in curves if c["method"] == row["method"]]
@@ -341,12 +341,12 @@ def draw(curves: list[dict[str, Any]], summary: list[dict[str, Any]], args: argp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, help="where costs and searches take their sequences from")
-    parser.add_argument("--val", required=True, help="where fronts are judged again")
+    parser.add_argument("--text", required=True, help="text that costs and searches take their sequences from")
+    parser.add_argument("--val", required=True, help="text that fronts are judged on again")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--evaluations", type=int, default=100, help="distinct plans that each method may evaluate")
-    parser.add_argument("--sequences", type=int, default=8, help="of 256 tokens, to evaluate a plan in the search")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences (256 tokens) per evaluation of a search")
     parser.add_argument("--val-sequences", type=int, default=12)
     parser.add_argument("--work", type=Path, required=True, help="folder of the losses")
     parser.add_argument("--out", type=Path, required=True, help="CSV to write; the summary goes beside it")

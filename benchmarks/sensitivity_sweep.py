@@ -1,4 +1,4 @@
-"""The sensitivity sweep against the loop that one would write by hand, over the same items in one run.
+"""Times the sensitivity sweep against the loop that one would write by hand, over the same items in one run.
 
     python benchmarks/sensitivity_sweep.py                                    # the embedded model and its tasks
     python benchmarks/sensitivity_sweep.py --model DIR --cloze A.jsonl B.jsonl
@@ -7,9 +7,10 @@
     python benchmarks/sensitivity_sweep.py --memory                           # peak memory under activation budgets
     python benchmarks/sensitivity_sweep.py --shape qwen3-4b                   # random weights and items, for GPUs
 
-`loop`: for each layer, the model with that layer's attention removed as an HFLM, `lm_eval.simple_evaluate`; the model
-and the tasks are loaded once, the batch size is the fastest of those given. `unshared`: this project's engine, each
-plan by itself. `sweep`: all plans together. Each ratio is the median over rounds in which all sides are timed in turn.
+`loop` runs `lm_eval.simple_evaluate` for each layer on the model without that layer's attention, as an HFLM. The model
+and the tasks are loaded once, and the batch size is the fastest of those given. `unshared` is this project's engine
+with each plan by itself. `sweep` runs all plans together. Each ratio is the median over rounds in which all sides are
+timed in turn.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true", help="time two single-threaded workers against one")
     parser.add_argument("--memory", action="store_true", help="measure peak memory under activation budgets")
     parser.add_argument("--shape", choices=SHAPES, help="a model of this shape with random weights, and random items")
-    parser.add_argument("--items", type=int, default=256, help="with --shape")
+    parser.add_argument("--items", type=int, default=256, help="with --shape: number of items")
     parser.add_argument("--context", type=int, default=256, help="with --shape: tokens of a context")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
@@ -101,7 +102,7 @@ def _task_files(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def cloze_task_files(sources: Sequence[str], folder: Path) -> list[str]:
-    """Writes a multiple-choice task of lm-eval for each JSONL with `context`, `choices` and `gold`; their paths."""
+    """Writes a multiple-choice task of lm-eval for each JSONL with `context`, `choices` and `gold`; returns paths."""
     fields = {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"}
     return _choice_task_files(sources, fields, folder)
 
@@ -126,13 +127,13 @@ def _choice_task_files(sources: Sequence[str], fields: dict[str, Any], folder: P
 
 
 def _plans(n_layers: int, treatments: Sequence[str], window: int) -> list[Plan]:
-    """The untouched model, and each layer treated alone."""
+    """Returns the untouched model's plan, and plans that treat each layer alone."""
     single = [single_layer_plan(n_layers, i, Treatment(t), window) for t in treatments for i in range(n_layers)]
     return [Plan.uniform(Treatment.SOFTMAX, n_layers), *single]
 
 
 def compare_with_loop(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole way from a loaded model to every accuracy."""
+    """Compares the time of everything from a loaded model to every accuracy."""
     model, tokenizer = load_model(args.model, device=args.device), load_tokenizer(args.model)
     plans = _plans(model.config.num_hidden_layers, args.treatments, args.window)
     spec = QualitySpec(tasks=tuple(args.tasks), limit=args.limit)
@@ -171,7 +172,7 @@ def compare_with_loop(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _loop(model: Any, tokenizer: Any, plans: list[Plan], spec: QualitySpec, batch_size: int) -> list[dict[str, float]]:
-    """What one would write: an HFLM for each ablated model."""
+    """Evaluates the way one would write it by hand: an HFLM for each ablated model."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -208,7 +209,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def compare_workers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The shares of a sweep on one and on two workers of one CPU each, timed once model and tasks are loaded."""
+    """Times the shares of a sweep on one and on two workers of one CPU each, after model and tasks are loaded."""
     import ray
 
     from layerboost.checkpoint import ModelSource
@@ -263,7 +264,7 @@ def compare_workers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of a process that sweeps 64 sequences at once, above that after one plain pass of 8."""
+    """Measures the peak memory of a process that sweeps 64 sequences at once, above that of one plain pass of 8."""
     budgets_mib = [64, 128, 256, 4096]
     rows = []
     for budget_mib in budgets_mib:
@@ -288,7 +289,7 @@ plans = [Plan.uniform(Treatment.SOFTMAX, n_layers)]
 plans += [single_layer_plan(n_layers, layer, t, 16) for t in treatments for layer in range(n_layers)]
 sequences = torch.randint(3, model.config.vocab_size, (64, tokens), generator=torch.Generator().manual_seed(0))
 with torch.inference_mode():
-    model(sequences[:8], use_cache=False)  # what any use of the model takes
+    model(sequences[:8], use_cache=False)  # so that memory which any use of the model needs does not count
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 start = time.perf_counter()
 found = score_text(LayerSweep(model, plans, budget_bytes=int(sys.argv[2]) * 2**20), sequences, base=0, batch_size=64)
@@ -302,7 +303,7 @@ print(json.dumps({"plans": len(plans), "all_states_mib": round(state_mib * len(p
 
 
 def compare_on_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A model of a published shape, multiple-choice items of random tokens, all layers and treatments."""
+    """Compares on a model of a published shape with multiple-choice items of random tokens, for all plans."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = build(args.shape, dtype, args.device, args.context + 64)
     n_layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
@@ -328,7 +329,7 @@ def compare_on_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     answer_requests(LayerSweep(model, few[:2], budget_bytes=budget), requests[:8])
     batch_size = min(args.batch_sizes, key=lambda size: _seconds(lambda: one_by_one(size)) if size <= 32 else 1e9)
-    # A full evaluation takes the same time whatever the plan: a sample of plans is timed and scaled up.
+    # The time of a full evaluation hardly depends on the plan: time a sample of plans and scale it up.
     full_s = statistics.median(_seconds(lambda: one_by_one(batch_size)) for _ in range(args.rounds))
     full_s *= len(plans) / len(few)
     sweep_s = statistics.median(

@@ -1,12 +1,12 @@
-"""Served throughput: vLLM serves a model and plans of it, vLLM's own client asks, one server after the other.
+"""Measures served throughput: vLLM serves a model and plans of it, one after the other, to vLLM's own client.
 
     python benchmarks/served.py --environment VENV --shape kv-bound --concurrency 50 100 200
     python benchmarks/served.py --environment VENV --shape llama-3.1-8b --dtype bfloat16 --prompt-tokens 512
 
-VENV is made by layerboost/serving/make_environment.sh. Weights are random: a shape is served at its real speed whatever
-they are. Beside each speed stands where it comes from: bytes of weights, of the live KV cache and of states that one
+VENV is made by layerboost/serving/make_environment.sh. Weights are random, because a shape is served at its real speed
+whatever they are. The table also explains each speed: bytes of weights, of the live KV cache and of states that one
 decode step reads at this concurrency, and how many whole sequences the engine's cache holds. The base is served first
-and once more at the end: what the machine drifted by is `base_again`.
+and once more at the end; `base_again` shows how much the machine drifted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHOSEN = ("none 50 %", "none 75 %", "none 50 %, linear_window 25 %")
 
 
 def tokenizer_of(n_words: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of as many words as a random model has, for the client's random prompts."""
+    """Returns a tokenizer with as many words as a random model's vocabulary, for the client's random prompts."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, n_words)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -42,13 +42,13 @@ def tokenizer_of(n_words: int) -> PreTrainedTokenizerFast:
 
 
 def writer_of(base: Any, plan: Plan | None) -> Callable[[Path], None]:
-    """Writes the checkpoint of the base or of a plan of it."""
+    """Returns a function that writes the checkpoint of the base or of a plan of it."""
     tokenizer = tokenizer_of(base.config.vocab_size)
     return lambda folder: save_checkpoint(base if plan is None else convert(base, plan), tokenizer, folder)
 
 
 def row_of(name: str, plan: Plan | None, measured: ServingMeasurement, bytes_of: ByteModel, n: int) -> dict[str, Any]:
-    """One model under one condition, with the bytes of a step half-way through a request."""
+    """Returns the row of one model under one condition, with the bytes of a step half-way through a request."""
     at = {"concurrency": measured.concurrency, "dtype_bytes": getattr(torch, measured.dtype).itemsize}
     context = measured.prompt_tokens + measured.new_tokens // 2
     cache = bytes_of.cache_bytes(plan, context_tokens=context, **at)

@@ -1,12 +1,12 @@
-"""Decode throughput predicted from a few measured plans against what other plans measure.
+"""Compares decode throughput predicted from a few measured plans with what other plans measure.
 
     python benchmarks/throughput_model.py --model layerboost/smallworld/model --concurrency 16 --out embedded.csv
     python benchmarks/throughput_model.py --shape 12x768 --concurrency 2 --prompt-tokens 128 --new-tokens 16
 
-The plans of `design_plans` are timed and a `SpeedModel` is fitted, as a run does it. Then random plans that are not in
-the fit are timed in groups with the untouched model beside, which takes a machine's drift out. Every third one has the
-same number of layers of each treatment as the one before, in other places. `--work` keeps what is timed: the same
-command goes on where it was stopped.
+The plans of `design_plans` are timed and a `SpeedModel` is fitted, as in a run. Then random plans that are not in the
+fit are timed in groups together with the untouched model, which cancels a machine's drift. Every third plan has the
+same number of layers of each treatment as the one before, in other places. `--work` keeps the timings: the same command
+continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from layerboost.speed.decoding import DecodeMeasurement, measure_together
 from layerboost.speed.speed_model import SpeedModel, counts, design_plans
 
 SHAPES = {
-    # Layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary; random weights.
+    # Entries are layers, hidden size, heads, key/value heads, head dimension, MLP, vocabulary; weights are random.
     "12x768": (12, 768, 12, 4, 64, 2048, 16_384),  # 350 MB in fp32: far above a CPU's caches
-    "36x2560": (36, 2560, 32, 8, 128, 9728, 151_936),  # as Qwen3-4B, for a GPU
+    "36x2560": (36, 2560, 32, 8, 128, 9728, 151_936),  # the shape of Qwen3-4B, for a GPU
 }
 GROUP = 6
 """Plans that are timed side by side with the untouched model."""
 
 
 def build(shape: str, dtype: torch.dtype, device: str):
-    """A model of a shape with random weights."""
+    """Builds a model of a shape with random weights."""
     layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary = SHAPES[shape]
     config = AutoConfig.for_model(
         "llama",
@@ -57,7 +57,7 @@ def build(shape: str, dtype: torch.dtype, device: str):
 
 
 def random_plans(n_layers: int, window: int, n: int, native: tuple[int | None, ...], taken: list[Plan]) -> list[Plan]:
-    """Plans of other counts than those taken; every third one has the counts of the one before it, placed otherwise."""
+    """Draws plans with other counts than those taken; every third has the counts of the one before, shuffled."""
     rng = random.Random(0)
     found: list[Plan] = []
     met = {counts(plan, native) for plan in taken}
@@ -77,7 +77,7 @@ def random_plans(n_layers: int, window: int, n: int, native: tuple[int | None, .
 
 
 class Timings:
-    """What was timed, by plan, at the speed at which the untouched model was timed first; kept in a file."""
+    """Holds timings by plan, scaled to the speed of the untouched model's first timing, and keeps them in a file."""
 
     def __init__(self, base, condition: dict[str, int], work: Path | None):
         self._base, self._condition, self._work = base, condition, work
@@ -94,7 +94,7 @@ class Timings:
         }
 
     def time(self, plans: list[Plan], per_group: int) -> None:
-        """Times those that are not timed yet, in groups with the untouched model."""
+        """Times the plans that are not timed yet, in groups with the untouched model."""
         todo = [plan for plan in plans if plan not in self.measured and plan != self._base_plan]
         for first in range(0, len(todo), per_group):
             group = [self._base_plan, *todo[first : first + per_group]]
@@ -113,7 +113,7 @@ class Timings:
 
 
 def step_s(measured: DecodeMeasurement) -> tuple[float, float]:
-    """Seconds of a step and their standard error."""
+    """Returns the seconds of a step and their standard error."""
     throughput = measured.output_throughput_tok_per_s
     seconds = measured.concurrency / throughput
     return seconds, seconds * measured.output_throughput_stderr / throughput

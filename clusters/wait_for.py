@@ -1,8 +1,8 @@
-"""Waits until a cluster has so many nodes or GPUs, and asks its autoscaler for the GPUs first.
+"""Waits until a cluster has a given number of nodes or GPUs, and first asks its autoscaler for the GPUs.
 
-Run on the head or as part of a job, before `layerboost run`, which starts on what a cluster has:
-`wait_for.py nodes 3` or `wait_for.py gpus 4 --hardware small`. The request is taken back at the end, so that workers
-leave when they have been idle for the cluster's own time. Needs Ray alone.
+Run it on the head or as part of a job before `layerboost run`, because a run uses only what the cluster has when it
+starts: `wait_for.py nodes 3` or `wait_for.py gpus 4 --hardware small`. The request is withdrawn at the end, so that
+workers leave after the cluster's own idle time. It needs only Ray.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ HARDWARE_LABEL = "layerboost/hardware"
 
 
 def nodes_there() -> int:
-    """Living nodes, the head included."""
+    """Returns the number of living nodes, including the head."""
     return sum(node["Alive"] for node in ray.nodes())
 
 
 def gpus_there(hardware: str | None) -> int:
-    """GPUs of living nodes, of those with a label where one is asked for."""
+    """Returns the number of GPUs of living nodes, or of those with the label `hardware` if it is given."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if hardware is not None:
         nodes = [node for node in nodes if node["Labels"].get(HARDWARE_LABEL) == hardware]
@@ -31,13 +31,13 @@ def gpus_there(hardware: str | None) -> int:
 
 
 def ask_for_gpus(n: int, hardware: str | None) -> None:
-    """Asks the autoscaler, where there is one, to hold nodes for so many GPUs; 0 takes the request back."""
+    """Asks the autoscaler, if there is one, to provide nodes for `n` GPUs; 0 withdraws the request."""
     selectors = [{HARDWARE_LABEL: hardware}] * n if hardware is not None else None
     request_resources(bundles=[{"GPU": 1}] * n, bundle_label_selectors=selectors)
 
 
 def wait_for(what: str, n: int, hardware: str | None, timeout_s: float) -> bool:
-    """Whether they came in time. Says on stderr how many are there whenever that changes."""
+    """Returns whether they came in time, and prints to stderr how many there are whenever that changes."""
     deadline, before = time.monotonic() + timeout_s, None
     while True:
         there = nodes_there() if what == "nodes" else gpus_there(hardware)
@@ -52,7 +52,7 @@ def wait_for(what: str, n: int, hardware: str | None, timeout_s: float) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Waits until a cluster has so many nodes or GPUs.")
+    parser = argparse.ArgumentParser(description="Waits until a cluster has a given number of nodes or GPUs.")
     parser.add_argument("what", choices=("nodes", "gpus"))
     parser.add_argument("n", type=int)
     parser.add_argument("--hardware", help=f"value of the label {HARDWARE_LABEL} that the GPUs' nodes must have")
