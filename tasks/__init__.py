@@ -1,1 +1,1 @@
-"""Distributed work: plain functions of `layerboost` wrapped as Ray tasks, actors, a Tune search and a Train job."""
+"""Distributes work: wraps plain functions of `layerboost` as Ray tasks, actors, a Tune search and a Train job."""

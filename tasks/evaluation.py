@@ -1,4 +1,4 @@
-"""Judging many variants of one model: workers that load it once and share its weights with every variant."""
+"""Judges many variants of one model: each worker loads it once and shares its weights with every variant."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ _LEAST_BUDGET_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EvaluationUnit:
-    """One thing to judge.
+    """Describes one thing to judge.
 
     Attributes:
-        kind: `scores` judges a model, `cosine` gives the distances that need no variant, `branches` what the branches
-            of a model's linear_window layers are worth over the quality's text.
-        plan: how the parent is converted before it is judged; None leaves it untouched.
-        checkpoint: folder of a healed model to judge in the parent's place; no plan then, it has its own.
-        trained: file of the parameters that healing had trained so far, put into the converted parent; with a plan.
-        healing: how they were trained; with `trained`.
+        kind: `scores` judges a model; `cosine` gives the cosine distances of all layers, which need no variant;
+            `branches` measures what the branches of a model's linear_window layers are worth on the quality's text.
+        plan: the plan that is applied to the parent before it is judged; None leaves the parent untouched.
+        checkpoint: the folder of a healed model to judge instead of the parent; it has its own plan, so give none.
+        trained: a file of the parameters that healing had trained so far; they are put into the parent converted by
+            `plan`.
+        healing: the spec by which `trained` was trained; it is needed with `trained`.
     """
 
     kind: Literal["scores", "cosine", "branches"] = "scores"
@@ -59,23 +60,24 @@ class EvaluationUnit:
 
 
 def base_unit() -> EvaluationUnit:
-    """The untouched parent."""
+    """Returns the unit that judges the untouched parent."""
     return EvaluationUnit()
 
 
 def cosine_unit() -> EvaluationUnit:
-    """The cosine distances of all layers of the parent, over the quality's text."""
+    """Returns the unit that measures the cosine distances of all layers of the parent on the quality's text."""
     return EvaluationUnit("cosine")
 
 
 class EvaluationWorker:
-    """Holds the parent and judges variants of it. A plain class: Ray only wraps it.
+    """Holds the parent and judges variants of it. It is a plain class that Ray only wraps.
 
     Args:
-        source: the parent.
-        spec: what variants are judged by.
-        threads: CPU threads for torch; None leaves them. A Ray worker that is used again would keep its old number.
-        activations_gib: bound on the activations of a pass; None takes half of a GPU's free memory, 1 GiB on a CPU.
+        source: the source of the parent.
+        spec: the spec by which variants are judged.
+        threads: CPU threads for torch; None leaves them. It is set because a reused Ray worker keeps its old number.
+        activations_gib: limit on the activations of a pass in GiB; None takes half of a GPU's free memory, or 1 GiB on
+            a CPU.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class EvaluationWorker:
         return worker_info()
 
     def shrink(self) -> bool:
-        """Halves what is held at a time beside the weights; False where it is the least already."""
+        """Halves the memory used besides the weights; returns False if it is the least already."""
         if self.spec.batch_size >> self._n_halvings <= 1 and self.budget_bytes <= _LEAST_BUDGET_BYTES:
             return False
         self._n_halvings += 1
@@ -107,7 +109,7 @@ class EvaluationWorker:
         return True
 
     def run(self, unit: Any) -> dict[str, Any]:
-        """Does one unit, with less at a time where memory runs out; then the result has SHRUNK."""
+        """Runs one unit, with smaller batches if memory runs out; the result then holds the key SHRUNK."""
         result = in_memory(lambda: self._run(unit), self.shrink)
         if self._n_halvings:
             held = {"batch_size": self._smaller(self.spec).batch_size, "activations_gib": self.budget_bytes / 2**30}
@@ -115,16 +117,16 @@ class EvaluationWorker:
         return result
 
     def _smaller(self, spec: QualitySpec) -> QualitySpec:
-        """A spec as this worker has memory for."""
+        """Returns a spec with the batch size that this worker has memory for."""
         return replace(spec, batch_size=max(1, spec.batch_size >> self._n_halvings))
 
     def _run(self, unit: EvaluationUnit) -> dict[str, Any]:
         """Judges one unit.
 
         Returns:
-            JSON-able: `evaluation_s`, and `scores` (`Scores.to_dict()`), `cosine` (a list of each layer's distances,
-            one for each sequence) or `branches` (`BranchLoss.to_dict()` of each). Where the quality has a text, the
-            divergence from the parent is among the scores.
+            JSON values: `evaluation_s`, and `scores` (`Scores.to_dict()`), `cosine` (for each layer a list of
+            distances, one for each sequence) or `branches` (a list of `BranchLoss.to_dict()`). If the quality has a
+            text, the scores include the divergence from the parent.
         """
         start = time.perf_counter()
         result: dict[str, Any]
@@ -146,7 +148,7 @@ class EvaluationWorker:
         return evaluate(self._variant(unit), self.tokenizer, self._smaller(self.spec), base=self.base)
 
     def _variant(self, unit: EvaluationUnit) -> PreTrainedModel:
-        """The model of a unit as one of its own."""
+        """Builds the model of a unit as a separate model."""
         if unit.checkpoint is not None:
             return self.source.load(unit.checkpoint)
         if unit.trained is not None:
@@ -157,11 +159,11 @@ class EvaluationWorker:
 
     @property
     def untouched(self) -> Plan:
-        """The plan of the parent as it is."""
+        """Returns the plan of the untouched parent: softmax in every layer."""
         return Plan.uniform(Treatment.SOFTMAX, self.base.config.num_hidden_layers)
 
     def evaluation(self, spec: QualitySpec) -> PlanEvaluation:
-        """Judges plans by a spec; what its tasks ask is prepared once."""
+        """Returns the evaluation of plans by a spec; the requests of its tasks are prepared only once."""
         if spec not in self._evaluations:
             smaller = self._smaller(spec)
             self._evaluations[spec] = PlanEvaluation(self.base, self.tokenizer, smaller, budget_bytes=self.budget_bytes)
@@ -198,7 +200,7 @@ def evaluate_units(
 
 
 class PlanEvaluator:
-    """Scores and quality of plans: what the search judges them by."""
+    """Computes the scores and the quality by which the search judges plans."""
 
     def __init__(
         self,
@@ -210,7 +212,7 @@ class PlanEvaluator:
         self._worker = EvaluationWorker(source, spec, threads, activations_gib)
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
-        """`quality`, `quality_stderr`, `scores`, `evaluation_s`. The all-softmax plan is the base itself."""
+        """Returns `quality`, `quality_stderr`, `scores` and `evaluation_s`; an all-softmax plan is the base itself."""
         untouched = plan.count(Treatment.SOFTMAX) == len(plan)
         result = self._worker.run(EvaluationUnit(plan=None if untouched else plan))
         value, stderr = quality(Scores.from_dict(result["scores"]))
@@ -220,5 +222,5 @@ class PlanEvaluator:
 def plan_evaluator_maker(
     source: ModelSource, spec: QualitySpec, resources: WorkerResources
 ) -> Callable[[], PlanEvaluator]:
-    """What `run_search` needs: called once in each trial process, it loads the model there."""
+    """Returns the function that `run_search` calls once in each trial process to load the model there."""
     return functools.partial(PlanEvaluator, source, spec, resources.threads, resources.activations_gib)

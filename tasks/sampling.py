@@ -1,4 +1,4 @@
-"""A teacher's own text on a cluster: workers hold the teacher and sample a few documents at a time."""
+"""Samples a teacher's own text on a cluster: workers hold the teacher and sample a few documents at a time."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tasks.pool.watch import UNWATCHED, Watch
 
 @dataclass(frozen=True)
 class SampleUnit:
-    """`n_documents` documents of a set, from number `first` on."""
+    """Asks for `n_documents` documents of a set, starting at number `first`."""
 
     first: int
     n_documents: int
 
 
 class SamplingWorker:
-    """Holds the teacher and samples from it. A plain class: Ray only wraps it.
+    """Holds the teacher and samples from it. It is a plain class that Ray only wraps.
 
     Args:
-        source: the teacher.
-        spec: how it is sampled.
+        source: the source of the teacher.
+        spec: the settings of the sampling.
         threads: CPU threads for torch; None leaves them.
     """
 
@@ -43,12 +43,12 @@ class SamplingWorker:
         return worker_info()
 
     def shrink(self) -> bool:
-        """Halves the documents sampled together; False where it is one."""
+        """Halves the number of documents sampled together; returns False if it is one already."""
         self._batch_size, before = max(1, self._batch_size // 2), self._batch_size
         return before > 1
 
     def run(self, unit: SampleUnit) -> list[list[int]]:
-        """The token ids of each document of a unit; fewer are sampled together where memory runs out."""
+        """Returns the token ids of each document of a unit; fewer are sampled together if memory runs out."""
         return in_memory(lambda: self._sample(unit), self.shrink)
 
     def _sample(self, unit: SampleUnit) -> list[list[int]]:

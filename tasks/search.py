@@ -1,10 +1,10 @@
-"""The search for plans that keep most and decode fastest, each evaluated once, whatever method proposes them.
+"""Searches for plans that keep the most quality and decode fastest; each plan is evaluated once.
 
-The order of everything that a proposer is asked and told is fixed by the search's inputs and the values that plans
-get: not by the number of workers, by who finishes first, or by what was evaluated before. It is asked for trial k when
-it was told the trials 0 .. k - lag, no fewer and no more, in their order; where it has nothing to propose it is told
-one trial more and asked again, until it knows them all. So a search whose driver died resumes by being run again with
-the finished plans as `known`: it takes the same way, and evaluates only what is new.
+The search's inputs and the values of the plans alone fix the order of everything that a proposer is asked and told. The
+number of workers, the order in which they finish and earlier evaluations do not change it. The proposer is asked for
+trial k when it has been told exactly the trials 0 .. k - lag, in order. If it has nothing to propose, it is told one
+more trial and asked again, until it knows all of them. A search whose driver died therefore resumes by being run again
+with the finished plans as `known`: it takes the same path and evaluates only what is new.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def run_search(
 ) -> list[TrialResult]:
     """Searches with Ray Tune; the trial processes keep their evaluator, and with it the model, loaded.
 
-    A first Ctrl-C lets the trials under way finish, hands their plans over and raises KeyboardInterrupt.
+    A first Ctrl-C lets the running trials finish, hands their plans over and raises KeyboardInterrupt.
 
     Args:
         state: a search that has not begun.
         make_evaluator: picklable; called once in each trial process.
-        resources: of the trials; at most `n_workers` run together.
-        on_plan: called in this process with plan, values, seconds and where it ran, as soon as a plan is evaluated: to
-            be recorded at once. What it raises ends the search when the trials under way are done.
+        resources: the resources of the trials; at most `n_workers` run together.
+        on_plan: called in this process with plan, values, seconds and where it ran, as soon as a plan is evaluated, so
+            that it can be recorded at once. An error that it raises ends the search when the running trials are done.
         on_failure: called in this process with each plan that failed for good.
-        max_attempts: how often a plan is tried whose process dies, or whose evaluator raises.
-        storage_path: folder for Tune's own files; None takes a temporary one and removes it.
-        watch: what is told of each plan, and when a trial's process that gives no result ends itself.
+        max_attempts: the number of attempts of a plan whose process dies or whose evaluator raises.
+        storage_path: the folder for Tune's own files; None takes a temporary folder and removes it.
+        watch: what is reported about each plan, and when a trial's process that gives no result ends itself.
 
     Returns:
-        All points, fixed ones first, then the trials in their order.
+        All points: the fixed ones first, then the trials in their order.
     """
     from tasks.search import run_trials
 
@@ -65,11 +65,11 @@ def run_search(
 
 
 class PlanTrial(tune.Trainable):
-    """Evaluates the plan in its config, in one step. The process is reused for the next plan.
+    """Evaluates the plan in its config in one step. The process is reused for the next plan.
 
-    The evaluator is made in the first step and not in `setup`: Tune gives a waiting trial to the first process that is
-    free and ends the one that was starting for it, so processes must start faster than trials end, or only one would
-    ever get to work.
+    The evaluator is made in the first step and not in `setup`. Tune gives a waiting trial to the first free process and
+    ends the process that was starting for it, so processes must start faster than trials end; otherwise only one
+    process would ever work.
     """
 
     def setup(  # type: ignore[override]
@@ -99,15 +99,15 @@ class PlanTrial(tune.Trainable):
                 outcome["worker"] |= {SHRUNK: values.pop(SHRUNK)} if SHRUNK in values else {}
                 outcome["evaluation_s"] = time.perf_counter() - start
                 outcome["error"] = check_values(values)
-            except Exception as error:  # raised to Tune it would cost the process, and the model in it
+            except Exception as error:  # if it reached Tune, the process with its model would end
                 outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if outcome["n_attempts"] > 1:
             outcome["worker"]["attempt"] = outcome["n_attempts"]
-        return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
+        return {"outcome": json.dumps(outcome), "done": True}  # as text, because Tune would flatten a dictionary
 
 
 class StateSearcher(UnitSearcher[Plan]):
-    """The plans of a SearchState."""
+    """Hands out the plans of a SearchState."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class StateSearcher(UnitSearcher[Plan]):
         self._ahead: Plan | None = None
 
     def peek(self) -> Plan | None:
-        """The plan that comes next, None where there is nothing to evaluate (yet)."""
+        """Returns the next plan; None if there is nothing to evaluate now."""
         self._ahead = self._ahead or self._state.next_plan()
         return self._ahead
 

@@ -1,8 +1,8 @@
-"""The sensitivity sweep on a cluster: workers take shares of the items, each with all the plans.
+"""Runs the sensitivity sweep on a cluster: each worker takes a share of the items and runs all plans on it.
 
-A worker that has read an item's context for one plan has read it for all, so what is shared out is items, never plans.
-How much of it fits into memory together is the worker's own affair (`LayerSweep`). What comes back are answers, not
-scores: lm-eval's metrics are worked out when all shares of a plan are there, whatever the shares were.
+Items are shared out and plans never, because one pass over an item's context serves all plans. How many fit into memory
+together is decided by the worker (`LayerSweep`). Workers return answers and not scores: lm-eval's metrics are computed
+when all shares of a plan are there, so they do not depend on how the items were shared out.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tasks.pool.watch import UNWATCHED, Watch
 
 @dataclass(frozen=True)
 class CountUnit:
-    """How many items a spec has."""
+    """Asks how many items a spec has."""
 
     spec: QualitySpec
 
 
 @dataclass(frozen=True)
 class SweepUnit:
-    """All plans over one share of the items of a spec, which has either tasks or a text."""
+    """Asks for all plans on one share of the items of a spec, which has either tasks or a text."""
 
     spec: QualitySpec
     share: Share
@@ -46,11 +46,11 @@ class SweepUnit:
 
 @dataclass(frozen=True)
 class ScoreUnit:
-    """The scores of one plan over some shares of the tasks' items, from what its sweeps gave.
+    """Asks for the scores of one plan from the answers that its sweeps gave.
 
     Attributes:
-        shares: what was swept, together all items or some.
-        answers: of each share, `log_p` and `greedy` of the plan, as `SweepWorker` gave them.
+        shares: the swept shares of the tasks' items; together they hold all items or some of them.
+        answers: for each share the plan's `log_p` and `greedy` from `SweepWorker`.
     """
 
     spec: QualitySpec
@@ -61,24 +61,24 @@ class ScoreUnit:
 
 @dataclass(frozen=True)
 class PlansUnit:
-    """Some plans judged together by all of a spec."""
+    """Asks to judge some plans together by a whole spec."""
 
     spec: QualitySpec
     plans: tuple[Plan, ...]
 
 
 class SweepWorker(EvaluationWorker):
-    """Also sweeps. A plain class: Ray only wraps it."""
+    """Also runs sweeps. It is a plain class that Ray only wraps."""
 
     def _run(self, unit: Any) -> dict[str, Any]:
-        """Does one unit.
+        """Runs one unit.
 
         Returns:
-            JSON-able, and `evaluation_s` in each. A CountUnit gives `tasks`, the number of items of each task (`text`
-            for the sequences of a text), `costs`, the tokens that each item adds to those before it, and `generating`,
-            the tasks that have the model generate. A SweepUnit gives a list with one entry for each plan under each of
-            `log_p` and `greedy` (one value for each request of the share, in their order) or `nll` and `kl` (one for
-            each sequence). A ScoreUnit gives `scores`, a PlansUnit a list of them.
+            JSON values with `evaluation_s` for every unit. A CountUnit gives `tasks`, the number of items of each task
+            (`text` for the sequences of a text); `costs`, the tokens that each item adds to those before it; and
+            `generating`, the tasks in which the model generates. A SweepUnit gives lists with one entry for each plan,
+            under `log_p` and `greedy` (one value for each request of the share, in order) or under `nll` and `kl` (one
+            value for each sequence). A ScoreUnit gives `scores`, and a PlansUnit a list of `scores`.
         """
         start = time.perf_counter()
         if isinstance(unit, CountUnit):
@@ -142,7 +142,7 @@ class SweepWorker(EvaluationWorker):
 
 
 def joined_text_scores(said: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Scores:
-    """The scores of a text from the NLL and KL that a plan's shares of it gave."""
+    """Computes a plan's scores of a text from the NLL and KL of its shares."""
     nll, kl = ([value for of_share in column for value in of_share] for column in zip(*said, strict=True))
     return text_scores(nll, kl, primary=True)
 
@@ -164,8 +164,8 @@ def sweep_units(
     """Runs units of a sweep on the cluster, one model for each worker; see `run_units`.
 
     Args:
-        spec: what units that name none (`EvaluationUnit`) are judged by.
-        n_workers: asked now and then for how many workers there may be by now; the resources' number if None.
+        spec: the spec that judges units without one (`EvaluationUnit`).
+        n_workers: called now and then for the number of workers that may run now; None takes the resources' number.
     """
     threads, activations_gib = resources.threads, resources.activations_gib
     return run_units(

@@ -1,4 +1,4 @@
-"""Decode speed on the cluster: one measurement at a time, with nothing of ours beside it."""
+"""Measures decode speed on the cluster, one measurement at a time, so that no other work disturbs it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ThroughputUnit:
-    """One model under one serving condition.
+    """Asks to time one model under one serving condition.
 
     Attributes:
-        plan: how the parent is converted; None measures the untouched parent, or the checkpoint.
-        checkpoint: folder of a healed model to measure; no plan then, it has its own.
-        environment: what vLLM runs in; None measures with transformers.
+        plan: the plan that is applied to the parent; None measures the untouched parent or the checkpoint.
+        checkpoint: the folder of a healed model to measure; it has its own plan, so give none.
+        environment: the environment that vLLM runs in; None measures with transformers.
     """
 
     concurrency: int
@@ -62,22 +62,25 @@ class ThroughputUnit:
 
     @property
     def condition(self) -> dict[str, Any]:
-        """How `measure_together` is asked for it, and what a `ServingCondition` is made of."""
+        """Returns the serving condition as keyword arguments of `measure_together` and `ServingCondition`."""
         names = ("concurrency", "prompt_tokens", "new_tokens", "repeats", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 Group = tuple[ThroughputUnit, ...]
-"""Models that are timed side by side under one condition; with vLLM, conditions that one server is timed under."""
+"""Units that are timed together.
+
+With transformers they are models under one condition, with vLLM the conditions of one server.
+"""
 
 Result = TypeVar("Result")
 
 ERROR = "error"
-"""Key of what stands for a result that a server could not give under one of its conditions."""
+"""The key of the error that replaces the result of a condition under which a server failed."""
 
 
 class MeasurementWorker:
-    """Times groups of models; holds the checkpoints that the group at hand is made of, and no others."""
+    """Times groups of models; it keeps only the checkpoints of the current group loaded."""
 
     def __init__(self, source: ModelSource, threads: int | None = None):
         if threads is not None:
@@ -89,7 +92,7 @@ class MeasurementWorker:
         return worker_info()
 
     def run(self, group: Group) -> list[dict]:
-        """`DecodeMeasurement.to_dict()` of each unit."""
+        """Returns `DecodeMeasurement.to_dict()` of each unit."""
         return [measured.to_dict() for measured in self.measure(group)]
 
     def measure(self, group: Group) -> list[DecodeMeasurement]:
@@ -101,7 +104,7 @@ class MeasurementWorker:
         for path in wanted:
             if path not in self._loaded:
                 self._loaded[path] = self.source.load(path)
-        # Conversions share the parent's weights, so that a group of plans holds them once.
+        # Conversions share the parent's weights, so a group of plans holds them only once.
         models = [
             self._loaded[unit.checkpoint] if unit.plan is None else convert(self._loaded[None], unit.plan)
             for unit in group
@@ -110,7 +113,7 @@ class MeasurementWorker:
 
 
 class ServingWorker:
-    """Times groups of conditions, each of one model that vLLM serves; holds no model itself."""
+    """Times groups of conditions; vLLM serves the one model of each group, so this process holds no model."""
 
     def __init__(self, source: ModelSource):
         self.source = source
@@ -119,10 +122,10 @@ class ServingWorker:
         return worker_info()
 
     def run(self, group: Group) -> list[dict]:
-        """`ServingMeasurement.to_dict()` of each unit, or its error by the key `ERROR`.
+        """Returns `ServingMeasurement.to_dict()` of each unit, or its error under the key `ERROR`.
 
         Raises:
-            ServingError: the model is not served.
+            ServingError: vLLM cannot serve the model.
         """
         unit, found = group[0], []
         assert unit.environment is not None
@@ -144,7 +147,7 @@ class ServingWorker:
 
     def _writer(self, plan: Plan) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            parent = replace(self.source, device="cpu").load()  # a GPU is the server's
+            parent = replace(self.source, device="cpu").load()  # the GPU belongs to the server
             save_checkpoint(convert(parent, plan), self.source.load_tokenizer(), folder)
 
         return write
@@ -160,11 +163,11 @@ def measure_groups(
     watch: Watch = UNWATCHED,
     labels: Mapping[str, str] = MappingProxyType({}),
 ) -> list[UnitFailure]:
-    """Times all groups one after the other on one worker, so that all stand on the same hardware.
+    """Times all groups one after the other on one worker, so that all are measured on the same hardware.
 
-    The worker takes every CPU of the largest node, and one whole GPU where there are GPUs: nothing that asks Ray for
-    room runs beside it. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM, whose
-    server may take minutes to fail, twice.
+    The worker takes every CPU of the largest node, and one whole GPU if there are GPUs, so that Ray runs nothing else
+    there. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM it is tried twice,
+    because its server may take minutes to fail.
     """
     alone = _exclusive_worker_here(labels)
     with_vllm = any(unit.environment is not None for group in groups for unit in group)
@@ -183,10 +186,10 @@ def measure_groups(
 
 
 def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function gives on the node that times, the largest with some labels; the cluster is connected.
+    """Calls a function on the measuring node of the connected cluster: the largest node with these labels.
 
     Raises:
-        Exception: what the function raises there.
+        Exception: the error that the function raises there.
     """
     import ray
 
@@ -198,21 +201,21 @@ def on_measuring_node(labels: Mapping[str, str], ask: Callable[..., Result], *ar
 
 
 def measuring_threads(alone: WorkerResources) -> int:
-    """All of the worker's CPUs but one, which the driver and Ray's own processes run on.
+    """Returns the worker's CPUs less one, which is left to the driver and Ray's own processes.
 
-    With every CPU taken, torch's threads spin while they wait for one that is not running, and a decode step of a
-    small model was seen to take fifty times as long.
+    If torch took every CPU, its threads would spin while they wait for one that is not running; a decode step of a
+    small model then took fifty times as long.
     """
     return max(1, alone.threads - 1)
 
 
 def _exclusive_worker_here(labels: Mapping[str, str]) -> WorkerResources:
-    """On the connected cluster, which may have to start a node for it."""
+    """Finds the exclusive worker on the connected cluster, which may have to start a node for it."""
     return exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
 
 
 def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:
-    """A worker that has the largest node with some labels (most GPUs, then most CPUs) for itself, and one of its GPUs.
+    """Describes a worker that takes all CPUs and one GPU of the largest node with these labels (by GPUs, then CPUs).
 
     Raises:
         ResourcesError: no node carries the labels, or none that does has a CPU or GPU to give.

@@ -1,4 +1,4 @@
-"""The search's trials as Ray Tune runs them: one trial for each plan that must be evaluated."""
+"""Runs units of work as Ray Tune trials, one trial for each unit."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tasks.pool.watch import UnitEvent, Watch
 Unit = TypeVar("Unit")
 
 _QUIET_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints tables even when told to be silent
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours
-    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # resuming is ours
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints tables even when told to be silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # LayerBoost keeps its own records
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # LayerBoost resumes from its records
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # LayerBoost handles Ctrl-C
     "TUNE_WARN_THRESHOLD_S": "60",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a job are those of its working directory
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths must stay relative to the job's working directory
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
 }
 
 
 class UnitSearcher(Searcher, ABC, Generic[Unit]):
-    """Gives Tune units of work, one for each trial, and takes their outcomes in, all in the driver's process.
+    """Gives Tune one unit of work for each trial and takes in the outcomes, all in the driver's process.
 
     Attributes:
-        n_at_once: units under way at the same time, at most.
-        raised: what a callback raised; no unit is given out after it.
+        n_at_once: the most units that run at the same time.
+        raised: the error that a callback raised; no unit is handed out after it.
     """
 
     def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int, watch: Watch):
@@ -49,18 +49,18 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
 
     @abstractmethod
     def _next(self) -> Unit | None:
-        """The next unit; None where there is none (yet)."""
+        """Returns the next unit; None if there is none now."""
 
     @abstractmethod
     def _exhausted(self) -> bool:
-        """Whether no unit will come any more."""
+        """Says whether no more units will come."""
 
     @abstractmethod
     def _config(self, unit: Unit) -> dict[str, Any]:
-        """What the trial is told."""
+        """Returns the config of the unit's trial."""
 
     def _told(self, unit: Unit) -> Any:
-        """The unit as events name it."""
+        """Returns the unit in the form that events carry."""
         return unit
 
     @abstractmethod
@@ -69,7 +69,7 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
 
     @abstractmethod
     def _fail(self, unit: Unit, error: str, n_attempts: int) -> None:
-        """Takes in that there is no outcome."""
+        """Takes in that the unit has no outcome."""
 
     def suggest(self, trial_id: str) -> Any:
         if self._interrupt.requested or self.raised is not None:
@@ -85,7 +85,7 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
         return self._config(unit)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Each trial has one result, which comes with its completion."""
+        """Ignores this call, because the single result of a trial also comes with its completion."""
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         unit, seconds = self._running.pop(trial_id), time.monotonic() - self._started_s.pop(trial_id)
@@ -95,23 +95,23 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
                 self._fail(unit, "the trial's process died or could not start", self._max_attempts)
             else:
                 self._take(unit, result["outcome"])
-        except Exception as raised:  # Tune would wrap it and lose the trials under way
+        except Exception as raised:  # Tune would wrap it and lose the running trials
             self.raised = self.raised or raised
 
     def __getstate__(self) -> dict:
-        """Nothing: Tune pickles its searcher for a restoration that is never asked for; callbacks need not pickle."""
+        """Returns no state: Tune pickles its searcher for a restoration that never happens; callbacks may not pickle."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is done is recorded, and is not given out again."""
+        """Saves nothing, because finished units are recorded and not handed out again."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("restore: run what is not recorded again")
+        raise NotImplementedError("restore: Tune's state is not saved; run the units without a record again")
 
 
 @contextlib.contextmanager
 def temporary_folder(storage_path: str | None) -> Iterator[str]:
-    """A folder for Tune's own files: the one that is given, or one that is removed again."""
+    """Gives a folder for Tune's own files: the given one, or a temporary one that is removed afterwards."""
     if storage_path is not None:
         yield storage_path
         return

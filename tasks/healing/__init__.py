@@ -1,1 +1,1 @@
-"""Healing as Ray Train jobs with DeepSpeed engines."""
+"""Runs healing as Ray Train jobs with DeepSpeed engines."""

@@ -1,6 +1,6 @@
-"""Attention transfer by layer: a Ray task fits each linear_window layer's feature map, and a file keeps each result.
+"""Transfers attention layer by layer: a Ray task fits the feature map of each linear_window layer and stores it.
 
-What a layer learns does not depend on which others are fitted with it, so the results are those of one joint fit.
+A layer learns the same whichever other layers are fitted with it, so the results equal those of one joint fit.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FittedLayers:
-    """What a transfer made of one layer or of several together.
+    """Holds what a transfer learned for one layer, or for several together.
 
     Attributes:
         losses: the sum of the layers' errors in each step.
-        parameters: feature maps by the student's parameter names, after each step that was asked for.
+        parameters: for each requested step the feature maps after it, by the student's parameter names.
     """
 
     losses: tuple[float, ...]
@@ -76,12 +76,12 @@ def fit_layer(
 
     Args:
         model: the untouched parent, on the device to train on; it keeps its values and is left frozen.
-        layer: a linear_window layer of `plan`, from 0.
+        layer: the index of a linear_window layer of `plan`, from 0.
         phase: the transfer phase.
-        keep_after: steps (from 1) after which the parameters are kept.
+        keep_after: the steps (from 1) after which the parameters are kept.
 
     Raises:
-        NonFiniteLossError: the layer learned something that is not a number.
+        NonFiniteLossError: the loss or a gradient of the layer became NaN or infinite.
     """
     student = convert(model, plan)
     name = feature_map_layers(student)[linear_window_layers_of(plan).index(layer)]
@@ -105,20 +105,20 @@ def fit_layer(
 
 
 def linear_window_layers_of(plan: Plan) -> list[int]:
-    """The layers, from 0, that a plan gives a feature map."""
+    """Returns the indices, from 0, of the layers that a plan gives a feature map."""
     return [layer for layer, treatment in enumerate(plan.treatments) if treatment is Treatment.LINEAR_WINDOW]
 
 
 def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProgress], None]) -> None:
-    """Fits every layer of a job that is not stored yet, each in a Ray task, `job.n_workers` at a time.
+    """Fits every layer of a job that is not stored yet; each is a Ray task and `job.n_workers` run at a time.
 
     Args:
         phase: the transfer phase.
-        on_progress: called with a share of the phase's steps after each layer.
+        on_progress: called after each layer with the corresponding share of the phase's steps.
 
     Raises:
-        NonFiniteLossError: a layer's loss or gradient was not a number; nothing is stored of it.
-        DiskFullError: there is no room to store a layer.
+        NonFiniteLossError: the loss or a gradient of a layer became NaN or infinite; the layer is not stored.
+        DiskFullError: the disk has no room for a layer.
         ray.exceptions.RayError: a task failed more often than `job.max_failures`.
     """
     import ray
@@ -129,7 +129,7 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
         max_retries=job.max_failures,
         retry_exceptions=True,
         label_selector=dict(job.node_labels) or None,
-        scheduling_strategy="DEFAULT",  # anywhere: a caller that is a trial has no room of its own
+        scheduling_strategy="DEFAULT",  # run on any node: a trial that calls this holds no room itself
     )
     layers = linear_window_layers_of(job.plan)
     waiting = [layer for layer in layers if _stored(job, phase, layer) is None]
@@ -157,11 +157,11 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
 
 
 def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
-    """The Ray task: fits one layer and stores it.
+    """Fits one layer and stores it; this is the Ray task.
 
     Returns:
-        `loss`, the last one; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a DiskFullError
-        (returned, since to try again would only find them again).
+        `loss`, the last one; or `error`, the message of a NonFiniteLossError; or `disk_full`, that of a DiskFullError.
+        These two are returned and not raised, because Ray would repeat the task and meet them again.
     """
     prepare_process(job)
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
@@ -198,7 +198,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
 
 
 def read_fitted_layers(job: HealingJob, phase: Phase) -> FittedLayers:
-    """The stored layers of a job together, as one joint fit would have left them.
+    """Reads the stored layers of a job and merges them into what one joint fit would have left.
 
     Raises:
         FileNotFoundError: a layer is not stored.
@@ -219,7 +219,7 @@ def _merged(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def _stored(job: HealingJob, phase: Phase, layer: int) -> FittedLayers | None:
-    """What is stored of a layer, if it is whole, of this job, and has all its snapshots."""
+    """Returns what is stored of a layer if it is intact, belongs to this job and has all its snapshots."""
     try:
         tensors, metadata = read_tensors(_file(job, layer))
     except FileNotFoundError:

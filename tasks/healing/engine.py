@@ -1,4 +1,4 @@
-"""DeepSpeed engines for healing, and what they train as whole tensors that any number of workers can go on from."""
+"""Makes DeepSpeed engines for healing, and stores their state as whole tensors for any number of workers."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
 def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: int, restored: Path | None = None):
-    """A DeepSpeed engine around a trainee, as `run_phase` takes it; every worker calls it.
+    """Wraps a trainee in a DeepSpeed engine for `run_phase`; every worker must call it.
 
     Args:
-        trainee: of `make_trainee`; it is changed for good.
-        restored: file of `save_state` to go on from.
+        trainee: the result of `make_trainee`; it is changed permanently.
+        restored: a file of `save_state` to continue from.
     """
     import deepspeed
 
-    # DeepSpeed would compile this at first use, and a worker killed meanwhile leaves a lock that stops all others.
+    # DeepSpeed would compile this at first use. A worker killed meanwhile leaves a lock that blocks all others.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trainable = [parameter for _, parameter in _trainable(trainee)]
     in_bfloat16 = trainable[0].dtype == torch.bfloat16
     if restored is not None:
         _copy_masters(trainee, restored)
     offload = {"offload_optimizer": {"device": "cpu"}} if job.offload_optimizer else {}
-    # Without ZeRO a gradient that is not a number goes unnoticed, and bfloat16 gives another loss.
+    # Stage 0 runs as stage 1: without ZeRO a NaN gradient goes unnoticed, and bfloat16 gives another loss.
     stage = max(job.zero_stage, 1)
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # for its own log only: the loop deals out the batches
+        "train_micro_batch_size_per_gpu": 1,  # used only for DeepSpeed's log: `run_phase` deals out the batches
         "gradient_accumulation_steps": accumulation_rounds(job.spec, world_size),
         "gradient_clipping": phase.gradient_clip,
         "zero_optimization": {"stage": stage, **offload, **(job.zero_options or {})},
@@ -48,7 +48,7 @@ def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: i
         "steps_per_print": 10**9,
     }
     if stage == 3:
-        # Each worker keeps its part before anything moves to a GPU, which may be too small for the whole.
+        # Partition before anything moves to a GPU, because a GPU may be too small for the whole model.
         deepspeed.zero.Init(module=trainee, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(
         model=trainee,
@@ -63,7 +63,7 @@ def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: i
 
 
 def release(engine: Any) -> None:
-    """Ends an engine and gives its memory back, which references in DeepSpeed would hold on to."""
+    """Ends an engine and frees its memory, which references inside DeepSpeed would otherwise keep."""
     module = engine.module
     engine.destroy()
     for parameter in module.parameters():
@@ -76,9 +76,9 @@ def release(engine: Any) -> None:
 
 
 def trained_parameters(engine: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Whole trained parameters by the student's names, in their dtype, on the CPU.
+    """Returns the whole trained parameters by the student's names, in their dtype, on the CPU.
 
-    Every worker calls it, and those with `keep` get them.
+    Every worker must call it; only those with `keep` receive the parameters.
     """
     import deepspeed
 
@@ -91,9 +91,9 @@ def trained_parameters(engine: Any, *, keep: bool = True) -> dict[str, torch.Ten
 
 
 def save_state(engine: Any, file: Path | None) -> None:
-    """Writes the fp32 masters, AdamW's moments and its step count, all whole, to a safetensors file.
+    """Writes the whole fp32 masters, AdamW's moments and its step count to a safetensors file.
 
-    Every worker calls it, and the one with a file writes. No other ever holds more than one parameter.
+    Every worker must call it, and the one with a file writes. The others never hold more than one parameter at a time.
     """
     tensors = {}
     for name, parameter in _trainable(engine.module):
@@ -108,7 +108,7 @@ def save_state(engine: Any, file: Path | None) -> None:
 
 
 def saved_parameters(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The parameters in a file of `save_state`, by the student's names."""
+    """Reads the parameters in a file of `save_state`, by the student's names."""
     with safe_open(file, "pt") as state:
         masters = [name for name in state.keys() if name.startswith(f"{MASTER}/")]  # noqa: SIM118
         return {name.removeprefix(f"{MASTER}/"): state.get_tensor(name).to(dtype, copy=True) for name in masters}
@@ -119,7 +119,10 @@ def _trainable(trainee: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _copy_masters(trainee: nn.Module, file: Path) -> None:
-    """Rounded masters are what the parameters were, and an engine is made of the parameters."""
+    """Copies the saved masters into the parameters before an engine is made of them.
+
+    The parameters are the masters, rounded to their dtype.
+    """
     with safe_open(file, "pt") as state:
         for name, parameter in _trainable(trainee):
             parameter.data.copy_(state.get_tensor(f"{MASTER}/{name}"))
@@ -130,18 +133,18 @@ def _restore_moments(engine: Any, file: Path) -> None:
     optimizer, masters = _stepped(engine)
     with safe_open(file, "pt") as state:
         steps = float(state.metadata()["optimizer_steps"])
-        for master in masters:  # AdamW makes its state in its first step only
+        for master in masters:  # AdamW creates its state only in its first step
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
             optimizer.state[master] = {"step": torch.tensor(steps), **zeros}
         if engine.zero_optimization_stage() in (1, 2):
-            engine.optimizer._lazy_init_hp_params_optimizer_state()  # lets the parameters find it
+            engine.optimizer._lazy_init_hp_params_optimizer_state()  # links the parameters to that state
         for name, parameter in _trainable(engine.module):
             for key in (MASTER, *MOMENTS):
                 _set_whole_state(engine, parameter, key, state.get_tensor(f"{key}/{name}"))
 
 
 def _stepped(engine: Any) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
-    """The engine's AdamW and the tensors that it steps: flat parts of the masters with ZeRO, else the parameters."""
+    """Returns the engine's AdamW and the tensors that it steps, which are flat parts of the fp32 masters."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return engine.optimizer.optimizer, engine.optimizer.fp32_partitioned_groups_flat
@@ -165,7 +168,7 @@ def _set_whole_state(engine: Any, parameter: nn.Parameter, key: str, value: torc
     )
 
     stage = engine.zero_optimization_stage()
-    if stage == 3:  # its safe_set_full_* fail where the workers do not divide a parameter evenly
+    if stage == 3:  # safe_set_full_* fail if a parameter is not divisible by the workers
         size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
         mine = value.flatten()[rank * size : (rank + 1) * size]
         mine = nn.functional.pad(mine, (0, size - len(mine)))

@@ -1,4 +1,4 @@
-"""What a healing job is, and what each of its processes loads."""
+"""Defines a healing job and what each of its processes loads."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ TOGETHER, BY_LAYER = "together", "by_layer"
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What a process has just done: `step` counts from 1 over both phases.
+    """Reports the step that a process has just finished; `step` counts from 1 over both phases.
 
-    `rank` is a worker's; in a transfer by layer, where each layer has a process of its own, it is the layer.
+    `rank` is the rank of the worker. In a transfer by layer, where each layer has its own process, it is the layer.
     """
 
     phase: str
@@ -41,7 +41,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class HealingProgress:
-    """One step as the driver sees it; `remaining_s` is judged by the pace since the job (re)started its phase."""
+    """Reports one step to the driver; `remaining_s` follows from the pace since the job (re)started its phase."""
 
     phase: str
     step: int
@@ -53,7 +53,7 @@ class HealingProgress:
 
 
 class ProgressClock:
-    """Times a stretch of steps that starts behind the run's step `first_step`."""
+    """Times the steps that follow the run's step `first_step`."""
 
     def __init__(self, first_step: int):
         self.first_step, self.start = first_step, time.monotonic()
@@ -66,32 +66,35 @@ class ProgressClock:
 
 @dataclass(frozen=True)
 class HealingJob:
-    """One plan to heal. What follows `output` is placement: it changes where and how safely, not the result.
+    """Describes one plan to heal.
+
+    The attributes after `output` are placement: they change where and how safely the job runs, but not its result.
 
     Attributes:
         model: path or hub name of the untouched parent.
-        sources, apart: the text, as `pack_sources` takes it; every worker must reach it.
-        teacher, teacher_revision: another model of the same vocabulary that the healed one learns from; the parent if
-            None. Attention is always transferred from the parent.
-        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. None saves none, but a
-            snapshot of what was trained after the last step.
-        storage_path, name: where the checkpoints are kept, a folder or URL that every host reaches. The same two again
-            go on with the run, on any number of workers and in any ZeRO stage; with another plan, spec, mixture of
-            texts or way of transfer they start over. Another model, teacher or text needs another name.
+        sources, apart: the text in the form that `pack_sources` takes; every worker must reach it.
+        teacher, teacher_revision: another model of the same vocabulary that the healed model learns from; None takes
+            the parent. Attention is always transferred from the parent.
+        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. With None only a snapshot of
+            the trained parameters is saved, after the last step.
+        storage_path, name: place and name of the job's checkpoints; every host must reach the folder or URL. A job with
+            the same two continues the run, on any number of workers and in any ZeRO stage; with another plan, spec,
+            mixture of texts or way of transfer it starts over. Another model, teacher or text needs another name.
         dtype: `auto`, `float32`, `bfloat16` or `float16`; float16 is trained in float32.
         snapshots, snapshot_url: shares of the budget at which the trained parameters are written to
             `<snapshot_url>/<step>.safetensors` (a folder or fsspec URL that rank 0's host reaches), for `student_from`.
-        n_workers: of the Train job; as many layers are fitted at once in a transfer by layer.
-        node_labels: of the nodes that workers may go to, none where any will do.
-        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; 0 is run as 1, which notices gradients that are not numbers.
+        n_workers: the workers of the Train job; a transfer by layer fits this number of layers at once.
+        node_labels: the labels of the nodes on which workers may run; without labels any node will do.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; 0 runs as 1, which notices NaN and infinite gradients.
         zero_options: further settings of DeepSpeed's `zero_optimization`.
-        offload_optimizer: keep the optimizer's state in the host's memory and step there; needs ZeRO.
-        transfer: `together` fits all linear_window layers in one pass of the parent; `by_layer` gives each a Ray task
-            of its own, which needs the memory of one layer and runs the models once for each layer.
-        max_failures: worker failures to survive, -1 for any number; of each layer in a transfer by layer.
-        step_timeout_s: a process of the job that finishes no step for so long is taken for hung and ends itself, as
-            one of the failures to survive; None waits for ever.
-        metadata_servers: asked for notice that a worker's spot machine is going to be taken away.
+        offload_optimizer: whether the optimizer's state stays in the host's memory and steps there; this needs ZeRO.
+        transfer: `together` fits all linear_window layers in one pass of the parent. `by_layer` gives each layer its
+            own Ray task, which needs the memory of one layer only but runs the models once for each layer.
+        max_failures: the worker failures that the job survives, -1 for any number; a transfer by layer counts them for
+            each layer.
+        step_timeout_s: a process that finishes no step for this time counts as hung and ends itself, which is one of
+            the failures to survive; None waits for ever.
+        metadata_servers: the servers that give notice before a worker's spot machine is taken away.
         on_step: called in every process after each step and its checkpoint.
         card: facts for the model card.
     """
@@ -144,9 +147,10 @@ class HealingJob:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies what a checkpoint can be resumed by.
+        """Identifies the jobs that can resume a checkpoint of this job.
 
-        Places of model and texts are not in it, since they may move, nor is the micro batch, since memory may run out.
+        It leaves out the places of model and texts, which may move, and the micro batch, which may shrink when memory
+        runs out.
         """
         texts = [[source.weight, source.split, source.field, source.format] for source in self.sources]
         teacher = [self.teacher is not None, self.teacher_revision]
@@ -156,21 +160,21 @@ class HealingJob:
 
     @property
     def snapshot_steps(self) -> list[int]:
-        """The steps that a snapshot is taken after."""
+        """Returns the steps after which a snapshot is taken."""
         return list(mark_steps(self.spec, self.snapshots))
 
     @property
     def transfer_phase(self) -> Phase | None:
-        """The phase that a transfer by layer takes out of the Train job; None where there is none."""
-        phases = phases_of(self.spec, self.plan, hidden_size=1)  # which matters to the healing phase alone
+        """Returns the phase that a transfer by layer runs outside the Train job; None without one."""
+        phases = phases_of(self.spec, self.plan, hidden_size=1)  # matters only to the healing phase
         return phases[0] if self.transfer == BY_LAYER and phases[0].name == TRANSFER else None
 
 
 def located(job: HealingJob) -> HealingJob:
-    """The job with paths that mean the same to driver and workers.
+    """Returns the job with paths that mean the same to driver and workers.
 
-    Relative paths of models and texts stay as they are in a Ray job that ships a working directory: every node unpacks
-    it at a place of its own, which is where its workers run.
+    In a Ray job with a working directory, relative paths of models and texts stay as they are: every node unpacks that
+    directory at another place, and its workers run there.
     """
     import ray
 
@@ -194,7 +198,7 @@ def located(job: HealingJob) -> HealingJob:
 
 
 def prepare_process(job: HealingJob) -> None:
-    """Sets what a process of the job needs before anything is loaded: the accelerator, its threads, less to read."""
+    """Prepares a process of the job before anything is loaded: the accelerator, the threads and a quieter log."""
     import transformers
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +211,7 @@ def prepare_process(job: HealingJob) -> None:
 
 
 def load_parent(job: HealingJob) -> PreTrainedModel:
-    """The untouched parent in the job's dtype, on the CPU."""
+    """Loads the untouched parent in the job's dtype, on the CPU."""
     parent = load_model(
         job.model,
         dtype="auto" if job.dtype == "auto" else getattr(torch, job.dtype),
@@ -218,7 +222,7 @@ def load_parent(job: HealingJob) -> PreTrainedModel:
 
 
 def load_text(job: HealingJob, tokenizer: PreTrainedTokenizerBase) -> PackedText:
-    """The job's sequences: those of all its steps, and behind them those that are held out."""
+    """Loads the job's sequences: first those of all its steps, then those that are held out."""
     spec = job.spec
     n_sequences = spec.steps * spec.batch_sequences
     if spec.stop_when_flat is not None:

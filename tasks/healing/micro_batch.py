@@ -1,6 +1,6 @@
-"""The micro batch of a healing job whose workers ran out of memory, in the cluster's own store.
+"""Keeps the micro batch of a healing job whose workers ran out of memory in Ray's key-value store.
 
-Its processes are started again after a failure, and learn there how many sequences they may run at once.
+The processes of the job are started again after a failure, and read there how many sequences they may run at once.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def with_noted_micro_batch(job: HealingJob) -> HealingJob:
-    """The job as an attempt before that ran out of memory left it; as it is where none did."""
+    """Returns the job with the micro batch that an earlier attempt noted; without a note it is unchanged."""
     noted = noted_micro_batch(job)
     return job if noted is None else replace(job, spec=replace(job.spec, micro_batch_sequences=noted))
 
 
 def note_smaller_micro_batch(job: HealingJob, n_workers: int) -> bool:
-    """Halves the micro batch of attempts to come; False where it is one sequence.
+    """Halves the micro batch of later attempts; returns False if it is one sequence already.
 
     Args:
-        job: as it ran out of memory, so that all workers of an attempt note the same.
-        n_workers: that shared its batches.
+        job: the job as it ran out of memory, so that all workers of an attempt note the same value.
+        n_workers: the number of workers that shared its batches.
     """
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -38,7 +38,7 @@ def note_smaller_micro_batch(job: HealingJob, n_workers: int) -> bool:
 
 
 def noted_micro_batch(job: HealingJob) -> int | None:
-    """Sequences that a worker runs at once since memory ran out; None where it did not."""
+    """Returns the sequences that a worker runs at once since memory ran out; None if it did not run out."""
     from ray.experimental.internal_kv import _internal_kv_get
 
     noted = _internal_kv_get(_key(job))
@@ -46,7 +46,7 @@ def noted_micro_batch(job: HealingJob) -> int | None:
 
 
 def forget_micro_batch(job: HealingJob) -> None:
-    """Called when a job is done."""
+    """Deletes the note; it is called when a job is done."""
     from ray.experimental.internal_kv import _internal_kv_del
 
     _internal_kv_del(_key(job))

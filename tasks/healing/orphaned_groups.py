@@ -1,8 +1,8 @@
-"""What a Train job's controller held when it died with the trial that ran it: given back while the others go on.
+"""Frees the placement groups of Train controllers that died with their trials, while the other trials go on.
 
-Ray removes a placement group when the actor and the job that made it are both gone. A Tune trial that is killed takes
-its Train controller along, while the job lives on; Ray Train leaves that case to an actor that asks the dashboard, so
-that a cluster without one would keep the group's CPUs and GPUs until the job ends.
+Ray removes a placement group when both the actor and the job that made it are gone. A killed Tune trial takes its Train
+controller with it, but the job lives on. Ray Train leaves that case to an actor that asks the dashboard, so a cluster
+without a dashboard would keep the group's CPUs and GPUs until the job ends.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _END_WITHIN_S = 10.0
 
 @contextmanager
 def freeing_groups_of_the_dead() -> Iterator[None]:
-    """Meanwhile, every two seconds, removes what `free_groups_of_the_dead` finds; at the end waits for the last ones.
+    """Calls `free_groups_of_the_dead` every two seconds during the block, and at its end until no group is left.
 
-    The controllers' deaths are known some time after the trials'. At the end, when no trial is left, their groups are
-    waited for, at most ten seconds; not where an error, or a Ctrl-C, ends it.
+    The cluster learns of a controller's death some time after its trial's. At the end of the block, when no trial is
+    left, it therefore waits for the last groups, for at most ten seconds. After an error or Ctrl-C it does not wait.
     """
     ended = threading.Event()
 
@@ -52,7 +52,7 @@ def freeing_groups_of_the_dead() -> Iterator[None]:
 
 
 def _n_left() -> int:
-    """As `free_groups_of_the_dead`; 0 while the cluster cannot be asked, which is no reason to end a healing."""
+    """Calls `free_groups_of_the_dead`; gives 0 if the cluster cannot be asked, which must not end a healing."""
     try:
         return free_groups_of_the_dead()
     except Exception:
@@ -64,20 +64,21 @@ def free_groups_of_the_dead() -> int:
     """Removes the placement groups of this Ray job that a dead actor made.
 
     Returns:
-        How many groups are held by actors of this job other than the caller, before the removal; 0 without a cluster.
+        The number of groups that actors of this job, other than the caller, held before the removal; 0 without a
+        cluster.
     """
     if not ray.is_initialized():
         return 0
     groups = _groups_of_other_actors()
     for group in groups:
         if group.creator_actor_dead:
-            logger.info("gives back what a dead actor held: placement group %s", group.placement_group_id.hex())
+            logger.info("freeing placement group %s, whose actor is dead", group.placement_group_id.hex())
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
     return len(groups)
 
 
 def _groups_of_other_actors() -> list[Any]:
-    """Of Ray's own records, which name a group's maker; its public table does not."""
+    """Reads the groups from Ray's internal records, because its public table does not name the maker of a group."""
     context = ray.get_runtime_context()
     actor_id = context.get_actor_id()
     no_maker_or_caller = {ActorID.nil().binary(), b"" if actor_id is None else bytes.fromhex(actor_id)}

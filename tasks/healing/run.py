@@ -1,9 +1,9 @@
-"""Healing as a Ray Train job: one worker or many, each with a DeepSpeed engine around `layerboost`'s loop.
+"""Runs healing as a Ray Train job: each worker has a DeepSpeed engine around `layerboost`'s training loop.
 
-The result is a function of model, plan, text and spec alone: workers share each global batch, and their number and the
-ZeRO stage change only where parameters lie. A checkpoint holds what is trained as whole tensors, the optimizer's state,
-the loss curve and the measured values so far; a worker that dies, or a driver that is started again with the same
-storage path and name, goes on from the last one, on as many workers as there are by then.
+The result depends only on model, plan, text and spec. Workers share each global batch, and their number and the ZeRO
+stage change only where parameters are stored. A checkpoint holds the trained parameters as whole tensors, the
+optimizer's state, the loss curve and the measured values so far. After the death of a worker, or in a driver that is
+started again with the same storage path and name, the run continues from the last checkpoint on any number of workers.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 
 @dataclass(frozen=True)
 class HealingResult:
-    """A healed model.
+    """Describes a healed model.
 
     Attributes:
-        output: where its checkpoint is; None where none was asked for.
-        tokens: consumed exactly; fewer than the budget where the run stopped early.
-        curve: the loss of each step; of a transfer by layer the sum over the layers, as of a joint one.
-        final_loss: the last of the curve.
-        wall_s: seconds since the driver's start, the latest one of a resumed run.
-        measured: divergence on the held-out sequences, where the spec wants it.
-        stopped_early: whether the budget was not spent since the curve was flat.
-        snapshots: step to URL of the trained parameters as they were then.
-        micro_batch_sequences: what a worker ran at once since memory ran out; None where it did not.
+        output: the place of its checkpoint; None if none was asked for.
+        tokens: the number of tokens consumed; it is below the budget if the run stopped early.
+        curve: the loss of each step; for a transfer, by layer or joint, the sum over the layers.
+        final_loss: the last loss of the curve.
+        wall_s: seconds since the driver's start; for a resumed run since its last start.
+        measured: the divergence on the held-out sequences, if the spec asks for it.
+        stopped_early: whether the run stopped before its budget was spent, because the curve was flat.
+        snapshots: the URL of the trained parameters after a step, by that step.
+        micro_batch_sequences: the sequences that a worker ran at once since memory ran out; None if it did not.
     """
 
     output: str | None
@@ -63,15 +63,16 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
     """Heals one plan on the connected Ray cluster and saves the checkpoint, or what was trained.
 
     Args:
-        on_progress: called in the driver, on a thread, with each step that rank 0 has finished; after each layer in a
-            transfer by layer.
+        job: the job.
+        on_progress: called in the driver, on a thread, with each step that rank 0 has finished; in a transfer by layer
+            it is called after each layer.
 
     Raises:
-        NonFiniteLossError: a loss or gradient was not a number; no checkpoint was written since.
-        DiskFullError: there is no room for a checkpoint, a snapshot or the healed model; none is half written.
+        NonFiniteLossError: a loss or gradient became NaN or infinite; no checkpoint was written after that.
+        DiskFullError: the disk has no room for a checkpoint, a snapshot or the healed model; none is half written.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
-        ray.exceptions.RayActorError: so did the job's controller.
-        ray.exceptions.RayError: so did the task of a layer, in a transfer by layer.
+        ray.exceptions.RayActorError: the job's controller died more often than `max_failures`.
+        ray.exceptions.RayError: the task of a layer failed more often than `max_failures`, in a transfer by layer.
     """
     from tasks.healing.attention_transfer import fit_layers
     from tasks.healing.worker import Progress
@@ -103,9 +104,10 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
 
 
 def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
-    """What the Train job returns.
+    """Runs the Train job and returns its result.
 
-    It goes on after a notice, while workers that lack memory take less at a time, and when its controller has died.
+    The job is started again after a termination notice, after its controller died, and as long as workers that ran out
+    of memory can run fewer sequences at once.
     """
     from ray import cloudpickle
     from ray.exceptions import RayActorError
@@ -150,13 +152,16 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
 
 
 def _is_by_notice(error: Exception) -> bool:
-    """Whether the job stopped behind a checkpoint since a worker is about to go, which is no failure of the job."""
+    """Says whether the job stopped after a checkpoint because a worker will be ended; that is no failure of the job."""
     causes = getattr(error, "worker_failures", {}).values()
     return any(isinstance(getattr(cause, "_base_exc", cause), TerminationNoticeError) for cause in causes)
 
 
 def _config_with_notices(config: Any, servers: MetadataServers) -> Any:
-    """A TorchConfig whose workers listen for notices; only Train's backend gets at their main thread, as signals do."""
+    """Makes a TorchConfig whose workers listen for termination notices.
+
+    Signals need the main thread of a worker, and only Train's backend runs code there.
+    """
     torch_backend = config.backend_cls
 
     class Backend(torch_backend):  # type: ignore[misc, valid-type]
@@ -173,9 +178,9 @@ def _config_with_notices(config: Any, servers: MetadataServers) -> Any:
 
 
 def _on_a_thread(call: Callable[[], Any]) -> Any:
-    """What a call gives that runs on a thread of its own, so that Ray Train leaves Ctrl-C to the caller.
+    """Runs a call on a separate thread and returns its result, so that Ray Train leaves Ctrl-C to the caller.
 
-    On the main thread it would take SIGINT over for good, and end the process with exit code 0.
+    On the main thread Ray Train would take over SIGINT permanently and end the process with exit code 0.
     """
     outcome: Future[Any] = Future()
 
@@ -191,10 +196,11 @@ def _on_a_thread(call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _train_settings() -> Iterator[None]:
-    """Settings of Ray Train that it takes from the environment.
+    """Sets the environment variables that Ray Train reads.
 
-    Workers stay out of a folder of its own, where relative paths would mean something else. And the controller, which
-    every report of a checkpoint and the end of a run wait for, looks more often than every two seconds.
+    Workers keep their working directory, because relative paths would change their meaning in a folder of Train's own.
+    The controller polls more often than every two seconds, because each report of a checkpoint and the end of a run
+    wait for it.
     """
     poll_s = os.environ.get(_POLL_VARIABLE, "0.5")
     with environment({"RAY_CHDIR_TO_TRIAL_DIR": "0", _POLL_VARIABLE: poll_s}):
@@ -203,7 +209,7 @@ def _train_settings() -> Iterator[None]:
 
 @contextmanager
 def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iterator[Any]:
-    """An actor for the workers' steps while `on_progress` is called with them on a thread; None without a listener."""
+    """Gives an actor that collects the workers' steps while a thread passes them to `on_progress`; without it None."""
     if on_progress is None:
         yield None
         return
@@ -212,7 +218,7 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
 
     from tasks.healing.start import ProgressBox
 
-    # Beside the one who asks: another node may go.
+    # Pin the actor to the caller's node: another node may be preempted.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
     box: Any = ray.remote(ProgressBox).options(**options).remote()
@@ -226,8 +232,8 @@ def _progress_box(on_progress: Callable[[HealingProgress], None] | None) -> Iter
                 last_round = stopped.wait(_POLL_S)
                 for step in ray.get(box.take.remote()):
                     on_progress(HealingProgress(**step))
-        except ray.exceptions.RayActorError as error:  # the healing goes on without its steps being told
-            logger.warning("steps of a healing are not told any more: %s", str(error).splitlines()[0])
+        except ray.exceptions.RayActorError as error:  # healing goes on although its steps are no longer reported
+            logger.warning("the steps of a healing are no longer reported: %s", str(error).splitlines()[0])
         except Exception as error:  # raised below, on the caller's thread
             errors.append(error)
 

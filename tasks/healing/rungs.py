@@ -1,8 +1,8 @@
-"""Many healings at once: each is a Ray Tune trial that runs a Ray Train job of its own.
+"""Runs many healings at once: each is a Ray Tune trial that runs its own Ray Train job.
 
-A trial holds no resources, for it only waits: its job's workers hold them. As many trials run at once as the cluster
-has room for such jobs, so that none waits for room that another one keeps. A rung that was interrupted resumes by being
-run again without the healings that are recorded; those that were under way go on from their own checkpoints.
+A trial holds no resources because it only waits; the workers of its job hold them. The number of trials at once is the
+number of such jobs that fit on the cluster, so that no job waits for room that another one keeps. An interrupted rung
+resumes by being run again without the recorded healings; unfinished healings continue from their own checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tasks.pool.watch import UNWATCHED, Watch
 from tasks.tune import UnitSearcher, quiet, temporary_folder
 
 _NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
-"""What a trial holds, since Tune wants it to hold something: one byte."""
+"""Placeholder resource of one byte: Tune rejects an empty request, and the trial only waits."""
 
 
 def heal_all(
@@ -37,17 +37,19 @@ def heal_all(
     max_attempts: int = 3,
     watch: Watch = UNWATCHED,
 ) -> list[UnitFailure[HealingJob]]:
-    """Heals on the connected cluster, as many jobs at once as it has room for.
+    """Heals on the connected cluster; as many jobs run at once as it has room for.
 
-    A first Ctrl-C lets the trials under way finish, hands their results over and raises KeyboardInterrupt.
+    A first Ctrl-C lets the running trials finish, hands their results over and raises KeyboardInterrupt.
 
     Args:
-        jobs: of one placement; their names tell them apart.
-        on_result: called in this process with job, result and seconds, as soon as a job is done: to be recorded at
-            once. What it raises ends the rung when the trials under way are done.
+        jobs: the jobs, which share one placement and have distinct names.
+        on_result: called in this process with job, result and seconds as soon as a job is done, so that it can be
+            recorded at once. An error that it raises ends the rung when the running trials are done.
         on_failure: called in this process with each job that failed for good; the others go on.
-        max_attempts: how often a job is tried whose trial's process dies; it goes on from its last checkpoint.
-        watch: what is told of each job; whether one is hung its workers decide (`HealingJob.step_timeout_s`).
+        max_attempts: the number of attempts of a job whose trial's process dies; each continues from its last
+            checkpoint.
+        watch: receives the events of each job. Its time limit is not used: the workers notice a hung job themselves
+            (`HealingJob.step_timeout_s`).
 
     Returns:
         The failures, in the order in which they happened.
@@ -67,7 +69,7 @@ def heal_all(
 
 
 def jobs_at_once(job: HealingJob, nodes: Sequence[NodeResources] | None = None) -> int:
-    """How many jobs of one placement the nodes (None: the connected cluster's) have workers for; at least one."""
+    """Returns how many jobs of one placement fit on the nodes, at least 1; None takes the connected cluster's nodes."""
     size = {"cpus": job.cpus_per_worker, "gpus": job.gpus_per_worker}
     n_workers = 0
     for node in labelled(connection.resources() if nodes is None else nodes, dict(job.node_labels)):
@@ -77,7 +79,7 @@ def jobs_at_once(job: HealingJob, nodes: Sequence[NodeResources] | None = None) 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a trial gave: a result, or why there is none."""
+    """Holds what a trial gave: a result, or why there is none."""
 
     result: HealingResult | None
     error: str | None
@@ -85,7 +87,7 @@ class _Outcome:
 
 
 class HealingTrial(tune.Trainable):
-    """Heals the job of its config, in one step. The process is reused for the next job."""
+    """Heals the job of its config in one step. The process is reused for the next job."""
 
     def setup(self, config: dict, jobs: Sequence[HealingJob]) -> None:  # type: ignore[override]
         self._jobs = jobs
@@ -98,13 +100,13 @@ class HealingTrial(tune.Trainable):
         result, error = None, None
         try:
             result = heal(self._jobs[self.config["job"]])
-        except Exception as raised:  # raised to Tune it would be tried again; heal has tried as often as the job says
+        except Exception as raised:  # Tune would repeat the trial, but `heal` has used all attempts
             error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}"
         return {"outcome": _Outcome(result, error, time.monotonic() - start), "done": True}
 
 
 class _JobSearcher(UnitSearcher[int]):
-    """The jobs, each by its number."""
+    """Hands out the jobs by their numbers."""
 
     def __init__(
         self,

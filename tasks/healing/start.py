@@ -1,4 +1,4 @@
-"""What Ray's own processes load of a healing: they begin seconds earlier without torch, transformers and our models."""
+"""Holds what Ray's own processes load of a healing, without torch and transformers, so that they start fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ProgressBox:
-    """Actor that holds steps, as dictionaries, until the driver takes them."""
+    """Is an actor that holds steps, as dictionaries, until the driver takes them."""
 
     def __init__(self) -> None:
         self._steps: list[dict[str, Any]] = []
@@ -21,11 +21,11 @@ class ProgressBox:
 
 
 def start_healing_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's function on each worker.
+    """Runs on each worker of a Ray Train job.
 
     Args:
-        config: `job`, pickled, so that Train's controller need not know what it is; `progress`, an actor handle of a
-            ProgressBox or None.
+        config: `job`, pickled so that Train's controller need not import its class; and `progress`, an actor handle of
+            a ProgressBox or None.
     """
     from tasks.healing.worker import run_healing_worker
 

@@ -1,7 +1,7 @@
-"""Notice that a process or its machine is about to go: SIGTERM, or what a cloud says of a spot machine.
+"""Listens for the notice that a process or its machine will be ended: SIGTERM, or a cloud's notice for a spot machine.
 
-A worker of a Train job that gets one writes a checkpoint, with all the others, behind the step at hand. The machine is
-drained, so that Ray places nothing on it any more, and Ray Train does not count its end as a failure of the job.
+When a worker of a Train job gets one, all workers write a checkpoint after the current step. The machine is drained, so
+that Ray places nothing on it any more, and Ray Train does not count its end as a failure of the job.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0
 _TIMEOUT_S = 2.0
 _GRACE_S = {"aws": 120, "gcp": 30}
-"""How long a machine is left after its notice."""
+"""Seconds between a cloud's notice and the end of the machine."""
 
 _given = threading.Event()
 
 
 class TerminationNoticeError(RuntimeError):
-    """The work stops behind a checkpoint, since a worker or its machine is about to go."""
+    """The work stops after a checkpoint, because a worker or its machine will be ended."""
 
 
 @dataclass(frozen=True)
 class MetadataServers:
-    """Where the clouds' metadata servers are; an empty one is not asked."""
+    """Holds the addresses of the clouds' metadata servers; an empty one is not asked."""
 
     aws: str = "http://169.254.169.254"
     gcp: str = "http://metadata.google.internal"
@@ -43,12 +43,15 @@ CLOUDS = MetadataServers()
 
 
 def notice_given() -> bool:
-    """Whether this process or its machine is about to go."""
+    """Says whether this process or its machine will be ended."""
     return _given.is_set()
 
 
 def listen_for_notices(servers: MetadataServers) -> None:
-    """Called on a process's main thread: takes SIGTERM as a notice, a second one as ever, and asks the clouds."""
+    """Takes a first SIGTERM as a notice and asks the clouds; a second SIGTERM has its usual effect.
+
+    It must be called on the main thread, because signal handlers can only be set there.
+    """
     usual = signal.getsignal(signal.SIGTERM)
 
     def take(signum: int, frame: Any) -> None:
@@ -60,7 +63,7 @@ def listen_for_notices(servers: MetadataServers) -> None:
 
 
 def _poll(servers: MetadataServers) -> None:
-    """Asks the metadata server that answers now, if one does, until it gives notice."""
+    """Finds the metadata server that answers, if any, and asks it until it gives notice."""
     asked: dict[str, Callable[[], bool]] = {
         "aws": lambda: _aws_notice(servers.aws),
         "gcp": lambda: _gcp_notice(servers.gcp),
@@ -71,7 +74,7 @@ def _poll(servers: MetadataServers) -> None:
         try:
             is_given()
         except (OSError, ValueError):
-            continue  # no such cloud here
+            continue  # this machine is not in that cloud
         while not _given.is_set():
             try:
                 if is_given():
@@ -85,10 +88,10 @@ def _poll(servers: MetadataServers) -> None:
 
 
 def _aws_notice(server: str) -> bool:
-    """Whether EC2 is going to stop, terminate or hibernate this spot instance; by IMDSv2.
+    """Asks IMDSv2 whether EC2 will stop, terminate or hibernate this spot instance.
 
     Raises:
-        OSError, ValueError: nobody, or nobody of that kind, answers.
+        OSError, ValueError: nothing answers, or another kind of server does.
     """
     ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
     token = _ask(f"{server}/latest/api/token", ttl, method="PUT")
@@ -102,7 +105,7 @@ def _aws_notice(server: str) -> bool:
 
 
 def _gcp_notice(server: str) -> bool:
-    """Whether Compute Engine is preempting this instance; raises as `_aws_notice`."""
+    """Asks whether Compute Engine is preempting this instance; raises the errors of `_aws_notice`."""
     said = _ask(f"{server}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     if said not in ("TRUE", "FALSE"):
         raise ValueError(f"preempted: {said!r} is neither TRUE nor FALSE")
@@ -117,7 +120,7 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def _drain_this_node(cloud: str) -> None:
-    """Has Ray place nothing on this machine any more; what runs goes on until it ends."""
+    """Makes Ray place nothing more on this machine; running work goes on until it ends."""
     import ray
     from ray.core.generated import autoscaler_pb2
 

@@ -1,4 +1,4 @@
-"""What each worker of a healing job does: the phases in a DeepSpeed engine, checkpoints, the healed model's folder."""
+"""Runs a worker of a healing job: trains the phases in a DeepSpeed engine, writes checkpoints and the healed model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 
 
 def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
-    """What Ray Train runs on each worker: all phases from the last checkpoint on, then the checkpoint's folder.
+    """Runs all phases from the last checkpoint on, then saves the healed model; Ray Train calls it on each worker.
 
     Args:
+        job: the job.
         listener: an actor handle of a `ProgressBox`, or None.
 
     Returns:
-        a `Progress` as dictionary; or `error`, the message of a NonFiniteLossError, or `disk_full`, that of a
-        DiskFullError (returned, since to try again would only find them again).
+        A `Progress` as a dictionary; or `error`, the message of a NonFiniteLossError; or `disk_full`, that of a
+        DiskFullError. These two are returned and not raised, because Ray Train would try again and meet them again.
     """
     from ray import train
 
@@ -63,14 +64,14 @@ def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
     except DiskFullError as error:
         return {"disk_full": str(error)}
     except Exception as error:
-        if is_out_of_memory(error):  # all workers are started again from the last checkpoint
+        if is_out_of_memory(error):  # Ray Train restarts all workers from the last checkpoint
             note_smaller_micro_batch(job, train.get_context().get_world_size())
         raise
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: what it returns, and what a checkpoint says beside the state. It grows in place."""
+    """Holds how far a run is; a checkpoint stores it next to the state, and the run returns it. It grows in place."""
 
     curve: list[CurveRow] = field(default_factory=list)
     measured: list[HeldOut] = field(default_factory=list)
@@ -86,13 +87,13 @@ class Progress:
 
 
 def read_progress(folder: Path, fingerprint: str) -> Progress | None:
-    """The progress in a checkpoint's folder, if the checkpoint is of the job of this fingerprint."""
+    """Reads the progress in a checkpoint's folder; None if the checkpoint belongs to a job of another fingerprint."""
     state = json.loads((folder / _PROGRESS_FILE).read_text())
     return Progress.from_dict(state) if state["fingerprint"] == fingerprint else None
 
 
 class _Worker:
-    """One worker's way through the phases of a job."""
+    """Takes one worker through the phases of a job."""
 
     def __init__(self, job: HealingJob, listener: Any, restored: Path | None, hung: HungProcess):
         from ray import train
@@ -117,7 +118,7 @@ class _Worker:
             trained = self._take_over_layers(phase)
         for phase in phases_of(self.spec, self.job.plan, self._load_config().hidden_size):
             resumes = self.restored is not None and self.done.curve[-1].phase == phase.name
-            if resumes or len(self.done.curve) <= phase.first_step:  # else the run is past it
+            if resumes or len(self.done.curve) <= phase.first_step:  # otherwise this phase is done already
                 trained = self._run_phase(phase, trained, resumes)
         if self.job.output is None:
             self._snapshot(self.done.curve[-1].step, trained)
@@ -127,7 +128,7 @@ class _Worker:
         return asdict(self.done)
 
     def _take_over_layers(self, phase: Phase) -> dict[str, torch.Tensor]:
-        """What a transfer by layer trained; takes over its curve and writes its snapshots."""
+        """Returns what a transfer by layer trained; adds its curve to the progress and writes its snapshots."""
         fitted = read_fitted_layers(self.job, phase)
         for step, loss in enumerate(fitted.losses, start=1):
             self.done.curve.append(CurveRow(TRANSFER, step, step * self.spec.tokens_per_step, loss))
@@ -137,11 +138,11 @@ class _Worker:
         return fitted.parameters[phase.steps]
 
     def _run_phase(self, phase: Phase, trained: dict[str, torch.Tensor], resumes: bool) -> dict[str, torch.Tensor]:
-        """Trains a phase; returns what it trained, by the student's parameter names, where it is needed."""
+        """Trains a phase and returns the trained parameters by the student's names; workers that need none get none."""
         parent, student = self._load_pair(trained)
         state_file = self.restored / _STATE_FILE if resumes and self.restored is not None else None
         start = len(self.done.curve) - phase.first_step
-        keeps = self.rank == 0 or phase.name == TRANSFER  # all workers go on from a transfer, one saves the model
+        keeps = self.rank == 0 or phase.name == TRANSFER  # all workers continue a transfer, rank 0 saves the model
         if state_file is not None and phase.first_step + start >= self._end_of(phase):
             return saved_parameters(state_file, student.dtype) if keeps else {}
         teacher = self._load_teacher(parent) if phase.name == HEAL else parent
@@ -157,13 +158,13 @@ class _Worker:
                 self.listener.put.remote(asdict(clock.progress(row, self.spec.steps)))
             if row.step in self.job.snapshot_steps:
                 self._snapshot(row.step, trained_parameters(engine, keep=self.rank == 0))
-            is_going = self.is_going  # as the step's sum of losses has it, so that it is the same on all ranks
+            is_going = self.is_going  # summed with the step's loss, so that it is the same on all ranks
             if is_going or row.step == self._end_of(phase) or row.step % self.job.checkpoint_every_steps == 0:
                 self._report(engine, row)
             if self.job.on_step is not None:
                 self.job.on_step(StepEvent(phase.name, row.step, self.rank))
             if is_going:
-                raise TerminationNoticeError(f"a worker is about to go; stopped behind the checkpoint of {row.step}")
+                raise TerminationNoticeError(f"a worker will be ended; stopped after the checkpoint of step {row.step}")
 
         run_phase(
             engine,
@@ -184,14 +185,14 @@ class _Worker:
         return trained
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sums a number over the workers, and with it whether one of them is about to go: no call of its own."""
+        """Sums a number over the workers; the same call tells all of them whether one has got a termination notice."""
         noticed = torch.full_like(value, float(notice_given()))
         summed = _sum_over_workers(torch.stack([value, noticed]))
         self.is_going = bool(summed[1] > 0)
         return summed[0]
 
     def _end_of(self, phase: Phase) -> int:
-        """The step that ends a phase, as far as the held-out divergence says it by now."""
+        """Returns the step that ends a phase, judged by the held-out divergence measured so far."""
         return last_step(phase, annealing_start(self.spec, self.done.measured) if phase.name == HEAL else None)
 
     def _load_config(self) -> Any:
@@ -200,9 +201,9 @@ class _Worker:
         return config.get_text_config()
 
     def _load_pair(self, trained: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """The parent from disk and its conversion, which shares its parameters and holds what was trained so far."""
+        """Loads the parent and converts it; the student shares its parameters and holds what was trained so far."""
         parent: Any = load_parent(self.job)
-        if self.job.zero_stage < 3:  # else DeepSpeed gives each GPU its part alone
+        if self.job.zero_stage < 3:  # in stage 3 DeepSpeed moves only its part to each GPU
             parent = parent.to(self.device)
         student = convert(parent, self.job.plan, parent=self.job.model, revision=self.job.revision)
         load_trained(student, trained)
@@ -226,7 +227,7 @@ class _Worker:
         self.done.snapshots[step] = url
 
     def _report(self, engine: Any, row: CurveRow) -> None:
-        """Hands Ray Train a checkpoint of rank 0; the others report that they are there."""
+        """Hands Ray Train the checkpoint of rank 0; the other ranks report without one, because Train waits for all."""
         from ray import train
 
         with tempfile.TemporaryDirectory() as folder:
@@ -244,10 +245,10 @@ class _Worker:
             self._together(report, f"{self.job.storage_path}/{self.job.name}")
 
     def _together(self, write: Callable[[], None], place: str) -> None:
-        """Writes something to a place, on all ranks; a full disk on one ends them all: none waits for another.
+        """Writes something on all ranks; a full disk on one rank ends all of them, so that none waits for another.
 
         Raises:
-            DiskFullError: on every rank.
+            DiskFullError: the disk of a rank is full; it is raised on every rank.
         """
         self.hung.alive()
         reason = ""
@@ -268,7 +269,7 @@ class _Worker:
 
 
 def _upload(checkpoint: Any, name: str) -> Any:
-    """Ray Train's way to store a checkpoint, but tried again where storage fails, and there whole or not at all."""
+    """Stores a checkpoint as Ray Train does, but retries when storage fails and removes what is half written."""
     from ray import train
 
     storage = train.get_context().get_storage()
