@@ -32,7 +32,7 @@ from .cache import PlanCache
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
 from .plan import Plan, Treatment
 
-CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py")
+CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py", "registry.py")
 _CLASS_PREFIX = "LayerBoost"
 
 

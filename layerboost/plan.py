@@ -4,37 +4,144 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any, ClassVar
+
+from .registry import OpenName, Registry, resolved, used_plugins
 
 
 class PlanError(ValueError):
     """A plan that cannot be meant: the message names the value and the remedy."""
 
 
-class Treatment(StrEnum):
-    """What becomes of one layer's attention."""
+@dataclass(frozen=True)
+class TreatmentEntry:
+    """What is known of a treatment wherever it is named, drawn, counted or computed.
 
-    SOFTMAX = "softmax"
+    Attributes:
+        name: as recipes and tables have it; also of the submodule that holds its weights, if it has some.
+        letter: of plan strings, one capital letter.
+        summary: one line for messages and help.
+        mechanism: how a layer computes with it: a `layerboost.treatments.Mechanism`, or where one is (`module:name`).
+        fill, ink: colours of a layer in pictures, and of its letter on it.
+        needs_window: whether it looks at the plan's window.
+        has_weights: whether it has parameters of its own, which attention transfer fits before healing.
+        is_middle: whether it may stand between removal and softmax (`search.middle`).
+        depth: how much of softmax attention is taken away, from 0 (softmax) to 1 (none): baselines deal out the deepest
+            first.
+    """
+
+    name: str
+    letter: str
+    summary: str
+    mechanism: Any
+    fill: str
+    ink: str = "#000001"
+    needs_window: bool = False
+    has_weights: bool = False
+    is_middle: bool = True
+    depth: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[A-Z]", self.letter):
+            raise ValueError(f"letter: '{self.letter}' of treatment {self.name} must be one capital letter, A to Z")
+        if not re.fullmatch("[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"name: '{self.name}' must be small letters, digits and _; it names columns and modules")
+
+
+TREATMENTS: Registry[TreatmentEntry] = Registry(
+    "treatment",
+    (
+        TreatmentEntry(
+            "softmax",
+            "S",
+            "kept as the parent has it",
+            ".treatments:SOFTMAX",
+            "#0072b2",
+            "#fefefe",
+            is_middle=False,
+            depth=0.0,
+        ),
+        TreatmentEntry(
+            "linear_window",
+            "L",
+            "softmax inside the window, linear attention over everything older",
+            ".treatments:LINEAR_WINDOW",
+            "#e69f00",
+            needs_window=True,
+            has_weights=True,
+            depth=0.4,
+        ),
+        TreatmentEntry(
+            "window",
+            "W",
+            "softmax inside the window only",
+            ".treatments:WINDOW",
+            "#56b4e9",
+            needs_window=True,
+            depth=0.6,
+        ),
+        TreatmentEntry(
+            "none",
+            "N",
+            "attention and the norm that only it used are removed",
+            ".treatments:NONE",
+            "#c3c8ce",
+            is_middle=False,
+            depth=1.0,
+        ),
+    ),
+    unique=("letter",),
+)
+"""What may become of a layer's attention, in the order of columns and legends; plug-ins add theirs behind these."""
+
+
+class Treatment(OpenName):
+    """What becomes of one layer's attention: a name of `TREATMENTS`, one object each."""
+
+    __slots__ = ()
+    registry = TREATMENTS
+
+    SOFTMAX: ClassVar[Treatment]
     """Kept as the parent has it."""
-    LINEAR_WINDOW = "linear_window"
+    LINEAR_WINDOW: ClassVar[Treatment]
     """Softmax inside a sliding window, linear attention over everything older, one shared denominator."""
-    WINDOW = "window"
+    WINDOW: ClassVar[Treatment]
     """Softmax inside a sliding window only."""
-    NONE = "none"
+    NONE: ClassVar[Treatment]
     """Attention and the norm that only it used are removed; the residual passes."""
 
     @property
+    def entry(self) -> TreatmentEntry:
+        return TREATMENTS[self.value]
+
+    @property
     def letter(self) -> str:
-        return self.value[0].upper()
+        return self.entry.letter
 
     @property
     def needs_window(self) -> bool:
-        return self in (Treatment.WINDOW, Treatment.LINEAR_WINDOW)
+        return self.entry.needs_window
+
+    @property
+    def has_weights(self) -> bool:
+        return self.entry.has_weights
+
+    @property
+    def mechanism(self) -> Any:
+        """How a layer computes with it, a `Mechanism`; imports torch."""
+        return resolved(self.entry.mechanism, __package__)
 
 
-_BY_LETTER = {treatment.letter: treatment for treatment in Treatment}
+Treatment.SOFTMAX, Treatment.LINEAR_WINDOW = Treatment("softmax"), Treatment("linear_window")
+Treatment.WINDOW, Treatment.NONE = Treatment("window"), Treatment("none")
+
+
+def letters_help(separator: str = ", ") -> str:
+    """Every letter with its treatment, such as `S (softmax), N (none)`."""
+    return separator.join(f"{entry.letter} ({entry.name})" for entry in TREATMENTS)
 
 
 @dataclass(frozen=True)
@@ -50,10 +157,12 @@ class Plan:
     def __post_init__(self) -> None:
         treatments = tuple(Treatment(treatment) for treatment in self.treatments)
         if not treatments:
-            raise PlanError("plan: '' has no layers; give one letter of S, L, W, N for each layer")
+            letters = ", ".join(entry.letter for entry in TREATMENTS)
+            raise PlanError(f"plan: '' has no layers; give one letter of {letters} for each layer")
         needs_window = any(treatment.needs_window for treatment in treatments)
         if needs_window and (self.window is None or self.window < 1):
-            raise PlanError(f"window: {self.window} is too small for the L and W layers; give at least 1 token")
+            windowed = " and ".join(entry.letter for entry in TREATMENTS if entry.needs_window)
+            raise PlanError(f"window: {self.window} is too small for the {windowed} layers; give at least 1 token")
         object.__setattr__(self, "treatments", treatments)
         object.__setattr__(self, "window", self.window if needs_window else None)
 
@@ -62,15 +171,15 @@ class Plan:
         """Reads a plan string such as `NSSLLN`.
 
         Raises:
-            PlanError: a letter other than S, L, W, N, no letters, or a window missing for L or W.
+            PlanError: a letter that no treatment has, no letters, or a window missing for a windowed treatment.
         """
-        unknown = sorted(set(text.strip().upper()) - set(_BY_LETTER))
-        if unknown:
-            raise PlanError(
-                f"plan: '{text}' holds {', '.join(map(repr, unknown))}; "
-                "use S (softmax), L (linear_window), W (window), N (none)"
-            )
-        return cls(tuple(_BY_LETTER[letter] for letter in text.strip().upper()), window)
+        letters = text.strip().upper()
+        by_letter = {entry.letter: entry.name for entry in TREATMENTS.built_in()}
+        if not set(letters) <= set(by_letter):
+            by_letter = {entry.letter: entry.name for entry in TREATMENTS}
+        if unknown := sorted(set(letters) - set(by_letter)):
+            raise PlanError(f"plan: '{text}' holds {', '.join(map(repr, unknown))}; use {letters_help()}")
+        return cls(tuple(Treatment(by_letter[letter]) for letter in letters), window)
 
     @classmethod
     def uniform(cls, treatment: Treatment, n_layers: int, window: int | None = None) -> Plan:
@@ -89,6 +198,11 @@ class Plan:
 
     def count(self, treatment: Treatment) -> int:
         return self.treatments.count(treatment)
+
+    @property
+    def plugins(self) -> dict[str, str]:
+        """Name and version of the plug-ins that its treatments come from."""
+        return used_plugins((TREATMENTS, treatment.value) for treatment in dict.fromkeys(self.treatments))
 
     def to_dict(self) -> dict:
         return {"plan": str(self), "window": self.window}

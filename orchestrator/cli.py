@@ -1,4 +1,4 @@
-"""Parses the command line and calls the command; only the standard library is imported before that."""
+"""Parses the command line and calls the command; nothing heavy is imported before that, only the vocabularies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from layerboost.plan import TREATMENTS
+from layerboost.plugins import PluginError
 from orchestrator.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from orchestrator.run.kinds import STAGE_NAMES
+from tasks.engines import ENGINES, TRANSFORMERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,10 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", "apply a plan to a model by hand", model)
     convert.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
     convert.add_argument(
-        "--plan", required=True, help="a letter for each layer: S softmax, L linear_window, W window, N none"
+        "--plan",
+        required=True,
+        help=f"a letter for each layer: {', '.join(f'{t.letter} {t.name}' for t in TREATMENTS)}",
     )
+    windowed = " and ".join(entry.letter for entry in TREATMENTS if entry.needs_window)
     convert.add_argument(
-        "--window", type=int, default=64, help="window in tokens of L and W layers (default: %(default)s)"
+        "--window", type=int, default=64, help=f"window in tokens of {windowed} layers (default: %(default)s)"
     )
     convert.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
 
@@ -132,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = add("bench", "time decoding of models side by side", model, device, table)
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
-    bench.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    bench.add_argument("--engine", choices=ENGINES.names(), default=TRANSFORMERS)
     bench.add_argument("--environment", metavar="DIR", help="virtual environment that has vllm (default: this one)")
     bench.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences at a time")
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -174,7 +180,12 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    try:
+        parser = build_parser()
+    except PluginError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    arguments = parser.parse_args(argv)
     _set_up_logging(arguments.verbose)
     try:
         return _handler(arguments.command)(arguments)
@@ -208,7 +219,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
     from orchestrator.run.lock import RunFolderLockedError
 
     text = " ".join(str(error).split())
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, PluginError)):
         return f"error: {text}", EXIT_BAD_INPUT
     if isinstance(error, RunFolderLockedError):
         return f"error: --out: {text}", EXIT_BAD_INPUT

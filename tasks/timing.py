@@ -15,6 +15,7 @@ import torch
 from layerboost.checkpoint import ModelSource, save_checkpoint
 from layerboost.convert import convert
 from layerboost.plan import Plan
+from layerboost.registry import resolved
 from layerboost.speed.decoding import DecodeMeasurement, measure_together
 from layerboost.speed.vllm_bench import ServingCondition, ServingMeasurement, local_checkpoint, measure_served
 from layerboost.speed.vllm_environment import ServingEnvironment, ServingError
@@ -29,6 +30,7 @@ from tasks.cluster.resources import (
     selected,
     with_node_to_come,
 )
+from tasks.engines import ENGINES, TRANSFORMERS
 from tasks.pool.actors import actor_maker
 from tasks.pool.pool import UnitFailure, run_units, worker_info
 from tasks.pool.watch import UNWATCHED, Watch
@@ -44,7 +46,8 @@ class ThroughputUnit:
     Attributes:
         plan: the plan that is applied to the parent; None measures the untouched parent or the checkpoint.
         checkpoint: the folder of a healed model to measure; it has its own plan, so give none.
-        environment: the environment that vLLM runs in; None measures with transformers.
+        environment: the environment that an engine of another Python runs in; None for the worker's own Python.
+        engine: the engine that times it, one of `tasks.engines.ENGINES`.
     """
 
     concurrency: int
@@ -55,6 +58,7 @@ class ThroughputUnit:
     repeats: int = 3
     seed: int = 0
     environment: ServingEnvironment | None = None
+    engine: str = TRANSFORMERS
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.checkpoint is not None:
@@ -166,21 +170,19 @@ def measure_groups(
     """Times all groups one after the other on one worker, so that all are measured on the same hardware.
 
     The worker takes every CPU of the largest node, and one whole GPU if there are GPUs, so that Ray runs nothing else
-    there. See `run_units` for the callbacks and failures. A group is tried three times; with vLLM it is tried twice,
-    because its server may take minutes to fail.
+    there. See `run_units` for the callbacks and failures. All groups are of one engine, which says how often a group is
+    tried.
     """
     alone = _exclusive_worker_here(labels)
-    with_vllm = any(unit.environment is not None for group in groups for unit in group)
-    max_attempts = max_attempts or (2 if with_vllm else 3)
+    engine = ENGINES[groups[0][0].engine if groups else TRANSFORMERS]
+    arguments = () if engine.serves else (measuring_threads(alone),)
     return run_units(
         groups,
-        actor_maker(ServingWorker, alone, source)
-        if with_vllm
-        else actor_maker(MeasurementWorker, alone, source, measuring_threads(alone)),
+        actor_maker(resolved(engine.worker), alone, source, *arguments),
         n_workers=1,
         on_result=on_result,
         on_failure=on_failure,
-        max_attempts=max_attempts,
+        max_attempts=max_attempts or engine.max_attempts,
         watch=watch,
     )
 

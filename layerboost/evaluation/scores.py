@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from ..registry import Registry
 from .statistics import PairingError, mean_of_independent, mean_stderr, ratio_residual_stderr
 
 
@@ -215,3 +216,89 @@ def _residual_stderr(base: _Term, other: _Term, ratio: float) -> float | None:
     if base.stderr is None or other.stderr is None:
         return None
     return math.hypot(other.stderr, ratio * base.stderr)
+
+
+Selection = Callable[[Scores], list[MetricScore]]
+"""What of a model's scores a sensitivity score compares: those metrics, or others made from them."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to say what a model with treated layers has lost.
+
+    Attributes:
+        name: as recipes and tables have it.
+        summary: one line for messages and help.
+        source: what it is measured over: the quality's `tasks`, or a `text`.
+        select: what it compares of both models; None where no treated model is judged (`cosine`).
+        base_is_zero: whether the untouched model has 0 by definition and is not asked.
+        mean_as_probability: whether perplexities count in the mean over tasks as the probabilities they stand for.
+        kept: the share of the base's quality, or likelihood, that a plan keeps, from minus its mean drop and the base's
+            quality (None where that is unknown).
+        ranks_texts: whether layers are ranked by it over further texts and lengths too.
+    """
+
+    name: str
+    summary: str
+    source: Literal["tasks", "text"]
+    select: Selection | None
+    base_is_zero: bool = False
+    mean_as_probability: bool = False
+    kept: Callable[[float, float | None], float] = lambda gained, base: math.exp(gained)
+    ranks_texts: bool = False
+
+    @property
+    def judges_plans(self) -> bool:
+        """Whether a plan can be judged by it, and not only a single layer."""
+        return self.select is not None
+
+    def is_measured(self, scores: Scores) -> bool:
+        return self.select is not None and bool(self.select(scores))
+
+    def pairs(self, base: Scores, variant: Scores) -> list[tuple[MetricScore | None, MetricScore]]:
+        """What is compared of the untouched model (None: zero) and of a variant.
+
+        Raises:
+            QualityError: it judges no variants, or the base lacks what the variant has.
+        """
+        if self.select is None:
+            known = ", ".join(score.name for score in SCORES if score.judges_plans)
+            raise QualityError(f"sensitivity.score: '{self.name}' compares no scores; use one of {known}")
+        after = self.select(variant)
+        if self.base_is_zero:
+            return [(None, score) for score in after]
+        before = {(score.task, score.metric): score for score in self.select(base)}
+        return [(before.get((s.task, s.metric)) or base.get(s.task, s.metric), s) for s in after]
+
+
+def metrics_named(metric: str) -> Selection:
+    """Selects the metrics of one name, of all tasks."""
+    return lambda scores: [score for score in scores.metrics if score.metric == metric]
+
+
+def _of_benchmarks(scores: Scores) -> list[MetricScore]:
+    return [score for score in scores.primary() if score.task != "text"]
+
+
+def _kept_of_base(gained: float, base: float | None) -> float:
+    return 1 + gained / base if base else gained
+
+
+SCORES: Registry[Score] = Registry(
+    "sensitivity.score",
+    (
+        Score(
+            "benchmark",
+            "each benchmark's own metric",
+            "tasks",
+            _of_benchmarks,
+            mean_as_probability=True,
+            kept=_kept_of_base,
+        ),
+        Score("margin", "the margin of the benchmarks' right answers", "tasks", metrics_named("margin")),
+        Score("nll", "the negative log-likelihood of a text", "text", metrics_named("nll"), ranks_texts=True),
+        Score("kl", "the divergence from the base over a text", "text", metrics_named("kl"), base_is_zero=True),
+        Score("cosine", "how far attention turns the residual stream; needs no ablation", "text", None),
+    ),
+)
+"""What layers and plans may be judged by, in the order of tables; plug-ins add theirs."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .losses import Divergence, distillation_loss
+from .divergences import DIVERGENCES, Divergence
+from .losses import distillation_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BETA = {Divergence.FORWARD_KL: 0.0, Divergence.REVERSE_KL: 1.0, Divergence.JENSEN_SHANNON: 0.5}
 _DEVICES = ("cuda",)
 _TRIAL_POSITIONS, _TRIAL_TOLERANCE = 16, 2e-2
 
@@ -53,7 +53,7 @@ def fused_divergence(
     student, teacher = (states[:, :-1][kept] for states in (student_states, teacher_states))
     if not len(student):
         return student.sum().float()
-    kernel = LigerFusedLinearJSD(jsd_beta=_BETA[divergence], temperature=temperature)
+    kernel = LigerFusedLinearJSD(jsd_beta=DIVERGENCES[divergence].fused_beta, temperature=temperature)
     value = kernel(student, student_head.weight, teacher, teacher_head.weight)
     return divergence_weight * temperature**2 * value
 
@@ -68,9 +68,12 @@ def fused_heads(
 ) -> tuple[nn.Linear, nn.Linear] | None:
     """Returns the heads of student and teacher if `fused_divergence` can be used with them, None otherwise.
 
-    It needs CUDA and plain heads. Its value and gradient must agree with our own code on a few random states, because
-    kernels are compiled for the present device and their library changes. A disagreement is logged.
+    It needs CUDA, plain heads and a divergence that the kernel knows. Its value and gradient must agree with our own
+    code on a few random states, because kernels are compiled for the present device and their library changes. A
+    disagreement is logged.
     """
+    if DIVERGENCES[divergence].fused_beta is None:
+        return None
     heads = plain_head(student), plain_head(teacher)
     if heads[0] is None or heads[1] is None or not is_installed():
         return None

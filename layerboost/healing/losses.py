@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import wide
+from ..registry import resolved
+from .divergences import DIVERGENCES, Divergence
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states (N, d) to logits (N, vocabulary)."""
@@ -32,34 +33,34 @@ def positions_at_once(vocabulary: int, device: torch.device) -> int:
     return max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cuda"]) // vocabulary)
 
 
-class Divergence(StrEnum):
-    """How far the student's distribution of the next token is from the teacher's."""
-
-    FORWARD_KL = "forward_kl"
-    """KL(teacher || student): covers all that the teacher finds likely."""
-    REVERSE_KL = "reverse_kl"
-    """KL(student || teacher): avoids what the teacher finds unlikely."""
-    JENSEN_SHANNON = "jensen_shannon"
-    """Mean of the KLs of both to their mean; at most ln 2."""
-
-
 def divergence_and_gradient(
     kind: Divergence, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence in nats (N,) and its gradient by the student's logits (N, V), from both logits (N, V) in fp32."""
-    if kind is Divergence.FORWARD_KL:
-        # Logarithms of whole rows cost more than all the rest: two for each row will do.
-        student, teacher = F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
-        value = torch.linalg.vecdot(teacher, teacher_logits - student_logits)
-        value += _log_normaliser(student_logits, student) - _log_normaliser(teacher_logits, teacher)
-        return value, student.sub_(teacher)
+    return resolved(DIVERGENCES[kind].value_and_gradient, __package__)(student_logits, teacher_logits)
+
+
+def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) and its gradient, as `DivergenceEntry.value_and_gradient`."""
+    # Logarithms of whole rows cost more than all the rest: two for each row will do.
+    student, teacher = F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
+    value = torch.linalg.vecdot(teacher, teacher_logits - student_logits)
+    value += _log_normaliser(student_logits, student) - _log_normaliser(teacher_logits, teacher)
+    return value, student.sub_(teacher)
+
+
+def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(student || teacher) and its gradient, as `DivergenceEntry.value_and_gradient`."""
     student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
-    student = student_logs.exp()
-    if kind is Divergence.REVERSE_KL:
-        ratio = student_logs - teacher_logs
-        value = torch.linalg.vecdot(student, ratio)
-        return value, student.mul_(ratio.sub_(value[:, None]))
-    teacher = teacher_logs.exp()
+    student, ratio = student_logs.exp(), student_logs - teacher_logs
+    value = torch.linalg.vecdot(student, ratio)
+    return value, student.mul_(ratio.sub_(value[:, None]))
+
+
+def jensen_shannon(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the KLs of both to their mean, and its gradient, as `DivergenceEntry.value_and_gradient`."""
+    student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
+    student, teacher = student_logs.exp(), teacher_logs.exp()
     mixed_logs = torch.logaddexp(student_logs, teacher_logs) - math.log(2)
     ratio = student_logs - mixed_logs
     to_student = torch.linalg.vecdot(student, ratio)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..plan import Plan, Treatment
-from .losses import Divergence
+from .divergences import Divergence
 
 TRANSFER, HEAL = "transfer", "heal"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ..plan import Plan, Treatment
+from .methods import METHODS
 from .plan_space import PlanSpace
 
 OBJECTIVES = ("objective", "speedup")
@@ -36,7 +37,7 @@ class SearchSpec:
 
     Attributes:
         space: the plans that may be proposed; its window is that of the uniform baselines too.
-        method: what proposes them; see `layerboost.search.proposers`.
+        method: what proposes them, one of `layerboost.search.methods.METHODS`.
         trials: plans that may be proposed. With `thresholds` each pair of thresholds counts, whatever plan it gives;
             the other methods propose no plan twice, and what is a fixed point anyway is not counted.
         middle: treatment of the layers between the thresholds. Like the next three, of `thresholds` alone.
@@ -48,7 +49,7 @@ class SearchSpec:
     """
 
     space: PlanSpace
-    method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
+    method: str = "thresholds"
     trials: int = 40
     middle: Treatment = Treatment.LINEAR_WINDOW
     seed: int = 0
@@ -183,7 +184,7 @@ class SearchState:
             suggestion = self._proposer.suggest(len(self._trials))
             if suggestion is not None:
                 trial = TrialResult(suggestion.plan, "search", suggestion.remove_below, suggestion.keep_above)
-                self._n_counted += self.spec.method == "thresholds" or trial.plan.plan_id not in self._met
+                self._n_counted += METHODS[self.spec.method].counts_repeats or trial.plan.plan_id not in self._met
                 self._trials.append(trial)
                 self._add(trial)
                 self._n_to_tell = len(self._trials) - self.spec.lag + 1

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..plan import Plan, Treatment, plan_from_thresholds
+from ..registry import resolved
 from .front_swaps import FrontSwaps
 from .knapsack import knapsack_front
 from .loop import OBJECTIVES, Outcome, Proposer, SearchSpec, Suggestion
+from .methods import METHODS
 from .plan_space import PlanSpace
 
 Costs = Mapping[Treatment, Sequence[float]]
@@ -30,26 +32,18 @@ _MAX_DRAWS = 200
 
 
 def make_proposer(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> Proposer:
-    """The proposer of a search's method.
+    """The proposer of a search's method, which `METHODS` describes.
 
     Args:
         spec: what is searched.
-        costs: drop of each layer when it alone is treated so; `thresholds` needs those of `none`, the other methods
-            those of all treatments of the space but softmax.
+        costs: drop of each layer when it alone is treated so, of the treatments that the method needs them of.
         times: what each layer adds to a decode step, in any unit; not used by `thresholds`.
         rest_time: what a decode step takes beside that, in the same unit; used by `swaps` alone.
 
     Raises:
         PlanError: the space is empty, or costs or times are missing or not finite.
     """
-    if spec.method == "thresholds":
-        return _by_thresholds(spec, costs[Treatment.NONE])
-    if spec.method == "swaps":
-        return SwappedPlans(FrontSwaps(spec.space, costs, times, rest_time=rest_time))
-    free = [layer for layer in range(spec.space.n_layers) if len(spec.space.choices(layer)) > 1]
-    if spec.method == "knapsack" or not free:
-        return ListedPlans(knapsack_front(spec.space, costs, times, max(2, spec.trials)))
-    return _by_evolution(spec, costs, times, free)
+    return resolved(METHODS[spec.method].maker, __package__)(spec, costs, times, rest_time)
 
 
 class ListedPlans:
@@ -128,9 +122,21 @@ class SampledPlans:
         self._sampler.on_trial_complete(self._drawn.pop(trial), result, error=outcome is None)
 
 
-def _by_thresholds(spec: SearchSpec, drops: Sequence[float]) -> SampledPlans:
+def by_knapsack(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> ListedPlans:
+    """The best plans for their speed if layers are independent of each other."""
+    return ListedPlans(knapsack_front(spec.space, costs, times, max(2, spec.trials)))
+
+
+def by_swaps(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> SwappedPlans:
+    """The knapsack's front, improved by exchanging layers."""
+    return SwappedPlans(FrontSwaps(spec.space, costs, times, rest_time=rest_time))
+
+
+def by_thresholds(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> SampledPlans:
+    """The paper's two thresholds over what the removal of each layer costs, moved by a sampler."""
     import optuna
 
+    drops = costs[Treatment.NONE]
     thresholds, space = Thresholds(drops, spec), spec.space
 
     def read(drawn: Mapping[str, float]) -> Suggestion:
@@ -149,9 +155,13 @@ def _by_thresholds(spec: SearchSpec, drops: Sequence[float]) -> SampledPlans:
     return SampledPlans(search, read, space, distinct=False)
 
 
-def _by_evolution(spec: SearchSpec, costs: Costs, times: Costs, free: Sequence[int]) -> SampledPlans:
+def by_evolution(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> Proposer:
+    """NSGA-II over whole plans, from the knapsack's; the knapsack alone where every layer is pinned."""
     import optuna
 
+    free = [layer for layer in range(spec.space.n_layers) if len(spec.space.choices(layer)) > 1]
+    if not free:
+        return by_knapsack(spec, costs, times, rest_time)
     space, population = spec.space, max(4, spec.trials // 4)
     # Random plans are poor: seeds fill the first generation, and what is asked for before all of that is told.
     seeds = knapsack_front(space, costs, times, max(population + spec.lag, spec.trials // 2))

@@ -7,14 +7,10 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..evaluation.scores import AS_PROBABILITY, MetricScore, QualityError, Scores
+from ..evaluation.scores import AS_PROBABILITY, SCORES, MetricScore, QualityError, Score, Scores
 from ..evaluation.statistics import Difference, mean_of_differences, paired_difference
 from ..plan import Plan, Treatment
-
-SCORES = ("benchmark", "margin", "nll", "kl", "cosine")
-"""Scores that a drop can be measured by: each benchmark's own metric, the margin of its right answers, the NLL of a
-text, the divergence from the base over a text, and the cosine distance by which attention changes the residual stream
-(which needs no ablation)."""
+from ..registry import UnknownEntryError
 
 MEAN_TASK = "mean"
 COSINE_METRIC = "cosine_distance"
@@ -56,7 +52,8 @@ def drops(base: Scores, variant: Scores, score: str, *, intervals: bool = True) 
     Raises:
         QualityError: The score was not measured, or not over the same items.
     """
-    pairs: list[tuple[MetricScore | None, MetricScore]] = list(_pairs(base, variant, score))
+    described = _described(score)
+    pairs = described.pairs(base, variant)
     if not pairs:
         raise QualityError(f"sensitivity.score: '{score}' was not measured; add what it needs to quality")
     differences = [_drop(before, after, intervals) for before, after in pairs]
@@ -64,7 +61,7 @@ def drops(base: Scores, variant: Scores, score: str, *, intervals: bool = True) 
         _row(after.task, after.metric, 0.0 if before is None else before.value, after.value, difference, after.n_items)
         for (before, after), difference in zip(pairs, differences, strict=True)
     ]
-    if score == "benchmark":
+    if described.mean_as_probability:
         converted = [(before and _as_probability(before), _as_probability(after)) for before, after in pairs]
         differences = [
             # An accuracy is a probability already: its difference, with its bootstrap, stays the same.
@@ -82,7 +79,7 @@ def item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarra
         QualityError: The score was not measured, or is no mean of items.
     """
     found = {}
-    for before, after in _pairs(base, variant, score):
+    for before, after in _described(score).pairs(base, variant):
         if (items := _paired_items(before, after)) is not None:
             found[after.task] = np.subtract(*items)
     if not found:
@@ -108,15 +105,11 @@ def single_layer_plan(n_layers: int, layer: int, treatment: Treatment, window: i
     return Plan.uniform(Treatment.SOFTMAX, n_layers).with_layer(layer, treatment, window)
 
 
-def _pairs(base: Scores, variant: Scores, score: str):
-    if score not in SCORES or score == "cosine":
-        raise QualityError(f"sensitivity.score: '{score}' compares no scores; use one of {', '.join(SCORES[:-1])}")
-    for after in variant.metrics:
-        if score == "benchmark" and (not after.primary or after.task == "text"):
-            continue
-        if score != "benchmark" and after.metric != score:
-            continue
-        yield (None if score == "kl" else base.get(after.task, after.metric)), after
+def _described(score: str) -> Score:
+    try:
+        return SCORES[score]
+    except UnknownEntryError as error:
+        raise QualityError(str(error)) from None
 
 
 def _paired_items(before: MetricScore | None, after: MetricScore) -> tuple[list[float], list[float]] | None:

@@ -27,8 +27,6 @@ BENCH_LIMIT_S = 3600.0
 _POLL_S = 0.2
 _LOG_LINES = 25
 _MIN_SEQUENCES = 256
-PROMPT_SLACK_TOKENS = 16
-"""Maximum number of tokens by which the client's random prompts come out longer than asked for."""
 _MIN_REQUESTS, _PROMPTS_PER_SEQUENCE = 16, 4
 """Minimum requests of a run, and requests per concurrent one: enough for the last, less busy part to matter little."""
 _PERCENTILES = {f"{name}_ms_p{p}": f"p{p}_{name}_ms" for name in ("ttft", "tpot", "itl") for p in (50, 99)}

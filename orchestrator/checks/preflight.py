@@ -12,7 +12,7 @@ from orchestrator.checks.findings import MISSING, OK, Finding, findings_table
 from orchestrator.checks.model import check_model, check_tokenizer
 from orchestrator.checks.placement import check_device, check_placement, find_nodes
 from orchestrator.checks.quality import check_quality
-from orchestrator.checks.serving import check_decoded, check_vllm
+from orchestrator.checks.serving import check_decoded, check_engine
 from orchestrator.checks.texts import check_healing_texts, check_plain_text
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import resolve_sequence_tokens
@@ -53,8 +53,8 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     _check_lengths(recipe, facts)
     _check_plans(recipe, facts)
     _check_constraints(recipe, facts)
-    if recipe.throughput.engine == "vllm":
-        check_vllm(recipe.throughput.environment, [facts], address, labels=recipe.placement.labels.time)
+    throughput = recipe.throughput
+    check_engine(throughput.engine, throughput.environment, [facts], address, labels=recipe.placement.labels.time)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
     if recipe.quality.text is not None:

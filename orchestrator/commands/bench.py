@@ -11,6 +11,7 @@ from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.sections import environment_folder
 from orchestrator.run.model_facts import ModelFacts
 from orchestrator.text_tables import print_rows
+from tasks.engines import ENGINES, TRANSFORMERS, Engine
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -23,12 +24,14 @@ def bench(arguments: argparse.Namespace) -> int:
     ):
         if value < least:
             raise InputError(field, value, f"must be at least {least}")
-    with_vllm = arguments.engine == "vllm"
-    if with_vllm and arguments.device != "auto":
-        raise InputError("--device", arguments.device, "is for transformers; vllm runs on the device of its build")
-    if with_vllm and arguments.no_prefill:
-        raise InputError("--no-prefill", "given", "is for transformers; leave it out")
-    if arguments.environment is not None and not with_vllm:
+    engine = ENGINES[arguments.engine]
+    if engine.serves and arguments.device != "auto":
+        raise InputError(
+            "--device", arguments.device, f"is for {TRANSFORMERS}; {engine.name} runs on the device of its build"
+        )
+    if engine.name != TRANSFORMERS and arguments.no_prefill:
+        raise InputError("--no-prefill", "given", f"is for {TRANSFORMERS}; leave it out")
+    if arguments.environment is not None and engine.find_environment is None:
         raise InputError("--environment", arguments.environment, "is where vllm is; give --engine vllm, or leave it")
     from orchestrator.checks.serving import check_decoded
 
@@ -36,8 +39,8 @@ def bench(arguments: argparse.Namespace) -> int:
     every_facts = [checked_model(path, arguments) for path in arguments.models]
     for facts in every_facts:
         check_decoded("--prompt-tokens", arguments.prompt_tokens, arguments.new_tokens, facts, arguments.engine)
-    if with_vllm:
-        return _bench_with_vllm(arguments, every_facts)
+    if engine.name != TRANSFORMERS:
+        return _bench_by_worker(engine, arguments, every_facts)
     from layerboost.convert import parent_config, plan_of
     from layerboost.speed.byte_model import decode_bytes, predicted_speedup
     from layerboost.speed.decoding import measure_together
@@ -95,32 +98,42 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_with_vllm(arguments: argparse.Namespace, every_facts: list[ModelFacts]) -> int:
-    from layerboost.speed.vllm_bench import ServingCondition, ServingMeasurement, local_checkpoint, measure_served
+def _bench_by_worker(engine: Engine, arguments: argparse.Namespace, every_facts: list[ModelFacts]) -> int:
+    """Has the engine's worker time one model after the other in this process, each under all conditions."""
+    from layerboost.checkpoint import ModelSource
+    from layerboost.registry import resolved
     from layerboost.speed.vllm_environment import ServingError
-    from orchestrator.checks.serving import check_vllm
+    from orchestrator.checks.serving import check_engine
+    from tasks.timing import ERROR, ThroughputUnit
 
     given = arguments.environment
-    environment = check_vllm(given and environment_folder(given), every_facts, prefix="--")
-    conditions = [
-        ServingCondition(n, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats, arguments.seed)
-        for n in arguments.concurrency
+    environment = check_engine(engine.name, given and environment_folder(given), every_facts, prefix="--")
+    units = [
+        ThroughputUnit(
+            concurrency,
+            arguments.prompt_tokens,
+            arguments.new_tokens,
+            repeats=arguments.repeats,
+            seed=arguments.seed,
+            environment=environment,
+            engine=engine.name,
+        )
+        for concurrency in arguments.concurrency
     ]
+    groups = [tuple(units)] if engine.serves else [(unit,) for unit in units]
     rows: list[dict[str, Any]] = []
     base: dict[int, float] = {}
     for facts in every_facts:
-
-        def on_result(
-            condition: ServingCondition, result: ServingMeasurement | ServingError, path: str = facts.path
-        ) -> None:
-            if isinstance(result, ServingError):
-                raise result
-            speed = result.output_throughput_tok_per_s
-            told = {name: value for name, value in result.to_dict().items() if not isinstance(value, list)}
-            rows.append({"model": path, **told, "speedup": speed / base.setdefault(condition.concurrency, speed)})
-            print(f"bench {path} concurrency={condition.concurrency} done", file=sys.stderr)
-
-        folder = local_checkpoint(facts.path, facts.commit or arguments.revision)
-        measure_served(environment, folder, conditions, dtype=arguments.dtype, on_result=on_result)
+        revision = facts.commit or arguments.revision
+        source = ModelSource(facts.path, revision, arguments.dtype, arguments.device, arguments.trust_remote_code)
+        worker = resolved(engine.worker)(source)
+        for group in groups:
+            for unit, result in zip(group, worker.run(group), strict=True):
+                if ERROR in result:
+                    raise ServingError(result[ERROR])
+                speed = result["output_throughput_tok_per_s"]
+                told = {name: value for name, value in result.items() if not isinstance(value, list)}
+                rows.append({"model": facts.path, **told, "speedup": speed / base.setdefault(unit.concurrency, speed)})
+                print(f"bench {facts.path} concurrency={unit.concurrency} done", file=sys.stderr)
     print_rows(rows, arguments.form)
     return 0

@@ -17,8 +17,9 @@ from layerboost.healing.spec import HealingSpec, mark_steps
 from layerboost.plan import Plan, Treatment
 from layerboost.search.baselines import is_of_same_budget, n_baseline_plans
 from layerboost.search.loop import fixed_points
+from layerboost.search.methods import METHODS
 from layerboost.speed.byte_model import decode_bytes
-from layerboost.speed.vllm_bench import VLLM, ServingCondition
+from layerboost.speed.vllm_bench import ServingCondition
 from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
 from orchestrator.costs.measure import evaluation_workers, healing_workers, nodes_of
 from orchestrator.run.context import RunContext
@@ -30,6 +31,7 @@ from orchestrator.stages.sampled import n_sample_units
 from orchestrator.stages.sensitivity import Sweep
 from orchestrator.stages.speed import designed_plans
 from orchestrator.text_tables import duration, format_table
+from tasks.engines import ENGINES
 from tasks.evaluation import base_unit
 
 # Seconds that no model changes, on the machine that `layerboost.costs.probe` calls the reference; times `slowness`.
@@ -37,7 +39,6 @@ _WORKER_START_S = 6.0  # a process, its imports, what only its first unit does
 _HARNESS_IMPORT_S = 3.0  # lm-eval, in each worker that asks tasks
 _TUNE_S = 4.0
 _CHECKPOINT_S = 2.0  # a healed model, loaded for each condition that it is timed under
-_SERVER_START_S = 100.0  # vLLM's imports, its weights, what it compiles
 _HEALING_JOB_S = 7.0  # the Train job and its process, the text, the checkpoints, the healed model's folder
 _HEALING_PHASE_S = 1.5  # an engine and what it compiles
 _STEP_S = 0.01  # DeepSpeed's part of a step
@@ -187,7 +188,7 @@ class _Estimator:
     def _search(self) -> StageEstimate:
         search, spec = self.inputs.recipe.search, self.inputs.search_quality_spec
         n_layers, trials = self.inputs.n_layers, search.trials
-        if search.method == "thresholds":
+        if METHODS[search.method].counts_repeats:
             # Drawn evenly, so many of the pairs of thresholds give a plan of their own.
             n_pairs = (n_layers + 1) * (n_layers + 2) // 2
             trials = round(n_pairs * (1 - (1 - 1 / n_pairs) ** trials))
@@ -360,7 +361,7 @@ class _Estimator:
         seconds = sum(self._timing_s(plan, *at) for plan, at in pairs)
         loaded_s = self.costs.load_s + _CHECKPOINT_S * self.costs.slowness
         seconds += sum(self._timing_s(base, *at) + loaded_s for plan, at in pairs if plan is None)
-        if self.inputs.recipe.throughput.engine == VLLM:
+        if ENGINES[self.inputs.recipe.throughput.engine].serves:
             seconds = self._serving_s([*plans, base], conditions)  # the parent once more, for the machine drifts
         recorded_s = None if stage == LENGTHS else self._recorded_s(THROUGHPUT)
         if recorded_s is not None:
@@ -391,7 +392,7 @@ class _Estimator:
     def _serving_s(self, plans: Sequence[Plan | None], conditions: Sequence[tuple[int, int]]) -> float:
         """A server for each model, which the client asks in waves; as fast as the transformers engine decodes."""
         recipe = self.inputs.recipe.throughput
-        seconds = len(plans) * _SERVER_START_S * self.costs.slowness
+        seconds = len(plans) * ENGINES[recipe.engine].start_s * self.costs.slowness
         for concurrency, tokens in conditions:
             asked = ServingCondition(concurrency, tokens, recipe.new_tokens)
             waves = 1 + recipe.repeats * asked.n_requests / concurrency

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from layerboost.plan import Plan
-from orchestrator.recipe.fields import CountOrZero, Number, Section
+from layerboost.plan import TREATMENTS, Plan
+from orchestrator.recipe.fields import CountOrZero, Number, OneOf, Section
 
 if TYPE_CHECKING:
     import pandas as pd
 
 AtLeast = Literal["quality", "quality_retained", "speedup", "output_throughput_tok_per_s"]
-AtMost = Literal[
-    "kv_bytes_per_token", "n_softmax", "n_linear_window", "n_window", "peak_memory_mib", "ttft_ms_p50", "tpot_ms_p50"
-]
+
+
+def _counted() -> list[str]:
+    """The columns that count a plan's layers; how many lose their attention altogether needs no bound from above."""
+    return [f"n_{entry.name}" for entry in TREATMENTS if entry.depth < 1]
+
+
+AtMost = Annotated[str, OneOf("kv_bytes_per_token", _counted, "peak_memory_mib", "ttft_ms_p50", "tpot_ms_p50")]
 
 
 class ConstraintsSection(Section):
@@ -35,7 +40,7 @@ class ConstraintsSection(Section):
 
     at_least: dict[AtLeast, Number] = Field(default_factory=dict)
     at_most: dict[AtMost, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
-    pin: dict[CountOrZero, Literal["softmax", "linear_window", "window", "none"]] = Field(
+    pin: dict[CountOrZero, Annotated[str, OneOf(TREATMENTS.names)]] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}
     )
 

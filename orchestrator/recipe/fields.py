@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic_core import PydanticCustomError, core_schema
 
 AUTO = "auto"
 DEFAULT_SEQUENCE_TOKENS = 512
@@ -52,6 +62,35 @@ def unique_entries(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(value)) != len(value):
         raise ValueError("names the same entry twice; keep one")
     return value
+
+
+class OneOf:
+    """A check of a name against those that may stand there, like the type `Literal`, for names that plug-ins add to.
+
+    Args:
+        names: Names, or functions that give some; they are called when a value is checked or the schema is written.
+    """
+
+    def __init__(self, *names: str | Callable[[], Iterable[str]]):
+        self._names = names
+
+    def known(self) -> list[str]:
+        """Returns the names that may stand there, in order."""
+        return [name for given in self._names for name in ([given] if isinstance(given, str) else given())]
+
+    def __call__(self, value: Any) -> str:
+        known = self.known()
+        if isinstance(value, str) and value in known:
+            return str(value)
+        listed = [repr(name) for name in known]
+        expected = " or ".join(filter(None, (", ".join(listed[:-1]), listed[-1])))
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(schema), "enum": self.known()}
 
 
 def _not_blank(value: str) -> str:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from layerboost.healing.divergences import DIVERGENCES
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import (
     Count,
     CountOrZero,
     Name,
     Number,
+    OneOf,
     Section,
     as_number,
     resolve_sequence_tokens,
@@ -154,7 +156,7 @@ class HealingSection(Section):
     sequence_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=2)] | None = None
     transfer_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     transfer_learning_rate: Annotated[Number, Field(gt=0)] = 5e-2
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    divergence: Annotated[str, OneOf(DIVERGENCES.names)] = "forward_kl"
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     divergence_weight: Weight = 1.0
     cross_entropy_weight: Weight = 0.0

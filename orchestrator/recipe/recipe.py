@@ -12,14 +12,13 @@ from typing import Any
 import yaml
 from pydantic import model_validator
 
+from layerboost.evaluation.scores import SCORES
+from layerboost.plan import Plan
 from orchestrator.recipe.constraints import ConstraintsSection
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import Section
 from orchestrator.recipe.healing import HealingSection
 from orchestrator.recipe.sections import (
-    TASK_SCORES,
-    TEXT_SCORES,
-    TREATMENT_OF_LETTER,
     ModelSection,
     PlacementSection,
     QualitySection,
@@ -55,12 +54,13 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_from_score(cls, data: Any) -> Any:
-        """Sets the default objective to the quality where the score is cosine, because plans have no cosine score."""
+        """Sets the default objective to the quality where plans have no score, which is so with cosine."""
         if not isinstance(data, dict):
             return data
         sensitivity, search = data.get("sensitivity") or {}, data.get("search") or {}
-        is_cosine = isinstance(sensitivity, dict) and sensitivity.get("score") == "cosine"
-        if is_cosine and isinstance(search, dict) and search.get("objective") is None:
+        score = sensitivity.get("score") if isinstance(sensitivity, dict) else None
+        has_no_plans = isinstance(score, str) and score in SCORES and not SCORES[score].judges_plans
+        if has_no_plans and isinstance(search, dict) and search.get("objective") is None:
             return {**data, "search": {**search, "objective": "quality"}}
         return data
 
@@ -79,36 +79,42 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         score = self.sensitivity.score
-        if score in TEXT_SCORES and self.quality.text is None:
-            raise InputError("sensitivity.score", score, "needs quality.text; give one, or use benchmark or margin")
-        if score in TASK_SCORES and not self.quality.tasks:
-            raise InputError("sensitivity.score", score, "needs quality.tasks; give some, or use nll, kl or cosine")
+        described = SCORES[score]
+        if described.source == "text" and self.quality.text is None:
+            raise InputError("sensitivity.score", score, f"needs quality.text; give one, or use {_scores_of('tasks')}")
+        if described.source == "tasks" and not self.quality.tasks:
+            raise InputError("sensitivity.score", score, f"needs quality.tasks; give some, or use {_scores_of('text')}")
         if "none" not in self.sensitivity.treatments:
             raise InputError(
                 "sensitivity.treatments",
                 list(self.sensitivity.treatments),
                 "lacks none; the search sorts layers by what removal costs, so add it",
             )
-        if score == "cosine" and self.sensitivity.treatments != ("none",):
+        if not described.judges_plans and self.sensitivity.treatments != ("none",):
             raise InputError(
                 "sensitivity.treatments",
                 list(self.sensitivity.treatments),
-                "the cosine score only says what removal costs; use [none], or the score nll or kl",
+                f"the {score} score only says what removal costs; use [none], or the score nll or kl",
             )
-        if score == "cosine" and self.sensitivity.adaptive is not None:
+        if not described.judges_plans and self.sensitivity.adaptive is not None:
             raise InputError(
-                "sensitivity.adaptive", score, "the cosine score needs no ablation to save; leave adaptive out"
+                "sensitivity.adaptive", score, f"the {score} score needs no ablation to save; leave adaptive out"
             )
-        if score == "cosine" and self.search.objective == "score":
-            raise InputError("search.objective", "score", "plans have no cosine score; use quality")
+        if not described.judges_plans and self.search.objective == "score":
+            raise InputError("search.objective", "score", f"plans have no {score} score; use quality")
         if self.search.refine is not None:
-            if score == "cosine":
-                raise InputError("search.refine", score, "plans have no cosine score; choose another sensitivity.score")
+            if not described.judges_plans:
+                raise InputError(
+                    "search.refine", score, f"plans have no {score} score; choose another sensitivity.score"
+                )
             if self.sensitivity.adaptive is not None:
                 raise InputError(
                     "search.refine", "adaptive", "needs all layers on the same items; leave one of them out"
                 )
-            needed = {self.search.middle, *(TREATMENT_OF_LETTER[x] for plan in self.search.plans for x in plan)}
+            needed = {
+                self.search.middle,
+                *(t.value for plan in self.search.plans for t in Plan.parse(plan, 1).treatments),
+            }
             if lacking := sorted(needed - {"softmax", *self.sensitivity.treatments}):
                 raise InputError(
                     "sensitivity.treatments",
@@ -148,3 +154,9 @@ class Recipe(Section):
     def resolved_yaml(self) -> str:
         """Returns the recipe as YAML with every default written out; it loads to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _scores_of(source: str) -> str:
+    """The scores that are measured over a text or over tasks, such as `nll, kl or cosine`."""
+    *names, last = [score.name for score in SCORES if score.source == source]
+    return f"{', '.join(names)} or {last}" if names else last

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from layerboost.evaluation.scores import SCORES
+from layerboost.plan import TREATMENTS, letters_help
+from layerboost.search.methods import METHODS
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import (
     AUTO,
@@ -17,20 +20,18 @@ from orchestrator.recipe.fields import (
     CountOrZero,
     Name,
     Number,
+    OneOf,
     Section,
     as_number,
     resolve_sequence_tokens,
     unique_entries,
 )
+from tasks.engines import ENGINES, TRANSFORMERS
 
 if TYPE_CHECKING:
     from layerboost.evaluation.scores import QualitySpec
 
-MIDDLE_TREATMENTS = ("linear_window", "window")
-TEXT_SCORES = ("nll", "kl", "cosine")
-TASK_SCORES = ("benchmark", "margin")
 DEVICE_PATTERN = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
-TREATMENT_OF_LETTER = {"S": "softmax", "L": "linear_window", "W": "window", "N": "none"}
 
 
 def _ordered_range(value: tuple[float, float]) -> tuple[float, float]:
@@ -51,8 +52,8 @@ def _one_gpu_at_most(value: Any) -> Any:
 
 def _plan_letters(value: str) -> str:
     value = value.strip().upper()
-    if not re.fullmatch("[SLWN]+", value):
-        raise ValueError("must be letters S (softmax), L (linear_window), W (window), N (none), one for each layer")
+    if not value or not set(value) <= {entry.letter for entry in TREATMENTS}:
+        raise ValueError(f"must be letters {letters_help()}, one for each layer")
     return value
 
 
@@ -60,6 +61,17 @@ def environment_folder(value: str) -> str:
     """The folder of a virtual environment, of which the Python may be given: a link that must not be followed."""
     path = Path(value)
     return str(path.parent.parent) if path.parent.name == "bin" and path.name.startswith("python") else value
+
+
+def ablations() -> list[str]:
+    """The treatments whose cost in a single layer can be measured: all that change a layer, the deepest first."""
+    changing = (entry for entry in TREATMENTS if entry.depth > 0)
+    return [entry.name for entry in sorted(changing, key=lambda entry: -entry.depth)]
+
+
+def middles() -> list[str]:
+    """The treatments that may stand between removal and softmax."""
+    return [entry.name for entry in TREATMENTS if entry.is_middle]
 
 
 Range = Annotated[tuple[Number, Number], AfterValidator(_ordered_range)]
@@ -200,9 +212,9 @@ class SensitivitySection(Section):
     """
 
     treatments: Annotated[
-        tuple[Literal["none", "window", "linear_window"], ...], Field(min_length=1), AfterValidator(unique_entries)
+        tuple[Annotated[str, OneOf(ablations)], ...], Field(min_length=1), AfterValidator(unique_entries)
     ] = ("none",)
-    score: Literal["benchmark", "margin", "nll", "kl", "cosine"] = "nll"
+    score: Annotated[str, OneOf(SCORES.names)] = "nll"
     compare: bool = True
     texts: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     context_tokens: Annotated[
@@ -249,12 +261,12 @@ class SearchSection(Section):
         refine: improve the plans that would be healed; off where it is not given.
     """
 
-    method: Literal["thresholds", "knapsack", "evolution", "swaps"] = "thresholds"
+    method: Annotated[str, OneOf(METHODS.names)] = "thresholds"
     trials: CountOrZero = 40
     objective: Literal["score", "quality"] = "score"
     speed: Literal["measured", "bytes"] = "measured"
     speed_plans: Count = 8
-    middle: Literal["linear_window", "window"] = "linear_window"
+    middle: Annotated[str, OneOf(middles)] = "linear_window"
     window: Count = 64
     seed: CountOrZero = 0
     sampler: Literal["tpe", "nsga2"] = "tpe"
@@ -303,7 +315,7 @@ class ThroughputSection(Section):
         lengths: measure latency and memory over prompt lengths too; off where it is not given.
     """
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Annotated[str, OneOf(ENGINES.names)] = TRANSFORMERS
     environment: Annotated[Name, AfterValidator(environment_folder)] | None = None
     concurrency: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)] = (1, 8)
     prompt_tokens: Count = 128
@@ -313,7 +325,7 @@ class ThroughputSection(Section):
 
     @model_validator(mode="after")
     def _environment_of_vllm(self) -> ThroughputSection:
-        if self.environment is not None and self.engine != "vllm":
+        if self.environment is not None and ENGINES[self.engine].find_environment is None:
             raise InputError(
                 "throughput.environment", self.environment, "is where vllm is; set throughput.engine: vllm, or leave it"
             )

@@ -12,18 +12,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from layerboost.plan import Treatment
+from layerboost.plan import TREATMENTS
 
 INK, PAPER, GRID, FAINT = "#1f2933", "#ffffff", "#d9dde1", "#8a9099"
 BLUE, ORANGE, SKY, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"
-TREATMENT_COLOURS = {
-    "S": (BLUE, "#fefefe"),
-    "L": (ORANGE, "#000001"),
-    "W": (SKY, "#000001"),
-    "N": ("#c3c8ce", "#000001"),
-}
-"""Maps the letter of a treatment to its fill colour and its letter colour."""
-
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "layerboost",
     "text.parse_math": False,  # names may hold a dollar sign, which is no formula
@@ -57,8 +49,12 @@ class Picture:
 
 def treatment_colour(treatment: str) -> str:
     """Returns the fill colour of a treatment by its name, and grey for an unknown name."""
-    known: dict[str, str] = {t.value: TREATMENT_COLOURS[t.letter][0] for t in Treatment}
-    return known.get(treatment, FAINT)
+    return TREATMENTS[treatment].fill if treatment in TREATMENTS else FAINT
+
+
+def letter_colours() -> dict[str, tuple[str, str]]:
+    """Returns the fill of a layer and the colour of the letter on it, by the treatment's letter."""
+    return {entry.letter: (entry.fill, entry.ink) for entry in TREATMENTS}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:

@@ -12,11 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from layerboost.plan import Plan, Treatment
+from layerboost.evaluation.scores import SCORES
+from layerboost.plan import TREATMENTS, Plan, Treatment
 from orchestrator.report.tables import Row, candidate_order, checked_rows, frame, treatment_rank
-
-SCORES = ("benchmark", "margin", "nll", "kl", "cosine")
-"""The scores that rank layers, in the order in which tables list them."""
 
 RANKING_COLUMNS = {
     "treatment": "str",  # none | window | linear_window
@@ -262,7 +260,7 @@ def _other_tiers(row: pd.Series) -> list[str]:
 
     Where both thresholds are equal there is no middle treatment.
     """
-    present = [t.value for t in (Treatment.LINEAR_WINDOW, Treatment.WINDOW) if t.letter in row["plan"]]
+    present = [entry.name for entry in TREATMENTS if entry.is_middle and entry.letter in row["plan"]]
     middle = " or ".join(present) or "the middle treatment"
     if row["remove_below"] == row["keep_above"]:
         tiers = [Treatment.NONE.value, Treatment.SOFTMAX.value]
@@ -283,7 +281,8 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _score_rank(score: str) -> tuple[int, str]:
-    return (SCORES.index(score) if score in SCORES else len(SCORES)), score
+    names = SCORES.names()
+    return (names.index(score) if score in names else len(names)), score
 
 
 def _is_empty(value: Any) -> bool:

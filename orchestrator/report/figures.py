@@ -18,9 +18,9 @@ from orchestrator.report.canvas import (
     FAINT,
     INK,
     STYLE,
-    TREATMENT_COLOURS,
     VERMILION,
     Picture,
+    letter_colours,
     new_figure,
     saved,
     treatment_colour,
@@ -149,13 +149,13 @@ def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
     """
     if not plans:
         return None
-    n_layers = max(len(plan) for _, plan in plans)
+    n_layers, colours = max(len(plan) for _, plan in plans), letter_colours()
     with matplotlib.rc_context(STYLE):
         figure = new_figure(max(5.5, 2.6 + 0.2 * n_layers), 0.9 + 0.27 * len(plans))
         axes = figure.subplots()
         for row, (_, plan) in enumerate(plans):
             for layer, letter in enumerate(plan):
-                fill, ink = TREATMENT_COLOURS[letter]
+                fill, ink = colours[letter]
                 axes.add_patch(Rectangle((layer - 0.46, row - 0.38), 0.92, 0.76, facecolor=fill, linewidth=0))
                 axes.text(layer, row, letter, ha="center", va="center_baseline", fontsize=7.5, color=ink)
         axes.set(xlim=(-0.6, n_layers - 0.4), ylim=(len(plans) - 0.4, -0.6), xlabel="layer")
@@ -163,7 +163,7 @@ def strips_picture(plans: Sequence[tuple[str, str]]) -> Picture | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        keys = [Rectangle((0, 0), 1, 1, facecolor=TREATMENT_COLOURS[t.letter][0], linewidth=0) for t in Treatment]
+        keys = [Rectangle((0, 0), 1, 1, facecolor=fill, linewidth=0) for fill, _ in colours.values()]
         figure.legend(keys, [f"{t.letter} {t.value}" for t in Treatment], loc="outside upper left", ncols=4)
         alt = "; ".join(f"{label}: {plan} ({letter_counts(plan)})" for label, plan in plans)
         return saved(figure, f"Treatment of each layer, first layer first. {alt}.")

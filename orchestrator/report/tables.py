@@ -14,14 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from layerboost.plan import Plan, Treatment
+from layerboost.plan import TREATMENTS, Plan, Treatment
 from layerboost.search.pareto import front
 
 Row = Mapping[str, Any]
 
 SENSITIVITY_COLUMNS = {
     "layer": "Int64",  # 0 is the layer after the embedding
-    "treatment": "str",  # softmax | linear_window | window | none
+    "treatment": "str",  # a name of `layerboost.plan.TREATMENTS`
     "task": "str",  # a benchmark, `text`, or `mean`, which is the sensitivity over the benchmarks
     "metric": "str",
     "n_items": "Int64",  # the number of items that both models answered
@@ -39,7 +39,7 @@ Rows are sorted by layer, treatment, task (`mean` first) and metric.
 
 CANDIDATE_COLUMNS = {
     "plan_id": "str",  # 12 hex digits; may look like a number, so read it as text
-    "plan": "str",  # one of S, L, W, N for each layer, first layer first
+    "plan": "str",  # a treatment's letter for each layer, first layer first
     "window": "Int64",  # tokens; empty where no layer needs one
     "origin": "str",  # base | search | the baseline's name
     "remove_below": "float64",
@@ -65,10 +65,7 @@ PARETO_COLUMNS = {
     "origin": "str",
     "healed": "boolean",
     "heal_tokens": "Int64",
-    "n_softmax": "Int64",
-    "n_linear_window": "Int64",
-    "n_window": "Int64",
-    "n_none": "Int64",
+    **{f"n_{treatment}": "Int64" for treatment in TREATMENTS.names()},  # layers of each
     "engine": "str",
     "hardware": "str",
     "concurrency": "Int64",  # requests decoded at once

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layerboost.evaluation.scores import QualityError, Scores
+from layerboost.evaluation.scores import SCORES, QualityError, Scores
 from layerboost.evaluation.statistics import mean_of_differences, paired_difference
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity.drops import MEAN_TASK, item_drops, mean_drop
@@ -63,7 +63,7 @@ def views(folder: RunFolder, state: RunState) -> list[View]:
         for score, by_task in drops.items():
             is_chosen = score == state.score and (source, tokens) == chosen_source
             is_extra = source != TASKS_SOURCE and (source, tokens) != _main_text(state)
-            if not by_task or (is_extra and score != "nll"):
+            if not by_task or (is_extra and not SCORES[score].ranks_texts):
                 continue
             if source != TASKS_SOURCE:
                 found.append(View(treatment, score, source, tokens, is_chosen, DropMatrix(by_task)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from layerboost.evaluation.scores import Scores
+from layerboost.evaluation.scores import SCORES, Scores
 from layerboost.plan import Treatment
-from layerboost.sensitivity.drops import MEAN_TASK, SCORES, cosine_drops, drops
+from layerboost.sensitivity.drops import MEAN_TASK, cosine_drops, drops
 from orchestrator.run.folder import RunFolder
-from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE
+from orchestrator.run.inputs import TASKS_SOURCE
 from orchestrator.run.records import find_record, scores_of
 from orchestrator.run.state import RunState
 
@@ -71,8 +71,4 @@ def source_label(unit: dict[str, Any]) -> str:
 
 def measured_scores(scores: Scores) -> list[str]:
     """The scores that were measured of a variant."""
-    metrics = {score.metric for score in scores.metrics}
-    has_tasks = any(score.primary and score.task != TEXT_SOURCE for score in scores.metrics)
-    return [
-        score for score in SCORES if (score == "benchmark" and has_tasks) or (score != "cosine" and score in metrics)
-    ]
+    return [score.name for score in SCORES if score.is_measured(scores)]

@@ -13,7 +13,7 @@ import torch
 
 from layerboost.checkpoint import ModelSource
 from layerboost.evaluation.evaluate import spec_fingerprint
-from layerboost.evaluation.scores import QualitySpec
+from layerboost.evaluation.scores import SCORES, QualitySpec
 from layerboost.evaluation.shares import Share
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
@@ -26,7 +26,6 @@ from layerboost.text.sources import sources_identity
 from layerboost.version import __version__
 from orchestrator.recipe.healing import SAMPLED, HealingText
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.recipe.sections import TEXT_SCORES
 from orchestrator.run.content import model_content, shipped
 from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity
 from orchestrator.run.model_facts import ModelFacts
@@ -103,14 +102,14 @@ class RunInputs:
     def search_quality_spec(self) -> QualitySpec:
         """What the search judges by: what the quality is made of, and the text where the objective is read from it."""
         spec, recipe = self._searched_spec, self.recipe
-        by_text = recipe.search.objective == "score" and recipe.sensitivity.score in TEXT_SCORES
+        by_text = recipe.search.objective == "score" and SCORES[recipe.sensitivity.score].source == "text"
         return replace(spec, text=None) if spec.tasks and not by_text else spec
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:
         """What single layers are judged by, what the chosen score needs first; each has either tasks or a text."""
         sensitivity, spec = self.recipe.sensitivity, self._searched_spec
-        by_text = sensitivity.score in TEXT_SCORES
+        by_text = SCORES[sensitivity.score].source == "text"
         sources = []
         if spec.text is not None and (by_text or sensitivity.compare):
             sources.append(SweepSource(TEXT_SOURCE, self.text_spec))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from layerboost.evaluation.scores import SCORES
 from layerboost.plan import Plan
 from layerboost.search.pareto import choose_spread
 from orchestrator.run.context import RunContext
@@ -79,8 +80,7 @@ def _kept(run: RunContext, objective: float | None) -> float:
         return math.nan
     recipe = run.inputs.recipe
     is_quality = recipe.search.objective == "quality"
-    if not is_quality and recipe.sensitivity.score != "benchmark":
-        return math.exp(objective)
     base = next((trial["quality"] for trial in run.state.trials if trial["origin"] == "base"), None)
-    loss = (base or 0.0) - objective if is_quality else -objective
-    return 1 - loss / base if base else objective
+    if not is_quality:
+        return SCORES[recipe.sensitivity.score].kept(objective, base)
+    return 1 - (base - objective) / base if base else objective

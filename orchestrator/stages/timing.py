@@ -2,7 +2,8 @@
 
 The speed of a machine drifts. So models are timed in groups that begin with the parent, and the times of a group are
 scaled to where the parent stood when it was first recorded: all speeds of a run compare, whenever they were measured.
-With vLLM, whose server takes a minute to start, a group is one model under all conditions, and the parent comes first.
+With an engine that serves (vLLM), whose server takes a minute to start, a group is one model under all conditions, and
+the parent comes first.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 
 from layerboost.plan import Plan
-from layerboost.speed.decoding import DecodeMeasurement
+from layerboost.registry import resolved
 from layerboost.speed.hardware import hardware_name
-from layerboost.speed.vllm_bench import VLLM, ServingMeasurement
 from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator.checks.serving import serving_environment
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import THROUGHPUT
+from tasks.engines import ENGINES, Engine
 from tasks.pool.pool import UnitFailure
 from tasks.timing import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
 
@@ -47,12 +48,12 @@ def time_models(
     identities = {unit: run.inputs.throughput(unit, hardware, healed) for unit, (_, healed) in units.items()}
     todo = [unit for unit in units if run.recorded(identities[unit], (THROUGHPUT,)) is None]
     run.progress.start_stage(stage, len(units), recorded=len(units) - len(todo))
-    with_vllm = any(unit.environment is not None for unit in todo)
+    serves = _engine(run).serves
     parents: dict[ThroughputUnit, dict] = {}
 
     def on_result(group: Group, results: list[dict], duration_s: float, info: dict) -> None:
         measured = dict(zip(group, results, strict=True))
-        if not with_vllm:
+        if not serves:
             parents.clear()  # only who was timed beside the parent drifted with it
         parents.update({unit: result for unit, result in measured.items() if unit == parent_of(unit)})
         n_here = max(1, len(set(group) & set(todo)))
@@ -72,12 +73,12 @@ def time_models(
     if todo:
         run.connect()
         on_gpu = not _is_cpu(hardware)
-        in_groups = server_groups(todo, on_gpu=on_gpu) if with_vllm else groups(todo, on_gpu=on_gpu)
+        in_groups = server_groups(todo, on_gpu=on_gpu) if serves else groups(todo, on_gpu=on_gpu)
         watch = run.watch(stage, _group_name, of_each=max(map(len, in_groups)))
         where = run.inputs.recipe.placement.labels.time
         failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch, labels=where)
         # One model that cannot be timed must not take with it those beside it.
-        if not with_vllm and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
+        if not serves and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
             failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch, labels=where)
         for unit, error in _failed_units(failures, todo):
@@ -144,11 +145,12 @@ def throughput_unit(
         checkpoint=checkpoint,
         repeats=recipe.repeats,
         environment=_environment(run),
+        engine=recipe.engine,
     )
 
 
 def measuring_hardware(run: RunContext) -> str:
-    """What the measuring worker runs on: this machine, or what a cluster says; with vLLM, what its environment says."""
+    """What the measuring worker runs on: this machine, or what a cluster says, or the engine's environment."""
     if (environment := _environment(run)) is not None:
         return environment.hardware
     if run.address is None:
@@ -159,9 +161,13 @@ def measuring_hardware(run: RunContext) -> str:
 
 def _environment(run: RunContext) -> ServingEnvironment | None:
     recipe, labels = run.inputs.recipe.throughput, run.inputs.recipe.placement.labels.time
-    if recipe.engine != VLLM:
+    if _engine(run).find_environment is None:
         return None
-    return serving_environment(recipe.environment, run.address, tuple(labels.items()))
+    return serving_environment(recipe.engine, recipe.environment, run.address, tuple(labels.items()))
+
+
+def _engine(run: RunContext) -> Engine:
+    return ENGINES[run.inputs.recipe.throughput.engine]
 
 
 def _at_recorded_speed(
@@ -172,7 +178,7 @@ def _at_recorded_speed(
     recorded = run.recorded(run.inputs.throughput(parent_of(unit), hardware, None), (THROUGHPUT,))
     if recorded is None or speed not in parent_now:
         return result
-    kind = DecodeMeasurement if unit.environment is None else ServingMeasurement
+    kind = resolved(ENGINES[unit.engine].measurement)
     factor = recorded[speed] / parent_now[speed]
     return {**kind.from_dict(result).scaled(factor).to_dict(), "scaled_by": factor}
 

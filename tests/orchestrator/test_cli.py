@@ -460,7 +460,7 @@ def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
 
 def test_bench_with_vllm(inputs, capsys, monkeypatch):
     environment = ServingEnvironment("/venv", "0.9", "0.2", "2.0", "5.0", "a machine (2 cores)")
-    monkeypatch.setattr("orchestrator.checks.serving.serving_environment", lambda folder, address, labels: environment)
+    monkeypatch.setattr("orchestrator.checks.serving.serving_environment", lambda *asked_for: environment)
 
     def measure(environment, model, conditions, *, dtype, on_result):
         for condition in conditions:
@@ -469,7 +469,7 @@ def test_bench_with_vllm(inputs, capsys, monkeypatch):
             told = (speed, 1.0, *range(6), None, 8.0, 4, 16, 64, 16, [])
             on_result(condition, ServingMeasurement("vllm", "0.9", *about, *told))
 
-    monkeypatch.setattr("layerboost.speed.vllm_bench.measure_served", measure)
+    monkeypatch.setattr("tasks.timing.measure_served", measure)
     shutil.copytree(inputs.model, inputs.folder / "new")
     sizes = ["--concurrency", "1", "2", "--prompt-tokens", "16", "--new-tokens", "4", "--engine", "vllm", "--json"]
     assert cli.main(["bench", str(inputs.model), str(inputs.folder / "new"), *sizes]) == 0

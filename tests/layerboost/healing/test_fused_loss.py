@@ -10,8 +10,9 @@ from torch import nn
 
 from layerboost.healing import fused_loss
 from layerboost.healing.distillation import Distillation
+from layerboost.healing.divergences import Divergence
 from layerboost.healing.fused_loss import fused_divergence, fused_heads, plain_head
-from layerboost.healing.losses import Divergence, distillation_loss
+from layerboost.healing.losses import distillation_loss
 from tests.layerboost.healing.test_distillation import VOCABULARY, spec_of, tiny_model
 
 

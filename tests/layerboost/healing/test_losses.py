@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from layerboost.healing.losses import Divergence, distillation_loss, relative_error
+from layerboost.healing.divergences import Divergence
+from layerboost.healing.losses import distillation_loss, relative_error
 
 
 def naive_divergence(kind, student, teacher):

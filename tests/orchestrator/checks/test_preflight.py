@@ -38,7 +38,7 @@ def test_vllm_needs_a_family_that_it_serves_an_environment_and_room_for_longer_p
     asked = []
     monkeypatch.setattr("orchestrator.checks.serving.serving_environment", lambda *asked_for: asked.append(asked_for))
     run_preflight(inputs, *VLLM)
-    assert asked == [("/venv", None, ())]
+    assert asked == [("vllm", "/venv", None, ())]
     with pytest.raises(InputError, match=r"throughput\.prompt_tokens: 45: with 4 new tokens and the 16 by .* is 65"):
         run_preflight(inputs, *VLLM, "throughput.prompt_tokens=45")
     _edit_config(inputs, model_type="olmo", architectures=["OlmoForCausalLM"])
