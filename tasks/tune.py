@@ -99,7 +99,7 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
             self.raised = self.raised or raised
 
     def __getstate__(self) -> dict:
-        """Returns no state: Tune pickles its searcher for a restoration that never happens; callbacks may not pickle."""
+        """Returns no state: Tune pickles its searcher for a restore that never happens; callbacks may not pickle."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
