@@ -6,11 +6,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from orchestrator.cli import build_parser
+from orchestrator.recipe.load import recipe_from_dict
+from orchestrator.recipe.recipe import Recipe
 from orchestrator.report.data import ReportData
 from orchestrator.report.render import REPORT_FILES
 
@@ -128,6 +132,25 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path):
     for arguments in command_lines(text):
         build_parser().parse_args(arguments)
     assert check_spans(text) == []
+
+
+def recipes_of(text: str) -> Iterator[dict[str, Any]]:
+    """The recipes, and parts of recipes, of the YAML blocks; what a part lacks is filled in."""
+    for block in blocks(text, "yaml"):
+        data = yaml.safe_load(block)
+        if isinstance(data, dict) and set(data) <= set(Recipe.model_fields):
+            yield {"model": {"path": "a"}, "quality": {"text": "b"}} | data
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_recipe_is_one(page: Path):
+    for data in recipes_of(page.read_text(encoding="utf-8")):
+        recipe_from_dict(data)
+
+
+def test_the_guides_hold_recipes():
+    texts = [(PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/own-model.md")]
+    assert [len(list(recipes_of(text))) for text in texts] == [1, 2]
 
 
 def test_what_is_wrong_would_be_found(capsys: pytest.CaptureFixture[str]):
