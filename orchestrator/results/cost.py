@@ -6,12 +6,12 @@ from collections import defaultdict
 
 import pandas as pd
 
-from orchestrator.run.folder import RunFolder
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.kinds import SWEEP
 from orchestrator.run.state import RunState
 
 
-def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
+def cost_table(records: RecordReader, state: RunState) -> pd.DataFrame:
     """What each stage took: units, worker seconds, healing tokens."""
     keys = {
         "evaluate": [state.base_key],
@@ -26,19 +26,15 @@ def cost_table(folder: RunFolder, state: RunState) -> pd.DataFrame:
             unit["key"] for unit in (*state.throughput, *state.lengths, *(state.speed or {"measured": []})["measured"])
         ],
     }
+    found = [(stage, records.spent(stage, [key for key in of_stage if key])) for stage, of_stage in keys.items()]
+    found += [(stage, records.spent(stage)) for stage in ("search", "refine", "sample")]
+    found.append(("sensitivity", records.spent(SWEEP)))
     totals: dict[str, dict[str, float]] = defaultdict(lambda: {"units": 0, "worker_s": 0.0, "tokens": 0})
-    found = [
-        (stage, record.result)
-        for stage, of_stage in keys.items()
-        for record in folder.records(stage)
-        if record.key in of_stage
-    ]
-    found += [(stage, record.result) for stage in ("search", "refine", "sample") for record in folder.records(stage)]
-    found += [("sensitivity", record.result) for record in folder.records(SWEEP)]
-    for stage, result in found:
-        totals[stage]["units"] += 1
-        totals[stage]["worker_s"] += result["duration_s"]
-        totals[stage]["tokens"] += result["tokens"] if stage in ("halving", "heal") else 0
+    for stage, units in found:
+        for spent in units:
+            totals[stage]["units"] += 1
+            totals[stage]["worker_s"] += spent.duration_s
+            totals[stage]["tokens"] += spent.tokens
     order = (
         "evaluate",
         "sensitivity",

@@ -9,23 +9,22 @@ from layerboost.evaluation.scores import quality
 from layerboost.healing.rungs import agreement
 from layerboost.plan import Plan
 from orchestrator.results.plans import quality_cells
-from orchestrator.run.folder import RunFolder
-from orchestrator.run.records import scores_of
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.state import RunState
 
 _VALUES = ("quality", "quality_stderr", "quality_retained", "quality_retained_stderr")
 
 
-def halving_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def halving_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of halving.csv: each plan in each rung; what failed has no quality.
 
     Qualities are by what the search judges by; `final_quality` is that of pareto.csv, of plans that healed fully.
     """
-    base = scores_of(folder, next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None))
-    final = _final_qualities(folder, state)
+    base = records.scores(next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None))
+    final = _final_qualities(records, state)
     for entry in state.halving:
         plan = Plan.from_dict(entry)
-        cells = quality_cells(base, scores_of(folder, entry["quality_key"]))
+        cells = quality_cells(base, records.scores(entry["quality_key"]))
         yield {
             "plan_id": plan.plan_id,
             **{name: entry[name] for name in ("plan", "window", "origin", "rung", "share", "tokens")},
@@ -35,7 +34,7 @@ def halving_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]
         }
 
 
-def fidelity_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def fidelity_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of fidelity.csv: how well the order of plans at one share of the budget tells that at the next one.
 
     Rung 0 is before healing. The plans are those that both have: from the second rung on, survivors alone, which lie
@@ -51,9 +50,9 @@ def fidelity_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]
     }
     for trial in reversed(state.trials):
         _note(values, 0, Plan.from_dict(trial), trial)
-    for row in halving_rows(folder, state):
+    for row in halving_rows(records, state):
         _note(values, row["rung"], Plan.from_dict(row), row)
-    values["quality"][n_rungs + 1] = _final_qualities(folder, state)
+    values["quality"][n_rungs + 1] = _final_qualities(records, state)
     for rung in range(n_rungs + 1):
         for name, by_rung in values.items():
             early, late = by_rung[rung], by_rung[rung + 1]
@@ -80,8 +79,8 @@ def _note(values: dict[str, dict[int, dict[Plan, float]]], rung: int, plan: Plan
             by_rung[rung][plan] = measured[name]
 
 
-def _final_qualities(folder: RunFolder, state: RunState) -> dict[Plan, float]:
+def _final_qualities(records: RecordReader, state: RunState) -> dict[Plan, float]:
     """Quality after the whole budget of the plans of the rungs."""
     halved = {Plan.from_dict(entry) for entry in state.halving}
-    healed = {Plan.from_dict(entry): scores_of(folder, entry["quality_key"]) for entry in state.healed}
+    healed = {Plan.from_dict(entry): records.scores(entry["quality_key"]) for entry in state.healed}
     return {plan: quality(scores)[0] for plan, scores in healed.items() if plan in halved and scores is not None}

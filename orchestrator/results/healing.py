@@ -9,20 +9,19 @@ from typing import Any
 from layerboost.evaluation.scores import Scores, retained
 from layerboost.plan import Plan
 from layerboost.sensitivity.drops import mean_drop
+from orchestrator.results.ablations import measured_scores
 from orchestrator.results.plans import quality_cells
-from orchestrator.results.sensitivity import measured_scores
-from orchestrator.run.folder import RunFolder
-from orchestrator.run.records import find_record, healing_record, scores_of
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.state import CANDIDATE_ORIGINS, RunState
 
 
-def healing_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def healing_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of healing_curves.csv: every step of every healed plan, with what was measured on held-out text after it.
 
     Text may be measured before the first step, which is then step 0 and has no loss.
     """
     for entry in state.healed:
-        plan_id, record = Plan.from_dict(entry).plan_id, healing_record(folder, entry["key"])
+        plan_id, record = Plan.from_dict(entry).plan_id, records.healing(entry["key"])
         held_out = {at["step"]: at["divergence"] for at in record["held_out"]}
         if 0 in held_out:
             first = record["curve"][0]
@@ -38,27 +37,27 @@ def healing_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]
             yield {"plan_id": plan_id, **row, "held_out_divergence": held_out.get(row["step"])}
 
 
-def early_stops(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
     """The healed plans whose budget was not spent, with the tokens that were and the budget."""
     found = []
     for entry in state.healed:
-        record = healing_record(folder, entry["key"])
+        record = records.healing(entry["key"])
         if record["stopped_early"]:
             about = {"plan_id": Plan.from_dict(entry).plan_id, "origin": entry["origin"]}
             found.append({**about, "tokens": record["tokens"], "budget": record["budget"]})
     return found
 
 
-def quality_curve_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of healing_quality.csv: each healed plan before healing, at shares of the budget, and as it was saved."""
-    base = scores_of(folder, state.base_key)
+    base = records.scores(state.base_key)
     for entry in state.healed:
         if not entry["curve"]:
             continue
-        record = healing_record(folder, entry["key"])
+        record = records.healing(entry["key"])
         last = {"share": record["tokens"] / record["budget"], "tokens": record["tokens"], "key": entry["quality_key"]}
         for point in (*entry["curve"], last):
-            if cells := quality_cells(base, scores_of(folder, point["key"])):
+            if cells := quality_cells(base, records.scores(point["key"])):
                 yield {
                     "plan_id": Plan.from_dict(entry).plan_id,
                     "origin": entry["origin"],
@@ -68,7 +67,7 @@ def quality_curve_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str,
                 }
 
 
-def baseline_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def baseline_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of baselines.csv: each healed baseline beside each healed candidate of the same attention budget.
 
     The errors of ratio and gain are paired over the items.
@@ -78,7 +77,7 @@ def baseline_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]
     for other, candidate in product(others, guided):
         if _budget(other) != _budget(candidate):
             continue
-        of_other, of_candidate = (scores_of(folder, entry["quality_key"]) for entry in (other, candidate))
+        of_other, of_candidate = (records.scores(entry["quality_key"]) for entry in (other, candidate))
         if of_other is None or of_candidate is None:
             continue
         ratio, ratio_stderr = retained(of_candidate, of_other)
@@ -93,10 +92,10 @@ def baseline_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]
         }
 
 
-def branch_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def branch_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of branches.csv: the loss of the text with both branches of linear_window layers, and with one zeroed."""
     for entry in state.branches:
-        record, plan = find_record(folder, entry["key"]), Plan.from_dict(entry)
+        record, plan = records.result(entry["key"]), Plan.from_dict(entry)
         for row in [] if record is None else record["branches"]:
             about = {"plan_id": plan.plan_id, "origin": entry["origin"], "window": plan.window}
             yield {**about, "branch_zeroed": row["zeroed"], **{name: row[name] for name in _BRANCH_VALUES}}

@@ -9,8 +9,7 @@ from layerboost.evaluation.flags import flag_text, flags
 from layerboost.evaluation.scores import Scores, quality, retained
 from layerboost.plan import Plan, Treatment
 from layerboost.search.pareto import front
-from orchestrator.run.folder import RunFolder
-from orchestrator.run.records import find_record, healing_record, scores_of
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.state import Finalist, RunState
 
 Predictor = Callable[[Plan, int], tuple[float, float] | None]
@@ -22,7 +21,7 @@ def search_base_key(state: RunState) -> str | None:
     return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
 
 
-def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
+def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
 
     Throughput is that at the highest concurrency; where no plan's speed was fitted, it is predicted as the base's times
@@ -30,18 +29,17 @@ def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> li
     """
     trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
     searched = {Plan.from_dict(trial) for trial in trials}
-    base = scores_of(folder, search_base_key(state))
+    base = records.scores(search_base_key(state))
     trials += [
-        _baseline_trial(folder, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
+        _baseline_trial(records, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
     ]
     timed = state.throughput or (state.speed or {"measured": []})["measured"]
     concurrency = max((unit["concurrency"] for unit in timed), default=0)
     measured = {}
     for unit in timed:
-        record = find_record(folder, unit["key"], ("throughput",))
-        if record is None or unit["concurrency"] != concurrency:
-            continue
-        measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
+        record = records.result(unit["key"], ("throughput",)) if unit["concurrency"] == concurrency else None
+        if record is not None:
+            measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
     base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
     nan = float("nan")
     points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
@@ -66,9 +64,9 @@ def candidate_rows(folder: RunFolder, state: RunState, predict: Predictor) -> li
     return rows
 
 
-def _baseline_trial(folder: RunFolder, entry: dict[str, Any], base: Scores | None) -> dict[str, Any]:
+def _baseline_trial(records: RecordReader, entry: dict[str, Any], base: Scores | None) -> dict[str, Any]:
     """A baseline as if the search had met it: judged by the tasks that the search judges by, as `base` was."""
-    scores = scores_of(folder, entry["key"])
+    scores = records.scores(entry["key"])
     if scores is not None and base is not None:
         judged_by = {(metric.task, metric.metric) for metric in base.primary()}
         scores = Scores([metric for metric in scores.metrics if (metric.task, metric.metric) in judged_by])
@@ -77,9 +75,9 @@ def _baseline_trial(folder: RunFolder, entry: dict[str, Any], base: Scores | Non
     return {**entry, **judged, "objective": None, "remove_below": None, "keep_above": None}
 
 
-def pareto_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
+def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
-    base = scores_of(folder, state.base_key)
+    base = records.scores(state.base_key)
     timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
     concurrencies = list(dict.fromkeys(unit["concurrency"] for unit in state.throughput))
     rows = []
@@ -91,12 +89,12 @@ def pareto_rows(folder: RunFolder, state: RunState, predict: Predictor) -> list[
             **plan.to_dict(),
             "origin": finalist.origin,
             "healed": healed,
-            "heal_tokens": healing_record(folder, entry["healed_key"])["tokens"] if healed else 0,
-            **quality_cells(base, scores_of(folder, entry["quality_key"])),
-            "flags": _flags(base, scores_of(folder, entry["quality_key"])),
+            "heal_tokens": records.healing(entry["healed_key"])["tokens"] if healed else 0,
+            **quality_cells(base, records.scores(entry["quality_key"])),
+            "flags": _flags(base, records.scores(entry["quality_key"])),
         }
         for concurrency in concurrencies:
-            timing = find_record(folder, timings[finalist, concurrency], ("throughput",))
+            timing = records.result(timings[finalist, concurrency], ("throughput",))
             tok_per_s, stderr = predict(plan, concurrency) or (None, None)
             missing = [
                 what

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from layerboost.evaluation.scores import SCORES, QualityError, Scores
+from layerboost.evaluation.scores import SCORES, Scores
 from layerboost.evaluation.statistics import mean_of_differences, paired_difference
 from layerboost.plan import Plan, Treatment
-from layerboost.sensitivity.drops import MEAN_TASK, item_drops, mean_drop
+from layerboost.sensitivity.drops import MEAN_TASK, mean_drop
 from layerboost.sensitivity.ranking import (
     DropMatrix,
     Method,
@@ -22,11 +22,17 @@ from layerboost.sensitivity.ranking import (
     split_half,
     straddles,
 )
+from orchestrator.results.ablations import (
+    Ablations,
+    SingleLayer,
+    Source,
+    item_drops_if_any,
+    measured_scores,
+    source_of,
+)
 from orchestrator.results.plans import search_base_key
-from orchestrator.results.sensitivity import measured_scores, sensitivity_rows
-from orchestrator.run.folder import RunFolder
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE
-from orchestrator.run.records import find_record, scores_of
 from orchestrator.run.state import RunState
 
 METHODS: tuple[Method, ...] = ("spearman", "kendall")
@@ -48,7 +54,7 @@ class View:
         return " ".join([self.score, self.source, *([] if self.context_tokens is None else [str(self.context_tokens)])])
 
 
-def views(folder: RunFolder, state: RunState) -> list[View]:
+def views(ablations: Ablations, state: RunState) -> list[View]:
     """Every ranking that the records hold, the chosen score's first.
 
     A score over several tasks gives a ranking for each and one over all of them. Texts and lengths beside the quality's
@@ -56,10 +62,10 @@ def views(folder: RunFolder, state: RunState) -> list[View]:
     """
     if not state.sensitivity or state.adaptive is not None:
         return []
-    chosen_source = _source(state.sensitivity[0])
+    chosen_source = source_of(state.sensitivity[0])
     found: list[View] = []
-    for (source, tokens, treatment), units in _by_source(state).items():
-        drops = _drops(folder, units, state.n_layers)
+    for (source, tokens), treatment in ablations.layers:
+        drops = _drops(ablations, (source, tokens), treatment, state.n_layers)
         for score, by_task in drops.items():
             is_chosen = score == state.score and (source, tokens) == chosen_source
             is_extra = source != TASKS_SOURCE and (source, tokens) != _main_text(state)
@@ -121,26 +127,32 @@ def correlation_rows(found: list[View]) -> Iterator[dict[str, Any]]:
             }
 
 
-def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def interaction_rows(records: RecordReader, state: RunState, ablations: Ablations) -> Iterator[dict[str, Any]]:
     """Rows of interactions.csv: each plan that was tried and whose treatments were all measured layer by layer.
 
     Plans of the search are compared by what the search judges by, the finalists that are not healed by everything.
-    Plan, base and single layers are compared over the same items, so that the interaction is paired as well.
+    Plan, base and single layers are compared over the same items, so that the interaction is paired as well. What a
+    single layer costs is worked out once, and the scores of the plans are read one after the other: a search may have
+    tried thousands.
+
+    Args:
+        records: where the scores of the plans are read.
+        state: the run's.
+        ablations: single layers, compared with the base scores of `interaction_bases`.
     """
     seen: set[tuple[Plan, str]] = set()
-    for base, tried in ((search_base_key(state), state.trials), (state.base_key, state.finalists)):
-        base_scores = scores_of(folder, base)
-        if base_scores is None:
+    for base, tried in zip(interaction_bases(state), (state.trials, state.finalists), strict=True):
+        base_scores = records.scores(base)
+        if base is None or base_scores is None:
             continue
-        layers = _single_layers(folder, state, base_scores)
-        for entry in tried:
-            plan = Plan.from_dict(entry)
-            treated = {t for t in plan.treatments if t is not Treatment.SOFTMAX}
-            scores = scores_of(folder, entry.get("key") or entry.get("quality_key"))
-            if scores is None or entry.get("healed_key") or not treated:
+        layers, plans = ablations.singles(base), _unhealed_plans(tried)
+        each_scores = records.each_scores(key for _, key in plans)
+        for (plan, _), entry, scores in zip(plans, plans.values(), each_scores, strict=True):
+            if scores is None:
                 continue
+            treated = [(t, layer) for layer, t in enumerate(plan.treatments) if t is not Treatment.SOFTMAX]
             for score in measured_scores(scores):
-                singles = [layers.get((t, layer, score)) for layer, t in enumerate(plan.treatments) if t in treated]
+                singles = [layers.get((*place, score)) for place in treated]
                 if (plan, score) in seen or None in singles:
                     continue
                 seen.add((plan, score))
@@ -153,11 +165,31 @@ def interaction_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, A
                 }
 
 
-def tier_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of tiers.csv: the layers of the healed plans that came from thresholds."""
+def interaction_bases(state: RunState) -> tuple[str | None, str | None]:
+    """Keys of the base's scores that the plans of the search and the finalists are compared with."""
+    return search_base_key(state), state.base_key
+
+
+def _unhealed_plans(tried: list[dict[str, Any]]) -> dict[tuple[Plan, str], dict[str, Any]]:
+    """The first entry of each plan that treats a layer and is not healed, by the plan and the key of its scores."""
+    found: dict[tuple[Plan, str], dict[str, Any]] = {}
+    for entry in tried:
+        plan, key = Plan.from_dict(entry), entry.get("key") or entry.get("quality_key")
+        if key is not None and not entry.get("healed_key") and plan.count(Treatment.SOFTMAX) < len(plan):
+            found.setdefault((plan, key), entry)
+    return found
+
+
+def tier_rows(sensitivity: list[dict[str, Any]], state: RunState) -> Iterator[dict[str, Any]]:
+    """Rows of tiers.csv: the layers of the healed plans that came from thresholds.
+
+    Args:
+        sensitivity: rows of sensitivity.csv.
+        state: the run's.
+    """
     drops = {
         row["layer"]: row
-        for row in sensitivity_rows(folder, state)
+        for row in sensitivity
         if row["task"] == MEAN_TASK and row["treatment"] == Treatment.NONE.value
     }
     trials = {Plan.from_dict(trial): trial for trial in reversed(state.trials)}
@@ -181,79 +213,36 @@ def tier_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
             }
 
 
-def _source(unit: dict[str, Any]) -> tuple[str, int | None]:
-    return unit["source"], unit["context_tokens"]
+def _main_text(state: RunState) -> Source | None:
+    return next((source_of(unit) for unit in state.sensitivity if unit["source"] == TEXT_SOURCE), None)
 
 
-def _main_text(state: RunState) -> tuple[str, int | None] | None:
-    return next((_source(unit) for unit in state.sensitivity if unit["source"] == TEXT_SOURCE), None)
-
-
-def _by_source(state: RunState) -> dict[tuple[str, int | None, str], list[dict[str, Any]]]:
-    found: dict[tuple[str, int | None, str], list[dict[str, Any]]] = {}
-    for unit in state.sensitivity:
-        found.setdefault((*_source(unit), unit["treatment"]), []).append(unit)
-    return found
-
-
-def _drops(folder: RunFolder, units: list[dict[str, Any]], n_layers: int) -> dict[str, dict[str, np.ndarray]]:
+def _drops(ablations: Ablations, source: Source, treatment: str, n_layers: int) -> dict[str, dict[str, np.ndarray]]:
     """Score to task to (n_layers, n_items), where every layer is recorded."""
-    rows: dict[str, list[dict[str, np.ndarray]]] = {}
-    cosine: dict[str, dict[str, np.ndarray]] = {}
-    for unit in units:
-        record, base = find_record(folder, unit["key"]), scores_of(folder, unit["base_key"])
-        if record is not None and "cosine" in record:
-            cosine = {"cosine": {TEXT_SOURCE: np.asarray(record["cosine"])}}
-        elif record is not None and base is not None:
-            variant = Scores.from_dict(record["scores"])
-            for score in measured_scores(variant):
-                if (of_layer := _item_drops(base, variant, score)) is not None:
-                    rows.setdefault(score, []).append(of_layer)
     found = {
         score: {task: np.stack([of_layer[task] for of_layer in layers]) for task in layers[0]}
-        for score, layers in rows.items()
+        for score, layers in ablations.layers[source, treatment].items()
         if len(layers) == n_layers
     }
-    return found | cosine
+    cosine = ablations.cosine.get((source, treatment))
+    return found if cosine is None else found | {"cosine": {TEXT_SOURCE: cosine}}
 
 
-def _item_drops(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray] | None:
-    """As `item_drops`; None for a score that is no mean of items, such as a perplexity by words."""
-    try:
-        return item_drops(base, variant, score)
-    except QualityError:
-        return None
-
-
-def _single_layers(folder: RunFolder, state: RunState, base: Scores) -> dict[tuple[Treatment, int, str], Scores]:
-    """Scores of each single treated layer, for each score that the base has over the same items."""
-    of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
-    found: dict[tuple[Treatment, int, str], Scores] = {}
-    for unit in state.sensitivity:
-        record = find_record(folder, unit["key"])
-        if record is None or "scores" not in record:
-            continue
-        scores = Scores.from_dict(record["scores"])
-        # A base has no divergence from itself where nobody asked for it.
-        if all(of_base.get((s.task, s.metric)) == s.n_items for s in scores.metrics if s.metric != "kl"):
-            for score in measured_scores(scores):
-                found.setdefault((Treatment(unit["treatment"]), unit["layer"], score), scores)
-    return found
-
-
-def _interaction(base: Scores, plan: Scores, singles: list[Scores], score: str) -> dict[str, Any]:
-    measured = mean_drop(base, plan, score)
+def _interaction(base: Scores, plan: Scores, singles: list[SingleLayer], score: str) -> dict[str, Any]:
+    measured = mean_drop(base, plan, score, intervals=False)
     row = {
-        "predicted_drop": float(sum(mean_drop(base, single, score).drop for single in singles)),
+        "predicted_drop": float(sum(single.drop for single in singles)),
         "measured_drop": measured.drop,
         "measured_drop_stderr": measured.drop_stderr,
     }
-    by_task = _item_drops(base, plan, score)
-    of_singles = [drops for single in singles if (drops := _item_drops(base, single, score)) is not None]
+    by_task = item_drops_if_any(base, plan, score)
+    of_singles = [single.items for single in singles if single.items is not None]
     if by_task is None or len(of_singles) < len(singles):
         return {**row, "interaction_stderr": None}
     differences = [
-        paired_difference(drops.tolist(), np.sum([single[task] for single in of_singles], axis=0).tolist(), resamples=1)
+        paired_difference(
+            drops.tolist(), np.sum([single[task] for single in of_singles], axis=0).tolist(), confidence=None
+        )
         for task, drops in by_task.items()
     ]
-    return {**row, "interaction_stderr": mean_of_differences(differences).stderr}
+    return {**row, "interaction_stderr": mean_of_differences(differences, confidence=None).stderr}

@@ -14,14 +14,22 @@ from orchestrator.report.front import conditions, format_front_table, headline, 
 from orchestrator.report.healing import baselines_table, branches_table, healing_table, quality_curve_table
 from orchestrator.report.render import render
 from orchestrator.report.tables import candidates_table, pareto_table, sensitivity_table
+from orchestrator.results.ablations import Ablations
 from orchestrator.results.best_plan import best_rows, feasible, verdict
 from orchestrator.results.cost import cost_table
 from orchestrator.results.estimates import estimate_rows
 from orchestrator.results.halving import fidelity_rows, halving_rows
 from orchestrator.results.healing import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
 from orchestrator.results.plans import candidate_rows, pareto_rows
-from orchestrator.results.rankings import correlation_rows, interaction_rows, ranking_rows, tier_rows, views
-from orchestrator.results.sensitivity import sensitivity_rows
+from orchestrator.results.rankings import (
+    correlation_rows,
+    interaction_bases,
+    interaction_rows,
+    ranking_rows,
+    tier_rows,
+    views,
+)
+from orchestrator.results.reading import RecordReader
 from orchestrator.results.speed import length_rows, predictions, speed_rows
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.state import RECIPE_FILE, load_state
@@ -46,34 +54,36 @@ def report_data(folder: RunFolder) -> ReportData:
     """
     state, recipe_yaml = load_state(folder), folder.read_text(RECIPE_FILE)
     constraints = ConstraintsSection.model_validate(yaml.safe_load(recipe_yaml).get("constraints", {}))
-    found, predict = views(folder, state), predictions(state)
-    pareto = pareto_table(pareto_rows(folder, state, predict))
+    records = RecordReader(folder)
+    ablations = Ablations(records, state, interaction_bases(state))
+    found, predict = views(ablations, state), predictions(state)
+    pareto = pareto_table(pareto_rows(records, state, predict))
     pareto["feasible"] = feasible(pareto, constraints)
     return ReportData(
         # A folder is often called `model`: the one around it says whose.
         title="/".join(Path(state.model).parts[-2:]),
         recipe_yaml=recipe_yaml,
-        sensitivity=sensitivity_table(sensitivity_rows(folder, state)),
-        candidates=candidates_table(candidate_rows(folder, state, predict)),
+        sensitivity=sensitivity_table(ablations.rows),
+        candidates=candidates_table(candidate_rows(records, state, predict)),
         pareto=pareto,
         verdict=verdict(pareto, constraints),
         best=best_rows(pareto, constraints),
-        speed=speed_table(speed_rows(folder, state)),
-        lengths=lengths_table(length_rows(folder, state)),
-        halving=halving_table(halving_rows(folder, state)),
-        fidelity=fidelity_table(fidelity_rows(folder, state)),
-        healing_curves=healing_table(healing_rows(folder, state)),
-        quality_curve=quality_curve_table(quality_curve_rows(folder, state)),
-        baselines=baselines_table(baseline_rows(folder, state)),
-        branches=branches_table(branch_rows(folder, state)),
-        early_stops=early_stops(folder, state),
+        speed=speed_table(speed_rows(records, state)),
+        lengths=lengths_table(length_rows(records, state)),
+        halving=halving_table(halving_rows(records, state)),
+        fidelity=fidelity_table(fidelity_rows(records, state)),
+        healing_curves=healing_table(healing_rows(records, state)),
+        quality_curve=quality_curve_table(quality_curve_rows(records, state)),
+        baselines=baselines_table(baseline_rows(records, state)),
+        branches=branches_table(branch_rows(records, state)),
+        early_stops=early_stops(records, state),
         environment=state.environment,
         estimates=estimates_table(estimate_rows(folder, state)),
-        cost=cost_table(folder, state),
+        cost=cost_table(records, state),
         rankings=rankings_table(ranking_rows(found)),
         correlations=correlations_table(correlation_rows(found)),
-        interactions=interactions_table(interaction_rows(folder, state)),
-        tiers=tiers_table(tier_rows(folder, state)),
+        interactions=interactions_table(interaction_rows(records, state, ablations)),
+        tiers=tiers_table(tier_rows(ablations.rows, state)),
         warnings=[
             f"{failure['stage']} failed for {failure['name']}: {failure['error'].splitlines()[0]}"
             for failure in state.failures

@@ -7,8 +7,7 @@ from typing import Any
 
 from layerboost.plan import Plan
 from layerboost.speed.speed_model import SpeedModel
-from orchestrator.run.folder import RunFolder
-from orchestrator.run.records import find_record
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.state import Finalist, RunState
 
 Prediction = Callable[[Plan, int], tuple[float, float] | None]
@@ -40,7 +39,7 @@ def predictions(state: RunState) -> Prediction:
     return predict
 
 
-def speed_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of speed.csv: each measured model under each condition that a model was fitted to, with its prediction."""
     predict, fitted = predictions(state), [] if state.speed is None else state.speed["measured"]
     in_fit = {entry["key"] for entry in fitted}
@@ -48,7 +47,7 @@ def speed_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
     entries |= {entry["key"]: entry for entry in state.throughput}
     for key, entry in entries.items():
         plan, concurrency = Plan.from_dict(entry), entry["concurrency"]
-        predicted, record = predict(plan, concurrency), find_record(folder, key, _STAGES)
+        predicted, record = predict(plan, concurrency), records.result(key, _STAGES)
         if predicted is None or record is None:
             continue
         throughput = record["output_throughput_tok_per_s"]
@@ -65,10 +64,10 @@ def speed_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
         }
 
 
-def length_rows(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
+def length_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of lengths.csv: each finalist at each prompt length; what failed stays, with its error."""
     for entry in state.lengths:
-        finalist, record = Finalist.from_dict(entry), find_record(folder, entry["key"], _STAGES)
+        finalist, record = Finalist.from_dict(entry), records.result(entry["key"], _STAGES)
         condition = {name: entry[name] for name in ("concurrency", "prompt_tokens", "new_tokens")}
         yield {
             "plan_id": finalist.plan.plan_id,

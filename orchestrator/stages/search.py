@@ -36,9 +36,10 @@ def search(run: RunContext) -> bool:
             run.failed("search", {"plan": str(failure.unit)}, failure.error)
         if not failures:
             run.record(TRIALS, identity, {"trials": trials})
-    _set_trials(run, trials)
+    judged: dict[Plan, dict[str, Any]] = {}
+    _set_trials(run, trials, judged)
     run.progress.end_stage()
-    _set_trials(run, [*trials, *refine(run)])
+    _set_trials(run, [*trials, *refine(run)], judged)
     return True
 
 
@@ -48,20 +49,38 @@ def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Out
     return objective(run, before, after), speedup(run, plan)
 
 
-def _set_trials(run: RunContext, trials: list[dict[str, Any]]) -> None:
-    """Puts points into the run's state, with what is known of their plans."""
-    known, spec = known_plans(run), run.inputs.search_quality_spec
-    base = known.get(Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers).plan_id)
-    run.state.trials = []
-    for trial in trials:
-        plan = Plan.from_dict(trial)
-        judged: dict[str, Any] = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
-        values = known.get(plan.plan_id) if trial["status"] == "ok" else None
-        if values is not None and base is not None:
-            judged |= {name: values[name] for name in ("quality", "quality_stderr")}
-            judged["objective"], judged["speedup"] = objectives(run, plan, values, base)
-        key = unit_key(run.inputs.plan_scores(plan, spec))
-        run.state.trials.append({**trial, **judged, "key": key})
+def _set_trials(run: RunContext, trials: list[dict[str, Any]], judged: dict[Plan, dict[str, Any]]) -> None:
+    """Puts points into the run's state, with what is known of their plans.
+
+    Args:
+        run: the run.
+        trials: the points.
+        judged: qualities and objectives of plans; those that are missing are read and added, so that the scores of a
+            plan are read once, however often points are put into the state.
+    """
+    untouched, spec = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers), run.inputs.search_quality_spec
+    plans = [Plan.from_dict(trial) for trial in trials]
+    keys = {plan: unit_key(run.inputs.plan_scores(plan, spec)) for plan in dict.fromkeys(plans)}
+    ok = dict.fromkeys(plan for plan, trial in zip(plans, trials, strict=True) if trial["status"] == "ok")
+    unread = [plan for plan in ok if plan not in judged]
+    base = run.recorded(run.inputs.plan_scores(untouched, spec)) if unread else None
+    if base is not None:
+        records = run.folder.each_record((keys[plan] for plan in unread), SCORE_STAGES)
+        for plan, record in zip(unread, records, strict=True):
+            if record is not None:
+                judged[plan] = _judged(run, plan, record.result, base)
+    unknown = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
+    run.state.trials = [
+        {**trial, **(judged.get(plan, unknown) if trial["status"] == "ok" else unknown), "key": keys[plan]}
+        for plan, trial in zip(plans, trials, strict=True)
+    ]
+
+
+def _judged(run: RunContext, plan: Plan, values: Values, base: Values) -> dict[str, Any]:
+    """What the state says of a plan, by its recorded scores and the base's."""
+    value, stderr = quality(Scores.from_dict(values["scores"]))
+    kept, speed = objectives(run, plan, values, base)
+    return {"quality": value, "quality_stderr": stderr, "objective": kept, "speedup": speed}
 
 
 def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[TrialResult], list[UnitFailure]]:
@@ -107,8 +126,8 @@ def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
     wanted = run.inputs.scores(EvaluationUnit(), run.inputs.search_quality_spec)
     known: dict[str, dict[str, Any]] = {}
     for stage in SCORE_STAGES:
-        for record in run.folder.records(stage):
-            if {**record.identity, "plan": None} != wanted:
+        for record in run.folder.each_record(run.folder.record_keys(stage), [stage]):
+            if record is None or {**record.identity, "plan": None} != wanted:
                 continue
             plan = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
             if record.identity["plan"] is not None:

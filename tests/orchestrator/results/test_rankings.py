@@ -11,8 +11,17 @@ import pytest
 from layerboost.evaluation.scores import MetricScore, Scores, mean_score, quality
 from layerboost.evaluation.statistics import paired_difference
 from layerboost.plan import Plan
+from orchestrator.results.ablations import Ablations
 from orchestrator.results.plans import candidate_rows
-from orchestrator.results.rankings import correlation_rows, interaction_rows, ranking_rows, tier_rows, views
+from orchestrator.results.rankings import (
+    correlation_rows,
+    interaction_bases,
+    interaction_rows,
+    ranking_rows,
+    tier_rows,
+    views,
+)
+from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import sensitivity_rows
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.state import RunState
@@ -27,6 +36,14 @@ DROPS = np.array([0.1, 0.1, 0.5, 0.3])[:, None] + RNG.normal(0, 0.02, (N_LAYERS,
 def _scores(nll: np.ndarray) -> dict[str, Any]:
     metrics = [mean_score("text", "nll", nll.tolist(), False, primary=True)]
     return {"scores": Scores(metrics).to_dict()}
+
+
+def _ablations(folder: RunFolder, state: RunState) -> Ablations:
+    return Ablations(RecordReader(folder), state, interaction_bases(state))
+
+
+def _interactions(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
+    return list(interaction_rows(RecordReader(folder), state, _ablations(folder, state)))
 
 
 @pytest.fixture
@@ -70,8 +87,8 @@ def test_a_score_that_is_no_mean_of_items_gives_no_ranking(run):
 
     for key in {*(unit["key"] for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1]["key"]}:
         with_perplexity(key)
-    assert {view.score for view in views(folder, state)} == {"nll", "cosine"}
-    rows = {row["score"]: row for row in interaction_rows(folder, state)}
+    assert {view.score for view in views(_ablations(folder, state), state)} == {"nll", "cosine"}
+    rows = {row["score"]: row for row in _interactions(folder, state)}
     assert rows["benchmark"]["interaction_stderr"] is None and rows["nll"]["interaction_stderr"] > 0
 
 
@@ -86,20 +103,20 @@ def test_a_baseline_is_judged_by_what_the_search_judges_by(run):
     scored = {"quality": 0.5, "quality_stderr": 0.1, "speedup": 1.0, "objective": None}
     state.trials = [trial | scored for trial in state.trials]
     state.baselines = [{"plan": "NNSS", "window": None, "origin": "first", "speedup": 1.2, "key": unit_key(identity)}]
-    *_, row = candidate_rows(folder, state, lambda plan, concurrency: None)
+    *_, row = candidate_rows(RecordReader(folder), state, lambda plan, concurrency: None)
     assert row["quality"] == pytest.approx(quality(Scores(metrics[:1]))[0])
 
     # Before the finalists are timed the search's own timings tell speeds.
     timing = {"of": "timing"}
     folder.write_record("throughput", timing, {"output_throughput_tok_per_s": 100.0})
     state.speed = {"measured": [{"plan": "SSSS", "window": None, "concurrency": 8, "key": unit_key(timing)}]}
-    base, *others = candidate_rows(folder, state, lambda plan, concurrency: (float(concurrency), 0.5))
+    base, *others = candidate_rows(RecordReader(folder), state, lambda plan, concurrency: (float(concurrency), 0.5))
     assert (base["output_throughput_tok_per_s"], base["predicted_throughput_tok_per_s"]) == (100, 8)
     assert {row["output_throughput_tok_per_s"] for row in others} == {None}
 
 
 def test_every_score_is_a_ranking_and_the_chosen_one_comes_first(run):
-    found = views(*run)
+    found = views(_ablations(*run), run[1])
     assert [(view.name, view.is_chosen) for view in found] == [("nll text 512", True), ("cosine text 512", False)]
     np.testing.assert_allclose(found[0].matrix.sensitivity(), DROPS.mean(axis=1), rtol=1e-9)
     rows = list(ranking_rows(found))
@@ -110,7 +127,7 @@ def test_every_score_is_a_ranking_and_the_chosen_one_comes_first(run):
 
 
 def test_rankings_of_one_treatment_are_compared_in_both_ways(run):
-    rows = list(correlation_rows(views(*run)))
+    rows = list(correlation_rows(views(_ablations(*run), run[1])))
     assert [(row["view_a"], row["view_b"], row["method"]) for row in rows] == [
         ("nll text 512", "cosine text 512", method) for method in ("spearman", "kendall")
     ]
@@ -118,7 +135,7 @@ def test_rankings_of_one_treatment_are_compared_in_both_ways(run):
 
 
 def test_the_interaction_of_a_plan_is_what_its_layers_cost_together_and_not_alone(run):
-    (row,) = interaction_rows(*run)
+    (row,) = _interactions(*run)
     assert (row["plan"], row["score"]) == ("NSNS", "nll"), "the window's cost was not measured, the base has none"
     predicted = DROPS[0].mean() + DROPS[2].mean()
     assert row["predicted_drop"] == pytest.approx(predicted)
@@ -128,7 +145,7 @@ def test_the_interaction_of_a_plan_is_what_its_layers_cost_together_and_not_alon
 
 def test_layers_whose_interval_holds_a_threshold_are_named(run):
     folder, state = run
-    rows = list(tier_rows(folder, state))
+    rows = list(tier_rows(sensitivity_rows(folder, state), state))
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
     for row, drops in zip(rows, DROPS, strict=True):
         interval = paired_difference(drops.tolist(), [0.0] * N_ITEMS)
@@ -145,5 +162,5 @@ def test_layers_whose_interval_holds_a_threshold_are_named(run):
 def test_an_adaptive_sweep_gives_drops_and_no_rankings(run):
     folder, state = run
     state.adaptive = {"spent": 0.4, "tiers": [], "error": 0.05}
-    assert views(folder, state) == []
+    assert views(_ablations(folder, state), state) == []
     assert len([row for row in sensitivity_rows(folder, state) if row["task"] == "mean"]) == N_LAYERS

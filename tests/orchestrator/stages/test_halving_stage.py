@@ -12,6 +12,7 @@ from layerboost.plan import Plan
 from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.halving import fidelity_rows, halving_rows
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
@@ -154,13 +155,13 @@ def test_tables_of_halving_come_from_the_records(run, monkeypatch):
         )
         record(run, "measure", identity, 2.0 + 0.01 * PLANS.index(plan))
         run.state.healed.append({**plan.to_dict(), "origin": "search", "quality_key": unit_key(identity)})
-    rows = list(halving_rows(run.folder, run.state))
+    rows = list(halving_rows(RecordReader(run.folder), run.state))
     assert len(rows) == 9
     assert {row["plan"] for row in rows if row["final_quality"] is not None} == {str(plan) for plan in chosen}
     assert all(0 < row["quality_retained"] <= 1 and row["quality_stderr"] > 0 for row in rows)
     assert rows[0]["plan_id"] == PLANS[0].plan_id and rows[0]["speedup"] == pytest.approx(1.1)
 
-    found = {(row["rung_a"], row["of"]): row for row in fidelity_rows(run.folder, run.state)}
+    found = {(row["rung_a"], row["of"]): row for row in fidelity_rows(RecordReader(run.folder), run.state)}
     assert found[0, "objective"]["spearman"] == pytest.approx(-1)
     assert (found[0, "objective"]["n_plans"], found[0, "objective"]["share_b"]) == (6, 0.125)
     assert found[0, "objective"]["spearman_high"] < 0
@@ -170,4 +171,4 @@ def test_tables_of_halving_come_from_the_records(run, monkeypatch):
     assert (found[2, "quality"]["share_b"], found[2, "quality"]["n_plans"]) == (1.0, 2)
     assert (2, "objective") not in found
     run.state.halving = []
-    assert list(fidelity_rows(run.folder, run.state)) == []
+    assert list(fidelity_rows(RecordReader(run.folder), run.state)) == []

@@ -16,6 +16,7 @@ from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.healing import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
 from orchestrator.results.plans import candidate_rows
+from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
@@ -280,25 +281,25 @@ def test_tables_of_healing_come_from_the_records(inputs):
         record(run, "measure", run.inputs.scores(healed_unit(run, plan), spec, keys[plan]), healed_nll)
     origins = {PLAN: "search", OTHER: "first"}
     state.healed = [healed_entry(run, plan, origins[plan], key) for plan, key in keys.items()]
-    points = [(row["origin"], row["share"], row["tokens"]) for row in quality_curve_rows(folder, state)]
+    points = [(row["origin"], row["share"], row["tokens"]) for row in quality_curve_rows(RecordReader(folder), state)]
     assert points == [
         *[("search", share, tokens) for share, tokens in ((0.0, 0), (0.5, 512), (1.0, 1024))],
         *[("first", share, tokens) for share, tokens in ((0.0, 0), (0.5, 512), (0.75, 768))],
     ]
-    assert all(0 < row["quality_retained"] < 1 for row in quality_curve_rows(folder, state))
+    assert all(0 < row["quality_retained"] < 1 for row in quality_curve_rows(RecordReader(folder), state))
     assert curve_entries(run, PLAN, keys[PLAN])[1]["key"] == state.healed[0]["curve"][1]["key"]
 
-    (beside,) = baseline_rows(folder, state)
+    (beside,) = baseline_rows(RecordReader(folder), state)
     assert (beside["origin"], beside["candidate"], beside["plan"]) == ("first", "SLN", "NLS")
     assert beside["nll_gain"] == pytest.approx(0.1)
     assert beside["nll_gain_stderr"] == pytest.approx(0.0, abs=1e-9)
     assert beside["quality_ratio"] > 1
 
-    losses = [row for row in healing_rows(folder, state) if row["plan_id"] == PLAN.plan_id]
+    losses = [row for row in healing_rows(RecordReader(folder), state) if row["plan_id"] == PLAN.plan_id]
     assert [row["step"] for row in losses] == list(range(17))
     assert (losses[0]["loss"], losses[0]["held_out_divergence"], losses[0]["tokens"]) == (None, 2.0, 0)
     assert (losses[8]["held_out_divergence"], losses[7]["held_out_divergence"]) == (1.0, None)
-    (stop,) = early_stops(folder, state)
+    (stop,) = early_stops(RecordReader(folder), state)
     assert (stop["plan_id"], stop["tokens"], stop["budget"]) == (OTHER.plan_id, 768, 1024)
 
     rows = {row["plan_id"]: row for row in candidate_rows(folder, state, lambda plan, concurrency: None)}
@@ -313,11 +314,11 @@ def test_branches_come_from_the_records(inputs):
     values = {"nll": 2.0, "nll_loss": 0.0, "nll_loss_stderr": 0.0, "n_items": 4}
     run.record("measure", identity, {"branches": [{"zeroed": zeroed, **values} for zeroed in (None, "linear")]})
     run.state.branches = [{**PLAN.to_dict(), "origin": "search", "healed_key": "key", "key": unit_key(identity)}]
-    first, second = branch_rows(run.folder, run.state)
+    first, second = branch_rows(RecordReader(run.folder), run.state)
     assert (first["branch_zeroed"], second["branch_zeroed"]) == (None, "linear")
     assert first["window"] == 8 and first["n_items"] == 4
     run.state.branches[0]["key"] = "0" * 16
-    assert list(branch_rows(run.folder, run.state)) == []
+    assert list(branch_rows(RecordReader(run.folder), run.state)) == []
 
 
 def test_candidates_are_plans_that_may_hold_the_target_after_healing(inputs):

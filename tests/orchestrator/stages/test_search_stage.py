@@ -142,6 +142,6 @@ def test_costs_of_what_was_not_measured_are_infinite(tmp_path, monkeypatch):
         {"layer": 0, "treatment": "none", "task": "text", "drop": 0.7},
         {"layer": 1, "treatment": "window", "task": "mean", "drop": -0.2},
     ]
-    monkeypatch.setattr(sys.modules["orchestrator.results.sensitivity"], "sensitivity_rows", lambda folder, state: rows)
+    monkeypatch.setattr(sys.modules["orchestrator.results.sensitivity"], "sensitivity_rows", lambda *_, **__: rows)
     inf = float("inf")
     assert cost_matrix(RunFolder(tmp_path), RunState("m", 2, "nll", {})) == {"none": [0.1, inf], "window": [inf, -0.2]}

@@ -10,6 +10,7 @@ from layerboost.speed.vllm_bench import ServingMeasurement
 from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.load import load_recipe
+from orchestrator.results.reading import RecordReader
 from orchestrator.results.speed import length_rows, predictions, speed_rows
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import RunFolder
@@ -99,7 +100,7 @@ def test_a_few_timings_predict_every_plan_and_are_not_repeated(inputs, machine, 
     )  # the second group ran half as fast
     predicted, stderr = predictions(run.state)(Plan.parse("LSW", 8), 1)
     assert predicted == pytest.approx(1 / 7) and 0 < stderr < 0.02
-    rows = list(speed_rows(run.folder, run.state))
+    rows = list(speed_rows(RecordReader(run.folder), run.state))
     assert len(rows) == 16 and all(row["in_fit"] and abs(row["relative_error"]) < 1e-6 for row in rows)
 
     again = context(inputs, monkeypatch, "throughput.concurrency=[1, 4]", "search.plans=[SNL]")
@@ -226,6 +227,6 @@ def test_rows_over_lengths_keep_what_failed(inputs, machine, monkeypatch):
     keys |= time_models(run, "lengths", {units[16]: (name, None)}, "a CPU (2 cores)")
     about = {**Finalist(Plan.parse("NNN"), "all_none").to_dict(), "concurrency": 2, "new_tokens": 4}
     run.state.lengths = [{**about, "prompt_tokens": tokens, "key": keys[units[tokens]]} for tokens in (8, 16)]
-    ok, failed = length_rows(run.folder, run.state)
+    ok, failed = length_rows(RecordReader(run.folder), run.state)
     assert (ok["status"], ok["prompt_tokens"], ok["output_throughput_tok_per_s"]) == ("ok", 8, 2.0)
     assert failed["status"] == "failed" and "out of memory" in failed["error"] and "tpot_ms_p50" not in failed
