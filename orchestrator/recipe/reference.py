@@ -36,7 +36,7 @@ _NUMBER_TEXT_SCHEMA = {
 _INTRODUCTION = """# Recipe reference
 
 A recipe is a YAML file that says what to run. It has the sections below; only `model` and `quality` must be there. This
-page is written by `python -m orchestrator.recipe.reference` from the code that checks recipes, and so is the JSON Schema
+page is written by `python -m orchestrator.recipe.reference` from the code that checks recipes, and so is the schema
 [recipe.schema.json](../recipes/recipe.schema.json). An editor with the YAML language server completes and checks fields
 by it if this line stands at the top of a recipe, with the path of the schema relative to the recipe:
 
