@@ -1,14 +1,16 @@
-"""Runs of a small recipe on a cluster of three hosts, each disturbed at a random moment: all end as if it were not.
+"""Runs a small recipe on a cluster of three hosts, disturbs each run at a random moment, and checks that it recovers.
 
     python -m tests.cluster.chaos --runs 20 --out chaos.csv
 
-Hosts of our own (hosts.sh), `ray up` with the shipped clusters/local.yaml, and the driver as a process of the head. In
-each run one of: a worker killed, a node's raylet killed, a node cut off from the network for up to a minute, the driver
-killed and started again, the storage failing for ten seconds, a record cut in half. The command is given again until it
-exits with 0, and once more after a record was cut, which only a run that reads it can find. Then the tables must be
-those of an undisturbed run, and no more units may have run twice than were in flight.
+The hosts are namespaces on this machine (hosts.sh). `ray up` starts the cluster with the shipped clusters/local.yaml,
+and the driver is a process of the head. Each run gets one disturbance: a worker is killed, a node's raylet is killed, a
+node is cut off from the network for up to a minute, the driver is killed and started again, the storage fails for ten
+seconds, or a record is cut in half. The command is repeated until it exits with 0. After a cut record it runs once
+more, because only a run that reads the record can notice the damage. Then the tables must equal those of an undisturbed
+run, and no more units may have run twice than were in flight.
 
-Needs root on Linux and a C compiler; takes some two minutes a run. Exits with 1 if a run did not end right.
+It needs root on Linux and a C compiler, and takes about two minutes for each run. It exits with 1 if a run did
+not recover.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ KINDS = ("worker killed", "node killed", "node cut off", "driver killed", "stora
 MAX_CALLS = 4
 STORAGE_FAILS_S = 10.0
 _NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Titles of processes that do nothing for a run, or without which a node is none."""
+"""Titles of processes that do no work for a run, or that a node cannot live without; they are not killed."""
 _MARK = "/shared/storage-fails"
 
 RECIPE = repeatable_recipe(
@@ -59,14 +61,14 @@ RECIPE = repeatable_recipe(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """Records the outcome of a run.
 
     Attributes:
-        calls: of the command.
-        units: that were started.
-        again: of them, that had been started before.
-        in_flight: when the run was disturbed.
-        trouble: what is not as it must be.
+        calls: the number of calls of the command.
+        units: the number of units that were started.
+        again: the number of starts of a unit that had been started before.
+        in_flight: the number of units in flight when the run was disturbed.
+        trouble: what is wrong with the run; empty for nothing.
     """
 
     seed: int
@@ -81,7 +83,7 @@ class Outcome:
 
 
 class Run:
-    """One run of the recipe, whose driver is a process of the head."""
+    """Is one run of the recipe; its driver is a process of the head."""
 
     def __init__(self, cluster: Launched, name: str):
         self.hosts, self.cluster, self.name = cluster.hosts, cluster, name
@@ -91,7 +93,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What the last call wrote."""
+        """Returns the file with the output of the last call."""
         return self.hosts.folder / f"{self.name}-{self.n_calls}.log"
 
     def call(self) -> subprocess.Popen:
@@ -104,7 +106,7 @@ class Run:
         )
 
     def finish(self, driver: subprocess.Popen) -> None:
-        """Waits, and gives the command again until it exits with 0."""
+        """Waits for the command and repeats it until it exits with 0."""
         while driver.wait(timeout=900) != 0:
             if self.n_calls == MAX_CALLS:
                 raise AssertionError(f"exit {driver.returncode} of call {self.n_calls}: {self.log.read_text()[-3000:]}")
@@ -115,7 +117,7 @@ class Run:
         return time.monotonic() - self.start_s
 
     def started(self) -> Counter[str]:
-        """How often each unit was started, by stage and name."""
+        """Counts how often each unit was started, by stage and name."""
         try:
             lines = (self.out / "log.jsonl").read_text().splitlines()
         except FileNotFoundError:
@@ -134,12 +136,15 @@ class Run:
 
 
 def storage_environment() -> dict[str, str]:
-    """What makes the storage of a process fail while the mark is there (storage_fails.c)."""
+    """Returns the variables that make a process's storage fail while the mark file exists (storage_fails.c)."""
     return {"STORAGE": "/shared/out", "STORAGE_FAILS": _MARK, "LD_PRELOAD": "/shared/storage_fails.so"}
 
 
 def disturb(run: Run, kind: str, draw: random.Random) -> str:
-    """Disturbs a run now; what was done to whom. What passes by (a cut, failing storage) has passed on return."""
+    """Disturbs a run now and returns what was done.
+
+    A temporary disturbance, such as a network cut or failing storage, is over on return.
+    """
     hosts, node = run.hosts, draw.choice(["h1", "h2"])
     if kind == "worker killed":
         for host in draw.sample(["h0", "h1", "h2"], 3):
@@ -177,7 +182,7 @@ def disturb(run: Run, kind: str, draw: random.Random) -> str:
 
 
 def chaotic_run(cluster: Launched, seed: int, undisturbed: Run, undisturbed_s: float) -> Outcome:
-    """One run, disturbed as its seed says, and what became of it."""
+    """Runs the recipe once, disturbed as the seed says, and returns the outcome."""
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
     moment_s = draw.uniform(0.05, 0.95) * undisturbed_s
@@ -212,7 +217,7 @@ def chaotic_run(cluster: Launched, seed: int, undisturbed: Run, undisturbed_s: f
 
 
 def outcomes(seeds: Sequence[int], folder: Path) -> Iterator[Outcome]:
-    """Launches the cluster, does the undisturbed run, and disturbs those of the seeds one after the other."""
+    """Launches the cluster, does the undisturbed run, then the disturbed run of each seed; yields the outcomes."""
     hosts = Hosts(folder, f"c{os.getpid() % 100000}")
     hosts.call("up", str(len(ADDRESSES)))
     try:

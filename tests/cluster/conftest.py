@@ -1,4 +1,4 @@
-"""What tests have to themselves: a Ray cluster of two nodes with a token, a project to send there, hosts of our own."""
+"""Provides a Ray cluster of two nodes with a token, a project to send there, and simulated hosts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def free_ports(n: int) -> list[int]:
 
 @dataclass
 class RayCluster:
-    """A cluster whose nodes are started one by one, and what they and their clients have as environment."""
+    """Holds a cluster whose nodes are started one by one, and the environment of its nodes and clients."""
 
     home: Path
     gcs: int
@@ -47,10 +47,10 @@ class RayCluster:
         return f"127.0.0.1:{self.gcs}"
 
     def start(self, *options: str, cover: str = "") -> subprocess.Popen:
-        """Starts a node and waits until it is there; `cover` is a shell command run in a mount namespace of its own."""
+        """Starts a node and waits until it is alive; the shell command `cover` runs first, in its mount namespace."""
         number = len(self.processes)
-        # A folder for each node, as on two hosts (in a shared one each would clean up what the other has unpacked), and
-        # a short one, since the paths of sockets have a limit.
+        # Each node has its own folder, as on two hosts: in a shared one each would delete what the other has unpacked.
+        # The path is short because the paths of sockets have a length limit.
         command = [
             *RAY, "start", f"--dashboard-agent-listen-port={free_ports(1)[0]}", f"--temp-dir={self.temp(number)}",
             f"--node-ip-address=127.0.0.{number + 1}", "--disable-usage-stats", "--block", *options,
@@ -80,7 +80,7 @@ class RayCluster:
 
 @pytest.fixture(scope="package")
 def ray_cluster(tmp_path_factory):
-    """A fresh cluster of two nodes that asks for a token."""
+    """Starts a fresh cluster of two nodes that needs a token."""
     home = tmp_path_factory.mktemp("home")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
@@ -108,12 +108,12 @@ def ray_cluster(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def cluster(ray_cluster) -> tuple[str, dict[str, str]]:
-    """The address of its job server, and the environment that holds its token."""
+    """Gives the address of the cluster's job server, and the environment that holds its token."""
     return f"http://127.0.0.1:{ray_cluster.dashboard}", ray_cluster.environment
 
 
 def has_nodes(n_nodes: int, address: str, environment: dict) -> bool:
-    """Whether the cluster answers and has so many living nodes."""
+    """Says whether the cluster answers and has `n_nodes` living nodes."""
     script = (
         "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
         "print(sum(node['Alive'] for node in ray.nodes()))"
@@ -134,7 +134,7 @@ def wait_until(condition, logs: Path, timeout_s: float = 180) -> None:
 
 @pytest.fixture
 def project(pristine_inputs, tmp_path) -> Path:
-    """A working directory as a user has it: the packages, and a recipe with its inputs beside."""
+    """Makes a user's working directory: the packages, and a recipe next to its inputs."""
     folder = tmp_path / "project"
     for package in ("layerboost", "tasks", "orchestrator"):
         ignored = shutil.ignore_patterns("__pycache__", "model", "data")
@@ -145,7 +145,7 @@ def project(pristine_inputs, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[Hosts]:
-    """Three hosts and `drv`, and nothing left of them afterwards, whatever happened; skipped where they cannot be."""
+    """Sets up three hosts and `drv`, and removes every trace of them; skips where the machine cannot have them."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     hosts = Hosts(tmp_path_factory.mktemp("hosts"), f"l{os.getpid() % 100000}")

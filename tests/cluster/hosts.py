@@ -1,4 +1,4 @@
-"""Hosts of our own on this machine (hosts.sh beside this file), as objects of the tests."""
+"""Gives tests access to the simulated hosts on this machine that hosts.sh sets up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADDRESSES = ["10.77.0.10", "10.77.0.11", "10.77.0.12"]
 
 
 def why_not() -> str | None:
-    """What this machine lacks for hosts of its own, or None."""
+    """Returns what this machine lacks for simulated hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -36,7 +36,7 @@ def why_not() -> str | None:
 
 @dataclass
 class Hosts:
-    """`drv` and h0, h1, h2, which all see `shared` as /shared."""
+    """Represents the hosts `drv`, h0, h1 and h2, which all see `shared` as /shared."""
 
     folder: Path
     prefix: str
@@ -63,12 +63,12 @@ class Hosts:
         subprocess.run(self.command(*arguments), env=self.environment, check=True)
 
     def on(self, host: str, *command: str, env: dict[str, str] | None = None) -> list[str]:
-        """The command line that runs a command on a host."""
+        """Returns the command line that runs a command on a host."""
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         return self.command("x", host, "env", *settings, *command)
 
     def run(self, host: str, *command: str, env: dict[str, str] | None = None, expect: int | None = 0) -> str:
-        """What a command on a host writes to stdout; to stderr too where it must not fail."""
+        """Runs a command on a host and returns its stdout; where it must not fail, with its stderr."""
         result = subprocess.run(
             self.on(host, *command, env=env), env=self.environment, capture_output=True, text=True, check=False
         )
@@ -81,7 +81,7 @@ class Hosts:
             return subprocess.Popen(self.on(host, *command, env=env), env=self.environment, stdout=file, stderr=file)
 
     def leftovers(self) -> list[str]:
-        """Namespaces, interfaces, mounts and processes that are theirs."""
+        """Lists the namespaces, interfaces, mounts and processes of the hosts."""
         found = [
             line
             for command in (["ip", "netns", "list"], ["ip", "-o", "link"])
@@ -102,7 +102,7 @@ class Hosts:
 
 
 def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float) -> float:
-    """Seconds until a condition held; fails the test after a time and says what, or what it is told then."""
+    """Waits for a condition and returns the seconds it took; after `timeout_s` it fails the test and reports `what`."""
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > timeout_s:

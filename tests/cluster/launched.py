@@ -1,4 +1,4 @@
-"""A cluster that `ray up` starts from clusters/local.yaml on hosts of our own, and a project to run there."""
+"""Starts a cluster on simulated hosts with `ray up` and clusters/local.yaml, and copies a project to run there."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LONG_TEXT = "long.txt"
 
 
 def copy_project(hosts: Hosts, inputs: Path, recipe: dict[str, Any], *, long_text: int) -> Inputs:
-    """The working directory of a user, on the shared folder: the packages, and a recipe with its inputs beside.
+    """Makes a user's working directory on the shared folder: the packages, and a recipe next to its inputs.
 
     Args:
-        long_text: how often LONG_TEXT, for units that take a while, repeats the text that models are judged by.
+        long_text: how often LONG_TEXT repeats the text that judges models, so that units take a while.
     """
     folder = hosts.shared / "project"
     ignored = shutil.ignore_patterns("__pycache__")
@@ -44,13 +44,13 @@ def copy_project(hosts: Hosts, inputs: Path, recipe: dict[str, Any], *, long_tex
 
 
 def write_cluster_yaml(hosts: Hosts, environment: Mapping[str, str] | None = None) -> Path:
-    """The shipped file with addresses and user filled in, without its section for images, and one CPU for each host.
+    """Writes the shipped file with addresses and user, without its section for images, and one CPU for each host.
 
     Args:
-        environment: variables of all of Ray's processes beside those that the file gives them.
+        environment: variables for all of Ray's processes, in addition to those of the file.
 
     Returns:
-        Its path on the hosts.
+        The path of the file on the hosts.
     """
     config = yaml.safe_load((PROJECT / "clusters" / "local.yaml").read_text())
     config["provider"].update(head_ip=ADDRESSES[0], worker_ips=ADDRESSES[1:])
@@ -65,13 +65,13 @@ def write_cluster_yaml(hosts: Hosts, environment: Mapping[str, str] | None = Non
 
 @dataclass(frozen=True)
 class Launched:
-    """A cluster that is up, as it is seen from drv through the tunnel of `ray dashboard`."""
+    """Shows a running cluster as drv sees it through the tunnel of `ray dashboard`."""
 
     hosts: Hosts
     yaml: Path
 
     def nodes(self) -> list[dict[str, Any]]:
-        """What Ray's state API says of each node; nothing where it does not answer."""
+        """Returns what Ray's state API reports on each node; the list is empty where it does not answer."""
         command = ["ray", "list", "nodes", "--format", "json", "--detail", "--address", JOB_SERVER]
         try:
             return json.loads(self.hosts.run("drv", *command, env=TOKEN, expect=None))
@@ -79,8 +79,8 @@ class Launched:
             return []
 
     def states(self) -> dict[str, str]:
-        """Address to state (ALIVE or DEAD)."""
-        # A node that came back is a new one; the old one stays in the list.
+        """Returns the state of each node (ALIVE or DEAD) by its address."""
+        # A node that came back is a new entry and the old one stays listed, so living nodes must overwrite dead ones.
         nodes = sorted(self.nodes(), key=lambda node: node["state"] == "ALIVE")
         return {node["node_ip"]: node["state"] for node in nodes}
 
@@ -88,13 +88,13 @@ class Launched:
         return self.states() == dict.fromkeys(ADDRESSES, "ALIVE")
 
     def wait_for_nodes(self, timeout_s: float = 300) -> float:
-        """Seconds until all three are alive."""
+        """Waits until all three nodes are alive and returns the seconds it took."""
         return wait_until(self.all_alive, lambda: f"three nodes alive: {self.states()}", timeout_s)
 
 
 @contextmanager
 def launched(hosts: Hosts, cluster_yaml: Path) -> Iterator[Launched]:
-    """`ray up`, and `ray dashboard` as the way to it from drv, for the time of a block."""
+    """Keeps a cluster up for a block: `ray up`, and `ray dashboard` as the tunnel to it from drv."""
     hosts.run("drv", "ray", "get-auth-token", "--generate")
     hosts.run("drv", "ray", "up", "--yes", "--no-config-cache", "--disable-usage-stats", str(cluster_yaml))
     log = hosts.folder / "dashboard.log"

@@ -1,4 +1,4 @@
-"""`ray job submit` to a cluster of two nodes with token authentication, as a user would."""
+"""Tests `ray job submit` to a cluster of two nodes with token authentication, as a user would call it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_submitted_job_uses_both_nodes(cluster, project, tmp_path):
     judge = (project / "inputs" / "judge.txt").read_text()
     (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 24))
     recipe = small_recipe(
-        # Long enough that the second node's worker is there before all is done.
+        # The text is long enough for the second node's worker to start before all is done.
         quality={"text": "long.txt", "sequences": 800, "batch_size": 1},
         sensitivity={"score": "nll", "treatments": ["none", "window"], "shares": 16, "compare": False},
         search={"trials": 1},

@@ -1,4 +1,4 @@
-"""`ray up` with the shipped clusters/local.yaml on three hosts of our own, a run there, and what goes wrong in it."""
+"""Tests `ray up` with the shipped clusters/local.yaml on three simulated hosts, a run there, and its disturbances."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SUBMIT = ["ray", "job", "submit", "--address", JOB_SERVER, "--working-dir", "/shared/project", "--"]
 SHORT = ["--until", "sensitivity"]
 SILENT_NODE_NOTICED_S = 70
-"""What the health checks of clusters/local.yaml promise (20 s), and room for a machine that three hosts share."""
+"""The 20 s that the health checks of clusters/local.yaml promise, and slack because three hosts share a machine."""
 
 
 RECIPE = repeatable_recipe(
-    # Long enough that all nodes have a unit before the first is killed.
+    # The text is long enough for all nodes to have a unit before the first is killed.
     quality={"text": LONG_TEXT, "sequences": 10000, "batch_size": 4},
     sensitivity={"treatments": ["none", "window"], "shares": 20, "compare": False},
 )
 
 
 def run(recipe: object, out: object, *options: str) -> list[str]:
-    """The command of a run."""
+    """Returns the command of a run."""
     return [PYTHON, "-m", "orchestrator", "run", str(recipe), *options, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
 def project(hosts, pristine_inputs) -> Inputs:
-    """A user's working directory."""
+    """Makes a user's working directory."""
     return copy_project(hosts, pristine_inputs, RECIPE, long_text=300)
 
 
@@ -61,7 +61,7 @@ def cluster(hosts) -> Iterator[Launched]:
 
 @pytest.fixture(scope="module")
 def local_run(project, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """The job's recipe on this machine, which is at work while tests wait for the cluster."""
+    """Runs the job's recipe on this machine while the tests wait for the cluster."""
     out = tmp_path_factory.mktemp("here") / "run"
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(run(project.recipe, out, *SHORT), env=environment, stdout=subprocess.DEVNULL)
@@ -71,7 +71,7 @@ def local_run(project, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Pat
 
 
 def worker_hosts(out: Path) -> set[str]:
-    """Names of the hosts whose workers have recorded shares of the sweep."""
+    """Returns the names of the hosts whose workers have recorded shares of the sweep."""
     return {
         json.loads(path.read_text())["result"]["worker"]["node"] for path in (out / "records" / "sweep").glob("*.json")
     }
@@ -112,7 +112,7 @@ def test_a_job_goes_on_although_a_raylet_is_killed_in_the_middle(hosts, cluster,
     hosts.run("drv", "ray", "rsync-down", str(cluster.yaml), "/shared/run/", "/shared/fetched/")
     assert worker_hosts(fetched) == {"h0", "h1", "h2"}
     assert (fetched / "report.html").exists()
-    cluster.wait_for_nodes()  # the killed one comes back
+    cluster.wait_for_nodes()  # the killed node comes back
 
 
 @pytest.mark.skipif(os.environ.get("LAYERBOOST_TEST_LONG") != "1", reason="takes 15 min; set LAYERBOOST_TEST_LONG=1")

@@ -1,4 +1,4 @@
-"""Preflight of a real cluster of which two nodes have another disk than the rest."""
+"""Tests the preflight on a real cluster of which two nodes have another disk than the rest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_nodes_with_another_disk_stop_the_run_before_it_starts(ray_cluster, proj
                         "search": {"window": 8}, "throughput": {"prompt_tokens": 16, "new_tokens": 4}})
     )  # fmt: skip
     run = ["run", "inputs/recipe.yaml", "--out", str(shared / "run"), "--until", "evaluate"]
-    # A node without a CPU is asked as well; /dev/shm of all is this machine's.
+    # A node without a CPU is asked as well. All nodes share this machine's /dev/shm.
     others = [
         ray_cluster.start(
             f"--address={ray_cluster.address}", "--num-cpus=0", cover=f"mount -t tmpfs {options} none {shared}"
@@ -50,7 +50,7 @@ def test_nodes_with_another_disk_stop_the_run_before_it_starts(ray_cluster, proj
         last = refused.stderr.splitlines()[-1]
         assert last.startswith("error: 127.0.0.") and "give an --out that all nodes share" in last
         assert list(shared.iterdir()) == []
-        # The doctor has no run folder to ask for, and all else is well.
+        # The doctor checks no run folder, and nothing else is wrong.
         healthy = layerboost(ray_cluster, "doctor", cwd=project)
         assert healthy.returncode == 0, healthy.stdout
         assert "4 nodes alive" in healthy.stdout and f"{own}  " in healthy.stdout

@@ -1,4 +1,4 @@
-"""Two runs at once: as jobs of one cluster, and each with a cluster of its own on one machine."""
+"""Tests two runs at once: as jobs of one cluster, and each with its own cluster on one machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPE = repeatable_recipe(
 
 @pytest.fixture
 def recipes(project) -> list[Path]:
-    """The same recipe under two seeds: what one run takes from the other would show."""
+    """Writes one recipe with two seeds, so that anything that one run takes from the other changes its results."""
     found = []
     for seed in (0, 1):
         recipe = {**RECIPE, "healing": {**RECIPE["healing"], "seed": seed}}
@@ -41,7 +41,7 @@ def alone(recipe: Path, out: Path) -> list[str]:
 
 
 def finish(commands: list[list[str]], logs: Path, environment: dict[str, str], cwd: Path) -> None:
-    """Runs commands at the same time; all must end with 0."""
+    """Runs commands at the same time; all must exit with 0."""
     files = [(logs / f"{number}.log").open("w+") for number in range(len(commands))]
     started = [
         subprocess.Popen(command, env=environment, cwd=cwd, stdout=file, stderr=file)
@@ -64,7 +64,7 @@ def test_two_jobs_of_a_cluster_and_two_clusters_of_a_machine_do_not_disturb_each
         for recipe in recipes
     ]  # fmt: skip
     finish(jobs, tmp_path, environment, project)
-    # Beside the cluster that is up: each run starts one of its own.
+    # The first cluster is still up, and each run starts its own cluster next to it.
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
     finish([alone(recipe, tmp_path / f"own-{recipe.stem}") for recipe in recipes], tmp_path, own, project)
     for recipe in recipes:

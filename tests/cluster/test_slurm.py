@@ -1,4 +1,4 @@
-"""clusters/slurm.sh on two hosts of our own, where SSH stands for what Slurm's srun does."""
+"""Tests clusters/slurm.sh on two simulated hosts, where SSH replaces Slurm's srun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import repeatable_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-# As srun: runs a command on the named node in the caller's folder and environment, and ends it when it ends itself.
+# Like srun it runs a command on a node in the caller's folder and environment, and ends it when it ends itself.
 SRUN = """#!/usr/bin/env python3
 import os, shlex, signal, subprocess, sys
 node = next(word.split("=")[1] for word in sys.argv if word.startswith("--nodelist="))
@@ -35,7 +35,7 @@ for text in remote.stderr:
 sys.exit(remote.wait())
 """
 RECIPE = repeatable_recipe(
-    # Units of a second, so that both nodes have some.
+    # A unit takes about a second, so that both nodes get some.
     quality={"text": LONG_TEXT, "sequences": 4000, "batch_size": 4},
     sensitivity={"treatments": ["none"], "shares": 16, "compare": False},
     placement={"workers": 2, "cpus_per_worker": 2},
@@ -47,7 +47,7 @@ SCONTROL = """#!/bin/sh
 
 @pytest.fixture
 def allocation(hosts, pristine_inputs) -> list[str]:
-    """What a command line on the first of two nodes begins with inside an allocation of both."""
+    """Returns the start of a command line that runs on the first node inside an allocation of both nodes."""
     tools = hosts.shared / "slurm"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -55,7 +55,7 @@ def allocation(hosts, pristine_inputs) -> list[str]:
         (tools / name).chmod(0o755)
     shutil.copy(hosts.folder / "key", hosts.shared / "key")
     for host in ("h0", "h1"):
-        # The home is shared on such machines; names are known.
+        # On such machines the home folder is shared and host names are known.
         hosts.run(host, "sh", "-c", "mkdir -p /shared/home-ray && ln -sfn /shared/home-ray /root/.ray")
         hosts.run(host, "sh", "-c", "printf '10.77.0.10 h0\\n10.77.0.11 h1\\n' >> /etc/hosts")
     copy_project(hosts, pristine_inputs, RECIPE, long_text=120)

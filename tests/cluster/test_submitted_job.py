@@ -1,4 +1,4 @@
-"""`layerboost submit` to a real cluster: results, exit codes, a line that is cut, and tokens that are refused."""
+"""Tests `layerboost submit` to a real cluster: results, exit codes, a cut connection, and refused tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(address: str, out: Path, *arguments: str) -> list[str]:
 
 
 def slow_lines(folder: Path, n_lines: int, code: int) -> str:
-    """Something to follow in place of a run: a program that writes two lines a second and ends with an exit code."""
+    """Writes a program to follow in place of a run: it prints two lines a second and ends with an exit code."""
     script = folder / f"lines{code}.sh"
     script.write_text(
         f"#!/bin/sh\ni=0\nwhile [ $i -lt {n_lines} ]; do i=$((i+1)); echo line $i; sleep 0.5; done\nexit {code}\n"
@@ -55,7 +55,7 @@ def slow_lines(folder: Path, n_lines: int, code: int) -> str:
 
 def submitted(cluster, project: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     address, environment = cluster
-    # The token is found where it is.
+    # Without RAY_AUTH_MODE, submit must find the token by itself.
     environment = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
     return subprocess.run(
         command(address, out, *arguments), cwd=project, env=environment, capture_output=True, text=True, check=False
@@ -63,7 +63,7 @@ def submitted(cluster, project: Path, out: Path, *arguments: str) -> subprocess.
 
 
 def records(out: Path) -> dict[str, dict]:
-    """Identity and result of each evaluation, less what says where and how long it ran."""
+    """Returns identity and result of each evaluation, without where and how long it ran."""
 
     def lasting(value):
         if not isinstance(value, dict):
@@ -110,7 +110,7 @@ def test_the_exit_code_is_the_jobs(cluster, project, recipe, tmp_path):
 
 
 class Line:
-    """A TCP line to a port of this machine that can be cut and mended."""
+    """Forwards a TCP port of this machine; the connection can be cut and restored."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -120,11 +120,11 @@ class Line:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def cut(self) -> None:
-        # A listener that only closes would keep the port as long as somebody waits in accept.
+        # `close` alone would keep the port as long as a thread waits in accept, so the socket is shut down first.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for one in self._sockets:
-            with contextlib.suppress(OSError):  # its other end has gone already
+            with contextlib.suppress(OSError):  # the other end has closed already
                 one.shutdown(socket.SHUT_RDWR)
         self._sockets.clear()
 
@@ -162,7 +162,7 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, timeout_s: float 
 
 @pytest.fixture
 def started(cluster, project, recipe, tmp_path):
-    """Starts a submission in the background; returns the process and its two outputs."""
+    """Gives a function that starts a submission in the background; it returns the process and its two outputs."""
     processes = []
 
     def start(address: str, *arguments: str, **variables: str) -> tuple[subprocess.Popen, Path, Path]:

@@ -1,4 +1,4 @@
-"""clusters/wait_for.py on a head without work, whose autoscaler starts nodes of two kinds."""
+"""Tests clusters/wait_for.py on an idle head whose autoscaler starts nodes of two kinds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.cluster.hosts import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 WAIT_FOR = Path(__file__).resolve().parents[2] / "clusters" / "wait_for.py"
-# Ray's autoscaler, whose nodes are processes here; on a host of its own, since it ends all of Ray first. The wheel
-# lacks the file of defaults that it begins with, so the folder gets it on that host.
+# This starts Ray's autoscaler, whose nodes are processes here. It needs a host of its own, because it first ends all of
+# Ray. The wheel lacks the autoscaler's file of defaults, so the script puts one into the folder on that host.
 START = """
 import json, pathlib, shutil, subprocess
 import ray.cluster_utils

@@ -1,4 +1,4 @@
-"""The command line: what wrong inputs get, exit codes, and the commands for single checkpoints on a real tiny model."""
+"""Tests the command line: errors of wrong inputs, exit codes, and commands for single checkpoints on a tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import cli
 from tests.models import tiny_model
 
-# The whole way from the shell to the refusal, imports of torch and transformers included.
+# The limit covers the whole way from the shell to the refusal, including the imports of torch and transformers.
 REFUSAL_S = 10.0
 
 
@@ -239,7 +239,7 @@ WRONG = {
     "malformed override": (damage_nothing, ["--set", "trials=3"], "--set", "trials=3", "section.field=value"),
     "unknown stage": (damage_nothing, ["--until", "serach"], "layerboost run", "serach", "choose from"),
 }
-# The imports that these need differ, and so does the place where each is found.
+# These cases differ in the imports that they need and in the place where the mistake is found.
 AS_PROCESSES = [
     "unknown key",
     "misspelt task",
@@ -291,12 +291,12 @@ def test_wrong_inputs_as_processes(inputs, name):
     before = everything_in(inputs.folder.parent)
     out = [] if "--out" in arguments else ["--out", "../out/run"]
     start = time.monotonic()
-    # Not offline by decree: an unreachable hub must be noticed in time as well.
+    # Offline mode is off, because an unreachable hub must be noticed in time as well.
     done = layerboost("run", "recipe.yaml", *out, *arguments, cwd=inputs.folder, HF_HUB_OFFLINE="0", RAY_ADDRESS="")
     seconds = time.monotonic() - start
     assert_refused(done.returncode, done.stdout, done.stderr, field, value, remedy)
     assert everything_in(inputs.folder.parent) == before
-    # Where other programs want the processors too, each gets its share of them only.
+    # On a loaded machine the process gets only its share of the processors, so the limit is scaled.
     share = min(1.0, (os.cpu_count() or 1) / os.getloadavg()[0])
     assert seconds * share < REFUSAL_S
 

@@ -1,4 +1,4 @@
-"""Whole runs of the command that something goes wrong with: a full disk, Ctrl-C, a broken checkpoint."""
+"""Tests whole runs of the command that meet a full disk, Ctrl-C or a broken checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = repeatable_recipe(
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs, and run folders that nothing disturbed up to a stage."""
+    """Holds inputs and the folders of undisturbed runs up to a stage."""
 
     inputs: Inputs
     folder: Path
@@ -43,7 +43,7 @@ class Prepared:
         return out
 
     def copy(self, stage: str, out: Path) -> Path:
-        """The folder of a run that goes on behind a stage."""
+        """Copies the folder of a run that has finished a stage, so that a test can go on from there."""
         return Path(shutil.copytree(self.until(stage), out))
 
 
@@ -56,13 +56,13 @@ def prepared(pristine_inputs: Path, folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def small(pristine_inputs, tmp_path_factory) -> Prepared:
-    """Runs of a minute that heal two plans."""
+    """Prepares runs of a minute that heal two plans."""
     return prepared(pristine_inputs, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def heavy(pristine_inputs, tmp_path_factory) -> Prepared:
-    """The same with a model of two MiB."""
+    """Prepares the same runs with a model of 2 MiB."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def heavy(pristine_inputs, tmp_path_factory) -> Prepared:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real filesystem of 50 MB, of which a little more than three are free."""
+    """Mounts a real filesystem of 50 MB of which a little more than 3 MB are free."""
     with mounted_disk(tmp_path / "disk", "50m") as folder:
         (folder / "others").write_bytes(bytes(shutil.disk_usage(folder).free - int(3.3 * 2**20)))
         yield folder
@@ -87,7 +87,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_stops_the_run_and_with_more_room_it_ends_as_if_nothing_had_happened(
     heavy, small_disk, tmp_path, method
 ):
-    # The trained parameters of a full healing fill the disk with their first checkpoint, the healed models otherwise.
+    # In full healing the first checkpoint of the trained parameters fills the disk, otherwise the healed models do.
     settings = ["--until", "heal", "--set", f"healing.method={method}"]
     inputs = heavy.inputs
     out, undisturbed = (heavy.copy("search", folder / "out") for folder in (small_disk, tmp_path))
@@ -117,7 +117,7 @@ def test_a_full_disk_stops_the_run_and_with_more_room_it_ends_as_if_nothing_had_
 
 
 def interrupted(inputs: Inputs, out: Path, line: str, times: int) -> tuple[int, list[str]]:
-    """Exit code and lines of a run that gets Ctrl-C so many times from the first line on that begins as a pattern."""
+    """Returns exit code and lines of a run that gets Ctrl-C `times` times, from the first match of `line` on."""
     process = subprocess.Popen(
         command(inputs, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -188,5 +188,5 @@ def test_a_model_that_cannot_be_judged_fails_after_three_times_and_the_rest_is_d
         [sys.executable, "-m", "orchestrator", "status", str(out)], capture_output=True, text=True, check=True
     )
     assert status.stdout.startswith("some units failed")
-    shutil.rmtree(broken)  # is healed again
+    shutil.rmtree(broken)  # so that it is healed again
     run(small.inputs, out)

@@ -1,4 +1,4 @@
-"""Whole runs of the command on a tiny model: killed in each stage, resumed, damaged, shared, reported again."""
+"""Tests whole runs of the command on a tiny model: killed in each stage, resumed, damaged, shared, reported again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.results import TABLES, assert_equal_results, table
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 KILL_AT = {
-    # A stage, and the first words of the progress line after which the driver is killed.
+    # Each stage has the first words of the progress line after which the driver is killed.
     "sensitivity": "sensitivity 4/9 done",
     "search": "search 2/",
     "refine": "refine 2/",
@@ -48,7 +48,7 @@ def run(inputs, out: Path, *arguments: str, expect: int = 0) -> subprocess.Compl
 
 
 def kill_at(inputs, out: Path, line_start: str, *arguments: str) -> None:
-    """Starts the run and kills the driver with SIGKILL at the first progress line that starts so."""
+    """Starts the run and kills the driver with SIGKILL at the first progress line that starts with `line_start`."""
     process = subprocess.Popen(
         command(inputs, out, *arguments),
         env=environment(),
@@ -74,7 +74,7 @@ def records(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def recipe_values() -> dict:
     return {
-        # Measured speeds differ from run to run, and with them the plans.
+        # Speeds come from the byte model, because measured speeds, and the plans with them, differ between runs.
         "search": {
             "trials": 3,
             "window": 8,
@@ -103,7 +103,7 @@ def recipe_values() -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(pristine_inputs, recipe_values, tmp_path_factory):
-    """Inputs, and the folder of a run that nothing disturbed."""
+    """Gives inputs and the folder of an undisturbed run."""
     from tests.conftest import Inputs
 
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -237,7 +237,7 @@ def test_a_dry_run_counts_the_units_and_starts_nothing(undisturbed, tmp_path):
 
 @pytest.fixture(scope="module")
 def disturbed_sweep(undisturbed, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The folder of a run until `sensitivity` whose workers were killed, and the units that it reports as done."""
+    """Gives the folder of a run until `sensitivity` whose workers were killed, and the units that it reported done."""
     inputs, _, _ = undisturbed
     out = tmp_path_factory.mktemp("disturbed") / "out"
     process = subprocess.Popen(
@@ -275,7 +275,7 @@ def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, disturbed_swe
 
 
 def workers_of(driver: int) -> list[int]:
-    """Process ids of the sweep workers that a driver's own Ray started."""
+    """Returns the process ids of the sweep workers that a driver's embedded Ray started."""
     parents, workers = {}, []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():

@@ -1,4 +1,4 @@
-"""A small local cluster, and a tiny checkpoint with a tokenizer and a text that it can read."""
+"""Provides a small local cluster, and a tiny checkpoint with a tokenizer and a text that it can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models import tiny_model
 
 @pytest.fixture(scope="module")
 def ray_local():
-    """A local cluster of two CPUs."""
+    """Starts a local cluster of two CPUs."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -24,7 +24,7 @@ def ray_local():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A folder with `model/` (a tiny random Llama of 4 layers, vocabulary 97) and `text.txt` (40 documents)."""
+    """Writes a folder with `model/` (a tiny random Llama of 4 layers, vocabulary 97) and `text.txt` (40 documents)."""
     folder = tmp_path_factory.mktemp("tiny")
     words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(94))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))

@@ -1,4 +1,4 @@
-"""Evaluation workers: what they give equals the plain functions, in this process and through Ray."""
+"""Tests that evaluation workers give what the plain functions give, in this process and through Ray."""
 
 import fsspec
 import pytest

@@ -1,4 +1,4 @@
-"""Sampling workers: units put together are what one process samples, also through Ray."""
+"""Tests that the units of sampling workers together give what one process samples, also through Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search: one way whatever was known before, each plan evaluated once, objectives against the untouched model."""
+"""Tests the search: it takes one path whatever is known, and evaluates each plan once; objectives against the base."""
 
 import os
 import random
@@ -36,7 +36,7 @@ METHODS = ["thresholds", "knapsack", "evolution", "swaps"]
 
 
 def _values(plan):
-    """What layers keep, and a little more or less of it where neighbours are treated alike."""
+    """Returns what a plan's layers keep, changed a little where neighbours have the same treatment."""
     cost = sum(COSTS[t][i] for i, t in enumerate(plan.treatments) if t in COSTS) + 0.02 * plan.count(Treatment.WINDOW)
     alike = sum(a is b is Treatment.NONE for a, b in zip(plan.treatments, plan.treatments[1:], strict=False))
     return {"quality": 0.9 - cost - 0.02 * alike}
@@ -53,7 +53,10 @@ def _state(spec, known=None):
 
 
 def _drive(spec, known=None, n_workers=1, order=None, fails=(), state=None):
-    """Runs a search without Ray, with results coming back in a random order; the results and the evaluated plans."""
+    """Runs a search without Ray; results come back in the order that `order` draws.
+
+    Returns the results and the evaluated plans.
+    """
     state = state or _state(spec, known)
     running, evaluated = [], []
     while True:
@@ -88,9 +91,9 @@ def test_the_way_does_not_depend_on_workers_order_or_what_is_known(method, space
     for n_workers in (2, 7):
         again, _ = _drive(spec, n_workers=n_workers, order=random.Random())
         assert _way(again) == _way(undisturbed)
-    # A driver that died after any number of records goes the same way and evaluates only what is new.
+    # After a driver's death with any number of records the search takes the same path and evaluates only new plans.
     n_recorded = random.randrange(1, len(evaluated))
-    for recorded in (evaluated[:n_recorded], evaluated[n_recorded:]):  # the latter without the base
+    for recorded in (evaluated[:n_recorded], evaluated[n_recorded:]):  # the second part lacks the base
         known = {plan.plan_id: _values(plan) for plan in recorded}
         resumed, rest = _drive(spec, known=known, n_workers=3, order=random.Random())
         assert _way(resumed) == _way(undisturbed)
@@ -121,7 +124,7 @@ def test_another_seed_or_lag_goes_another_way():
 
 
 class _Proposer:
-    """Proposes some plans, waits after each for what it is worth, and writes down what it is told."""
+    """Proposes some plans, waits after each for its value, and writes down what it is told."""
 
     def __init__(self, plans):
         self.plans, self.calls = [Plan.parse(plan, 64) for plan in plans], []
@@ -214,7 +217,7 @@ def test_the_fixed_points_are_there_once():
 
 
 class _Counting:
-    """An evaluator that leaves a mark for each evaluation, and fails or dies on demand."""
+    """Evaluates plans, leaves a mark for each evaluation, and fails or dies on demand."""
 
     def __init__(self, folder, raises=None, dies_once=None, hangs_once=None):
         self.folder, self.raises, self.dies_once, self.hangs_once = folder, raises, dies_once, hangs_once

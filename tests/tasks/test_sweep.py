@@ -1,4 +1,4 @@
-"""The sweep on workers: shares put together are the whole, whatever dies, joins or is cut otherwise."""
+"""Tests the sweep on workers: shares add up to the whole even if workers die or join or shares are cut differently."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_workers_killed_at_random_change_nothing(ray_local, worker, source, text
 
 
 class Sleeper:
-    """Takes its time."""
+    """Works slowly."""
 
     def info(self):
         return worker_info()

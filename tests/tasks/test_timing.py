@@ -1,4 +1,4 @@
-"""Measurements: the right model under the right condition, one at a time, with the machine for itself."""
+"""Tests measurements: the right model under the right condition, one at a time, alone on the machine."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from tasks.timing import (
     measuring_threads,
 )
 
-TOKEN_BYTES = 2 * 2 * 8 * 4  # keys and values of one layer of the tiny model in fp32
+TOKEN_BYTES = 2 * 2 * 8 * 4  # bytes of the keys and values of one layer of the tiny model, in fp32
 
 
 @pytest.fixture(scope="module")

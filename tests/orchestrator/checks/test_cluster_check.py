@@ -1,4 +1,4 @@
-"""The table of what nodes lack: from made-up answers, and from nodes of which one sees another disk."""
+"""Tests the table of what nodes lack, from made-up answers and from nodes of which one sees another disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight: what the inputs are measured against, one check at a time. The command line's view is in test_cli.py."""
+"""Tests the preflight one check at a time; test_cli.py tests it through the command line."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_the_hubs_own_answers_become_remedies(monkeypatch):
     ):
 
         def answer(*_, error=error, **__):
-            # Made without the HTTP response that the constructor wants, of whichever client the hub uses now.
+            # `__new__` skips the constructor, which wants an HTTP response of whichever client the hub uses.
             raise error.__new__(error)
 
         monkeypatch.setattr(HfApi, "model_info", answer)

@@ -1,4 +1,4 @@
-"""What a run will cost: arithmetic on made-up costs, the table, and what is kept of it between calls."""
+"""Tests the estimate: its arithmetic on made-up costs, its table, and what is kept of it between calls."""
 
 from __future__ import annotations
 
@@ -65,20 +65,22 @@ def test_seconds_follow_from_units_and_their_costs(inputs):
     assert list(found) == ["evaluate", "sensitivity", "search", "heal", "curve", "measure", "throughput"]
     assert found["evaluate"].seconds == pytest.approx(4)
     assert found["sensitivity"].seconds == pytest.approx(270), "items are the same, whatever their shares"
-    # 16 steps: the candidate by 1.0 s on average, the baseline by 2.6; of tokens 5 % are less than a step.
+    # There are 16 steps, which take the candidate 1.0 s each on average and the baseline 2.6 s; 5 % of the tokens are
+    # less than a step.
     steps = 1024 // 64
     assert found["heal"].seconds == pytest.approx(steps * 1.0 + steps * 2.6)
     assert (found["heal"].units, found["heal"].tokens) == (2, 2048)
-    # Half-way points of two plans, and the baseline before healing.
+    # Two plans are judged half-way, and the baseline also before healing.
     assert found["curve"].units == 3 and found["curve"].seconds == pytest.approx(18)
-    # Base, three uniform plans, two healed ones that each have the parent beside them.
+    # The base, three uniform plans, and two healed plans, each timed together with the parent.
     assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
 
 
 def test_servers_are_asked_in_waves(inputs):
     run = context(inputs, "healing.tokens=0", "search.speed=bytes", "throughput.concurrency=[9]")
-    run.inputs.recipe.throughput.__dict__["engine"] = "vllm"  # past the checks of an environment
-    # Base, three uniform plans and the base again; 36 requests of 9 at a time, three times, and a wave to warm up.
+    run.inputs.recipe.throughput.__dict__["engine"] = "vllm"  # skips the checks of the environment
+    # The base, three uniform plans and the base again. Each runs 36 requests, 9 at a time, three times, and one more
+    # wave to warm up.
     assert stages_of(run)["throughput"].seconds == pytest.approx(5 * (1 + 3 * 4) * (5.0 + 3 * 0.3))
 
 
@@ -129,7 +131,8 @@ def test_more_workers_share_the_units(inputs, monkeypatch):
 def test_memory_of_healing_follows_what_is_trained(inputs):
     run = context(inputs, "healing.batch_sequences=2")
     lora = stages_of(run)["heal"].memory_mib
-    # 4 MiB of weights; 1 MiB numbers / 4 trained, each with a gradient and two moments beside itself in fp32.
+    # There are 4 MiB of weights. A quarter of the 2**20 numbers is trained; each needs itself, a gradient and two
+    # moments in fp32.
     activations = 2 * 32 * 16 * 3 * 34 * 4 / 2**20
     assert lora == pytest.approx(4 + 0.25 * 4 * 4 + activations)
     full = replace(COSTS, healing=replace(COSTS.healing, n_trained=2**20))
@@ -186,7 +189,7 @@ def test_a_calibration_that_is_recorded_is_used(inputs, monkeypatch):
 
 
 def run_with(monkeypatch, run: RunContext, stage) -> None:
-    """Runs the command's stages as one made-up stage."""
+    """Runs the command with one made-up stage."""
     monkeypatch.setattr(pipeline, "STAGES", {"evaluate": stage})
     monkeypatch.setattr(calibration, "costs_of", lambda run, record: COSTS)
     monkeypatch.setattr(pipeline, "_write_report", lambda folder: None)
@@ -207,7 +210,7 @@ def test_the_first_estimate_stays_and_seconds_add_up_over_calls(inputs, monkeypa
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
 
     def works(run: RunContext) -> bool:
-        now[0] += 1.0  # between stages: of the next one
+        now[0] += 1.0  # time between stages counts for the next one
         run.progress.start_stage("evaluate", 1)
         now[0] += 4.0
         run.progress.end_stage()

@@ -1,4 +1,4 @@
-"""Recipes: the documented example, defaults, paths, identity, and a line that helps for everything that is wrong."""
+"""Tests recipes: the documented example, defaults, paths, identity, and a helpful line for every mistake."""
 
 from __future__ import annotations
 

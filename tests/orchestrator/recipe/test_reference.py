@@ -1,4 +1,4 @@
-"""docs/recipe.md and the JSON Schema say what the code checks, and every field is described."""
+"""Tests that docs/recipe.md and the JSON Schema say what the code checks, and that every field is described."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def validator() -> Draft202012Validator:
 
 
 def as_json(data: Any) -> Any:
-    """The data as an editor sees it: keys are texts."""
+    """Returns the data as an editor sees it, with strings as keys."""
     return json.loads(json.dumps(data))
 
 

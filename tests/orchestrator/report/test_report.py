@@ -1,4 +1,4 @@
-"""The report on invented rows: schemas, order, front and speedup per condition, CSV round trips, an offline page."""
+"""Tests the report on invented rows: schemas, order, front and speedup by condition, CSV round trips, the page."""
 
 import math
 import random
@@ -72,7 +72,7 @@ DESIGN = {
     "interaction, interaction_stderr",
     "tiers": "plan_id, plan, layer, treatment, drop, drop_ci_low, drop_ci_high, remove_below, keep_above, straddles",
 }
-"""The columns that users were promised, in words of their own so that a change of the writer shows."""
+"""The columns that users were promised; they are repeated here so that a change of the writer fails a test."""
 
 PICTURES = ("pareto", "sensitivity", "healing", "plans", "rank_correlations", "interactions")
 

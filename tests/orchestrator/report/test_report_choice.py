@@ -1,4 +1,4 @@
-"""What helps to choose a plan: the inline front, verdict and flags, lengths, halving, predicted speed, cost."""
+"""Tests what helps to choose a plan: the inline front, verdict, flags, lengths, halving, predicted speed, cost."""
 
 import math
 import re

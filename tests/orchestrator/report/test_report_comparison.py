@@ -1,4 +1,4 @@
-"""Runs side by side: one figure, one table, what differs, and what cannot be compared."""
+"""Tests the comparison of runs: one figure, one table, the differences, and runs that cannot be compared."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Healing in the report, on invented rows: the quality curve, baselines beside candidates, branches, early stops."""
+"""Tests healing in the report on invented rows: quality curve, baselines, branches and early stops."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_held_out_divergence_has_a_panel_of_its_own():
     ("values", "parts"),
     [
         ({"quality_ratio": 1.05, "nll_gain": 0.005}, ["105.0 ± 1.0 % of its quality"]),
-        ({"quality_ratio": 1.05}, []),  # and worse on the text
+        ({"quality_ratio": 1.05}, []),  # better in quality, but worse on the text
         ({"quality_ratio": 0.9, "nll_gain": 0.02}, []),
         ({"quality_ratio": 1.019}, []),
         ({"nll_gain": 0.02}, ["0.0200 ± 0.0050 nats per token less on the text"]),
@@ -168,7 +168,7 @@ def test_a_bypassed_branch_is_told_with_its_remedy():
     (sentence,) = branch_sentences(branches_table(branch_rows()), NAMES)
     assert f"The linear branch of {NAMES[GUIDED.plan_id]} is bypassed: zeroing it costs +0.0010 ± 0.0020" in sentence
     assert "healing.window_dropout" in sentence
-    for loss, stderr in ((0.01, 0.002), (0.004, 0.01), (0.001, None)):  # useful, unknown, unknown
+    for loss, stderr in ((0.01, 0.002), (0.004, 0.01), (0.001, None)):  # a useful branch, then two of unknown use
         assert list(branch_sentences(branches_table(branch_rows(loss, stderr)), NAMES)) == []
 
 

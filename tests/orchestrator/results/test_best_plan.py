@@ -1,4 +1,4 @@
-"""The best plan under constraints, or which of them to loosen."""
+"""Tests the choice of the best plan under constraints, and the advice on which of them to loosen."""
 
 import math
 from itertools import product

@@ -1,4 +1,4 @@
-"""Rankings, correlations, interactions and uncertain tiers, from records with known numbers."""
+"""Tests rankings, correlations, interactions and uncertain tiers on records with known numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_LAYERS, N_ITEMS = 4, 40
 RNG = np.random.default_rng()
 BASE = RNG.normal(2.0, 0.3, N_ITEMS)
 DROPS = np.array([0.1, 0.1, 0.5, 0.3])[:, None] + RNG.normal(0, 0.02, (N_LAYERS, N_ITEMS))
-"""NLL that each removed layer adds to each sequence; the first two layers cannot be told apart by much."""
+"""The NLL that each removed layer adds to each sequence; the first two layers are nearly indistinguishable."""
 
 
 def _scores(nll: np.ndarray) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_a_baseline_is_judged_by_what_the_search_judges_by(run):
     *_, row = candidate_rows(RecordReader(folder), state, lambda plan, concurrency: None)
     assert row["quality"] == pytest.approx(quality(Scores(metrics[:1]))[0])
 
-    # Before the finalists are timed the search's own timings tell speeds.
+    # Before the finalists are timed, speeds come from the timings of the search.
     timing = {"of": "timing"}
     folder.write_record("throughput", timing, {"output_throughput_tok_per_s": 100.0})
     state.speed = {"measured": [{"plan": "SSSS", "window": None, "concurrency": 8, "key": unit_key(timing)}]}

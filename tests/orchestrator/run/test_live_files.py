@@ -1,4 +1,4 @@
-"""What others see of a run: progress.json, log.jsonl, `layerboost status`, metrics of a real cluster."""
+"""Tests what others see of a run: progress.json, log.jsonl, `layerboost status`, and metrics of a real cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(request, tmp_path) -> RunFolder:
 
 
 def go_on(progress: Progress) -> None:
-    """A stage of five units: one recorded before, one done, one tried again, one failed, one in flight."""
+    """Runs a stage of five units: one recorded before, one done, one tried again, one failed, one in flight."""
     progress.expected_s = {"evaluate": 10.0, "sensitivity": 60.0, "search": 100.0}
     progress.start_stage("evaluate", 1)
     progress.finish_unit(1.0)
@@ -131,7 +131,7 @@ def test_the_command_prints_lines_or_json(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     folder, progress = RunFolder(tmp_path / "run"), Progress(io.StringIO())
     with folder.lock(), live_files.watching(folder, progress) as watched:
-        watched._stop.set()  # this test writes at its own times
+        watched._stop.set()  # the thread stops, because this test decides when files are written
         watched._thread.join()
         (tmp_path / "run" / "progress.json").unlink(missing_ok=True)
         (tmp_path / "run" / "progress.json").mkdir()

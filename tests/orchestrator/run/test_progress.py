@@ -1,4 +1,4 @@
-"""Progress lines: counts, fields, time left, and what a terminal shows."""
+"""Tests the progress lines: counts, fields, time left, and what a terminal shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: records that are whole or absent, artefacts, and a lock that exactly one run holds."""
+"""Tests the run folder: records that are whole or absent, artefacts, and a lock that exactly one run holds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_unit_key_is_of_the_content():
 
 
 def test_unit_key_stays_the_same_between_versions():
-    # If this changes, every record ever written counts as not done.
+    # If this value changes, every record written so far counts as not done.
     assert unit_key({"a": 1}) == "015abd7f5cc57a2d"
 
 
@@ -296,7 +296,7 @@ def _parent() -> LockHolder:
 
 LIVE = {
     "other host, recent": lambda: _holder(host="elsewhere", heartbeat_at=time.time() - 30),
-    # On this host a process that lives holds the lock, however long it was suspended.
+    # On this host a living process holds the lock, however long it was suspended.
     "this host, suspended": _parent,
 }
 
@@ -395,7 +395,7 @@ def test_a_killed_run_gives_way(tmp_path):
     with pytest.raises(RunFolderLockedError, match=f"process {process.pid} "), RunFolder(url).lock():
         pass
     process.send_signal(signal.SIGKILL)
-    # Not waited for yet: a process that is dead but not buried holds nothing.
+    # The process is not waited for, so it stays a zombie; a zombie holds no lock.
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     with RunFolder(url).lock():
@@ -405,7 +405,7 @@ def test_a_killed_run_gives_way(tmp_path):
 
 
 class SlowStorage(MemoryFileSystem):
-    """Storage where every read and write takes 50 ms, and that says how many go on at once."""
+    """Simulates storage whose reads and writes take 50 ms each, and counts how many go on at once."""
 
     protocol = "slow"
     cachable = False

@@ -1,4 +1,4 @@
-"""The stage that judges the parent refuses tasks that plans cannot be compared by."""
+"""Tests that the stage that judges the parent refuses tasks by which plans cannot be compared."""
 
 from __future__ import annotations
 

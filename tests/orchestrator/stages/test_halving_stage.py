@@ -1,4 +1,4 @@
-"""Halving without a cluster: rungs from records, what fails and what is lost, and its tables."""
+"""Tests halving without a cluster: rungs from records, failures, lost records and its tables."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tasks.pool.pool import UnitFailure
 BASE = Plan.parse("SSS")
 PLANS = [Plan.parse(text, 8) for text in ("SSL", "SLL", "LLL", "NLL", "NNL", "NNN")]
 LOST = {str(plan): 0.1 * n for n, plan in enumerate(PLANS)}
-"""What each plan costs in NLL after any healing; before it, all the other way round."""
+"""The NLL that each plan loses after any healing; before healing the order of the plans is reversed."""
 
 
 class Cluster:
-    """Heals and judges at once, and notes what it was asked."""
+    """Heals and judges immediately, and notes the requests."""
 
     def __init__(self, run, monkeypatch, fails=()):
         self.run, self.fails, self.healed, self.judged = run, fails, [], []
@@ -90,7 +90,7 @@ def test_rungs_heal_fewer_plans_on_more_tokens_and_leave_no_files(run, monkeypat
     run.progress = Progress(told := io.StringIO())
     cluster = Cluster(run, monkeypatch)
     chosen = halving.halve(run, PLANS)
-    # A step has 64 tokens: rungs of 2 and of 5 of the budget's 16 steps.
+    # A step has 64 tokens, so the rungs end after 2 and after 5 of the budget's 16 steps.
     survived = [str(plan) for plan in PLANS if (str(plan), 362) in cluster.healed]
     assert cluster.healed == [(str(plan), 128) for plan in PLANS] + [(plan, 362) for plan in map(str, _second(run))]
     assert len(survived) == 3 and len(chosen) == 2 and set(map(str, chosen)) < set(survived)
@@ -104,7 +104,7 @@ def test_rungs_heal_fewer_plans_on_more_tokens_and_leave_no_files(run, monkeypat
     assert [entry["tokens"] for entry in run.state.halving] == [128] * 6 + [320] * 3
     assert [entry["survived"] for entry in run.state.halving].count(True) == 3 + 2
 
-    # The same again does nothing and comes to the same.
+    # A second call does no work and gives the same result.
     before, cluster.healed, cluster.judged = list(run.state.halving), [], []
     assert halving.halve(run, PLANS) == chosen
     assert (run.state.halving, cluster.healed, cluster.judged) == (before, [], [])

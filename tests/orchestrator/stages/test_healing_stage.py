@@ -1,4 +1,4 @@
-"""Stage `heal` without a cluster: what identifies a healed plan, its job, baselines, sampled text, and its tables."""
+"""Tests stage `heal` without a cluster: identity of a healed plan, job, baselines, sampled text and tables."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
         ("WWW", 8): "window",
         ("LLL", 1): "linear",
         ("SLS", 8): "interleaved_1/2",
-        ("SNL", 8): "cosine",  # the layer that turns the stream least loses its attention
+        ("SNL", 8): "cosine",  # the layer that changes the residual stream's direction least loses its attention
         ("SNS", None): "cosine",
         ("NLS", 8): "first",
         ("NSS", None): "first",
@@ -188,7 +188,7 @@ def test_documents_are_sampled_until_they_fill_their_share(inputs):
     assert run.inputs.sampled_tokens == 1024 * 5 // 8 + 32
     assert sampled.n_sample_units(run) == 1
     give_tokens(run, lambda unit: 100)
-    # Documents were shorter than they might have been: as many more as fill the rest at that length.
+    # Documents came out shorter than possible, so enough further ones of that length are asked for to fill the rest.
     assert [unit.first for unit in sampled.missing_units(run)] == [32 * n for n in range(1, 7)]
     give_tokens(run, lambda unit: 99)
     assert sampled.missing_units(run) == []
@@ -198,7 +198,7 @@ def test_documents_are_sampled_until_they_fill_their_share(inputs):
 
 
 def recorded_run(inputs) -> tuple[RunContext, dict[Plan, str]]:
-    """A run whose healing of a candidate and a baseline is recorded, and the keys."""
+    """Returns a run whose healing of a candidate and a baseline is recorded, and the keys of both."""
     run = context(inputs, "quality.tasks=[]", "healing.curve=[0.5]", "healing.baselines=[first]")
     base = run.inputs.plan_scores(Plan.parse("SSS"), run.inputs.full_spec)
     run.state.base_key = unit_key(base)
@@ -323,7 +323,7 @@ def test_branches_come_from_the_records(inputs):
 
 def test_candidates_are_plans_that_may_hold_the_target_after_healing(inputs):
     plans = {text: Plan.parse(text, 8) for text in ("SSN", "SNS", "SNN", "NNN")}
-    # The fastest covers by far the most, seen from a plan that keeps nothing, and is of no use.
+    # The fastest plan covers most of the volume above a plan that keeps nothing, but it is useless.
     found = [("SSN", -0.03, 1.2), ("SNS", -0.2, 1.5), ("SNN", -0.9, 2.5), ("NNN", -3.0, 9.0)]
 
     def chosen(*overrides: str, n: int = 4) -> list[str]:

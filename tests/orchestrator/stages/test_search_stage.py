@@ -1,4 +1,4 @@
-"""Stage `search` without a cluster: objectives of plans, what identifies a search, how it resumes from records."""
+"""Tests stage `search` without a cluster: objectives of plans, identity of a search, resuming from records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ SETTINGS = ("search.speed=bytes", "quality.tasks=[]", "sensitivity.treatments=[n
 
 @pytest.fixture
 def stage(inputs, monkeypatch):
-    """Runs the stage with plans whose layers cost what COSTS says; gives its context and the plans it evaluated."""
+    """Gives a function that runs the stage on plans whose layers cost as COSTS says.
+
+    It returns the stage's context and the plans that it evaluated.
+    """
     module = sys.modules["orchestrator.stages.search"]
     monkeypatch.setattr(module, "cost_matrix", lambda folder, state: COSTS)
     monkeypatch.setattr(RunContext, "workers", lambda run: WorkerResources(1, 1, 0))

@@ -1,4 +1,4 @@
-"""Timings of a run without a cluster: what is measured, scaled, fitted, and read back as tables."""
+"""Tests the timings of a run without a cluster: what is measured, scaled, fitted and read back as tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step_s(plan: Plan | None) -> float:
 
 
 class FakeMachine:
-    """Times groups by `step_s` on a machine that gets slower with each; fails what `broken` names."""
+    """Times groups by `step_s` on a machine that gets slower with each group; plans named in `broken` fail."""
 
     def __init__(self, monkeypatch):
         self.groups: list = []
@@ -51,7 +51,7 @@ class FakeMachine:
         return failures
 
     def serve(self, todo, source, *, on_result, **_):
-        """As `measure`, with vLLM; loses requests at the concurrency that `broken` has."""
+        """Does what `measure` does, with vLLM; requests are lost at the concurrencies in `broken`."""
         for group in todo:
             self.groups.append(group)
             on_result(group, [self._served(unit) for unit in group], 4.0, {})
@@ -97,7 +97,7 @@ def test_a_few_timings_predict_every_plan_and_are_not_repeated(inputs, machine, 
         assert speedup(run, Plan.parse(text, 8)) == pytest.approx(10 / step_s(Plan.parse(text, 8)))
     assert layer_times(run)[Treatment.LINEAR_WINDOW] == pytest.approx(
         [2.0 * 2] * 3
-    )  # the second group ran half as fast
+    )  # the machine ran the second group half as fast
     predicted, stderr = predictions(run.state)(Plan.parse("LSW", 8), 1)
     assert predicted == pytest.approx(1 / 7) and 0 < stderr < 0.02
     rows = list(speed_rows(RecordReader(run.folder), run.state))
@@ -192,7 +192,7 @@ def test_with_vllm_a_server_is_timed_under_all_conditions_and_scaled_to_the_pare
     base = run.folder.read_record("throughput", run.state.speed["measured"][0]["key"]).result
     for unit, key in keys.items():
         record = run.folder.read_record("throughput", key)
-        # The second server of a call whose first stood where the ninth of the machine did.
+        # The call started the machine's ninth and tenth server; the tenth's timing is scaled to the ninth's.
         assert record.result["output_throughput_tok_per_s"] == pytest.approx(unit.concurrency / 10 / 10 * 9)
         assert record.result["scaled_by"] == pytest.approx(9) and record.result["duration_s"] == 2.0
         assert record.identity["engine_versions"]["vllm"] == "0.32.0" and "/venv" not in str(record.identity)

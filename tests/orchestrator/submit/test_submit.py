@@ -1,4 +1,4 @@
-"""`layerboost submit` up to the wire: what travels, what is refused, and that no secret is shown."""
+"""Tests `layerboost submit` without a cluster: which files are uploaded, what is refused, that no secret is shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prepared(*arguments: str) -> submit.Job:
 
 @pytest.fixture
 def project(inputs, monkeypatch) -> Path:
-    """The inputs' folder as working directory."""
+    """Makes the inputs' folder the working directory."""
     monkeypatch.chdir(inputs.folder)
     return inputs.folder
 
@@ -68,7 +68,7 @@ def test_what_is_heavy_stays_and_what_the_recipe_names_travels(project, tmp_path
     }  # fmt: skip
     assert not [name for name in names if name.startswith((".git/", "env/", "old/", "ignored/", "circle/"))]
 
-    # Ray's own archive, made as its client makes it, holds the same and is as large as we say.
+    # Ray's own archive, made as its client makes it, holds the same files and has the predicted size.
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_read_stays_unless_something_in_it_is_needed(pro
     shutil.copytree(project / "model", project / "locked" / "model")
     scan = os.scandir
 
-    def refuse(path):  # as for those who are not root
+    def refuse(path):  # root may read every folder, so refuse as for other users
         if Path(path).name == "locked":
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
@@ -227,7 +227,7 @@ def test_servers_that_will_not_do(project, monkeypatch, capfd, code, remedy):
         server.server_close()
     else:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    # Ray itself would rather go where these say.
+    # Ray prefers these variables to the address that it is given.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

@@ -1,4 +1,4 @@
-"""Placement arithmetic, addresses that lead nowhere, and clusters that are joined, left and outlived."""
+"""Tests the placement's arithmetic, unreachable addresses, and joining, leaving and outliving clusters."""
 
 import contextlib
 import os
@@ -122,7 +122,7 @@ def test_the_embedded_cluster_starts_once_and_ends_with_shutdown(monkeypatch):
 
 
 def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
-    """Addresses and ports where they listen."""
+    """Returns the addresses and ports on which the processes listen."""
     found = set()
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -151,12 +151,12 @@ _JOIN = """
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_running_cluster_is_joined_with_our_packages_and_left_running(tmp_path):
-    """The cluster asks for a token; the client finds it by itself, and a wrong one is refused in seconds."""
+    """Joins a cluster that needs a token: the client finds the token itself, and a wrong one is refused in seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    temp_dir = f"/tmp/layerboost-{os.getpid()}"  # sockets need a short path
+    temp_dir = f"/tmp/layerboost-{os.getpid()}"  # the paths of sockets have a length limit
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "1"]
     command += ["--port", str(port), "--include-dashboard", "false", "--temp-dir", temp_dir]
     for offset, name in enumerate(("dashboard-agent-listen-port", "ray-client-server-port", "dashboard-port"), 1):

@@ -1,4 +1,4 @@
-"""A model from the hub: one download for each node, however many workers load it."""
+"""Tests that a model from the hub is downloaded once for each node, however many workers load it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The hub's way to serve the files of one repository; the weights take a while."""
+    """Serves the files of one repository as the hub does; the weights take a while."""
 
     folder: Path
     sent: Counter[str]
@@ -54,11 +54,11 @@ class _Hub(BaseHTTPRequestHandler):
         if is_get:
             self.sent[name] += 1
             if name == WEIGHTS:
-                time.sleep(3)  # so that the others come while it goes on
+                time.sleep(3)  # so that the other workers arrive during the download
             self.wfile.write(data)
 
     def log_message(self, *_) -> None:
-        """Keeps the test's output to itself."""
+        """Logs nothing, to keep the test's output clean."""
 
 
 _WORKERS = """

@@ -1,4 +1,4 @@
-"""What a node finds on itself: on this machine, without Ray."""
+"""Tests what a node finds on itself, on this machine and without Ray."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_shared_folder_is_written_and_left_as_it_was(tmp_path, kind):
     assert probe_node(request, "node").storage is None
     assert take_probe_file(folder, TOKEN, "node") is None
     assert take_probe_file(folder, TOKEN, "driver") is None
-    assert take_probe_file(folder, TOKEN, "node")  # why there is none any more
+    assert take_probe_file(folder, TOKEN, "node")  # the reason is that the file is gone
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,7 +61,7 @@ def test_a_folder_of_the_nodes_own_is_noticed_and_left_as_it_was(tmp_path):
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "absent", tmp_path / "file", "/proc"):
         assert str(probe_node(ProbeRequest(str(bad), TOKEN), "node").storage).startswith("cannot be")
-    # Somebody else's file of the same name is no proof.
+    # A file of the same name with other content is no proof of a shared folder.
     put_probe_file(str(tmp_path), TOKEN, "driver")
     (tmp_path / f".probe-{TOKEN}-driver").write_text("another")
     assert probe_node(ProbeRequest(str(tmp_path), TOKEN), "node").storage == "is another folder than the driver's"
@@ -110,7 +110,7 @@ def test_every_node_answers_also_one_without_a_cpu_and_a_silent_one_is_named(mon
 
 
 def _report_node_types(address: str) -> None:
-    """Says to the cluster's head what an autoscaler says: three nodes of 8 CPUs and 2 GPUs can be added."""
+    """Reports to the cluster's head, as an autoscaler does, that three nodes of 8 CPUs and 2 GPUs can be added."""
     from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE, GcsClient
     from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 

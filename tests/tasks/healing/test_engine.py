@@ -28,7 +28,7 @@ SPEC = HealingSpec(
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group():
-    """A world of one worker in this process."""
+    """Makes a process group of one worker in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("LOCAL_RANK", "0")
@@ -44,7 +44,7 @@ def batches() -> GlobalBatches:
 
 
 def job_of(spec: HealingSpec = SPEC, **settings) -> HealingJob:
-    # Tiny parameters stay whole in ZeRO-3 unless told otherwise.
+    # By default ZeRO-3 keeps tiny parameters whole.
     options = {"stage3_param_persistence_threshold": 0} if settings.get("zero_stage") == 3 else None
     return HealingJob("", PLAN, spec, (TextSource("x.txt"),), "", "", "", zero_options=options, **settings)
 
@@ -56,7 +56,7 @@ def make_heal_trainee(spec: HealingSpec, dtype: torch.dtype = torch.float32, tea
 
 
 def train(engine, phase, batches, spec, start: int, stop: int) -> list[float]:
-    """Losses of some steps of a phase; the schedule is the whole phase's."""
+    """Trains some steps of a phase with the schedule of the whole phase, and returns their losses."""
     losses: list[float] = []
 
     class Stopped(Exception):
@@ -101,7 +101,7 @@ def test_state_saved_in_one_zero_stage_goes_on_in_another_as_if_nothing_had_happ
             torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0, msg=name)
     assert losses == pytest.approx(expected[:5], rel=0, abs=1e-6)
 
-    # The optimizer is the one that took all those steps: bias correction and moments, for each parameter.
+    # The restored optimizer equals the one that took all steps: bias correction and moments of each parameter.
     trainee, _ = make_heal_trainee(spec)
     engine = make_engine(trainee, job_of(spec, zero_stage=0), phase, 1, file)
     assert train(engine, phase, batches, spec, 5, 6) == pytest.approx(expected[5:], rel=0, abs=1e-6)

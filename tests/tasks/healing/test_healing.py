@@ -48,12 +48,12 @@ SPEC = HealingSpec(
 )
 TRANSFER_STEPS, STEPS = 3, 8
 CLOSE = {"rel": 0, "abs": 1e-5}
-SHARD_TINY = {"stage3_param_persistence_threshold": 0}  # ZeRO-3 keeps tiny parameters whole unless told otherwise
+SHARD_TINY = {"stage3_param_persistence_threshold": 0}  # by default ZeRO-3 keeps tiny parameters whole
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny Llama with its tokenizer in `model/`, and a text that it can read."""
+    """Writes a tiny Llama with its tokenizer to `model/`, and a text that it can read."""
     folder = tmp_path_factory.mktemp("healing")
     words = ["<s>", "</s>", *(f"w{n}" for n in range(59))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<s>"))
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=32,
-        intermediate_size=49,  # two workers cannot divide all parameters evenly
+        intermediate_size=49,  # odd, so that two workers cannot divide all parameters evenly
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -102,7 +102,7 @@ def text_of(folder: Path) -> PackedText:
 
 @pytest.fixture(scope="module")
 def local(folder):
-    """Losses and weights of healing with LoRA in this process, without Ray and DeepSpeed."""
+    """Heals with LoRA in this process, without Ray and DeepSpeed; gives losses and weights."""
     rows = []
     healed = heal_locally(load_model(str(folder / "model")), PLAN, text_of(folder), SPEC, on_step=rows.append)
     return rows, healed.state_dict()
@@ -118,7 +118,7 @@ def cluster():
 
 
 def record_steps(file: Path):
-    """A callback that writes down the steps of rank 0."""
+    """Returns a callback that writes down the steps of rank 0."""
 
     def record(event: StepEvent) -> None:
         if event.rank == 0:
@@ -281,7 +281,7 @@ def test_a_run_goes_on_after_its_driver_died_on_other_workers_and_in_other_zero_
     check_result(heal(job), job, local)
     assert steps_in(marks) == [8]
 
-    # A finished run asked for again computes nothing and gives the same.
+    # A finished run that is asked for again computes nothing and gives the same result.
     check_result(heal(job), job, local)
     assert steps_in(marks) == [8]
 
@@ -313,7 +313,7 @@ def test_sharded_bf16_training_with_accumulation_and_recomputed_activations(clus
 
 @pytest.mark.cluster
 def test_a_killed_run_stops_early_where_the_undisturbed_one_does(cluster, folder, tmp_path):
-    """With much that a run may have: another teacher, documents kept apart, held-out sequences, sharded weights."""
+    """Uses many features at once: another teacher, documents kept apart, held-out sequences, sharded weights."""
     spec = replace(
         SPEC, tokens=30 * 4 * 16, transfer_fraction=0.0, stop_when_flat=0.9, held_out_sequences=5, learning_rate=1e-2
     )
@@ -374,7 +374,7 @@ def test_a_non_finite_loss_stops_once_overwrites_nothing_and_can_be_repaired(clu
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf  # behind the layer whose attention is transferred
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf  # after the layer whose attention is transferred
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     output, marks = tmp_path / "out", tmp_path / "steps"
     output.mkdir()
@@ -401,7 +401,7 @@ def test_a_student_is_rebuilt_from_the_parent_and_what_was_trained(folder, metho
         expected.append(student(input_ids=ids).logits.detach())
 
     ids, expected = text_of(folder).input_ids[:2], []
-    for share in (0.25, 0.875):  # feature maps alone, then all that heals
+    for share in (0.25, 0.875):  # the feature maps only, then everything that healing trains
         trained.clear()
         heal_locally(parent, PLAN, text_of(folder), spec, marks=(share,), on_mark=keep)
         student = student_from(parent, PLAN, spec, trained, parent="name")

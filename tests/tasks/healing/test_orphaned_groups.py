@@ -1,4 +1,4 @@
-"""Placement groups whose maker died are given back, those of the living are not."""
+"""Tests that placement groups of dead makers are removed and those of living makers stay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Maker:
-    """As Train's controller: makes a group and holds it."""
+    """Makes a placement group and holds it, as Train's controller does."""
 
     def hold(self) -> None:
         self.group = placement_group([{"CPU": 0.5}])
@@ -28,7 +28,7 @@ class Maker:
 
 
 class Trial:
-    """As a trial: its death takes the maker along."""
+    """Owns the maker, as a trial does: its death ends the maker."""
 
     def start(self) -> None:
         self.maker = ray.remote(num_cpus=0)(Maker).remote()

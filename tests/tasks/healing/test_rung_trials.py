@@ -1,4 +1,4 @@
-"""Healings as Train jobs inside Tune trials: side by side without a deadlock, through deaths, failures and Ctrl-C."""
+"""Tests healings as Train jobs inside Tune trials: together without a deadlock, with deaths, failures and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -110,4 +110,4 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
         assert (result.output, result.tokens) == (None, SPEC.tokens)
         assert result.snapshots == {STEPS: str(tmp_path / "snapshots" / name / f"{STEPS}.safetensors")}
         assert load_file(result.snapshots[STEPS])
-    wait_for_cpus(2)  # also those of the killed trial's job
+    wait_for_cpus(2)  # this includes the CPUs of the killed trial's job

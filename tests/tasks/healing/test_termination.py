@@ -1,4 +1,4 @@
-"""Notices of termination: what clouds' metadata servers say over HTTP, SIGTERM, and a healing that saves itself."""
+"""Tests termination notices: metadata servers over HTTP, SIGTERM, and a healing that saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["folder", "local"]
 
 
 class _Cloud(BaseHTTPRequestHandler):
-    """Answers as EC2 (with IMDSv2 alone) and Compute Engine do; `notice` is a file that exists once there is notice."""
+    """Answers as EC2 (only IMDSv2) and Compute Engine do; the file `notice` exists once notice is given."""
 
     notice: Path
 
@@ -57,7 +57,7 @@ class _Cloud(BaseHTTPRequestHandler):
 
 @contextmanager
 def cloud(notice: Path):
-    """URL of a metadata server."""
+    """Serves the metadata of a cloud and gives the URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Cloud", (_Cloud,), {"notice": notice}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -138,11 +138,11 @@ def test_a_worker_that_gets_sigterm_has_all_write_a_checkpoint_first(folder, loc
             mark.touch()
             os.kill(os.getpid(), signal.SIGTERM)
         if event.step == 5:
-            time.sleep(2)  # so that the main thread gets to its handler in the midst of training
+            time.sleep(2)  # so that the main thread runs its handler during training
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        # No checkpoint but those of the phases' ends and the notice's.
+        # The only checkpoints are those at the ends of the phases and the one after the notice.
         job = job_of(
             folder, "sigterm", n_workers=2, max_failures=1, checkpoint_every_steps=100, on_step=signal_once, **_NO_CLOUD
         )
@@ -179,7 +179,7 @@ def test_a_spot_machine_that_goes_is_left_behind_a_checkpoint(folder, local, tmp
             servers = termination.MetadataServers(aws=f"{url}/aws", gcp="")
             job = job_of(folder, "spot", checkpoint_every_steps=100, on_step=go_slowly, metadata_servers=servers)
 
-            with ThreadPoolExecutor(1) as beside:  # the cluster's nodes are started on the main thread alone
+            with ThreadPoolExecutor(1) as beside:  # only the main thread can start the cluster's nodes
                 healing = beside.submit(heal, job)
                 while not notice.exists():
                     time.sleep(0.1)
@@ -187,7 +187,7 @@ def test_a_spot_machine_that_goes_is_left_behind_a_checkpoint(folder, local, tmp
                 notice.unlink()
                 nodes.add_node(num_cpus=1)
                 nodes.remove_node(spot, allow_graceful=False)
-                check_result(healing.result(timeout=180), job, local)  # though no failure is allowed
+                check_result(healing.result(timeout=180), job, local)  # succeeds although no failure is allowed
         finally:
             ray.shutdown()
             nodes.shutdown()

@@ -176,7 +176,7 @@ def test_damaged_layers_are_fitted_again_and_nonsense_ends_the_job(ray_local, ti
     for name, tensor in first.parameters[TRANSFER_STEPS].items():
         assert torch.equal(again.parameters[TRANSFER_STEPS][name], tensor)
 
-    # A snapshot that the stored layers lack fits them anew.
+    # If the stored layers lack a snapshot, they are fitted again.
     wanted = []
     fit_layers(replace(job, snapshots=(0.34,), snapshot_url=str(tmp_path)), phase, wanted.append)
     assert [step.step for step in wanted] == [3, 6]

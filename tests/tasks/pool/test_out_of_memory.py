@@ -1,4 +1,4 @@
-"""Work that runs out of memory, by real allocators: it goes on with less at a time, to the same result."""
+"""Tests work that really runs out of memory: it goes on with less at a time and gives the same result."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ def test_a_healing_that_runs_out_of_memory_goes_on_with_a_smaller_micro_batch(fo
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        # Ray Train goes on after the first time, and gives up after the second, which is no reason for us to.
+        # Ray Train goes on after the first failure and gives up after the second; `heal` then starts it again.
         job = job_of(folder, "memory", max_failures=1, on_step=run_out_twice)
         result = heal(job)
         check_result(result, job, local)
-        assert result.micro_batch_sequences == 1  # of four
+        assert result.micro_batch_sequences == 1  # halved twice from four
         assert heal(job).micro_batch_sequences is None, "a job that is done is forgotten"
     finally:
         ray.shutdown()
@@ -170,7 +170,7 @@ def test_a_hung_step_ends_its_process_and_is_done_again(folder, local, tmp_path)
 
 
 class Eater:
-    """Eats memory until Ray ends it; half of it after `shrink`."""
+    """Allocates memory until Ray ends it; `shrink` quarters the amount."""
 
     def __init__(self, n_bytes):
         self.n_bytes, self.n_shrinks = n_bytes, 0
@@ -187,7 +187,7 @@ class Eater:
         for _ in range(self.n_bytes >> 24):
             eaten.append(bytearray(os.urandom(1 << 12) * (1 << 12)))
             time.sleep(0.005)
-        time.sleep(2)  # so that Ray looks
+        time.sleep(2)  # so that Ray's memory monitor notices
         return self.n_shrinks
 
 
@@ -198,7 +198,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_les
     import ray
 
     eats = 3 << 30
-    for _ in range(3):  # what is left of the memory moves while others work
+    for _ in range(3):  # the free memory changes while other programs work
         memory = psutil.virtual_memory()
         if memory.available < 2 * eats:
             pytest.skip("needs 6 GiB of free memory")

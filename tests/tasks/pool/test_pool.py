@@ -1,4 +1,4 @@
-"""Units on actors that die, raise, do not start, or are interrupted: no finished result is lost."""
+"""Tests units on actors that die, raise, do not start or are interrupted: no finished result is lost."""
 
 import os
 import random
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 
 class Squares:
-    """Squares numbers; a unit is (number, what goes wrong). Marks in `folder` remember what went wrong already."""
+    """Squares numbers; a unit is (number, fault). Files in `folder` mark the faults that have happened already."""
 
     def __init__(self, folder, starts_only_with=None):
         self.folder, self.n_runs = folder, 0
