@@ -39,6 +39,7 @@ from results_csv import write_rows
 from layerboost.evaluation.shares import auto_shares, shares
 from layerboost.speed.hardware import hardware_name
 from orchestrator.run.folder import SIDE_BY_SIDE
+from tasks.pool.finished import Finished, WorkerInfo
 
 ANSWERS = ("log_p", "greedy")
 REQUESTS_PER_ITEM = 4  # the choices of a multiple-choice item
@@ -119,8 +120,8 @@ class Sleeper:
     def __init__(self, n_plans: int, n_requests: int):
         self._answers = {name: [[0.123456789] * n_requests for _ in range(n_plans)] for name in ANSWERS}
 
-    def info(self) -> dict[str, Any]:
-        return {"node": "here"}
+    def info(self) -> WorkerInfo:
+        return WorkerInfo("here", "node", 0)
 
     def run(self, unit: tuple[int, float]) -> dict[str, Any]:
         time.sleep(unit[1])
@@ -153,10 +154,10 @@ def driver_costs(shape: SweepShape, n_workers: int) -> dict[str, float]:
 
         records = []
 
-        def on_result(unit: tuple[int, float], result: dict, _s: float, info: dict) -> None:
+        def on_result(done: Finished[tuple[int, float], dict[str, list[object]]]) -> None:
             for first, last in itertools.pairwise((0, *range(1, shape.n_plans + 1, shape.n_layers))):
-                said = {name: values[first:last] for name, values in result.items()}
-                records.append(({"unit": "sweep", "share": unit[0], "plans": [first, last]}, said))
+                said = {name: values[first:last] for name, values in done.result.items()}
+                records.append(({"unit": "sweep", "share": done.unit[0], "plans": [first, last]}, said))
 
         def write() -> None:
             nonlocal record_s

@@ -25,8 +25,9 @@ from layerboost.storage.publish import read_tensors
 from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
 from tasks.cluster.resources import WorkerResources
 from tasks.pool.actors import actor_maker
-from tasks.pool.out_of_memory import SHRUNK, in_memory
-from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.finished import SHRUNK, Finished, WorkerInfo, worker_info
+from tasks.pool.out_of_memory import in_memory
+from tasks.pool.pool import UnitFailure, run_units
 from tasks.pool.watch import UNWATCHED, Watch
 
 _LEAST_BUDGET_BYTES = 1 << 20
@@ -96,7 +97,7 @@ class EvaluationWorker:
         self._evaluations: dict[QualitySpec, PlanEvaluation] = {}
         self._n_halvings = 0
 
-    def info(self) -> dict:
+    def info(self) -> WorkerInfo:
         return worker_info()
 
     def shrink(self) -> bool:
@@ -108,9 +109,12 @@ class EvaluationWorker:
         self._evaluations.clear()
         return True
 
-    def run(self, unit: Any) -> dict[str, Any]:
+    def run(self, unit: EvaluationUnit) -> dict[str, Any]:
         """Runs one unit, with smaller batches if memory runs out; the result then holds the key SHRUNK."""
-        result = in_memory(lambda: self._run(unit), self.shrink)
+        return self._in_memory(lambda: self._judge(unit))
+
+    def _in_memory(self, do_unit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        result = in_memory(do_unit, self.shrink)
         if self._n_halvings:
             held = {"batch_size": self._smaller(self.spec).batch_size, "activations_gib": self.budget_bytes / 2**30}
             result[SHRUNK] = held
@@ -120,7 +124,7 @@ class EvaluationWorker:
         """Returns a spec with the batch size that this worker has memory for."""
         return replace(spec, batch_size=max(1, spec.batch_size >> self._n_halvings))
 
-    def _run(self, unit: EvaluationUnit) -> dict[str, Any]:
+    def _judge(self, unit: EvaluationUnit) -> dict[str, Any]:
         """Judges one unit.
 
         Returns:
@@ -181,11 +185,11 @@ def evaluate_units(
     spec: QualitySpec,
     resources: WorkerResources,
     *,
-    on_result: Callable[[EvaluationUnit, dict, float, dict], None],
-    on_failure: Callable[[UnitFailure], None] | None = None,
+    on_result: Callable[[Finished[EvaluationUnit, dict[str, Any]]], None],
+    on_failure: Callable[[UnitFailure[EvaluationUnit]], None] | None = None,
     max_attempts: int = 3,
-    watch: Watch = UNWATCHED,
-) -> list[UnitFailure]:
+    watch: Watch[EvaluationUnit] = UNWATCHED,
+) -> list[UnitFailure[EvaluationUnit]]:
     """Judges all units on the cluster, one model for each worker; see `run_units` for the callbacks and failures."""
     make_actor = actor_maker(EvaluationWorker, resources, source, spec, resources.threads, resources.activations_gib)
     return run_units(

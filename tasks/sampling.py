@@ -11,8 +11,9 @@ from layerboost.checkpoint import ModelSource
 from layerboost.text.sampling import SamplingSpec, sample_documents
 from tasks.cluster.resources import WorkerResources
 from tasks.pool.actors import actor_maker
+from tasks.pool.finished import Finished, WorkerInfo, worker_info
 from tasks.pool.out_of_memory import in_memory
-from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.pool import UnitFailure, run_units
 from tasks.pool.watch import UNWATCHED, Watch
 
 
@@ -39,7 +40,7 @@ class SamplingWorker:
         self.spec, self._batch_size = spec, spec.batch_size
         self.model, self.tokenizer = source.load(), source.load_tokenizer()
 
-    def info(self) -> dict:
+    def info(self) -> WorkerInfo:
         return worker_info()
 
     def shrink(self) -> bool:
@@ -70,11 +71,11 @@ def sample_units(
     spec: SamplingSpec,
     resources: WorkerResources,
     *,
-    on_result: Callable[[SampleUnit, list[list[int]], float, dict], None],
-    on_failure: Callable[[UnitFailure], None] | None = None,
+    on_result: Callable[[Finished[SampleUnit, list[list[int]]]], None],
+    on_failure: Callable[[UnitFailure[SampleUnit]], None] | None = None,
     max_attempts: int = 3,
-    watch: Watch = UNWATCHED,
-) -> list[UnitFailure]:
+    watch: Watch[SampleUnit] = UNWATCHED,
+) -> list[UnitFailure[SampleUnit]]:
     """Samples all units on the cluster, one teacher for each worker; see `run_units` for callbacks and failures."""
     return run_units(
         units,

@@ -13,6 +13,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -20,8 +21,8 @@ from ray import tune
 from layerboost.plan import Plan
 from layerboost.search.loop import Evaluator, SearchState, TrialResult, check_values
 from tasks.cluster.resources import WorkerResources
-from tasks.pool.out_of_memory import SHRUNK
-from tasks.pool.pool import Interrupt, UnitFailure, finish_on_interrupt, worker_info
+from tasks.pool.finished import SHRUNK, Finished, WorkerInfo, worker_info
+from tasks.pool.pool import Interrupt, UnitFailure, finish_on_interrupt
 from tasks.pool.watch import UNWATCHED, Watch, ends_if_hung
 from tasks.tune import UnitSearcher, quiet, temporary_folder
 
@@ -31,11 +32,11 @@ def run_search(
     make_evaluator: Callable[[], Evaluator],
     resources: WorkerResources,
     *,
-    on_plan: Callable[[Plan, dict[str, Any], float, dict], None],
-    on_failure: Callable[[UnitFailure], None] | None = None,
+    on_plan: Callable[[Finished[Plan, dict[str, Any]]], None],
+    on_failure: Callable[[UnitFailure[Plan]], None] | None = None,
     max_attempts: int = 3,
     storage_path: str | None = None,
-    watch: Watch = UNWATCHED,
+    watch: Watch[Plan] = UNWATCHED,
 ) -> list[TrialResult]:
     """Searches with Ray Tune; the trial processes keep their evaluator, and with it the model, loaded.
 
@@ -45,8 +46,8 @@ def run_search(
         state: a search that has not begun.
         make_evaluator: picklable; called once in each trial process.
         resources: the resources of the trials; at most `n_workers` run together.
-        on_plan: called in this process with plan, values, seconds and where it ran, as soon as a plan is evaluated, so
-            that it can be recorded at once. An error that it raises ends the search when the running trials are done.
+        on_plan: called in this process with each plan and its values as soon as they are there, so that they can be
+            recorded at once. An error that it raises ends the search when the running trials are done.
         on_failure: called in this process with each plan that failed for good.
         max_attempts: the number of attempts of a plan whose process dies or whose evaluator raises.
         storage_path: the folder for Tune's own files; None takes a temporary folder and removes it.
@@ -74,7 +75,7 @@ class PlanTrial(tune.Trainable):
 
     def setup(  # type: ignore[override]
         self,
-        config: dict,
+        config: dict[str, Any],
         make_evaluator: Callable[[], Evaluator],
         max_attempts: int = 3,
         timeout_s: float | None = None,
@@ -82,12 +83,12 @@ class PlanTrial(tune.Trainable):
         self._make_evaluator, self._max_attempts, self._timeout_s = make_evaluator, max_attempts, timeout_s
         self._evaluate: Evaluator | None = None
 
-    def reset_config(self, new_config: dict) -> bool:
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
     def step(self) -> dict[str, Any]:
-        plan = Plan.from_dict(self.config)
-        outcome: dict[str, Any] = {"values": None, "error": None, "worker": worker_info(), "n_attempts": 0}
+        plan, worker = Plan.from_dict(self.config), worker_info()
+        outcome: dict[str, Any] = {"values": None, "error": None, "n_attempts": 0}
         while outcome["values"] is None and outcome["n_attempts"] < self._max_attempts:
             outcome["n_attempts"] += 1
             try:
@@ -96,17 +97,16 @@ class PlanTrial(tune.Trainable):
                 start = time.perf_counter()
                 with ends_if_hung(self._timeout_s):
                     outcome["values"] = values = dict(self._evaluate(plan))
-                outcome["worker"] |= {SHRUNK: values.pop(SHRUNK)} if SHRUNK in values else {}
+                worker = replace(worker, shrunk=values.pop(SHRUNK, None))
                 outcome["evaluation_s"] = time.perf_counter() - start
                 outcome["error"] = check_values(values)
             except Exception as error:  # if it reached Tune, the process with its model would end
                 outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        if outcome["n_attempts"] > 1:
-            outcome["worker"]["attempt"] = outcome["n_attempts"]
-        return {"outcome": json.dumps(outcome), "done": True}  # as text, because Tune would flatten a dictionary
+        outcome["worker"] = replace(worker, attempt=max(1, outcome["n_attempts"])).to_dict()
+        return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
 
 
-class StateSearcher(UnitSearcher[Plan]):
+class StateSearcher(UnitSearcher[Plan, str]):
     """Hands out the plans of a SearchState."""
 
     def __init__(
@@ -114,10 +114,10 @@ class StateSearcher(UnitSearcher[Plan]):
         state: SearchState,
         n_workers: int,
         interrupt: Interrupt,
-        on_plan: Callable[[Plan, dict, float, dict], None],
-        on_failure: Callable[[UnitFailure], None] | None,
+        on_plan: Callable[[Finished[Plan, dict[str, Any]]], None],
+        on_failure: Callable[[UnitFailure[Plan]], None] | None,
         max_attempts: int,
-        watch: Watch,
+        watch: Watch[Plan],
     ):
         super().__init__(n_workers, interrupt, max_attempts, watch)
         self._state, self._on_plan, self._on_failure = state, on_plan, on_failure
@@ -144,7 +144,8 @@ class StateSearcher(UnitSearcher[Plan]):
             self._fail(plan, found["error"], found["n_attempts"])
         else:
             self._state.finish(plan, found["values"])
-            self._on_plan(plan, found["values"], found["evaluation_s"], found["worker"])
+            worker = WorkerInfo.from_dict(found["worker"])
+            self._on_plan(Finished(plan, found["values"], found["evaluation_s"], worker))
 
     def _fail(self, plan: Plan, error: str, n_attempts: int) -> None:
         self._state.finish(plan, None, error)
@@ -157,11 +158,11 @@ def run_trials(
     make_evaluator: Callable[[], Evaluator],
     resources: WorkerResources,
     interrupt: Interrupt,
-    on_plan: Callable[[Plan, dict, float, dict], None],
-    on_failure: Callable[[UnitFailure], None] | None,
+    on_plan: Callable[[Finished[Plan, dict[str, Any]]], None],
+    on_failure: Callable[[UnitFailure[Plan]], None] | None,
     max_attempts: int,
     storage_path: str | None,
-    watch: Watch,
+    watch: Watch[Plan],
 ) -> None:
     """Runs Tune until the state is exhausted or an interrupt is requested; see `run_search` for the arguments."""
     searcher = StateSearcher(state, resources.n_workers, interrupt, on_plan, on_failure, max_attempts, watch)

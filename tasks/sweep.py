@@ -22,8 +22,9 @@ from layerboost.evaluation.scores import QualitySpec, Scores
 from layerboost.evaluation.shares import Share, mixed, requests_of_items, share_order
 from layerboost.plan import Plan
 from tasks.cluster.resources import WorkerResources
-from tasks.evaluation import EvaluationWorker
+from tasks.evaluation import EvaluationUnit, EvaluationWorker
 from tasks.pool.actors import actor_maker
+from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure, run_units
 from tasks.pool.watch import UNWATCHED, Watch
 
@@ -67,10 +68,14 @@ class PlansUnit:
     plans: tuple[Plan, ...]
 
 
+SweepWork = CountUnit | SweepUnit | ScoreUnit | PlansUnit | EvaluationUnit
+"""Everything that a `SweepWorker` does."""
+
+
 class SweepWorker(EvaluationWorker):
     """Also runs sweeps. It is a plain class that Ray only wraps."""
 
-    def _run(self, unit: Any) -> dict[str, Any]:
+    def run(self, unit: SweepWork) -> dict[str, Any]:
         """Runs one unit.
 
         Returns:
@@ -80,6 +85,9 @@ class SweepWorker(EvaluationWorker):
             under `log_p` and `greedy` (one value for each request of the share, in order) or under `nll` and `kl` (one
             value for each sequence). A ScoreUnit gives `scores`, and a PlansUnit a list of `scores`.
         """
+        return self._in_memory(lambda: self._do(unit))
+
+    def _do(self, unit: SweepWork) -> dict[str, Any]:
         start = time.perf_counter()
         if isinstance(unit, CountUnit):
             evaluation = self.evaluation(unit.spec)
@@ -96,7 +104,7 @@ class SweepWorker(EvaluationWorker):
             found = self.evaluation(unit.spec).run(unit.plans)
             result = {"scores": [scores.to_dict() for scores in found]}
         else:
-            return super()._run(unit)
+            return self._judge(unit)
         return {**result, "evaluation_s": time.perf_counter() - start}
 
     def _count(self, spec: QualitySpec) -> dict[str, int]:
@@ -148,19 +156,19 @@ def joined_text_scores(said: Sequence[tuple[Sequence[float], Sequence[float]]]) 
 
 
 def sweep_units(
-    units: Sequence[Any],
+    units: Sequence[SweepWork],
     source: ModelSource,
     spec: QualitySpec,
     resources: WorkerResources,
     *,
-    on_result: Callable[[Any, dict, float, dict], None],
+    on_result: Callable[[Finished[SweepWork, dict[str, Any]]], None],
     on_results_end: Callable[[], None] | None = None,
-    on_failure: Callable[[UnitFailure], None] | None = None,
-    more_units: Callable[[], Sequence[Any]] | None = None,
+    on_failure: Callable[[UnitFailure[SweepWork]], None] | None = None,
+    more_units: Callable[[], Sequence[SweepWork]] | None = None,
     n_workers: Callable[[], int] | None = None,
     max_attempts: int = 3,
-    watch: Watch = UNWATCHED,
-) -> list[UnitFailure]:
+    watch: Watch[SweepWork] = UNWATCHED,
+) -> list[UnitFailure[SweepWork]]:
     """Runs units of a sweep on the cluster, one model for each worker; see `run_units`.
 
     Args:

@@ -32,7 +32,8 @@ from tasks.cluster.resources import (
 )
 from tasks.engines import ENGINES, TRANSFORMERS
 from tasks.pool.actors import actor_maker
-from tasks.pool.pool import UnitFailure, run_units, worker_info
+from tasks.pool.finished import Finished, WorkerInfo, worker_info
+from tasks.pool.pool import UnitFailure, run_units
 from tasks.pool.watch import UNWATCHED, Watch
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ class MeasurementWorker:
         self.source = source
         self._loaded: dict[str | None, PreTrainedModel] = {}
 
-    def info(self) -> dict:
+    def info(self) -> WorkerInfo:
         return worker_info()
 
-    def run(self, group: Group) -> list[dict]:
+    def run(self, group: Group) -> list[dict[str, Any]]:
         """Returns `DecodeMeasurement.to_dict()` of each unit."""
         return [measured.to_dict() for measured in self.measure(group)]
 
@@ -122,10 +123,10 @@ class ServingWorker:
     def __init__(self, source: ModelSource):
         self.source = source
 
-    def info(self) -> dict:
+    def info(self) -> WorkerInfo:
         return worker_info()
 
-    def run(self, group: Group) -> list[dict]:
+    def run(self, group: Group) -> list[dict[str, Any]]:
         """Returns `ServingMeasurement.to_dict()` of each unit, or its error under the key `ERROR`.
 
         Raises:
@@ -161,12 +162,12 @@ def measure_groups(
     groups: Sequence[Group],
     source: ModelSource,
     *,
-    on_result: Callable[[Group, list[dict], float, dict], None],
-    on_failure: Callable[[UnitFailure], None] | None = None,
+    on_result: Callable[[Finished[Group, list[dict[str, Any]]]], None],
+    on_failure: Callable[[UnitFailure[Group]], None] | None = None,
     max_attempts: int | None = None,
-    watch: Watch = UNWATCHED,
+    watch: Watch[Group] = UNWATCHED,
     labels: Mapping[str, str] = MappingProxyType({}),
-) -> list[UnitFailure]:
+) -> list[UnitFailure[Group]]:
     """Times all groups one after the other on one worker, so that all are measured on the same hardware.
 
     The worker takes every CPU of the largest node, and one whole GPU if there are GPUs, so that Ray runs nothing else

@@ -19,6 +19,7 @@ from tasks.pool.pool import Interrupt
 from tasks.pool.watch import UnitEvent, Watch
 
 Unit = TypeVar("Unit")
+Outcome = TypeVar("Outcome")
 
 _QUIET_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints tables even when told to be silent
@@ -31,7 +32,7 @@ _QUIET_ENVIRONMENT = {
 }
 
 
-class UnitSearcher(Searcher, ABC, Generic[Unit]):
+class UnitSearcher(Searcher, ABC, Generic[Unit, Outcome]):
     """Gives Tune one unit of work for each trial and takes in the outcomes, all in the driver's process.
 
     Attributes:
@@ -39,7 +40,7 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
         raised: the error that a callback raised; no unit is handed out after it.
     """
 
-    def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int, watch: Watch):
+    def __init__(self, n_at_once: int, interrupt: Interrupt, max_attempts: int, watch: Watch[Unit]):
         super().__init__()
         self.n_at_once, self._watch = n_at_once, watch
         self.raised: Exception | None = None
@@ -59,12 +60,8 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
     def _config(self, unit: Unit) -> dict[str, Any]:
         """Returns the config of the unit's trial."""
 
-    def _told(self, unit: Unit) -> Any:
-        """Returns the unit in the form that events carry."""
-        return unit
-
     @abstractmethod
-    def _take(self, unit: Unit, outcome: Any) -> None:
+    def _take(self, unit: Unit, outcome: Outcome) -> None:
         """Takes in what the trial reported as `outcome`."""
 
     @abstractmethod
@@ -81,15 +78,15 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
             return Searcher.FINISHED if self._exhausted() else None
         self._running[trial_id] = unit
         self._started_s[trial_id] = time.monotonic()
-        self._watch.on_event(UnitEvent("started", self._told(unit)))
+        self._watch.on_event(UnitEvent("started", unit))
         return self._config(unit)
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Ignores this call, because the single result of a trial also comes with its completion."""
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         unit, seconds = self._running.pop(trial_id), time.monotonic() - self._started_s.pop(trial_id)
-        self._watch.on_event(UnitEvent("failed" if error or not result else "done", self._told(unit), seconds=seconds))
+        self._watch.on_event(UnitEvent("failed" if error or not result else "done", unit, seconds=seconds))
         try:
             if error or not result:
                 self._fail(unit, "the trial's process died or could not start", self._max_attempts)
@@ -98,8 +95,11 @@ class UnitSearcher(Searcher, ABC, Generic[Unit]):
         except Exception as raised:  # Tune would wrap it and lose the running trials
             self.raised = self.raised or raised
 
-    def __getstate__(self) -> dict:
-        """Returns no state: Tune pickles its searcher for a restore that never happens; callbacks may not pickle."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns no state, because callbacks may not pickle.
+
+        Tune pickles its searcher for a restoration that never happens.
+        """
         return {}
 
     def save(self, checkpoint_path: str) -> None:

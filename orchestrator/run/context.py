@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from layerboost.evaluation.scores import QualitySpec
 from layerboost.storage.errors import DiskFullError, is_disk_full
@@ -14,14 +14,16 @@ from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import SCORE_STAGES
 from orchestrator.run.progress import Progress
-from orchestrator.run.records import find_record, find_records
+from orchestrator.run.records import find_record, find_records, time_and_worker
 from orchestrator.run.state import RUN_FILE, RunState
 from tasks.cluster import connection
 from tasks.cluster.resources import ResourcesError, WorkerResources
 from tasks.evaluation import EvaluationUnit, evaluate_units
+from tasks.pool.finished import Finished
 from tasks.pool.watch import Watch
 
 Identity = dict[str, Any]
+Unit = TypeVar("Unit")
 
 _LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 600.0, 20.0
 
@@ -99,9 +101,9 @@ class RunContext:
             stage, len(units), recorded=len(units) - len(todo), workers=workers.n_workers if workers else 1
         )
 
-        def on_result(unit: EvaluationUnit, result: dict, duration_s: float, info: dict) -> None:
-            self.record(stage, identities[unit], {**result, "duration_s": duration_s, "worker": info})
-            self.progress.finish_unit(duration_s, **units[unit])
+        def on_result(done: Finished[EvaluationUnit, dict[str, Any]]) -> None:
+            self.record(stage, identities[done.unit], {**done.result, **time_and_worker(done)})
+            self.progress.finish_unit(done.seconds, **units[done.unit])
 
         failures = []
         if workers:
@@ -115,8 +117,8 @@ class RunContext:
     # Watching
 
     def watch(
-        self, stage: str, name: Callable[[Any], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
-    ) -> Watch:
+        self, stage: str, name: Callable[[Unit], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
+    ) -> Watch[Unit]:
         """How the units of a stage are watched: told to progress, and ended where they hang.
 
         Args:

@@ -136,10 +136,10 @@ class Progress:
             self._tell("note", text=self._last_note)
             self._write(self._last_note, keep=True)
 
-    def unit_event(self, event: UnitEvent, name: dict[str, Any]) -> None:
+    def unit_event(self, event: UnitEvent[object], name: dict[str, Any]) -> None:
         """Takes in an event of an unfinished unit; only a retry gets a line of its own."""
         with self._mutex:
-            label, node = " ".join(_written(name)), event.worker.get("node")
+            label, node = " ".join(_written(name)), None if event.worker is None else event.worker.node
             if event.what == "started":
                 self._in_flight[label] = {"name": label, "attempt": event.attempt, "node": node, "since": time.time()}
             else:

@@ -1,4 +1,4 @@
-"""Finds the records of a run by their keys."""
+"""What the records of a run hold beside their results, and how they are found by their keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from typing import Any
 from layerboost.evaluation.scores import QualityError, Scores
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.kinds import SCORE_STAGES
+from tasks.pool.finished import Finished
+
+
+def time_and_worker(done: Finished[object, object], seconds: float | None = None) -> dict[str, Any]:
+    """What a record keeps of how its result was made.
+
+    Args:
+        done: the unit.
+        seconds: the part of its time that the record stands for; None for all of it.
+    """
+    return {"duration_s": done.seconds if seconds is None else seconds, "worker": done.worker.to_dict()}
 
 
 def scores_of(folder: RunFolder, key: str | None) -> Scores | None:

@@ -21,7 +21,9 @@ from orchestrator.run.context import Identity, RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE
 from orchestrator.run.kinds import SWEEP
-from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, joined_text_scores, sweep_units
+from orchestrator.run.records import time_and_worker
+from tasks.pool.finished import Finished
+from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
 
 SENSITIVITY = "sensitivity"
 
@@ -75,25 +77,25 @@ class Rounds:
         self._rule = TierRule(settings.removed, settings.middle, settings.remove_below, settings.keep_above)
         plans = run.inputs.sweep_plans
         self._base, self._layers = plans[Treatment.SOFTMAX.value][0], plans[Treatment.NONE.value]
-        self._handed_out: set[Any] = set()
+        self._handed_out: set[SweepWork] = set()
         self._rounds: list[tuple[tuple[int, ...], int, int]] = []
         self.tiers: AdaptiveTiers | None = None
         self.entries: list[dict[str, Any]] = []
         self.n_units = self.n_recorded = 0
 
-    def next_units(self) -> list[Any]:
+    def next_units(self) -> list[SweepWork]:
         """What the records so far ask for, but for what was handed out already."""
         fresh = [unit for unit in self._replay() if unit not in self._handed_out]
         self._handed_out |= set(fresh)
         return fresh
 
-    def more_units(self) -> list[Any]:
+    def more_units(self) -> list[SweepWork]:
         """The next units of the stage that is under way: which rounds there are follows from the earlier ones."""
         units = self.next_units()
         self._run.progress.set_total(self.n_units)
         return units
 
-    def _replay(self) -> list[Any]:
+    def _replay(self) -> list[SweepWork]:
         spec, run = self.source.spec, self._run
         counted = run.recorded(run.inputs.count(spec), (SWEEP,))
         if counted is None:
@@ -124,7 +126,9 @@ class Rounds:
             cut = self._cut(start, stop)
             self.n_units += len(cut)
             said = self._said([(share, plans) for share in cut])
-            missing = [SweepUnit(spec, share, plans) for share, found in zip(cut, said, strict=True) if found is None]
+            missing: list[SweepWork] = [
+                SweepUnit(spec, share, plans) for share, found in zip(cut, said, strict=True) if found is None
+            ]
             self.n_recorded += len(cut) - len(missing)
             units = missing or self._unscored(plans, cut)
             if units:
@@ -135,18 +139,18 @@ class Rounds:
             )
         return self._finish()
 
-    def _finish(self) -> list[Any]:
+    def _finish(self) -> list[SweepWork]:
         """The scores of each layer over all the items that it was given, and of the base over the same."""
         assert self.tiers is not None
-        units: list[Any] = []
+        units: list[SweepWork] = []
         self.entries = []
         for layer, plan in enumerate(self._layers):
             cut = self._cut(0, self.tiers.n_items_used(layer))
             units += self._unscored((self._base, plan), cut)
             keys = [unit_key(self._identity(of, cut)) for of in (plan, self._base)]
-            about = {"source": self.source.name, "context_tokens": self.source.context_tokens}
+            source = {"source": self.source.name, "context_tokens": self.source.context_tokens}
             self.entries.append(
-                {**about, "layer": layer, "treatment": Treatment.NONE.value, "key": keys[0], "base_key": keys[1]}
+                {**source, "layer": layer, "treatment": Treatment.NONE.value, "key": keys[0], "base_key": keys[1]}
             )
         return list(dict.fromkeys(units))
 
@@ -192,7 +196,7 @@ class Rounds:
             found.append(tuple(tuple(said[name][plans.index(plan)]) for name in names))
         return tuple(found)
 
-    def _unscored(self, plans: Sequence[Plan], cut: Sequence[Share]) -> list[Any]:
+    def _unscored(self, plans: Sequence[Plan], cut: Sequence[Share]) -> list[SweepWork]:
         recorded = self._run.all_recorded([self._identity(plan, cut) for plan in plans])
         missing = [plan for plan, found in zip(plans, recorded, strict=True) if found is None]
         if self.source.name == TASKS_SOURCE:
@@ -214,18 +218,18 @@ class Rounds:
         iterators = {task: iter(values) for task, values in by_task.items()}
         return np.array([next(iterators[task]) for task in tasks])
 
-    def record(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+    def record(self, done: Finished[SweepWork, dict[str, Any]]) -> None:
         """Records what a worker gave."""
-        run, about = self._run, {"duration_s": duration_s, "worker": info}
+        run, unit, result = self._run, done.unit, {**done.result, **time_and_worker(done)}
         if isinstance(unit, CountUnit):
-            run.record(SWEEP, run.inputs.count(unit.spec), {**result, **about})
+            run.record(SWEEP, run.inputs.count(unit.spec), result)
         elif isinstance(unit, ScoreUnit):
-            run.record(SENSITIVITY, self._identity(unit.plan, unit.shares), {**result, **about})
-        else:
-            run.record(SWEEP, run.inputs.sweep(unit.spec, unit.share, unit.plans), {**result, **about})
-            run.progress.finish_unit(duration_s, **self.name(unit))
+            run.record(SENSITIVITY, self._identity(unit.plan, unit.shares), result)
+        elif isinstance(unit, SweepUnit):
+            run.record(SWEEP, run.inputs.sweep(unit.spec, unit.share, unit.plans), result)
+            run.progress.finish_unit(done.seconds, **self.name(unit))
 
-    def name(self, unit: Any) -> dict[str, Any]:
+    def name(self, unit: SweepWork) -> dict[str, Any]:
         """What a unit is called."""
         name: dict[str, Any] = {"source": self.source.name}
         if isinstance(unit, SweepUnit):

@@ -22,6 +22,8 @@ from orchestrator.stages.objective import objective
 from orchestrator.stages.sampled import sample_text
 from tasks.healing.job import HealingJob
 from tasks.healing.run import HealingResult
+from tasks.pool.finished import Finished
+from tasks.pool.watch import Watch
 
 HALVING = "halving"
 """Stage of the records that hold the healings of rungs."""
@@ -100,12 +102,13 @@ def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: Hea
         workers=min(len(jobs), jobs_at_once(next(iter(jobs.values())))) if jobs else 1,
     )
 
-    def on_result(job: HealingJob, result: HealingResult, duration_s: float) -> None:
-        run.record(HALVING, identities[job.plan], healing_result(job, result, duration_s))
+    def on_result(done: Finished[HealingJob, HealingResult]) -> None:
+        job = done.unit
+        run.record(HALVING, identities[job.plan], healing_result(job, done.result, done.seconds))
         run.folder.remove(f"{CHECKPOINTS}/{job.name}")
-        run.progress.finish_unit(duration_s, plan=job.plan, loss=f"{result.final_loss:.4f}")
+        run.progress.finish_unit(done.seconds, plan=job.plan, loss=f"{done.result.final_loss:.4f}")
 
-    watch = run.watch(HALVING, lambda job: {"plan": str(job.plan), "rung": number})
+    watch: Watch[HealingJob] = run.watch(HALVING, lambda job: {"plan": str(job.plan), "rung": number})
     for failure in heal_all(list(jobs.values()), on_result=on_result, watch=watch):
         plan = failure.unit.plan
         run.failed(HALVING, {**plan.to_dict(), "origin": origins[plan], "rung": number}, failure.error)

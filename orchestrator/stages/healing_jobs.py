@@ -26,7 +26,7 @@ from tasks.cluster.resources import (
 from tasks.evaluation import EvaluationUnit
 from tasks.healing.job import HealingJob
 from tasks.healing.run import HealingResult
-from tasks.pool.out_of_memory import SHRUNK
+from tasks.pool.finished import SHRUNK
 
 CHECKPOINTS = "healing"
 """Where the checkpoints of healing that is under way are kept, in the run folder."""

@@ -11,9 +11,11 @@ from layerboost.sensitivity.drops import mean_drop
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
 from orchestrator.run.kinds import REFINE
+from orchestrator.run.records import time_and_worker
 from orchestrator.run.state import REFINED
 from orchestrator.stages.candidates import candidates
-from tasks.sweep import PlansUnit, sweep_units
+from tasks.pool.finished import Finished
+from tasks.sweep import PlansUnit, SweepWork, sweep_units
 
 _PLANS_OF_A_UNIT = 8
 """Plans that one worker evaluates together: enough to share most of their layers."""
@@ -54,7 +56,8 @@ def refine(run: RunContext) -> list[dict[str, Any]]:
     return [{**plan.to_dict(), "origin": REFINED, **nothing} for plan in improved]
 
 
-def _name(unit: PlansUnit) -> dict[str, Any]:
+def _name(unit: SweepWork) -> dict[str, Any]:
+    assert isinstance(unit, PlansUnit)
     return {"plans": " ".join(map(str, unit.plans))}
 
 
@@ -125,12 +128,14 @@ class _Rounds:
             Scores.from_dict(base["scores"]), Scores.from_dict(found["scores"]), self._score, intervals=False
         ).drop
 
-    def record(self, unit: PlansUnit, result: dict, duration_s: float, info: dict) -> None:
+    def record(self, done: Finished[SweepWork, dict[str, Any]]) -> None:
         """Records the scores of each plan of a unit."""
-        each_s = duration_s / len(unit.plans)
-        about = {"duration_s": each_s, "worker": info}
-        for plan, scores in zip(unit.plans, result["scores"], strict=True):
-            self._run.record(REFINE, self._run.inputs.plan_scores(plan, unit.spec), {"scores": scores, **about})
+        unit = done.unit
+        assert isinstance(unit, PlansUnit)
+        each_s = done.seconds / len(unit.plans)
+        for plan, scores in zip(unit.plans, done.result["scores"], strict=True):
+            result = {"scores": scores, **time_and_worker(done, each_s)}
+            self._run.record(REFINE, self._run.inputs.plan_scores(plan, unit.spec), result)
             drop = self._drop(plan)
             shown = {} if drop is None or unit.spec != self.spec else {"drop": f"{drop:.4f}"}
             self._run.progress.finish_unit(each_s, plan=plan, **shown)

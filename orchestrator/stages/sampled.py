@@ -9,6 +9,8 @@ from layerboost.text.sources import TOKENS_SUFFIX, write_token_rows
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import SAMPLE
+from orchestrator.run.records import time_and_worker
+from tasks.pool.finished import Finished
 from tasks.sampling import SampleUnit, sample_units
 
 _DOCUMENTS_OF_A_UNIT = 32
@@ -23,11 +25,12 @@ def sample_text(run: RunContext) -> bool:
         n_recorded = n_sample_units(run) - len(todo)
         run.progress.start_stage(SAMPLE, n_recorded + len(todo), recorded=n_recorded, workers=workers.n_workers)
 
-        def on_result(unit: SampleUnit, documents: list[list[int]], duration_s: float, info: dict) -> None:
+        def on_result(done: Finished[SampleUnit, list[list[int]]]) -> None:
+            unit, documents = done.unit, done.result
             retried(write_token_rows)(f"{sampled_folder(run)}/{_file_name(unit)}", documents)
             n_tokens = sum(map(len, documents))
-            run.record(SAMPLE, run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": duration_s, "worker": info})
-            run.progress.finish_unit(duration_s, **_name(unit))
+            run.record(SAMPLE, run.inputs.sample(unit), {"tokens": n_tokens, **time_and_worker(done)})
+            run.progress.finish_unit(done.seconds, **_name(unit))
 
         watch = run.watch(SAMPLE, _name, n_workers=workers.n_workers)
         failures = sample_units(todo, run.inputs.source, run.inputs.sampling, workers, on_result=on_result, watch=watch)

@@ -12,11 +12,14 @@ from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import SCORE_STAGES, TRIALS
+from orchestrator.run.records import time_and_worker
 from orchestrator.stages.objective import objective
 from orchestrator.stages.refine import refine
 from orchestrator.stages.speed import layer_times, measure_speed, speedup
 from tasks.evaluation import EvaluationUnit, plan_evaluator_maker
+from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
+from tasks.pool.watch import Watch
 from tasks.search import run_search
 
 
@@ -83,7 +86,7 @@ def _judged(run: RunContext, plan: Plan, values: Values, base: Values) -> dict[s
     return {"quality": value, "quality_stderr": stderr, "objective": kept, "speedup": speed}
 
 
-def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[TrialResult], list[UnitFailure]]:
+def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[TrialResult], list[UnitFailure[Plan]]]:
     inputs, spec, workers = run.inputs, run.inputs.search_quality_spec, run.workers()
     times = layer_times(run)
     proposer = make_proposer(inputs.search_spec, costs, times, _rest_time(run, times))
@@ -92,14 +95,14 @@ def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[
     n_plans = len(state.points) + inputs.search_spec.trials
     run.progress.start_stage("search", n_plans, recorded=0, workers=workers.n_workers)
 
-    def on_plan(plan: Plan, values: dict, duration_s: float, info: dict) -> None:
-        result = {name: values[name] for name in ("scores", "evaluation_s")}
-        run.record("search", inputs.plan_scores(plan, spec), {**result, "duration_s": duration_s, "worker": info})
-        run.progress.finish_unit(duration_s, plan=plan, quality=f"{values['quality']:.4f}")
+    def on_plan(done: Finished[Plan, dict[str, Any]]) -> None:
+        result = {name: done.result[name] for name in ("scores", "evaluation_s")}
+        run.record("search", inputs.plan_scores(done.unit, spec), {**result, **time_and_worker(done)})
+        run.progress.finish_unit(done.seconds, plan=done.unit, quality=f"{done.result['quality']:.4f}")
 
-    failures: list[UnitFailure] = []
+    failures: list[UnitFailure[Plan]] = []
     evaluator = plan_evaluator_maker(inputs.source, spec, workers)
-    watch = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
+    watch: Watch[Plan] = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
     points = run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append, watch=watch)
     return points, failures
 

@@ -16,10 +16,12 @@ from orchestrator.run.context import Identity, RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE, SweepSource
 from orchestrator.run.kinds import SENSITIVITY, SWEEP
+from orchestrator.run.records import time_and_worker
 from orchestrator.stages.adaptive import adaptive_sensitivity
 from tasks.evaluation import EvaluationUnit, cosine_unit
+from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
-from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, joined_text_scores, sweep_units
+from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
 
 
 def sensitivity(run: RunContext) -> bool:
@@ -37,7 +39,7 @@ class Sweep:
     def __init__(self, run: RunContext, sources: Sequence[SweepSource]):
         self._run, self._sources = run, sources
         self._plans = run.inputs.sweep_plans
-        self._handed_out: set[Any] = set()
+        self._handed_out: set[SweepWork] = set()
         self._answers_read: dict[tuple[SweepSource, Share, str], dict[str, Any]] = {}
         self._unrecorded: list[tuple[SweepUnit, float, list[tuple[Identity, dict[str, Any]]]]] = []
         self._has_cosine = (
@@ -75,7 +77,7 @@ class Sweep:
         run.progress.start_stage(
             SENSITIVITY, n_shares, recorded=self.n_recorded(), workers=workers.n_workers if workers else 1
         )
-        failures: list[UnitFailure] = []
+        failures: list[UnitFailure[SweepWork]] = []
         if workers:
             spec = (self._text_source if self._has_cosine else self._sources[0]).spec
             failures = sweep_units(
@@ -149,13 +151,13 @@ class Sweep:
 
     # What comes next
 
-    def _more_units(self) -> list[Any]:
+    def _more_units(self) -> list[SweepWork]:
         """What follows from the records by now; how many shares there are is known when the items are counted."""
         units = self._next_units()
         self._run.progress.set_total(self.n_units())
         return units
 
-    def _next_units(self) -> list[Any]:
+    def _next_units(self) -> list[SweepWork]:
         """Everything that can be done now and was not handed out before."""
         units = [unit for source in self._sources for unit in self._units_of(source)]
         if self._has_cosine and self._recorded_cosine() is None:
@@ -164,7 +166,7 @@ class Sweep:
         self._handed_out |= set(fresh)
         return fresh
 
-    def _units_of(self, source: SweepSource) -> list[Any]:
+    def _units_of(self, source: SweepSource) -> list[SweepWork]:
         unscored = self._unscored(source)
         if not unscored:
             return []
@@ -198,19 +200,19 @@ class Sweep:
 
     # What came back
 
-    def _take(self, unit: Any, result: dict, duration_s: float, info: dict) -> None:
+    def _take(self, done: Finished[SweepWork, dict[str, Any]]) -> None:
         """Records what a worker gave; shares are kept for `_record_shares`."""
-        run, inputs = self._run, self._run.inputs
-        about = {"duration_s": duration_s, "worker": info}
+        run, inputs, unit = self._run, self._run.inputs, done.unit
+        result = {**done.result, **time_and_worker(done)}
         if isinstance(unit, CountUnit):
-            run.record(SWEEP, inputs.count(unit.spec), {**result, **about})
+            run.record(SWEEP, inputs.count(unit.spec), result)
         elif isinstance(unit, ScoreUnit):
-            run.record(SENSITIVITY, inputs.plan_scores(unit.plan, unit.spec), {**result, **about})
+            run.record(SENSITIVITY, inputs.plan_scores(unit.plan, unit.spec), result)
         elif isinstance(unit, EvaluationUnit):
-            run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), {**result, **about})
-            run.progress.finish_unit(duration_s, **self._name(unit))
-        else:
-            self._unrecorded.append((unit, duration_s, self._by_treatment(unit, result, about)))
+            run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), result)
+            run.progress.finish_unit(done.seconds, **self._name(unit))
+        elif isinstance(unit, SweepUnit):
+            self._unrecorded.append((unit, done.seconds, self._by_treatment(unit, done)))
 
     def _record_shares(self) -> None:
         """Records the shares taken since the last time, side by side: with many workers several come at once."""
@@ -220,22 +222,24 @@ class Sweep:
             self._run.progress.finish_unit(duration_s, **self._name(unit))
 
     def _by_treatment(
-        self, unit: SweepUnit, result: dict, about: dict[str, Any]
+        self, unit: SweepUnit, done: Finished[SweepWork, dict[str, Any]]
     ) -> list[tuple[Identity, dict[str, Any]]]:
         """A share as one record for each treatment, so that a treatment that joins later needs no other anew."""
-        each_s, results = about["duration_s"] / len(unit.plans), []
+        each_s, results = done.seconds / len(unit.plans), []
         for plans in self._plans.values():
             if plans[0] not in unit.plans:
                 continue
             first = unit.plans.index(plans[0])
             said = {
-                name: values[first : first + len(plans)] for name, values in result.items() if isinstance(values, list)
+                name: values[first : first + len(plans)]
+                for name, values in done.result.items()
+                if isinstance(values, list)
             }
             identity = self._run.inputs.sweep(unit.spec, unit.share, plans)
-            results.append((identity, {**said, **about, "duration_s": each_s * len(plans)}))
+            results.append((identity, {**said, **time_and_worker(done, each_s * len(plans))}))
         return results
 
-    def _name(self, unit: Any) -> dict[str, Any]:
+    def _name(self, unit: SweepWork) -> dict[str, Any]:
         if isinstance(unit, EvaluationUnit):
             return {"score": "cosine"}
         source = next(source for source in self._sources if source.spec == unit.spec)

@@ -23,7 +23,9 @@ from orchestrator.checks.serving import serving_environment
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import THROUGHPUT
+from orchestrator.run.records import time_and_worker
 from tasks.engines import ENGINES, Engine
+from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
 from tasks.timing import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
 
@@ -51,8 +53,9 @@ def time_models(
     serves = _engine(run).serves
     parents: dict[ThroughputUnit, dict] = {}
 
-    def on_result(group: Group, results: list[dict], duration_s: float, info: dict) -> None:
-        measured = dict(zip(group, results, strict=True))
+    def on_result(done: Finished[Group, list[dict[str, Any]]]) -> None:
+        group = done.unit
+        measured = dict(zip(group, done.result, strict=True))
         if not serves:
             parents.clear()  # only who was timed beside the parent drifted with it
         parents.update({unit: result for unit, result in measured.items() if unit == parent_of(unit)})
@@ -65,8 +68,8 @@ def time_models(
                 run.failed(stage, named, result[ERROR])
                 continue
             result = _at_recorded_speed(run, unit, result, parents.get(parent_of(unit), {}), hardware)
-            each_s = duration_s / n_here
-            run.record(THROUGHPUT, identities[unit], {**result, "duration_s": each_s, "worker": info})
+            each_s = done.seconds / n_here
+            run.record(THROUGHPUT, identities[unit], {**result, **time_and_worker(done, each_s)})
             tok_per_s = round(result["output_throughput_tok_per_s"], 1)
             run.progress.finish_unit(each_s, **named, tok_per_s=tok_per_s)
 
@@ -188,7 +191,9 @@ def _pairs(group: Group) -> list[Group]:
     return [(group[0], unit) for unit in group[1:]] if len(group) > 2 else []
 
 
-def _failed_units(failures: Sequence[UnitFailure], todo: Sequence[ThroughputUnit]) -> list[tuple[ThroughputUnit, str]]:
+def _failed_units(
+    failures: Sequence[UnitFailure[Group]], todo: Sequence[ThroughputUnit]
+) -> list[tuple[ThroughputUnit, str]]:
     """Each unit that was to be timed and failed with a group, once."""
     errors = {unit: failure.error for failure in failures for unit in failure.unit if unit in todo}
     return list(errors.items())

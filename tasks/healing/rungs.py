@@ -21,6 +21,7 @@ from tasks.cluster.resources import NodeResources, labelled
 from tasks.healing.job import HealingJob, located
 from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
 from tasks.healing.run import HealingResult, heal
+from tasks.pool.finished import Finished, WorkerInfo, worker_info
 from tasks.pool.pool import Interrupt, UnitFailure, finish_on_interrupt
 from tasks.pool.watch import UNWATCHED, Watch
 from tasks.tune import UnitSearcher, quiet, temporary_folder
@@ -32,10 +33,10 @@ _NEXT_TO_NOTHING: dict[str, int | float] = {"memory": 1}
 def heal_all(
     jobs: Sequence[HealingJob],
     *,
-    on_result: Callable[[HealingJob, HealingResult, float], None],
+    on_result: Callable[[Finished[HealingJob, HealingResult]], None],
     on_failure: Callable[[UnitFailure[HealingJob]], None] | None = None,
     max_attempts: int = 3,
-    watch: Watch = UNWATCHED,
+    watch: Watch[HealingJob] = UNWATCHED,
 ) -> list[UnitFailure[HealingJob]]:
     """Heals on the connected cluster; as many jobs run at once as it has room for.
 
@@ -43,8 +44,9 @@ def heal_all(
 
     Args:
         jobs: the jobs, which share one placement and have distinct names.
-        on_result: called in this process with job, result and seconds as soon as a job is done, so that it can be
-            recorded at once. An error that it raises ends the rung when the running trials are done.
+        on_result: called in this process with each job as soon as it is done, so that it can be recorded at once. The
+            worker that it names is the trial that waited for the job's own workers. An error that it raises ends the
+            rung when the running trials are done.
         on_failure: called in this process with each job that failed for good; the others go on.
         max_attempts: the number of attempts of a job whose trial's process dies; each continues from its last
             checkpoint.
@@ -84,15 +86,16 @@ class _Outcome:
     result: HealingResult | None
     error: str | None
     duration_s: float
+    worker: WorkerInfo
 
 
 class HealingTrial(tune.Trainable):
     """Heals the job of its config in one step. The process is reused for the next job."""
 
-    def setup(self, config: dict, jobs: Sequence[HealingJob]) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, Any], jobs: Sequence[HealingJob]) -> None:  # type: ignore[override]
         self._jobs = jobs
 
-    def reset_config(self, new_config: dict) -> bool:
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
     def step(self) -> dict[str, Any]:
@@ -102,10 +105,10 @@ class HealingTrial(tune.Trainable):
             result = heal(self._jobs[self.config["job"]])
         except Exception as raised:  # Tune would repeat the trial, but `heal` has used all attempts
             error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}"
-        return {"outcome": _Outcome(result, error, time.monotonic() - start), "done": True}
+        return {"outcome": _Outcome(result, error, time.monotonic() - start, worker_info()), "done": True}
 
 
-class _JobSearcher(UnitSearcher[int]):
+class _JobSearcher(UnitSearcher[HealingJob, _Outcome]):
     """Hands out the jobs by their numbers."""
 
     def __init__(
@@ -113,36 +116,34 @@ class _JobSearcher(UnitSearcher[int]):
         jobs: Sequence[HealingJob],
         n_at_once: int,
         interrupt: Interrupt,
-        on_result: Callable[[HealingJob, HealingResult, float], None],
+        on_result: Callable[[Finished[HealingJob, HealingResult]], None],
         on_failure: Callable[[UnitFailure[HealingJob]], None] | None,
         max_attempts: int,
-        watch: Watch,
+        watch: Watch[HealingJob],
     ):
         super().__init__(min(n_at_once, len(jobs)), interrupt, max_attempts, watch)
         self.failures: list[UnitFailure[HealingJob]] = []
-        self._jobs, self._on_result, self._on_failure = jobs, on_result, on_failure
-        self._waiting = deque(range(len(jobs)))
+        self._on_result, self._on_failure = on_result, on_failure
+        self._numbers = {job.name: number for number, job in enumerate(jobs)}
+        self._waiting = deque(jobs)
 
-    def _next(self) -> int | None:
+    def _next(self) -> HealingJob | None:
         return self._waiting.popleft() if self._waiting else None
 
     def _exhausted(self) -> bool:
         return not self._waiting
 
-    def _config(self, index: int) -> dict[str, Any]:
-        return {"job": index}
+    def _config(self, job: HealingJob) -> dict[str, Any]:
+        return {"job": self._numbers[job.name]}
 
-    def _told(self, index: int) -> HealingJob:
-        return self._jobs[index]
-
-    def _take(self, index: int, outcome: _Outcome) -> None:
+    def _take(self, job: HealingJob, outcome: _Outcome) -> None:
         if outcome.result is None:
-            self._fail(index, outcome.error or "no result", 1)
+            self._fail(job, outcome.error or "no result", 1)
         else:
-            self._on_result(self._jobs[index], outcome.result, outcome.duration_s)
+            self._on_result(Finished(job, outcome.result, outcome.duration_s, outcome.worker))
 
-    def _fail(self, index: int, error: str, n_attempts: int) -> None:
-        self.failures.append(UnitFailure(self._jobs[index], error, n_attempts))
+    def _fail(self, job: HealingJob, error: str, n_attempts: int) -> None:
+        self.failures.append(UnitFailure(job, error, n_attempts))
         if self._on_failure is not None:
             self._on_failure(self.failures[-1])
 

@@ -1,19 +1,67 @@
-"""Starts actors of a class with given resources."""
+"""Workers as Ray actors: what a pool asks of one, and how it is started with its share of the cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from tasks.cluster.resources import WorkerResources
+from tasks.pool.finished import WorkerInfo
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+Arguments = ParamSpec("Arguments")
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Unit_contra = TypeVar("Unit_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-def actor_maker(worker_class: type, resources: WorkerResources, *args) -> Callable[[], Any]:
+class UnitWorker(Protocol[Unit_contra, Result_co]):
+    """A plain class that works on units; it may also have `shrink()`, which halves what it holds at a time."""
+
+    def info(self) -> WorkerInfo: ...
+
+    def run(self, unit: Unit_contra, /) -> Result_co: ...
+
+
+class RemoteMethod(Protocol[Arguments, Result]):
+    """A method of an actor."""
+
+    def remote(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> ObjectRef[Result]: ...
+
+
+class UnitActor(Protocol[Unit_contra, Result]):
+    """The handle of an actor that is a `UnitWorker`."""
+
+    @property
+    def info(self) -> RemoteMethod[[], WorkerInfo]: ...
+
+    @property
+    def run(self) -> RemoteMethod[[Unit_contra], Result]: ...
+
+
+def end_actor(actor: UnitActor[Unit, Result]) -> None:
+    """Ends an actor's process, in mid-unit if need be."""
+    import ray
+
+    ray.kill(cast(Any, actor))
+
+
+def actor_maker(
+    worker_class: Callable[Arguments, UnitWorker[Unit, Result]],
+    resources: WorkerResources,
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> Callable[[], UnitActor[Unit, Result]]:
     """Returns a function that starts one Ray actor of a plain worker class with its share of the cluster."""
 
-    def make():
+    def make() -> UnitActor[Unit, Result]:
         import ray
 
-        return ray.remote(worker_class).options(**resources.actor_options()).remote(*args)
+        remote_class: Any = ray.remote(worker_class)  # Ray's types know classes of up to ten arguments
+        handle = remote_class.options(**resources.actor_options()).remote(*args, **kwargs)
+        return cast(UnitActor[Unit, Result], handle)
 
     return make

@@ -10,12 +10,6 @@ import torch
 
 Result = TypeVar("Result")
 
-SHRUNK = "shrunk"
-"""The key of a result under which a worker reports its reduced sizes.
-
-The record keeps it with the facts of the worker.
-"""
-
 logger = logging.getLogger(__name__)
 
 

@@ -1,16 +1,14 @@
 """Runs independent units of work on a pool of Ray actors that may die, and hands back their results.
 
-An actor has two methods: `run(unit) -> result` and `info() -> dict` (where it runs). A third, `shrink()`, is called if
-Ray ended the previous actor because its node ran out of memory. An actor is made once for each worker, so that what it
-holds, above all a model, is loaded once. Unlike `ray.util.ActorPool`, which keeps dead actors, this pool replaces them
-wherever the cluster has room.
+An actor has two methods: `run(unit) -> result` and `info() -> WorkerInfo` (where it runs). A third, `shrink()`, is
+called if Ray ended the previous actor because its node ran out of memory. An actor is made once for each worker, so
+that what it holds, above all a model, is loaded once. Unlike `ray.util.ActorPool`, which keeps dead actors, this pool
+replaces them wherever the cluster has room.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import signal
 import threading
 import time
@@ -18,15 +16,22 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-from tasks.pool.out_of_memory import SHRUNK, was_ended_for_memory
+from tasks.pool.actors import UnitActor, end_actor
+from tasks.pool.finished import SHRUNK, Finished, WorkerInfo
+from tasks.pool.out_of_memory import was_ended_for_memory
 from tasks.pool.watch import UNWATCHED, UnitEvent, Watch
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 logger = logging.getLogger(__name__)
 
 Unit = TypeVar("Unit")
+Result = TypeVar("Result")
 
 _POLL_S = 0.5
 _STARVING_WARNING_S = 60.0
@@ -49,28 +54,30 @@ class UnitFailure(Generic[Unit]):
 
 
 @dataclass
-class _Worker:
-    actor: Any
-    ready: Any
-    info: dict | None = None
+class _Worker(Generic[Unit, Result]):
+    """An actor and what it is at: starting up while it has no `info`, then idle or on the unit of a number."""
+
+    actor: UnitActor[Unit, Result]
+    ready: ObjectRef[WorkerInfo]
+    info: WorkerInfo | None = None
     unit: int | None = None
-    result: Any = None
+    result: ObjectRef[Result] | None = None
     started_s: float = 0.0
     created_s: float = field(default_factory=time.monotonic)
 
 
 def run_units(
     units: Sequence[Unit],
-    make_actor: Callable[[], Any],
+    make_actor: Callable[[], UnitActor[Unit, Result]],
     *,
     n_workers: int | Callable[[], int],
-    on_result: Callable[[Unit, Any, float, dict], None],
+    on_result: Callable[[Finished[Unit, Result]], None],
     on_results_end: Callable[[], None] | None = None,
-    on_failure: Callable[[UnitFailure], None] | None = None,
+    on_failure: Callable[[UnitFailure[Unit]], None] | None = None,
     more_units: Callable[[], Sequence[Unit]] | None = None,
     max_attempts: int = 3,
-    watch: Watch = UNWATCHED,
-) -> list[UnitFailure]:
+    watch: Watch[Unit] = UNWATCHED,
+) -> list[UnitFailure[Unit]]:
     """Runs every unit on one of `n_workers` actors and hands over each result as soon as it exists.
 
     Each actor has one unit in flight, and gets its next one before the last result is handed over. An actor that dies
@@ -87,8 +94,7 @@ def run_units(
         make_actor: makes one actor (a handle with `run` and `info`).
         n_workers: the most actors; there are never more actors than units. A function is asked again every few
             seconds, so that actors are added when a cluster grows under a running job.
-        on_result: called in this process with unit, result, seconds from hand-over to result, and the actor's info.
-            An error that it raises ends the run.
+        on_result: called in this process with each unit that gave its result. An error that it raises ends the run.
         on_results_end: called when `on_result` has received all results that exist by then, at least once after each
             result. A caller that writes results in batches can so keep up with many workers.
         on_failure: called in this process with each failure as it happens.
@@ -112,9 +118,18 @@ def run_units(
     return loop.failures
 
 
-class _Loop:
+class _Loop(Generic[Unit, Result]):
     def __init__(
-        self, units, make_actor, n_workers, on_result, on_results_end, on_failure, more_units, max_attempts, watch
+        self,
+        units: list[Unit],
+        make_actor: Callable[[], UnitActor[Unit, Result]],
+        n_workers: int | Callable[[], int],
+        on_result: Callable[[Finished[Unit, Result]], None],
+        on_results_end: Callable[[], None] | None,
+        on_failure: Callable[[UnitFailure[Unit]], None] | None,
+        more_units: Callable[[], Sequence[Unit]] | None,
+        max_attempts: int,
+        watch: Watch[Unit],
     ):
         self.units, self.make_actor, self.max_attempts, self.watch = units, make_actor, max_attempts, watch
         self.on_result, self.on_results_end = on_result, on_results_end
@@ -124,8 +139,8 @@ class _Loop:
         self.asked_s = time.monotonic()
         self.waiting = deque(range(len(units)))
         self.attempts = [0] * len(units)
-        self.workers: list[_Worker] = []
-        self.failures: list[UnitFailure] = []
+        self.workers: list[_Worker[Unit, Result]] = []
+        self.failures: list[UnitFailure[Unit]] = []
         self.n_ended_for_memory = 0
         self.start_failures = 0
         self.start_error = ""
@@ -146,11 +161,11 @@ class _Loop:
                 self._give_up_waiting()
                 continue
             pending = {
-                self._reference(worker): worker for worker in self.workers if self._reference(worker) is not None
+                reference: worker for worker in self.workers if (reference := self._reference(worker)) is not None
             }
             ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
-            collected = [self._collect(pending[reference], reference) for reference in done]
+            collected = [self._collect(pending[reference]) for reference in done]
             # This must precede the hand-over, which may take long: units that finish during it would count as hung.
             self._end_hung_units()
             if not interrupt.requested:
@@ -160,11 +175,11 @@ class _Loop:
 
     def close(self) -> None:
         for worker in self.workers:
-            self._kill(worker)
+            end_actor(worker.actor)
         self.workers.clear()
 
     @staticmethod
-    def _reference(worker: _Worker):
+    def _reference(worker: _Worker[Unit, Result]) -> ObjectRef[WorkerInfo] | ObjectRef[Result] | None:
         return worker.ready if worker.info is None else worker.result
 
     def _add_units(self) -> bool:
@@ -183,8 +198,9 @@ class _Loop:
         wanted = min(self.n_workers, busy + len(self.waiting))
         while len(self.workers) < wanted and self.start_failures < self.max_attempts:
             actor = self.make_actor()
-            for _ in range(self.n_ended_for_memory if hasattr(actor, "shrink") else 0):
-                actor.shrink.remote()
+            if hasattr(actor, "shrink"):
+                for _ in range(self.n_ended_for_memory):
+                    actor.shrink.remote()
             self.workers.append(_Worker(actor, actor.info.remote()))
         for worker in self.workers:
             if worker.info is not None and worker.unit is None and self.waiting:
@@ -194,35 +210,35 @@ class _Loop:
                 worker.result = worker.actor.run.remote(self.units[worker.unit])
                 self._tell("started", worker)
 
-    def _collect(self, worker: _Worker, reference) -> tuple[Any, Any, float, dict] | None:
+    def _collect(self, worker: _Worker[Unit, Result]) -> Finished[Unit, Result] | None:
         """Returns the arguments for `on_result` if the worker has a result, else None."""
         import ray
 
         try:
-            value = ray.get(reference)
+            if worker.info is None:
+                worker.info, self.start_failures = ray.get(worker.ready), 0
+                return None
+            assert worker.unit is not None and worker.result is not None
+            result = ray.get(worker.result)
         except ray.exceptions.RayTaskError as error:
             if worker.info is None:
                 self._lose(worker, _describe(error))
             else:
                 self._retry(worker, _describe(error))
+            return None
         except ray.exceptions.RayError as error:
             self._lose(worker, _describe(error))
-        else:
-            if worker.info is None:
-                worker.info, self.start_failures = value, 0
-                return None
-            self._tell("done", worker)
-            n_attempts = self.attempts[worker.unit]
-            info = worker.info | ({"attempt": n_attempts} if n_attempts > 1 else {})
-            if isinstance(value, dict) and SHRUNK in value:
-                info[SHRUNK] = value.pop(SHRUNK)
-            unit, worker.unit, worker.result = self.units[worker.unit], None, None
-            return unit, value, time.monotonic() - worker.started_s, info
-        return None
+            return None
+        self._tell("done", worker)
+        info = replace(worker.info, attempt=self.attempts[worker.unit])
+        if isinstance(result, dict) and SHRUNK in result:
+            info = replace(info, shrunk=result.pop(SHRUNK))
+        unit, worker.unit, worker.result = self.units[worker.unit], None, None
+        return Finished(unit, result, time.monotonic() - worker.started_s, info)
 
-    def _hand_over(self, results: Sequence[tuple[Any, Any, float, dict]]) -> None:
+    def _hand_over(self, results: Sequence[Finished[Unit, Result]]) -> None:
         for result in results:
-            self.on_result(*result)
+            self.on_result(result)
         if results and self.on_results_end is not None:
             self.on_results_end()
 
@@ -233,26 +249,30 @@ class _Loop:
             if timeout_s is not None and time.monotonic() - worker.started_s > timeout_s:
                 self._lose(worker, f"TimeoutError: no result within {timeout_s:g} s; its worker was ended")
 
-    def _tell(self, what: Literal["started", "retried", "done", "failed"], worker: _Worker, error: str = "") -> None:
+    def _tell(
+        self,
+        what: Literal["started", "retried", "done", "failed"],
+        worker: _Worker[Unit, Result],
+        error: str | None = None,
+    ) -> None:
         assert worker.unit is not None
-        seconds, info = time.monotonic() - worker.started_s, worker.info or {}
-        unit, attempt = self.units[worker.unit], self.attempts[worker.unit]
-        self.watch.on_event(UnitEvent(what, unit, attempt, info, seconds, error or None))
+        seconds, attempt = time.monotonic() - worker.started_s, self.attempts[worker.unit]
+        self.watch.on_event(UnitEvent(what, self.units[worker.unit], attempt, worker.info, seconds, error))
 
-    def _lose(self, worker: _Worker, error: str) -> None:
+    def _lose(self, worker: _Worker[Unit, Result], error: str) -> None:
         """Drops an actor that is gone or out of reach; it is never used again."""
         self.workers.remove(worker)
-        self._kill(worker)
+        end_actor(worker.actor)
         self.n_ended_for_memory += was_ended_for_memory(error)
         if worker.info is None:
             self.start_failures, self.start_error = self.start_failures + 1, error
             logger.warning("a worker did not start (%d in a row): %s", self.start_failures, error.splitlines()[0])
             return
-        logger.warning("a worker died on %s: %s", worker.info.get("node", "?"), error.splitlines()[0])
+        logger.warning("a worker died on %s: %s", worker.info.node, error.splitlines()[0])
         if worker.unit is not None:
             self._retry(worker, error)
 
-    def _retry(self, worker: _Worker, error: str) -> None:
+    def _retry(self, worker: _Worker[Unit, Result], error: str) -> None:
         index = worker.unit
         assert index is not None
         again = self.attempts[index] < self.max_attempts
@@ -281,12 +301,6 @@ class _Loop:
             self.warned_s = now
             logger.warning("%d workers wait for room on the cluster; see ray status", len(starving))
 
-    @staticmethod
-    def _kill(worker: _Worker) -> None:
-        import ray
-
-        ray.kill(worker.actor)
-
 
 class Interrupt:
     """Records whether Ctrl-C was pressed inside `finish_on_interrupt`."""
@@ -304,7 +318,7 @@ def finish_on_interrupt() -> Iterator[Interrupt]:
         return
     usual = signal.getsignal(signal.SIGINT)
 
-    def request(signum, frame):
+    def request(signum: int, frame: FrameType | None) -> None:
         interrupt.requested = True
         signal.signal(signal.SIGINT, usual)
         logger.warning("stopping when the units in flight are done; press Ctrl-C again to stop now")
@@ -314,19 +328,6 @@ def finish_on_interrupt() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-def worker_info() -> dict:
-    """Returns where the calling actor runs: node, process id and GPUs."""
-    import ray
-
-    context = ray.get_runtime_context()
-    return {
-        "node": platform.node(),
-        "node_id": context.get_node_id(),
-        "pid": os.getpid(),
-        "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
-    }
 
 
 def _describe(error: Exception) -> str:

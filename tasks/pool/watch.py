@@ -5,33 +5,38 @@ from __future__ import annotations
 import faulthandler
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from tasks.pool.finished import WorkerInfo
+
+Unit = TypeVar("Unit")
+Unit_co = TypeVar("Unit_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class UnitEvent:
+class UnitEvent(Generic[Unit_co]):
     """Describes something that happened to a unit.
 
     Attributes:
         what: `started`; then `retried` (an attempt failed and another follows), `done` or `failed`.
         unit: the unit as it was handed in.
         attempt: the number of the attempt, from 1.
-        worker: where the unit ran, as far as that is known.
+        worker: the process that the unit ran in; None if that is not known.
         seconds: the time since the attempt started.
         error: one line, then its traceback if there is one.
     """
 
     what: Literal["started", "retried", "done", "failed"]
-    unit: Any
+    unit: Unit_co
     attempt: int = 1
-    worker: dict[str, Any] = field(default_factory=dict)
+    worker: WorkerInfo | None = None
     seconds: float = 0.0
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Watch:
+class Watch(Generic[Unit]):
     """Says how units are watched.
 
     Attributes:
@@ -41,10 +46,10 @@ class Watch:
     """
 
     timeout_s: float | None = None
-    on_event: Callable[[UnitEvent], None] = lambda event: None
+    on_event: Callable[[UnitEvent[Unit]], None] = lambda event: None
 
 
-UNWATCHED = Watch()
+UNWATCHED: Watch[Any] = Watch()
 
 
 class HungProcess:

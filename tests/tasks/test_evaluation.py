@@ -134,14 +134,14 @@ def test_through_ray_the_scores_are_the_same(ray_local, worker, source, spec):
         *(EvaluationUnit(plan=single_layer_plan(4, layer, Treatment.NONE)) for layer in range(4)),
         cosine_unit(),
     ]
-    results, infos = {}, []
+    results, workers = {}, []
 
-    def take(unit, result, duration_s, info):
-        results[unit] = result
-        infos.append(info)
+    def take(done):
+        results[done.unit] = done.result
+        workers.append(done.worker)
 
     assert evaluate_units(units, source, spec, WorkerResources(2, 1, 0), on_result=take) == []
-    assert set(results) == set(units) and len({info["pid"] for info in infos}) <= 2
+    assert set(results) == set(units) and len({worker.pid for worker in workers}) <= 2
     for unit in units:
         here = worker.run(unit)
         if unit.kind == "cosine":

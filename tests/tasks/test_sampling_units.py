@@ -33,8 +33,8 @@ def test_a_worker_samples_as_its_spec_says(source, expected):
 def test_through_ray_the_documents_are_the_same(ray_local, source, expected):
     found = {}
 
-    def take(unit, result, duration_s, info):
-        found[unit] = result
+    def take(done):
+        found[done.unit] = done.result
 
     units = [*UNITS, SampleUnit(0, 0)]
     failures = sample_units(units, source, SPEC, WorkerResources(2, 1, 0), on_result=take, max_attempts=2)

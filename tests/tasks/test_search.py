@@ -242,9 +242,9 @@ def _search(folder, spec, known=None, on_plan=None, watch=UNWATCHED, **trouble):
     folder.mkdir(exist_ok=True)
     taken, failures = {}, []
 
-    def take(plan, values, duration_s, info):
-        assert plan.plan_id not in taken and duration_s > 0 and info["pid"] != os.getpid()
-        taken[plan.plan_id] = values
+    def take(done):
+        assert done.unit.plan_id not in taken and done.seconds > 0 and done.worker.pid != os.getpid()
+        taken[done.unit.plan_id] = done.result
 
     results = run_search(
         _state(spec, known),
@@ -318,8 +318,8 @@ def test_with_tune_what_the_callback_raises_comes_through(ray_local, tmp_path):
 def test_with_tune_the_first_interrupt_hands_over_what_is_under_way(ray_local, tmp_path):
     taken = []
 
-    def interrupt(plan, *_):
-        taken.append(plan)
+    def interrupt(done):
+        taken.append(done.unit)
         if len(taken) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -20,7 +20,8 @@ from layerboost.evaluation.shares import Share, auto_shares, mixed, mixed_tasks,
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity.drops import single_layer_plan
 from tasks.cluster.resources import WorkerResources
-from tasks.pool.pool import run_units, worker_info
+from tasks.pool.finished import worker_info
+from tasks.pool.pool import run_units
 from tasks.sweep import CountUnit, PlansUnit, ScoreUnit, SweepUnit, SweepWorker, sweep_units
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -151,11 +152,11 @@ def test_workers_killed_at_random_change_nothing(ray_local, worker, source, text
     pids: set[int] = set()
     kills = 0
 
-    def take(unit, result, duration_s, info):
+    def take(finished):
         nonlocal kills
-        assert unit not in found, "a result came twice"
-        found[unit] = result["nll"]
-        pids.add(info["pid"])
+        assert finished.unit not in found, "a result came twice"
+        found[finished.unit] = finished.result["nll"]
+        pids.add(finished.worker.pid)
         if kills < 5:
             kills += 1
             os.kill(random.choice(sorted(pids)), signal.SIGKILL)
@@ -186,10 +187,10 @@ def test_workers_join_a_run_that_is_under_way(ray_local, monkeypatch):
     actor = ray_local.remote(Sleeper).options(num_cpus=1)
     allowed, pids, done = 1, [], []
 
-    def take(unit, result, duration_s, info):
+    def take(finished):
         nonlocal allowed
-        done.append(unit)
-        pids.append(info["pid"])
+        done.append(finished.unit)
+        pids.append(finished.worker.pid)
         allowed = 2 if len(done) > 2 else 1
 
     assert run_units(range(40), actor.remote, n_workers=lambda: allowed, on_result=take) == []
@@ -202,9 +203,9 @@ def test_units_that_follow_from_results_run_on_the_same_workers(ray_local):
     actor = ray_local.remote(Sleeper).options(num_cpus=1)
     found, pids = [], set()
 
-    def take(unit, result, duration_s, info):
-        found.append(unit)
-        pids.add(info["pid"])
+    def take(finished):
+        found.append(finished.unit)
+        pids.add(finished.worker.pid)
 
     def more():
         return [max(found) + 1, max(found) + 2] if len(found) < 6 else []

@@ -117,9 +117,9 @@ def test_on_a_cluster_measurements_never_overlap(ray_local, source):
     units.append((ThroughputUnit(1, prompt_tokens=400, new_tokens=4),))
     results, failures, pids = {}, [], set()
 
-    def take(group, found, duration_s, info):
-        results[group] = found
-        pids.add(info["pid"])
+    def take(done):
+        results[done.unit] = done.result
+        pids.add(done.worker.pid)
 
     returned = measure_groups(units, source, on_result=take, on_failure=failures.append, max_attempts=1)
     assert returned == failures and [failure.unit for failure in failures] == [units[-1]]

@@ -17,9 +17,10 @@ from orchestrator.run import live_files
 from orchestrator.run import lock as run_lock
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.progress import Progress
+from tasks.pool.finished import WorkerInfo
 from tasks.pool.watch import UnitEvent
 
-NODE = {"node": "host-a"}
+WORKER = WorkerInfo("host-a", "a", 1)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -35,11 +36,13 @@ def go_on(progress: Progress) -> None:
     progress.end_stage()
     progress.start_stage("sensitivity", 5, recorded=1, workers=2)
     for items in ("0-4", "4-8"):
-        progress.unit_event(UnitEvent("started", items, 1, NODE), {"items": items})
-    progress.unit_event(UnitEvent("retried", "0-4", 1, NODE, 2.0, "ActorDiedError: it died\ndetails"), {"items": "0-4"})
-    progress.unit_event(UnitEvent("started", "0-4", 2, NODE), {"items": "0-4"})
-    progress.unit_event(UnitEvent("done", "4-8", 1, NODE, 2.0), {"items": "4-8"})
-    result = {"duration_s": 2.0, "worker": {**NODE, "attempt": 1}}
+        progress.unit_event(UnitEvent("started", items, 1, WORKER), {"items": items})
+    progress.unit_event(
+        UnitEvent("retried", "0-4", 1, WORKER, 2.0, "ActorDiedError: it died\ndetails"), {"items": "0-4"}
+    )
+    progress.unit_event(UnitEvent("started", "0-4", 2, WORKER), {"items": "0-4"})
+    progress.unit_event(UnitEvent("done", "4-8", 1, WORKER, 2.0), {"items": "4-8"})
+    result = {"duration_s": 2.0, "worker": {"node": "host-a", "attempt": 1}}
     progress.recorded("sweep", "0123456789abcdef", {"plan": {"plan": "NSS", "window": None}}, result)
     progress.finish_unit(2.0, items="4-8")
     progress.finish_unit(0.0, status="failed", items="8-12", error="ValueError: bad items")

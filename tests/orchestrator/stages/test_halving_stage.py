@@ -21,6 +21,7 @@ from orchestrator.run.state import RunState
 from orchestrator.stages import halving
 from tasks.cluster.resources import WorkerResources
 from tasks.healing.run import HealingResult
+from tasks.pool.finished import Finished, WorkerInfo
 from tasks.pool.pool import UnitFailure
 
 BASE = Plan.parse("SSS")
@@ -49,7 +50,8 @@ class Cluster:
             rows = tuple(CurveRow("heal", n, n * job.spec.tokens_per_step, 1.0 / n) for n in range(1, steps + 1))
             url = f"{job.snapshot_url}/{steps}.safetensors"
             self.run.folder.write_text(f"snapshots/{job.name}/{steps}.safetensors", "trained")
-            on_result(job, HealingResult(None, rows[-1].tokens, rows, 0.5, 1.0, snapshots={steps: url}), 1.0)
+            result = HealingResult(None, rows[-1].tokens, rows, 0.5, 1.0, snapshots={steps: url})
+            on_result(Finished(job, result, 1.0, WorkerInfo("here", "node", 1)))
             self.healed.append((str(job.plan), job.spec.tokens))
         return failures
 

@@ -19,6 +19,7 @@ from orchestrator.run.progress import Progress
 from orchestrator.run.state import RunState
 from orchestrator.stages.search import search
 from tasks.cluster.resources import WorkerResources
+from tasks.pool.finished import Finished, WorkerInfo
 from tasks.pool.pool import UnitFailure
 
 COSTS = {Treatment.NONE: [0.1, 0.3, 0.2], Treatment.LINEAR_WINDOW: [0.05, 0.1, 0.15]}
@@ -49,7 +50,7 @@ def stage(inputs, monkeypatch):
                 else:
                     values = {"quality": 0.5, "quality_stderr": 0.0, "scores": _scores(plan), "evaluation_s": 1.0}
                     state.finish(plan, values)
-                    on_plan(plan, values, 1.0, {})
+                    on_plan(Finished(plan, values, 1.0, WorkerInfo("here", "node", 1)))
             return state.results()
 
         monkeypatch.setattr(module, "run_search", run_here)

@@ -20,11 +20,13 @@ from orchestrator.run.state import Finalist, RunState
 from orchestrator.stages import timing
 from orchestrator.stages.speed import designed_plans, layer_times, measure_speed, speedup
 from orchestrator.stages.timing import groups, server_groups, throughput_unit, time_models
+from tasks.pool.finished import Finished, WorkerInfo
 from tasks.pool.pool import UnitFailure
 from tasks.timing import ERROR
 
 COST = {Treatment.SOFTMAX: 3.0, Treatment.LINEAR_WINDOW: 2.0, Treatment.WINDOW: 1.0, Treatment.NONE: 0.0}
 BASE = Plan.parse("SSS")
+HERE = WorkerInfo("here", "node", 1)
 
 
 def step_s(plan: Plan | None) -> float:
@@ -47,14 +49,14 @@ class FakeMachine:
             if any(str(unit.plan) in self.broken for unit in group):
                 failures.append(UnitFailure(group, "RuntimeError: out of memory", 3))
             else:
-                on_result(group, [self._result(unit) for unit in group], 2.0, {})
+                on_result(Finished(group, [self._result(unit) for unit in group], 2.0, HERE))
         return failures
 
     def serve(self, todo, source, *, on_result, **_):
         """Does what `measure` does, with vLLM; requests are lost at the concurrencies in `broken`."""
         for group in todo:
             self.groups.append(group)
-            on_result(group, [self._served(unit) for unit in group], 4.0, {})
+            on_result(Finished(group, [self._served(unit) for unit in group], 4.0, HERE))
         return []
 
     def _served(self, unit):

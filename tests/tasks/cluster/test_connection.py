@@ -265,9 +265,7 @@ def test_workers_trials_and_train_jobs_go_where_the_labels_are(tiny_checkpoint, 
         spec = QualitySpec(text=str(tiny_checkpoint / "text.txt"), sequence_tokens=8, n_sequences=2)
         seen = []
         units = [EvaluationUnit(Plan.parse(plan, window=4)) for plan in ("SSSN", "SSNS", "SNSS")]
-        failures = evaluate_units(
-            units, source, spec, workers, on_result=lambda unit, result, s, info: seen.append(info["node_id"])
-        )
+        failures = evaluate_units(units, source, spec, workers, on_result=lambda done: seen.append(done.worker.node_id))
         assert failures == []
         assert seen == [there.node_id] * 3
         log = str(tmp_path / "nodes")

@@ -76,7 +76,7 @@ _WORKERS = """
         ModelSource(repository, revision=revision),
         QualitySpec(text=text, n_sequences=4, sequence_tokens=24, batch_size=4),
         resolve_workers(3, 1, 0),
-        on_result=lambda unit, result, duration_s, info: pids.append(info["pid"]),
+        on_result=lambda done: pids.append(done.worker.pid),
     )
     print(json.dumps({"pids": pids, "failures": [failure.error for failure in failures]}))
 """

@@ -68,8 +68,8 @@ def test_a_job_that_keeps_neither_checkpoint_nor_snapshot_is_refused(tmp_path):
 def test_the_first_interrupt_hands_over_what_is_under_way(ray_local, tiny_checkpoint, tmp_path):
     done = []
 
-    def interrupt(job, result, duration_s) -> None:
-        done.append(job.name)
+    def interrupt(finished) -> None:
+        done.append(finished.unit.name)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -100,7 +100,7 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
         job_of(tiny_checkpoint, tmp_path, "SNSS"),
     ]
     done = {}
-    failures = heal_all(jobs, on_result=lambda job, result, duration_s: done.update({job.name: result}))
+    failures = heal_all(jobs, on_result=lambda finished: done.update({finished.unit.name: finished.result}))
     assert mark.exists()
     assert [failure.unit.name for failure in failures] == ["NNSS"]
     assert "a bad plan" in failures[0].error

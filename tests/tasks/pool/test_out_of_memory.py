@@ -14,8 +14,9 @@ from ray import cloudpickle
 
 from tasks.healing.job import StepEvent
 from tasks.healing.run import heal
+from tasks.pool.finished import worker_info
 from tasks.pool.out_of_memory import in_memory, is_out_of_memory
-from tasks.pool.pool import run_units, worker_info
+from tasks.pool.pool import run_units
 from tasks.pool.watch import Watch
 from tests.tasks.healing.test_healing import check_result, folder, job_of, local, record_steps, steps_in
 
@@ -218,7 +219,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_by_one_that_takes_les
                 ["a"],
                 lambda actor=actor: actor.remote(eats),
                 n_workers=1,
-                on_result=lambda unit, result, duration_s, info, found=results: found.append(result),
+                on_result=lambda done, found=results: found.append(done.result),
                 watch=Watch(on_event=events.append),
             )
         finally:

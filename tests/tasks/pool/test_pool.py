@@ -10,7 +10,8 @@ import time
 import pytest
 from ray import cloudpickle
 
-from tasks.pool.pool import run_units, worker_info
+from tasks.pool.finished import worker_info
+from tasks.pool.pool import run_units
 from tasks.pool.watch import Watch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -56,9 +57,9 @@ class Squares:
 def _run(ray, folder, units, needs=None, **settings):
     results, failures = {}, []
 
-    def take(unit, result, duration_s, info):
-        assert unit[0] not in results, "a result came twice"
-        results[unit[0]] = (result[0], duration_s, info)
+    def take(done):
+        assert done.unit[0] not in results, "a result came twice"
+        results[done.unit[0]] = (done.result[0], done.seconds, done.worker.to_dict())
 
     actor = ray.remote(Squares).options(num_cpus=1)
     settings = {"n_workers": 2, "on_result": take, "on_failure": failures.append} | settings
@@ -115,12 +116,12 @@ def test_a_hung_unit_is_ended_and_tried_again_and_fails_after_three_times(ray_lo
     assert told[2] == [(what, n) for n in (1, 2) for what in ("started", "retried")] + [("started", 3), ("failed", 3)]
     assert results[0][2]["attempt"] == 2 and "attempt" not in results[1][2]
     retried = next(event for event in events if event.what == "retried")
-    assert retried.error.startswith("TimeoutError") and retried.worker["node"] and 2.0 <= retried.seconds < 5
+    assert retried.error.startswith("TimeoutError") and retried.worker.node and 2.0 <= retried.seconds < 5
 
 
 def test_a_slow_hand_over_makes_no_unit_hung(ray_local, tmp_path):
-    def take(unit, *_):
-        time.sleep(2.5 if unit[0] == 0 else 0)
+    def take(done):
+        time.sleep(2.5 if done.unit[0] == 0 else 0)
 
     events = []
     settings = {"on_result": take, "watch": Watch(1.5, events.append)}
@@ -164,9 +165,9 @@ def test_an_error_of_the_callback_ends_the_run(ray_local, tmp_path):
 
 
 def test_an_actor_works_on_while_its_result_is_taken(ray_local, tmp_path):
-    def take(unit, *_):
+    def take(done):
         deadline = time.monotonic() + 20
-        while unit[0] == 0 and not (tmp_path / "1-slow").exists():
+        while done.unit[0] == 0 and not (tmp_path / "1-slow").exists():
             assert time.monotonic() < deadline, "the only actor waits for its result to be taken"
             time.sleep(0.01)
 
@@ -177,8 +178,8 @@ def test_an_actor_works_on_while_its_result_is_taken(ray_local, tmp_path):
 def test_results_that_are_there_end_together(ray_local, tmp_path):
     taken, ends = [], []
 
-    def take(unit, *_):
-        taken.append(unit[0])
+    def take(done):
+        taken.append(done.unit[0])
         time.sleep(0.3)
 
     settings = {"on_result": take, "on_results_end": lambda: ends.append(len(taken))}
