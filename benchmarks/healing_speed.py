@@ -34,7 +34,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layerboost import Plan, convert
-from layerboost.checkpoint import load_model, load_tokenizer
+from layerboost.checkpoint import ModelSource, load_model, load_tokenizer
 from layerboost.healing.adapters import add_lora
 from layerboost.healing.distillation import make_trainee
 from layerboost.healing.spec import HEAL, HealingSpec, Phase
@@ -89,22 +89,21 @@ class OursOnRay:
 
     def take(self, n: int) -> tuple[float, list[float]]:
         """Returns the seconds of `n` steps after two that warm up, and the losses of all steps."""
-        from tasks.healing.job import HealingJob
+        from tasks.cluster.resources import WorkerResources
+        from tasks.healing.job import Checkpoints, HealingJob, HealingText, ZeroSettings
         from tasks.healing.run import heal
 
         self.jobs += 1
         times = Path(self.folder) / f"times-{self.jobs}"
         job = HealingJob(
-            model=str(Path(self.args.model).resolve()),
+            parent=ModelSource(str(Path(self.args.model).resolve())),
             plan=self.plan,
             spec=replace(self.spec, tokens=(n + 2) * self.spec.tokens_per_step, transfer_fraction=0.0),
-            sources=(TextSource(str(self.args.text.resolve())),),
+            text=HealingText((TextSource(str(self.args.text.resolve())),)),
             output=f"{self.folder}/healed",
-            storage_path=f"{self.folder}/storage",
-            name=f"job-{self.jobs}",
-            n_workers=self.args.workers,
-            zero_stage=1,
-            checkpoint_every_steps=10**6,
+            checkpoints=Checkpoints(f"{self.folder}/storage", f"job-{self.jobs}", every_steps=10**6),
+            workers=WorkerResources(self.args.workers, 1.0, 0.0),
+            zero=ZeroSettings(stage=1),
             on_step=functools.partial(note_time, str(times)),
         )
         losses = [row.loss for row in heal(job).curve]

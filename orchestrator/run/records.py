@@ -12,11 +12,11 @@ from tasks.pool.finished import Finished
 
 
 def time_and_worker(done: Finished[object, object], seconds: float | None = None) -> dict[str, Any]:
-    """What a record keeps of how its result was made.
+    """Returns what a record keeps of how its result was made.
 
     Args:
-        done: the unit.
-        seconds: the part of its time that the record stands for; None for all of it.
+        done: the finished unit.
+        seconds: the part of its time that the record stands for; None takes all of it.
     """
     return {"duration_s": done.seconds if seconds is None else seconds, "worker": done.worker.to_dict()}
 

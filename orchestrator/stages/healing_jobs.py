@@ -24,7 +24,7 @@ from tasks.cluster.resources import (
     with_node_to_come,
 )
 from tasks.evaluation import EvaluationUnit
-from tasks.healing.job import HealingJob
+from tasks.healing.job import Checkpoints, HealingJob, HealingText, Snapshots, Survival, ZeroSettings
 from tasks.healing.run import HealingResult
 from tasks.pool.finished import SHRUNK
 
@@ -44,7 +44,7 @@ def healed_folder(run: RunContext, plan: Plan) -> str:
 
 def healing_result(job: HealingJob, result: HealingResult, duration_s: float) -> dict[str, Any]:
     """What is recorded of a healing."""
-    shares = mark_steps(job.spec, job.snapshots)
+    shares = mark_steps(job.spec, job.snapshots.shares)
     return {
         "tokens": result.tokens,
         "budget": job.spec.steps * job.spec.tokens_per_step,
@@ -56,7 +56,7 @@ def healing_result(job: HealingJob, result: HealingResult, duration_s: float) ->
             {"step": step, "share": shares.get(step, step / job.spec.steps)} for step in sorted(result.snapshots)
         ],
         "duration_s": duration_s,
-        "n_workers": job.n_workers,
+        "n_workers": job.workers.n_workers,
         **({SHRUNK: {"micro_batch_sequences": smaller}} if (smaller := result.micro_batch_sequences) else {}),
     }
 
@@ -66,39 +66,32 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
     inputs, folder = run.inputs, run.folder
     healing, spec, teacher = inputs.recipe.healing, inputs.healing_spec, inputs.facts.teacher
     return HealingJob(
-        model=inputs.source.path,
+        parent=inputs.source,
         plan=plan,
         spec=spec,
-        sources=healing_sources(run),
-        apart=healing.documents == "apart",
-        output=healed_folder(run, plan),
-        storage_path=folder.place(CHECKPOINTS),
-        name=key,
-        revision=inputs.source.revision,
-        teacher=None if teacher is None else shipped(teacher.path),
-        teacher_revision=None if teacher is None else teacher.commit or healing.teacher_revision,
-        dtype=inputs.source.dtype,
-        trust_remote_code=inputs.source.trust_remote_code,
-        snapshots=healing.curve,
-        snapshot_url=folder.place(snapshot_folder(key)),
-        n_workers=workers.n_workers,
-        cpus_per_worker=workers.cpus,
-        gpus_per_worker=workers.gpus,
-        node_labels=workers.labels,
-        zero_stage=healing.zero_stage,
-        offload_optimizer=healing.offload_optimizer,
+        text=HealingText(healing_sources(run), apart=healing.documents == "apart"),
+        teacher=None
+        if teacher is None
+        else replace(inputs.source, path=shipped(teacher.path), revision=teacher.commit or healing.teacher_revision),
         transfer=healing.transfer,
-        checkpoint_every_steps=healing.checkpoint_every_steps,
-        max_failures=healing.max_failures,
+        checkpoints=Checkpoints(folder.place(CHECKPOINTS), key, healing.checkpoint_every_steps),
+        output=healed_folder(run, plan),
+        snapshots=Snapshots(folder.place(snapshot_folder(key)), healing.curve),
+        workers=workers,
+        zero=ZeroSettings(healing.zero_stage, healing.offload_optimizer),
         # As if a step took as long as all that lie between two checkpoints, one of which it may have to write.
-        step_timeout_s=run.unit_timeout_s("heal", of_each=min(1.0, healing.checkpoint_every_steps / spec.steps)),
+        survival=Survival(
+            healing.max_failures,
+            run.unit_timeout_s("heal", of_each=min(1.0, healing.checkpoint_every_steps / spec.steps)),
+        ),
         card={"healing method": spec.method},
     )
 
 
 def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: WorkerResources) -> HealingJob:
     """The job that heals a plan by another spec, and keeps what it trained instead of a checkpoint."""
-    return replace(healing_job(run, plan, key, workers), spec=spec, output=None, snapshots=())
+    job = healing_job(run, plan, key, workers)
+    return replace(job, spec=spec, output=None, snapshots=replace(job.snapshots, shares=()))
 
 
 def healing_sources(run: RunContext) -> tuple[TextSource, ...]:

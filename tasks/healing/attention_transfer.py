@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from layerboost.checkpoint import load_tokenizer
 from layerboost.convert import convert
 from layerboost.healing.adapters import feature_map_layers, freeze_all_but_feature_maps
 from layerboost.healing.attention_transfer import AttentionTransfer
@@ -119,16 +118,16 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
     Raises:
         NonFiniteLossError: the loss or a gradient of a layer became NaN or infinite; the layer is not stored.
         DiskFullError: the disk has no room for a layer.
-        ray.exceptions.RayError: a task failed more often than `job.max_failures`.
+        ray.exceptions.RayError: a task failed more often than `job.survival.max_failures`.
     """
     import ray
 
     task: Any = ray.remote(_fit_and_store).options(
-        num_cpus=job.cpus_per_worker,
-        num_gpus=job.gpus_per_worker,
-        max_retries=job.max_failures,
+        num_cpus=job.workers.cpus,
+        num_gpus=job.workers.gpus,
+        max_retries=job.survival.max_failures,
         retry_exceptions=True,
-        label_selector=dict(job.node_labels) or None,
+        label_selector=dict(job.workers.labels) or None,
         scheduling_strategy="DEFAULT",  # run on any node: a trial that calls this holds no room itself
     )
     layers = linear_window_layers_of(job.plan)
@@ -138,7 +137,7 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
     running: list[Any] = []
     try:
         while waiting or running:
-            while waiting and len(running) < job.n_workers:
+            while waiting and len(running) < job.workers.n_workers:
                 running.append(task.remote(job, phase, waiting.pop(0)))
             (done,), running = ray.wait(running)
             outcome = ray.get(done)
@@ -164,7 +163,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
         These two are returned and not raised, because Ray would repeat the task and meet them again.
     """
     prepare_process(job)
-    tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+    tokenizer = job.parent.load_tokenizer()
     text, _ = split_held_out(load_text(job, tokenizer), job.spec)
     batches = GlobalBatches(text, job.spec.batch_sequences, job.spec.seed)
 
@@ -174,7 +173,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
             job.on_step(StepEvent(TRANSFER, row.step, layer))
 
     model: Any = load_parent(job)
-    model = model.to("cuda" if job.gpus_per_worker > 0 else "cpu")
+    model = model.to("cuda" if job.workers.gpus > 0 else "cpu")
     steps = _kept_steps(job, phase)
 
     def fit() -> FittedLayers:
@@ -182,7 +181,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
         return fit_layer(model, job.plan, layer, phase, batches, spec, keep_after=steps, on_step=after_step)
 
     try:
-        with ends_if_hung(job.step_timeout_s) as hung:
+        with ends_if_hung(job.survival.step_timeout_s) as hung:
             fitted = in_memory(fit, lambda: note_smaller_micro_batch(with_noted_micro_batch(job), 1))
     except NonFiniteLossError as error:
         return {"error": f"layer {layer}: {error}"}
@@ -241,4 +240,4 @@ def _kept_steps(job: HealingJob, phase: Phase) -> list[int]:
 
 
 def _file(job: HealingJob, layer: int) -> str:
-    return f"{job.storage_path.rstrip('/')}/{job.name}/transfer/{layer}.safetensors"
+    return f"{job.checkpoints.folder}/transfer/{layer}.safetensors"

@@ -34,14 +34,14 @@ def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: i
     in_bfloat16 = trainable[0].dtype == torch.bfloat16
     if restored is not None:
         _copy_masters(trainee, restored)
-    offload = {"offload_optimizer": {"device": "cpu"}} if job.offload_optimizer else {}
+    offload = {"offload_optimizer": {"device": "cpu"}} if job.zero.offload_optimizer else {}
     # Stage 0 runs as stage 1: without ZeRO a NaN gradient goes unnoticed, and bfloat16 gives another loss.
-    stage = max(job.zero_stage, 1)
+    stage = max(job.zero.stage, 1)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # used only for DeepSpeed's log: `run_phase` deals out the batches
         "gradient_accumulation_steps": accumulation_rounds(job.spec, world_size),
         "gradient_clipping": phase.gradient_clip,
-        "zero_optimization": {"stage": stage, **offload, **(job.zero_options or {})},
+        "zero_optimization": {"stage": stage, **offload, **(job.zero.options or {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": in_bfloat16},

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerboost.checkpoint import load_model
+from layerboost.checkpoint import ModelSource
 from layerboost.healing.spec import TRANSFER, HealingSpec, Phase, mark_steps, phases_of
 from layerboost.healing.training import CurveRow, accumulation_rounds
 from layerboost.plan import Plan
 from layerboost.text.batches import PackedText
 from layerboost.text.sources import TextSource, pack_sources
+from tasks.cluster.resources import WorkerResources
 from tasks.healing.termination import CLOUDS, MetadataServers
 
 TOGETHER, BY_LAYER = "together", "by_layer"
+
+_ONE_WORKER = WorkerResources(1, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -65,85 +68,155 @@ class ProgressClock:
 
 
 @dataclass(frozen=True)
-class HealingJob:
-    """Describes one plan to heal.
-
-    The attributes after `output` are placement: they change where and how safely the job runs, but not its result.
+class HealingText:
+    """The text that a healing reads.
 
     Attributes:
-        model: path or hub name of the untouched parent.
-        sources, apart: the text in the form that `pack_sources` takes; every worker must reach it.
-        teacher, teacher_revision: another model of the same vocabulary that the healed model learns from; None takes
-            the parent. Attention is always transferred from the parent.
-        output: folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. With None only a snapshot of
-            the trained parameters is saved, after the last step.
-        storage_path, name: place and name of the job's checkpoints; every host must reach the folder or URL. A job with
-            the same two continues the run, on any number of workers and in any ZeRO stage; with another plan, spec,
-            mixture of texts or way of transfer it starts over. Another model, teacher or text needs another name.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; float16 is trained in float32.
-        snapshots, snapshot_url: shares of the budget at which the trained parameters are written to
-            `<snapshot_url>/<step>.safetensors` (a folder or fsspec URL that rank 0's host reaches), for `student_from`.
-        n_workers: the workers of the Train job; a transfer by layer fits this number of layers at once.
-        node_labels: the labels of the nodes on which workers may run; without labels any node will do.
-        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; 0 runs as 1, which notices NaN and infinite gradients.
-        zero_options: further settings of DeepSpeed's `zero_optimization`.
-        offload_optimizer: whether the optimizer's state stays in the host's memory and steps there; this needs ZeRO.
-        transfer: `together` fits all linear_window layers in one pass of the parent. `by_layer` gives each layer its
-            own Ray task, which needs the memory of one layer only but runs the models once for each layer.
-        max_failures: the worker failures that the job survives, -1 for any number; a transfer by layer counts them for
-            each layer.
-        step_timeout_s: a process that finishes no step for this time counts as hung and ends itself, which is one of
-            the failures to survive; None waits for ever.
-        metadata_servers: the servers that give notice before a worker's spot machine is taken away.
-        on_step: called in every process after each step and its checkpoint.
-        card: facts for the model card.
+        sources, apart: the text as `pack_sources` takes it; every worker must reach it.
     """
 
-    model: str
-    plan: Plan
-    spec: HealingSpec
     sources: tuple[TextSource, ...]
-    output: str | None
-    storage_path: str
-    name: str
-    revision: str | None = None
-    teacher: str | None = None
-    teacher_revision: str | None = None
     apart: bool = False
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    snapshots: tuple[float, ...] = ()
-    snapshot_url: str | None = None
-    n_workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    node_labels: tuple[tuple[str, str], ...] = ()
-    zero_stage: int = 2
-    zero_options: Mapping[str, Any] | None = None
-    offload_optimizer: bool = False
-    transfer: str = TOGETHER
-    checkpoint_every_steps: int = 50
-    max_failures: int = 3
-    step_timeout_s: float | None = None
-    metadata_servers: MetadataServers = CLOUDS
-    on_step: Callable[[StepEvent], None] | None = None
-    card: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: there are none; name at least one text")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage: {self.zero_stage} is unknown; use 0, 1, 2 or 3")
-        if self.offload_optimizer and self.zero_stage == 0:
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The place of the checkpoints that an interrupted healing continues from.
+
+    Attributes:
+        storage_path, name: the place of the checkpoints, a folder or URL that every host reaches, and the name of the
+            job in it. A job with the same two continues the run, on any number of workers and in any ZeRO stage. With
+            another plan, spec, mixture of texts or way of transfer it starts over. Another model, teacher or text needs
+            another name.
+        every_steps: the steps from one checkpoint to the next.
+    """
+
+    storage_path: str
+    name: str
+    every_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"checkpoint_every_steps: {self.every_steps} must be at least 1")
+
+    @property
+    def folder(self) -> str:
+        """The folder or URL of this job's own files."""
+        return f"{self.storage_path.rstrip('/')}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """The trained parameters that a healing leaves for `student_from`, besides its checkpoint or instead of it.
+
+    Attributes:
+        url: the folder or fsspec URL of the snapshots; rank 0's host must reach it.
+        shares: the shares of the budget at which a snapshot is written.
+    """
+
+    url: str | None = None
+    shares: tuple[float, ...] = ()
+
+    def file(self, step: int) -> str:
+        """Returns the path or URL of the snapshot after a step."""
+        assert self.url is not None
+        return f"{self.url.rstrip('/')}/{step}.safetensors"
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """Says how DeepSpeed's ZeRO divides what the workers hold.
+
+    Attributes:
+        stage: DeepSpeed's ZeRO stage, 0 to 3; 0 runs as 1, which notices gradients that are NaN or infinite.
+        offload_optimizer: whether the optimizer's state stays in the host's memory and steps there; this needs ZeRO.
+        options: further settings of DeepSpeed's `zero_optimization`.
+    """
+
+    stage: int = 2
+    offload_optimizer: bool = False
+    options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage: {self.stage} is unknown; use 0, 1, 2 or 3")
+        if self.offload_optimizer and self.stage == 0:
             raise ValueError(f"offload_optimizer: {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Says which failures a job survives.
+
+    Attributes:
+        max_failures: the worker failures that the job survives, -1 for any number; of each layer in a transfer by
+            layer.
+        step_timeout_s: a process of the job that finishes no step for this time counts as hung and ends itself, which
+            is one of the failures to survive; None waits for ever.
+        metadata_servers: the servers to ask whether a worker's spot machine will be taken away.
+    """
+
+    max_failures: int = 3
+    step_timeout_s: float | None = None
+    metadata_servers: MetadataServers = CLOUDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingJob:
+    """Describes the healing of one plan. The fields after `transfer` change where and how safely it runs, not the result.
+
+    Attributes:
+        parent: the untouched model. Its `device` is ignored, because `workers` says where the job computes.
+        plan: the plan that the parent is converted to.
+        spec: the way in which it is trained. float16 models are trained in float32.
+        text: the text that it is trained on.
+        teacher: another model of the same vocabulary that the healed model learns from; None takes the parent.
+            Attention is always transferred from the parent.
+        transfer: `together` fits all linear_window layers in one pass of the parent; `by_layer` gives each a Ray task
+            of its own, which needs the memory of one layer and runs the models once for each layer.
+        checkpoints: the name of the job, and the place of what it continues from.
+        output: the folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. With None the job saves
+            no checkpoint but a snapshot of what was trained after the last step.
+        snapshots: the states on the way that are kept.
+        workers: the workers of the Train job; a transfer by layer fits as many layers at once.
+        zero: the division of the state among the workers.
+        survival: the failures that the job survives.
+        on_step: called in every process after each step and its checkpoint.
+        card: facts for the model card.
+    """
+
+    parent: ModelSource
+    plan: Plan
+    spec: HealingSpec
+    text: HealingText
+    teacher: ModelSource | None = None
+    transfer: str = TOGETHER
+    checkpoints: Checkpoints
+    output: str | None
+    snapshots: Snapshots = Snapshots()
+    workers: WorkerResources = _ONE_WORKER
+    zero: ZeroSettings = ZeroSettings()
+    survival: Survival = Survival()
+    on_step: Callable[[StepEvent], None] | None = None
+    card: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
         if self.transfer not in (TOGETHER, BY_LAYER):
             raise ValueError(f"transfer: '{self.transfer}' is unknown; use {TOGETHER} or {BY_LAYER}")
-        if (self.snapshots or self.output is None) and self.snapshot_url is None:
+        if (self.snapshots.shares or self.output is None) and self.snapshots.url is None:
             raise ValueError("snapshot_url: None leaves no place for the snapshots; give a folder or URL")
-        for name in ("n_workers", "checkpoint_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
-        accumulation_rounds(self.spec, self.n_workers)
+        if self.workers.n_workers < 1:
+            raise ValueError(f"n_workers: {self.workers.n_workers} must be at least 1")
+        accumulation_rounds(self.spec, self.workers.n_workers)
+
+    @property
+    def name(self) -> str:
+        """The name that tells the job from others in the same storage path."""
+        return self.checkpoints.name
 
     @property
     def fingerprint(self) -> str:
@@ -152,16 +225,16 @@ class HealingJob:
         It leaves out the places of model and texts, which may move, and the micro batch, which may shrink when memory
         runs out.
         """
-        texts = [[source.weight, source.split, source.field, source.format] for source in self.sources]
-        teacher = [self.teacher is not None, self.teacher_revision]
+        texts = [[source.weight, source.split, source.field, source.format] for source in self.text.sources]
+        teacher = [False, None] if self.teacher is None else [True, self.teacher.revision]
         plan, spec = self.plan.plan_id, replace(self.spec, micro_batch_sequences=None).to_dict()
-        same = [self.revision, self.dtype, plan, spec, texts, self.apart, teacher, self.transfer]
+        same = [self.parent.revision, self.parent.dtype, plan, spec, texts, self.text.apart, teacher, self.transfer]
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
     @property
     def snapshot_steps(self) -> list[int]:
         """Returns the steps after which a snapshot is taken."""
-        return list(mark_steps(self.spec, self.snapshots))
+        return list(mark_steps(self.spec, self.snapshots.shares))
 
     @property
     def transfer_phase(self) -> Phase | None:
@@ -186,14 +259,18 @@ def located(job: HealingJob) -> HealingJob:
     def found(path: str) -> str:
         return path if ships_folder or not Path(path).expanduser().exists() else absolute(path)
 
+    def found_model(source: ModelSource) -> ModelSource:
+        return replace(source, path=found(source.path))
+
+    sources = tuple(replace(source, path=found(str(source.path))) for source in job.text.sources)
     return replace(
         job,
-        model=found(job.model),
-        teacher=None if job.teacher is None else found(job.teacher),
-        sources=tuple(replace(source, path=found(str(source.path))) for source in job.sources),
+        parent=found_model(job.parent),
+        teacher=None if job.teacher is None else found_model(job.teacher),
+        text=replace(job.text, sources=sources),
         output=None if job.output is None else absolute(job.output),
-        storage_path=absolute(job.storage_path),
-        snapshot_url=None if job.snapshot_url is None else absolute(job.snapshot_url),
+        checkpoints=replace(job.checkpoints, storage_path=absolute(job.checkpoints.storage_path)),
+        snapshots=replace(job.snapshots, url=None if job.snapshots.url is None else absolute(job.snapshots.url)),
     )
 
 
@@ -202,7 +279,7 @@ def prepare_process(job: HealingJob) -> None:
     import transformers
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, int(job.cpus_per_worker)))
+    torch.set_num_threads(job.workers.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray reports every checkpoint outside its own loggers
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -212,12 +289,7 @@ def prepare_process(job: HealingJob) -> None:
 
 def load_parent(job: HealingJob) -> PreTrainedModel:
     """Loads the untouched parent in the job's dtype, on the CPU."""
-    parent = load_model(
-        job.model,
-        dtype="auto" if job.dtype == "auto" else getattr(torch, job.dtype),
-        revision=job.revision,
-        trust_remote_code=job.trust_remote_code,
-    )
+    parent: PreTrainedModel = replace(job.parent, device="cpu").load()
     return parent.float() if parent.dtype == torch.float16 else parent
 
 
@@ -227,4 +299,4 @@ def load_text(job: HealingJob, tokenizer: PreTrainedTokenizerBase) -> PackedText
     n_sequences = spec.steps * spec.batch_sequences
     if spec.stop_when_flat is not None:
         n_sequences += spec.held_out_sequences
-    return pack_sources(job.sources, tokenizer, spec.sequence_tokens, n_sequences, apart=job.apart)
+    return pack_sources(job.text.sources, tokenizer, spec.sequence_tokens, n_sequences, apart=job.text.apart)

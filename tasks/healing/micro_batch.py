@@ -53,4 +53,4 @@ def forget_micro_batch(job: HealingJob) -> None:
 
 
 def _key(job: HealingJob) -> bytes:
-    return f"layerboost:micro_batch:{job.storage_path}:{job.name}".encode()
+    return f"layerboost:micro_batch:{job.checkpoints.storage_path}:{job.name}".encode()

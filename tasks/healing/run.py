@@ -116,22 +116,24 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
 
     from tasks.healing.start import start_healing_worker
 
-    on_gpu = job.gpus_per_worker > 0
-    resources = {"CPU": job.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if on_gpu else {})
+    on_gpu = job.workers.gpus > 0
+    resources = {"CPU": job.workers.cpus} | ({"GPU": job.workers.gpus} if on_gpu else {})
     trainer = TorchTrainer(
         start_healing_worker,  # type: ignore[arg-type]
         train_loop_config={"job": cloudpickle.dumps(job), "progress": box},
-        torch_config=_config_with_notices(TorchConfig(backend="nccl" if on_gpu else "gloo"), job.metadata_servers),
+        torch_config=_config_with_notices(
+            TorchConfig(backend="nccl" if on_gpu else "gloo"), job.survival.metadata_servers
+        ),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=job.n_workers,
+            num_workers=job.workers.n_workers,
             use_gpu=on_gpu,
             resources_per_worker=resources,
-            label_selector=dict(job.node_labels) or None,
+            label_selector=dict(job.workers.labels) or None,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=job.name,
-            storage_path=job.storage_path,
-            failure_config=FailureConfig(max_failures=job.max_failures),
+            storage_path=job.checkpoints.storage_path,
+            failure_config=FailureConfig(max_failures=job.survival.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -146,7 +148,7 @@ def _trained(job: HealingJob, box: Any) -> dict[str, Any]:
                 raise
         except RayActorError as error:
             n_deaths += 1
-            if n_deaths > job.max_failures:
+            if n_deaths > job.survival.max_failures:
                 raise
             logger.warning("the controller of a healing died: %s", str(error).splitlines()[0])
 

@@ -51,7 +51,7 @@ def heal_all(
         max_attempts: the number of attempts of a job whose trial's process dies; each continues from its last
             checkpoint.
         watch: receives the events of each job. Its time limit is not used: the workers notice a hung job themselves
-            (`HealingJob.step_timeout_s`).
+            (`Survival.step_timeout_s`).
 
     Returns:
         The failures, in the order in which they happened.
@@ -72,11 +72,11 @@ def heal_all(
 
 def jobs_at_once(job: HealingJob, nodes: Sequence[NodeResources] | None = None) -> int:
     """Returns how many jobs of one placement fit on the nodes, at least 1; None takes the connected cluster's nodes."""
-    size = {"cpus": job.cpus_per_worker, "gpus": job.gpus_per_worker}
+    size = {"cpus": job.workers.cpus, "gpus": job.workers.gpus}
     n_workers = 0
-    for node in labelled(connection.resources() if nodes is None else nodes, dict(job.node_labels)):
+    for node in labelled(connection.resources() if nodes is None else nodes, dict(job.workers.labels)):
         n_workers += min(int(getattr(node, name) / amount + 1e-9) for name, amount in size.items() if amount)
-    return max(1, n_workers // job.n_workers)
+    return max(1, n_workers // job.workers.n_workers)
 
 
 @dataclass(frozen=True)

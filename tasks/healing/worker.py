@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
+from layerboost.checkpoint import load_model, save_checkpoint
 from layerboost.convert import convert
 from layerboost.healing.adapters import load_trained
 from layerboost.healing.distillation import make_trainee
@@ -55,7 +55,7 @@ def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
     try:
         with (
             nullcontext() if checkpoint is None else checkpoint.as_directory() as folder,
-            ends_if_hung(job.step_timeout_s) as hung,
+            ends_if_hung(job.survival.step_timeout_s) as hung,
         ):
             restored = None if folder is None else Path(folder)
             return _Worker(job, listener, restored, hung).run()
@@ -108,7 +108,7 @@ class _Worker:
         self.is_going = False
         self.restored = restored if found is not None else None
         self.done = found or Progress()
-        self.tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        self.tokenizer = job.parent.load_tokenizer()
         text, self.held_out = split_held_out(load_text(job, self.tokenizer), self.spec)
         self.batches = GlobalBatches(text, self.spec.batch_sequences, self.spec.seed)
 
@@ -159,7 +159,7 @@ class _Worker:
             if row.step in self.job.snapshot_steps:
                 self._snapshot(row.step, trained_parameters(engine, keep=self.rank == 0))
             is_going = self.is_going  # summed with the step's loss, so that it is the same on all ranks
-            if is_going or row.step == self._end_of(phase) or row.step % self.job.checkpoint_every_steps == 0:
+            if is_going or row.step == self._end_of(phase) or row.step % self.job.checkpoints.every_steps == 0:
                 self._report(engine, row)
             if self.job.on_step is not None:
                 self.job.on_step(StepEvent(phase.name, row.step, self.rank))
@@ -196,33 +196,35 @@ class _Worker:
         return last_step(phase, annealing_start(self.spec, self.done.measured) if phase.name == HEAL else None)
 
     def _load_config(self) -> Any:
-        job = self.job
-        config = AutoConfig.from_pretrained(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        parent = self.job.parent
+        config = AutoConfig.from_pretrained(
+            parent.path, revision=parent.revision, trust_remote_code=parent.trust_remote_code
+        )
         return config.get_text_config()
 
     def _load_pair(self, trained: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Loads the parent and converts it; the student shares its parameters and holds what was trained so far."""
         parent: Any = load_parent(self.job)
-        if self.job.zero_stage < 3:  # in stage 3 DeepSpeed moves only its part to each GPU
+        if self.job.zero.stage < 3:  # in stage 3 DeepSpeed moves only its part to each GPU
             parent = parent.to(self.device)
-        student = convert(parent, self.job.plan, parent=self.job.model, revision=self.job.revision)
+        student = convert(parent, self.job.plan, parent=self.job.parent.path, revision=self.job.parent.revision)
         load_trained(student, trained)
         return parent, student
 
     def _load_teacher(self, parent: PreTrainedModel) -> PreTrainedModel:
-        job = self.job
-        if job.teacher is None:
+        teacher = self.job.teacher
+        if teacher is None:
             return parent
         return load_model(
-            job.teacher,
+            teacher.path,
             dtype=parent.dtype,
             device=parent.device,
-            revision=job.teacher_revision,
-            trust_remote_code=job.trust_remote_code,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
         )
 
     def _snapshot(self, step: int, trained: dict[str, torch.Tensor]) -> None:
-        url = f"{(self.job.snapshot_url or '').rstrip('/')}/{step}.safetensors"
+        url = self.job.snapshots.file(step)
         self._together(lambda: publish_tensors(trained, url) if self.rank == 0 else None, url)
         self.done.snapshots[step] = url
 
@@ -242,7 +244,7 @@ class _Worker:
                 train.report(row.to_dict(), **(whole if self.rank == 0 else {}))
 
             self._together(save, folder)
-            self._together(report, f"{self.job.storage_path}/{self.job.name}")
+            self._together(report, self.job.checkpoints.folder)
 
     def _together(self, write: Callable[[], None], place: str) -> None:
         """Writes something on all ranks; a full disk on one rank ends all of them, so that none waits for another.
@@ -263,7 +265,8 @@ class _Worker:
 
     def _save(self, trained: dict[str, torch.Tensor], output: str) -> None:
         job = self.job
-        student = student_from(load_parent(job), job.plan, self.spec, trained, parent=job.model, revision=job.revision)
+        path, revision = job.parent.path, job.parent.revision
+        student = student_from(load_parent(job), job.plan, self.spec, trained, parent=path, revision=revision)
         card = {"healing tokens": self.done.curve[-1].tokens, **(job.card or {})}
         publish_folder(lambda folder: save_checkpoint(student, self.tokenizer, folder, card=card), output)
 

@@ -1,4 +1,4 @@
-"""Workers as Ray actors: what a pool asks of one, and how it is started with its share of the cluster."""
+"""Describes what a pool asks of its workers, and starts them as Ray actors with their share of the cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class UnitWorker(Protocol[Unit_contra, Result_co]):
-    """A plain class that works on units; it may also have `shrink()`, which halves what it holds at a time."""
+    """Describes a plain class that works on units.
+
+    It may also have a method `shrink()`, which halves what it holds at a time.
+    """
 
     def info(self) -> WorkerInfo: ...
 
@@ -27,13 +30,13 @@ class UnitWorker(Protocol[Unit_contra, Result_co]):
 
 
 class RemoteMethod(Protocol[Arguments, Result]):
-    """A method of an actor."""
+    """Describes a method of an actor."""
 
     def remote(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> ObjectRef[Result]: ...
 
 
 class UnitActor(Protocol[Unit_contra, Result]):
-    """The handle of an actor that is a `UnitWorker`."""
+    """Describes the handle of an actor that is a `UnitWorker`."""
 
     @property
     def info(self) -> RemoteMethod[[], WorkerInfo]: ...
@@ -60,7 +63,7 @@ def actor_maker(
     def make() -> UnitActor[Unit, Result]:
         import ray
 
-        remote_class: Any = ray.remote(worker_class)  # Ray's types know classes of up to ten arguments
+        remote_class: Any = ray.remote(worker_class)  # Ray's types do not carry the arguments of a class
         handle = remote_class.options(**resources.actor_options()).remote(*args, **kwargs)
         return cast(UnitActor[Unit, Result], handle)
 

@@ -1,4 +1,4 @@
-"""What comes back from a unit of work: its result, how long it took, and the worker that did it."""
+"""Describes what comes back from a unit of work: its result, its time, and the worker that did it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ Unit_co = TypeVar("Unit_co", covariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
 SHRUNK = "shrunk"
-"""Key under which a worker's result says with how much less at a time it came; its record has it with the worker."""
+"""The key of a result under which a worker reports its reduced sizes.
+
+The record keeps it with the facts of the worker.
+"""
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The process that works on a unit.
+    """Describes the process that works on a unit.
 
     Attributes:
-        node: host name.
-        node_id: Ray's name of the node.
-        pid: process id there.
-        gpus: ids of the GPUs that Ray gave the process.
-        attempt: which attempt at the unit it is, from 1.
-        shrunk: how much the worker held at a time since its memory ran out; None where it never did.
+        node: the host name.
+        node_id: Ray's id of the node.
+        pid: the process id.
+        gpus: the ids of the GPUs that Ray gave the process.
+        attempt: the number of the attempt at the unit, from 1.
+        shrunk: the sizes that the worker went on with after its memory ran out; None if it never did.
     """
 
     node: str
@@ -36,7 +39,7 @@ class WorkerInfo:
     shrunk: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a record keeps of it; a first attempt and a worker with enough memory go without saying."""
+        """Returns what a record keeps; a first attempt and full sizes are left out."""
         about: dict[str, Any] = {"node": self.node, "node_id": self.node_id, "pid": self.pid, "gpus": list(self.gpus)}
         if self.attempt > 1:
             about["attempt"] = self.attempt
@@ -51,13 +54,13 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Finished(Generic[Unit_co, Result_co]):
-    """A unit that gave its result.
+    """Describes a unit that gave its result.
 
     Attributes:
-        unit: as it was handed in.
-        result: what its worker returned.
-        seconds: from the hand-over of the unit to its result.
-        worker: the process that did it.
+        unit: the unit as it was handed in.
+        result: the value that its worker returned.
+        seconds: the time from the hand-over of the unit to its result.
+        worker: the process that did the unit.
     """
 
     unit: Unit_co

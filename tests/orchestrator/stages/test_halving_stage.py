@@ -48,7 +48,7 @@ class Cluster:
                 continue
             steps = job.spec.steps
             rows = tuple(CurveRow("heal", n, n * job.spec.tokens_per_step, 1.0 / n) for n in range(1, steps + 1))
-            url = f"{job.snapshot_url}/{steps}.safetensors"
+            url = f"{job.snapshots.url}/{steps}.safetensors"
             self.run.folder.write_text(f"snapshots/{job.name}/{steps}.safetensors", "trained")
             result = HealingResult(None, rows[-1].tokens, rows, 0.5, 1.0, snapshots={steps: url})
             on_result(Finished(job, result, 1.0, WorkerInfo("here", "node", 1)))

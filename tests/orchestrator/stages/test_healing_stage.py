@@ -87,13 +87,14 @@ def test_the_job_has_what_the_recipe_says(inputs):
         "healing.micro_batch_sequences=1",
     )
     job = healing_job(run, PLAN, "0123456789abcdef", WorkerResources(2, 1.0, 0.0))
-    text, own = job.sources
+    text, own = job.text.sources
     assert (text.path, text.weight, text.format) == (str(inputs.folder / "heal.txt"), 3.0, "text")
     assert (own.path, own.weight, own.format) == (sampled.sampled_folder(run), 1.0, "tokens")
-    assert job.teacher == str(inputs.folder / "teacher")
-    assert (job.apart, job.offload_optimizer, job.transfer, job.n_workers) == (True, True, "by_layer", 2)
-    assert job.snapshots == (0.5,)
-    assert job.snapshot_url == f"{run.folder}/{snapshot_folder(job.name)}"
+    assert job.teacher.path == str(inputs.folder / "teacher")
+    assert (job.text.apart, job.zero.offload_optimizer) == (True, True)
+    assert (job.transfer, job.workers.n_workers) == ("by_layer", 2)
+    assert job.snapshots.shares == (0.5,)
+    assert job.snapshots.url == f"{run.folder}/{snapshot_folder(job.name)}"
     assert job.spec.micro_batch_sequences == 1
 
 

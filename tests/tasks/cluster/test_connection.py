@@ -23,7 +23,7 @@ from tasks.cluster import connection
 from tasks.cluster.connection import ClusterError, connect, our_package_folders, resolve_workers
 from tasks.cluster.resources import NodeResources, ResourcesError, with_node_to_come
 from tasks.evaluation import EvaluationUnit, evaluate_units
-from tasks.healing.job import HealingJob
+from tasks.healing.job import Checkpoints, HealingJob, HealingText
 from tasks.healing.run import heal
 from tasks.timing import exclusive_worker
 
@@ -277,14 +277,13 @@ def test_workers_trials_and_train_jobs_go_where_the_labels_are(tiny_checkpoint, 
                 file.write(ray.get_runtime_context().get_node_id() + "\n")
 
         job = HealingJob(
-            model=source.path,
+            parent=source,
             plan=Plan.parse("SSSN", window=4),
             spec=HealingSpec(tokens=32, sequence_tokens=8, batch_sequences=2),
-            sources=(TextSource(str(tiny_checkpoint / "text.txt")),),
+            text=HealingText((TextSource(str(tiny_checkpoint / "text.txt")),)),
+            checkpoints=Checkpoints(str(tmp_path / "storage"), "there"),
             output=str(tmp_path / "out"),
-            storage_path=str(tmp_path / "storage"),
-            name="there",
-            node_labels=workers.labels,
+            workers=replace(workers, n_workers=1),
             on_step=note_node,
         )
         heal(job)

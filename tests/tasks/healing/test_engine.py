@@ -19,6 +19,7 @@ from layerboost.text.sources import TextSource
 from tasks.healing.engine import make_engine, save_state, saved_parameters, trained_parameters
 from tasks.healing.job import HealingJob
 from tests.models import tiny_model
+from tests.tasks.healing.jobs import job_of_settings
 
 PLAN = Plan.parse("LNSW", window=3)
 SPEC = HealingSpec(
@@ -46,7 +47,8 @@ def batches() -> GlobalBatches:
 def job_of(spec: HealingSpec = SPEC, **settings) -> HealingJob:
     # By default ZeRO-3 keeps tiny parameters whole.
     options = {"stage3_param_persistence_threshold": 0} if settings.get("zero_stage") == 3 else None
-    return HealingJob("", PLAN, spec, (TextSource("x.txt"),), "", "", "", zero_options=options, **settings)
+    about = {"model": "", "plan": PLAN, "spec": spec, "sources": (TextSource("x.txt"),), "output": ""}
+    return job_of_settings(**about, storage_path="", name="", zero_options=options, **settings)
 
 
 def make_heal_trainee(spec: HealingSpec, dtype: torch.dtype = torch.float32, teacher: nn.Module | None = None):

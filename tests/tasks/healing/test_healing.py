@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -41,6 +42,7 @@ from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
 from tasks.healing.run import heal
 from tasks.healing.worker import Progress, read_progress
 from tests.conftest import wait_for_cpus
+from tests.tasks.healing.jobs import job_of_settings
 
 PLAN = Plan.parse("LNSW", window=3)
 SPEC = HealingSpec(
@@ -92,7 +94,7 @@ def job_of(folder: Path, name: str, **settings) -> HealingJob:
         "checkpoint_every_steps": 2,
         "max_failures": 0,
     }
-    return HealingJob(**(defaults | settings))
+    return job_of_settings(**(defaults | settings))
 
 
 def text_of(folder: Path) -> PackedText:
@@ -142,7 +144,7 @@ def check_result(result, job: HealingJob, expected) -> None:
     assert result.measured == ()
     healed = load_model(job.output)
     assert plan_of(healed) == PLAN
-    assert healed.config.layerboost["parent"] == job.model
+    assert healed.config.layerboost["parent"] == job.parent.path
     for name, tensor in healed.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     assert not Path(f"{job.output}.writing").exists()
@@ -186,7 +188,7 @@ def test_killed_workers_end_with_the_losses_and_snapshots_of_the_undisturbed_run
         with torch.no_grad():
             expected[share] = student(input_ids=ids).logits
 
-    parent = load_model(job.model)
+    parent = load_model(job.parent.path)
     heal_locally(parent, PLAN, text_of(folder), SPEC, marks=job.snapshots, on_mark=note)
     assert result.snapshots == {step: str(tmp_path / "snapshots" / f"{step}.safetensors") for step in (2, 7)}
     for share, url in zip(job.snapshots, result.snapshots.values(), strict=True):
@@ -446,17 +448,30 @@ def test_a_checkpoint_of_another_job_is_not_gone_on_with(tmp_path):
 def test_what_changes_a_result_changes_the_fingerprint_and_placement_does_not(tmp_path):
     job = job_of(tmp_path, "a")
     placement = {"n_workers": 2, "zero_stage": 3, "offload_optimizer": True, "max_failures": 1, "model": "elsewhere"}
-    assert replace(job, **placement).fingerprint == job.fingerprint
+    assert job_of(tmp_path, "a", **placement).fingerprint == job.fingerprint
     changes = [
         {"plan": Plan.parse("LNSW", window=4)},
         {"spec": replace(SPEC, seed=1)},
-        {"sources": (TextSource(job.sources[0].path, field="other"),)},
+        {"sources": (TextSource(job.text.sources[0].path, field="other"),)},
         {"apart": True},
         {"teacher": "other"},
         {"dtype": "bfloat16"},
     ]
-    fingerprints = {replace(job, **change).fingerprint for change in changes}
+    fingerprints = {job_of(tmp_path, "a", **change).fingerprint for change in changes}
     assert len(fingerprints | {job.fingerprint}) == len(changes) + 1
+
+
+def test_checkpoints_of_earlier_versions_are_gone_on_with():
+    """A fingerprint that changes makes every healing that is under way start over."""
+    spec = HealingSpec(tokens=256, sequence_tokens=16, batch_sequences=4)
+    about: dict[str, Any] = {"model": "m", "plan": Plan.parse("LNSS", window=4), "spec": spec}
+    about |= {"storage_path": "s", "name": "n"}
+    plain = job_of_settings(**about, sources=(TextSource("a.txt"),), output="o")
+    assert plain.fingerprint == "d66acf2073f7b1ed81517c80f1d283b6a15a03f10b19e693e44c1fe55a72b89e"
+    sources = (TextSource("a.txt", weight=2.0), TextSource("b.jsonl", format="chat"))
+    about |= {"sources": sources, "apart": True, "teacher": "t", "teacher_revision": "tr", "transfer": "by_layer"}
+    about |= {"revision": "r", "dtype": "bfloat16", "output": None, "snapshots": (0.5,), "snapshot_url": "u"}
+    assert job_of_settings(**about).fingerprint == "1a6d489921f302b6b2e45b6fa9efcd11aa6bb27d597c83e2b7f0423457899489"
 
 
 @pytest.mark.parametrize("scheme", ["local", "memory"])

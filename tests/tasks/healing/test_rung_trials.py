@@ -19,6 +19,7 @@ from tasks.cluster.resources import NodeResources
 from tasks.healing.job import HealingJob
 from tasks.healing.rungs import heal_all, jobs_at_once
 from tests.conftest import wait_for_cpus
+from tests.tasks.healing.jobs import job_of_settings
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -41,7 +42,7 @@ def job_of(checkpoint: Path, folder: Path, plan: str, **settings) -> HealingJob:
         "max_failures": 0,
         "checkpoint_every_steps": 1,
     }
-    return HealingJob(**(defaults | settings))
+    return job_of_settings(**(defaults | settings))
 
 
 def fail(event) -> None:
@@ -54,7 +55,7 @@ def fail(event) -> None:
 )
 def test_as_many_jobs_run_at_once_as_there_is_room_for(tmp_path, n_workers, cpus, gpus, expected):
     nodes = [NodeResources("a", "", 8.0, 2.0), NodeResources("b", "", 4.0, 1.0)]
-    size = {"n_workers": n_workers, "cpus_per_worker": cpus, "gpus_per_worker": gpus}
+    size = {"n_workers": n_workers, "cpus": cpus, "gpus": gpus}
     spec = HealingSpec(tokens=160, sequence_tokens=4, batch_sequences=10)
     assert jobs_at_once(job_of(tmp_path, tmp_path, "SN", spec=spec, **size), nodes) == expected
 
@@ -74,7 +75,7 @@ def test_the_first_interrupt_hands_over_what_is_under_way(ray_local, tiny_checkp
 
     with pytest.raises(KeyboardInterrupt):
         heal_all(
-            [job_of(tiny_checkpoint, tmp_path, plan, cpus_per_worker=2) for plan in ("SNSS", "SNNS")],
+            [job_of(tiny_checkpoint, tmp_path, plan, cpus=2) for plan in ("SNSS", "SNNS")],
             on_result=interrupt,
         )
     assert done == ["SNSS"]

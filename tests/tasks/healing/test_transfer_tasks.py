@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerboost.checkpoint import load_model, load_tokenizer
+from layerboost.checkpoint import ModelSource, load_model, load_tokenizer
 from layerboost.convert import convert
 from layerboost.healing.adapters import feature_map_parameters
 from layerboost.healing.distillation import make_trainee
@@ -17,9 +17,10 @@ from layerboost.storage.publish import read_tensors
 from layerboost.text.batches import GlobalBatches, PackedText
 from layerboost.text.sources import TextSource, pack_sources
 from tasks.healing.attention_transfer import fit_layer
-from tasks.healing.job import HealingJob, StepEvent
+from tasks.healing.job import Snapshots, StepEvent
 from tasks.healing.run import heal
 from tests.models import tiny_model
+from tests.tasks.healing.jobs import job_of_settings
 
 PLAN = Plan.parse("LSLN", window=3)
 SPEC = HealingSpec(
@@ -93,11 +94,11 @@ def test_a_transfer_by_layer_goes_on_from_its_stored_layers_and_ends_as_a_joint_
                 stopped.touch()
                 raise RuntimeError("the task fails once more")
 
-    job = HealingJob(
-        model,
-        PLAN,
-        SPEC,
-        text,
+    job = job_of_settings(
+        model=model,
+        plan=PLAN,
+        spec=SPEC,
+        sources=text,
         output=str(tmp_path / "out"),
         storage_path=str(tmp_path / "storage"),
         name="layers",
@@ -125,7 +126,7 @@ def test_a_transfer_by_layer_goes_on_from_its_stored_layers_and_ends_as_a_joint_
         sequences,
         SPEC,
         on_step=rows.append,
-        marks=job.snapshots,
+        marks=job.snapshots.shares,
         on_mark=lambda share, student: marked.update({share: {n: p.clone() for n, p in student.named_parameters()}}),
     )
     assert [replace(row, loss=0) for row in result.curve] == [replace(row, loss=0) for row in rows]
@@ -135,7 +136,7 @@ def test_a_transfer_by_layer_goes_on_from_its_stored_layers_and_ends_as_a_joint_
     for name, tensor in healed.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-3, msg=name)
     assert list(result.snapshots) == [3, 6, 7]
-    for share, url in zip(job.snapshots, result.snapshots.values(), strict=True):
+    for share, url in zip(job.snapshots.shares, result.snapshots.values(), strict=True):
         snapshot, _ = read_tensors(url)
         assert snapshot
         assert any(".lora_A." in name for name in snapshot) == (share == 0.8)
@@ -148,11 +149,11 @@ def test_damaged_layers_are_fitted_again_and_nonsense_ends_the_job(ray_local, ti
     from tasks.healing.attention_transfer import fit_layers, read_fitted_layers
 
     text = (TextSource(str(tiny_checkpoint / "text.txt")),)
-    job = HealingJob(
-        str(tiny_checkpoint / "model"),
-        PLAN,
-        SPEC,
-        text,
+    job = job_of_settings(
+        model=str(tiny_checkpoint / "model"),
+        plan=PLAN,
+        spec=SPEC,
+        sources=text,
         output=str(tmp_path / "out"),
         storage_path=str(tmp_path),
         name="damaged",
@@ -178,13 +179,15 @@ def test_damaged_layers_are_fitted_again_and_nonsense_ends_the_job(ray_local, ti
 
     # If the stored layers lack a snapshot, they are fitted again.
     wanted = []
-    fit_layers(replace(job, snapshots=(0.34,), snapshot_url=str(tmp_path)), phase, wanted.append)
+    fit_layers(replace(job, snapshots=Snapshots(str(tmp_path), (0.34,))), phase, wanted.append)
     assert [step.step for step in wanted] == [3, 6]
-    broken = load_model(job.model)
+    broken = load_model(job.parent.path)
     with torch.no_grad():
         broken.get_submodule("model.layers.2.self_attn.v_proj").weight[0, 0] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
-    load_tokenizer(job.model).save_pretrained(tmp_path / "broken")
+    load_tokenizer(job.parent.path).save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteLossError, match="layer 2: loss: nan in phase transfer at step 1"):
-        fit_layers(replace(job, model=str(tmp_path / "broken"), name="broken"), phase, lambda progress: None)
+        elsewhere = replace(job.checkpoints, name="broken")
+        broken_job = replace(job, parent=ModelSource(str(tmp_path / "broken")), checkpoints=elsewhere)
+        fit_layers(broken_job, phase, lambda progress: None)
     assert not (tmp_path / "broken" / "transfer" / "2.safetensors").exists()
