@@ -1,4 +1,4 @@
-"""What the records of a run hold beside their results, and how they are found by their keys."""
+"""Finds the records of a run by their keys, and says what they hold besides their results."""
 
 from __future__ import annotations
 

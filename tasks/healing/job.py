@@ -167,7 +167,9 @@ class Survival:
 
 @dataclass(frozen=True, kw_only=True)
 class HealingJob:
-    """Describes the healing of one plan. The fields after `transfer` change where and how safely it runs, not the result.
+    """Describes the healing of one plan.
+
+    The fields after `transfer` change where and how safely the job runs, but not its result.
 
     Attributes:
         parent: the untouched model. Its `device` is ignored, because `workers` says where the job computes.
