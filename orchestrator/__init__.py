@@ -1,1 +1,1 @@
-"""The driver: command line, recipe, run folder, pipeline and report."""
+"""Holds the driver: command line, recipe, run folder, pipeline and report."""

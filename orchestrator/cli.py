@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--json", dest="form", action="store_const", const="json", help="print JSON instead of a table")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV instead of a table")
 
-    run = add("run", "run a recipe, or go on with it where it stopped")
+    run = add("run", "run a recipe, or resume it where it stopped")
     run.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
     run.add_argument("--out", metavar="DIR", help="run folder, local or any fsspec URL (default: runs/<recipe's name>)")
     _add_overrides(run)
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_address(run)
 
     submit = add("submit", "run a recipe as a job of a Ray cluster elsewhere, and follow it")
-    submit.add_argument("recipe", metavar="RECIPE", help="a YAML recipe in the working directory, which travels along")
+    submit.add_argument("recipe", metavar="RECIPE", help="a YAML recipe in the working directory, which is uploaded")
     submit.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS") or None,
@@ -99,20 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="hand on this environment variable; whoever can use the job server can read it",
+        help="pass this environment variable on; anyone who can use the job server can read it",
     )
     submit.add_argument("--submission-id", metavar="ID", help="(default: recipe's name, time, random digits)")
     submit.add_argument("--python", default="python", help="the head's Python that runs the job (default: %(default)s)")
-    submit.add_argument("--no-wait", action="store_true", help="print the submission id and leave")
+    submit.add_argument("--no-wait", action="store_true", help="print the submission id and exit")
 
-    report = add("report", "write CSVs, pictures and HTML again from a run's records, or compare several runs")
+    report = add("report", "write the CSVs, pictures and page of a run again from its records, or compare several runs")
     report.add_argument("folders", metavar="DIR", nargs="+", help="run folders, local or any fsspec URL")
     report.add_argument("--out", metavar="DIR", help="folder of the comparison of several runs (default: comparison)")
 
-    status = add("status", "say where a run stands, from its folder, in another terminal or on another machine")
+    status = add("status", "show the state of a run from its folder, in another terminal or on another machine")
     status.add_argument("folder", metavar="DIR", help="run folder, local or any fsspec URL")
     status.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    status.add_argument("--follow", action="store_true", help="say it again every two seconds until the run ends")
+    status.add_argument("--follow", action="store_true", help="repeat it every two seconds until the run ends")
 
     convert = add("convert", "apply a plan to a model by hand", model)
     convert.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
@@ -127,13 +127,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
 
-    export = add("export", "save a converted model in its family's own format, where that can say the plan", model)
+    export = add("export", "save a converted model in its family's own format, if that can express the plan", model)
     export.add_argument("model", metavar="MODEL", help="a checkpoint of windows and softmax")
     export.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
 
     evaluate = add("evaluate", "judge models side by side by a recipe's quality section", model, device, table)
     evaluate.add_argument("models", metavar="MODEL", nargs="+", help="the first one is the base of the ratios")
-    evaluate.add_argument("--recipe", required=True, metavar="RECIPE", help="the recipe that says what to judge by")
+    evaluate.add_argument("--recipe", required=True, metavar="RECIPE", help="the recipe that says how to judge")
     _add_overrides(evaluate)
 
     bench = add("bench", "time decoding of models side by side", model, device, table)
@@ -144,17 +144,17 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: %(default)s")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="at least 3 (default: %(default)s)")
-    bench.add_argument("--no-prefill", action="store_true", help="fill the cache with random numbers: decode alone")
-    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts (default: %(default)s)")
+    bench.add_argument("--no-prefill", action="store_true", help="fill the cache with random numbers, time only decoding")
+    bench.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: %(default)s)")
 
     generate = add("generate", "continue a prompt with a model", model, device)
     generate.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: %(default)s)")
 
-    doctor = add("doctor", "say what this machine or a cluster lacks, and the remedy")
+    doctor = add("doctor", "list what this machine or a cluster lacks, with the remedy")
     _add_address(doctor)
     return parser
 

@@ -1,6 +1,6 @@
-"""The engines that decoding can be timed with: which there are, what times with each, and what each asks for.
+"""Describes the engines that can time decoding: their workers, conditions and checks.
 
-Descriptions only, with references to the code: the command line reads them without torch or Ray.
+An entry only refers to the code, so that the command line can read it without importing torch or Ray.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from layerboost.registry import Registry
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. References are the thing itself or where it is (`module:name`).
+    """Describes one engine. A reference is the object itself or its place (`module:name`).
 
     Attributes:
-        name: as recipes, tables and `bench --engine` have it.
+        name: its name in recipes, tables and `bench --engine`.
         summary: one line for messages and help.
-        worker: class whose actors time groups of `tasks.timing.ThroughputUnit`: made of a `ModelSource` (and `threads`,
-            unless it serves), with `info()` and `run(group)`, which gives a mapping for each unit, or its error under
-            the key `tasks.timing.ERROR`. The mapping has the columns of pareto.csv that the engine measures, at least
-            `engine`, `hardware` and `output_throughput_tok_per_s`.
-        measurement: class of those mappings, with `from_dict`, `to_dict` and `scaled(factor)`.
-        serves: whether a group is one model under all conditions, for a server that takes long to start, and is not
-            several models side by side under one condition.
-        find_environment: from the folder of a virtual environment, or None, what the engine runs in: hashable, with
-            `versions` (part of a timing's identity) and `hardware`. None: it runs in the worker's own Python.
-        check_model: raises a ValueError, or a `ServingError`, for a `model_type` that the engine does not run.
-        prompt_slack_tokens: by so many tokens at most its prompts come out longer than asked for.
-        start_s: seconds that it takes to start for each model, on the reference machine of the estimate.
-        max_attempts: how often a group is tried.
+        worker: the class whose actors time groups of `tasks.timing.ThroughputUnit`. It is made of a `ModelSource` (and
+            `threads`, unless it serves) and has `info()` and `run(group)`. `run` gives for each unit a mapping, or its
+            error under the key `tasks.timing.ERROR`. The mapping has the columns of pareto.csv that the engine
+            measures, at least `engine`, `hardware` and `output_throughput_tok_per_s`.
+        measurement: the class of those mappings, with `from_dict`, `to_dict` and `scaled(factor)`.
+        serves: whether a group is one model under all conditions, because the server takes long to start. Otherwise a
+            group is several models side by side under one condition.
+        find_environment: takes the folder of a virtual environment, or None, and returns what the engine runs in. The
+            value is hashable and has `versions` (part of a timing's identity) and `hardware`. An engine without this
+            function runs in the worker's own Python.
+        check_model: raises a ValueError, or a `ServingError`, for a `model_type` that the engine cannot run.
+        prompt_slack_tokens: the most tokens by which its prompts may come out longer than asked for.
+        start_s: seconds to start for each model, on the reference machine of the estimate.
+        max_attempts: the number of attempts for each group.
     """
 
     name: str
@@ -65,9 +66,9 @@ ENGINES: Registry[Engine] = Registry(
             find_environment="layerboost.speed.vllm_environment:find_environment",
             check_model="layerboost.speed.vllm_environment:check_served",
             prompt_slack_tokens=16,
-            start_s=100.0,  # vLLM's imports, its weights, what it compiles
+            start_s=100.0,  # vLLM's imports, loading weights and compiling
             max_attempts=2,  # a server may take minutes to fail
         ),
     ),
 )
-"""What decoding can be timed with; plug-ins add theirs."""
+"""The engines that can time decoding; plug-ins add theirs."""

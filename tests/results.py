@@ -1,4 +1,4 @@
-"""What two runs of one recipe must agree on, wherever they ran."""
+"""Compares two runs of one recipe, which must agree wherever they ran."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-# What is timed, and what is computed from timings.
+# These columns are timed or computed from timings, so they differ between runs.
 TIMING_COLUMNS = [
     "output_throughput_tok_per_s",
     "output_throughput_stderr",

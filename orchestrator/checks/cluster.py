@@ -88,7 +88,7 @@ def check_nodes(
     folder = request.folder
     written = None if folder is None else node_probe.put_probe_file(folder, request.token, "driver")
     if written is not None:
-        return [Finding("run folder", str(folder), MISSING, f"{written} here; give a folder that can be")]
+        return [Finding("run folder", str(folder), MISSING, f"{written} here; give a folder that can be written")]
     unread: dict[str, str] = {}
     try:
         answers = node_probe.probe_nodes(request, nodes, timeout_s)
@@ -147,7 +147,7 @@ def _storage_findings(at: str, report: NodeReport, needs: Needs, unread: str | N
         yield Finding(f"{at} run folder", f"{needs.request.folder} {report.storage}", MISSING, remedy)
     elif unread is not None:
         yield Finding(
-            f"{at} run folder", f"what it writes to {needs.request.folder} is not here ({unread})", MISSING, remedy
+            f"{at} run folder", f"its file in {needs.request.folder} is not here ({unread})", MISSING, remedy
         )
 
 
@@ -172,7 +172,7 @@ def _shm_findings(at: str, report: NodeReport, object_store_bytes: float) -> Ite
             f"{at} /dev/shm",
             f"{report.shm_bytes / _GIB:.2f} GiB, Ray's object store has {object_store_bytes / _GIB:.2f} GiB",
             WARN,
-            "give it more (docker run --shm-size), or ray start less --object-store-memory: Ray uses slower files now",
+            "give it more (docker run --shm-size) or ray start less --object-store-memory; now Ray uses slower files",
         )
 
 
@@ -181,7 +181,7 @@ def _clock_findings(at: str, ahead_s: float) -> Iterator[Finding]:
         return
     found = f"at least {abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine"
     state = MISSING if abs(ahead_s) > SKEW_LIMIT_S else WARN
-    remedy = "set its clock (chrony or ntpd): a run folder's lock counts as left behind by the clock"
+    remedy = "set its clock (chrony or ntpd): the clock decides whether the lock of a run folder is abandoned"
     yield Finding(f"{at} clock", found, state, remedy)
 
 

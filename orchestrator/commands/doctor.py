@@ -42,7 +42,7 @@ def _python() -> Finding:
     found = platform.python_version()
     if PYTHON_MINIMUM <= sys.version_info[:2] < PYTHON_BELOW:
         return Finding("python", found)
-    return Finding("python", found, MISSING, "make the environment anew with Python 3.11, 3.12 or 3.13")
+    return Finding("python", found, MISSING, "create the environment again with Python 3.11, 3.12 or 3.13")
 
 
 def _packages() -> Iterator[Finding]:
@@ -85,7 +85,7 @@ def _devices() -> Iterator[Finding]:
             remedy = "install a CUDA build of torch that fits the driver (nvidia-smi shows it)"
             yield Finding("gpu", "a driver, but torch sees no GPU", WARN, remedy)
         else:
-            yield Finding("gpu", "none", WARN, "models of more than a few hundred million parameters want one")
+            yield Finding("gpu", "none", WARN, "models of more than a few hundred million parameters need one")
     if torch.backends.mps.is_available():
         yield Finding("mps", "available")
 
@@ -119,7 +119,7 @@ def _disk() -> Finding:
     if free_gib >= FREE_DISK_MINIMUM_GIB:
         return Finding("free disk here", f"{free_gib:.0f} GiB")
     return Finding(
-        "free disk here", f"{free_gib:.1f} GiB", WARN, "free some: healed checkpoints are as big as the model"
+        "free disk here", f"{free_gib:.1f} GiB", WARN, "free some space: a healed checkpoint is as large as the model"
     )
 
 

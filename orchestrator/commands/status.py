@@ -96,7 +96,7 @@ def _headline(found: dict[str, Any]) -> str:
         beat = f"heartbeat {holder['heartbeat_age_s']:.0f} s ago"
         parts.append(f"process {holder['pid']} on host {holder['host']}, {beat}")
     if found["state"] == GONE:
-        parts.append("its driver is gone; the same command goes on")
+        parts.append("its driver is gone; repeat the command of the run to go on")
     return "; ".join(parts)
 
 

@@ -18,7 +18,10 @@ AtLeast = Literal["quality", "quality_retained", "speedup", "output_throughput_t
 
 
 def _counted() -> list[str]:
-    """The columns that count a plan's layers; how many lose their attention altogether needs no bound from above."""
+    """Returns the columns that count a plan's layers by treatment.
+
+    Removed layers are left out, because nobody needs an upper bound on them.
+    """
     return [f"n_{entry.name}" for entry in TREATMENTS if entry.depth < 1]
 
 
@@ -26,10 +29,10 @@ AtMost = Annotated[str, OneOf("kv_bytes_per_token", _counted, "peak_memory_mib",
 
 
 class ConstraintsSection(Section):
-    """What the plan that people will serve must hold.
+    """Holds the limits that the served plan must keep.
 
-    Pins, numbers of layers and KV bytes are known of a plan before it is tried, so the search proposes no plan that
-    violates them. The report names the best measured plan under all constraints, or which of them to loosen.
+    Pins, numbers of layers and KV bytes are known before a plan is tried, so the search proposes no plan that violates
+    them. The report names the best measured plan under all constraints, or which of them to loosen.
 
     Attributes:
         at_least: lower bounds on columns of pareto.csv.

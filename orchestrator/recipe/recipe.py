@@ -29,7 +29,7 @@ from orchestrator.recipe.sections import (
 
 
 class Recipe(Section):
-    """A whole recipe, checked and frozen. `load_recipe` reads one from a file.
+    """Holds a whole recipe, checked and frozen. `load_recipe` reads one from a file.
 
     Attributes:
         model: the pretrained model.
@@ -137,7 +137,7 @@ class Recipe(Section):
                 raise InputError(
                     name,
                     source.path,
-                    "is what quality.text judges by, so the score would be of text seen; give another text or split",
+                    "is also quality.text, so models would be judged on training text; give another text or split",
                 )
         if self.healing.tokens and "cosine" in self.healing.baselines and self.quality.text is None:
             raise InputError(
@@ -157,6 +157,6 @@ class Recipe(Section):
 
 
 def _scores_of(source: str) -> str:
-    """The scores that are measured over a text or over tasks, such as `nll, kl or cosine`."""
+    """Lists the scores that are measured on a text or on tasks, such as `nll, kl or cosine`."""
     *names, last = [score.name for score in SCORES if score.source == source]
     return f"{', '.join(names)} or {last}" if names else last

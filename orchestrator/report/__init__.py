@@ -1,1 +1,1 @@
-"""The report of a run: CSVs, pictures and one page, all computed from tables alone; `render` makes the files."""
+"""Makes the report of a run, its CSVs, pictures and page, from tables alone; `render` is the entry point."""

@@ -132,9 +132,9 @@ class JobServer(JobSubmissionClient):
         if "already exists" in answer:
             return JobServerError("is the id of another job on that cluster; give another", id_is_taken=True)
         if self._last_status == 404:
-            return JobServerError("the cluster knows no such job: its head was started anew; submit again to go on")
+            return JobServerError("the cluster knows no such job, so its head was restarted; submit again to go on")
         if self._last_status == 413:
-            return JobServerError("the job server takes no package of that size; name more in a .rayignore")
+            return JobServerError("the package is too large for the job server; exclude more files in a .rayignore")
         return JobServerError(f"the job server failed ({reason}); look at the head's logs", is_lost=True)
 
 

@@ -105,7 +105,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     try:
         return _follow(server, job)
     except KeyboardInterrupt:
-        _say(f"not following any more; {job.submission_id} goes on. To follow it again: {again}")
+        _say(f"following has stopped, but {job.submission_id} goes on. To follow it again: {again}")
         return EXIT_INTERRUPTED
 
 
@@ -171,7 +171,7 @@ def check_out(out: str | None) -> str:
     """
     remedy = "give an absolute path that every node has, or a URL such as s3://bucket/run"
     if out is None:
-        raise InputError("--out", None, f"a job's folder goes with the job, and with it any default; {remedy}")
+        raise InputError("--out", None, f"has no default, which would be deleted with the job's folder; {remedy}")
     protocol, separator, _ = out.partition("://")
     if separator:
         from fsspec import available_protocols
@@ -273,7 +273,7 @@ def _check_travels(name: str, written: object, found: Path, package: Package) ->
             name,
             written,
             f"{lacking.relative_to(package.folder)} does not travel (see .gitignore and .rayignore; environments, "
-            "caches and links stay here too); let it, or give an absolute path that every node has",
+            "caches and links stay here too); remove it from these files, or give an absolute path that every node has",
         )
 
 

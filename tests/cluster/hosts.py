@@ -68,7 +68,7 @@ class Hosts:
         return self.command("x", host, "env", *settings, *command)
 
     def run(self, host: str, *command: str, env: dict[str, str] | None = None, expect: int | None = 0) -> str:
-        """Runs a command on a host and returns its stdout; fails the test if it does not exit with `expect` (None: any)."""
+        """Runs a command on a host and returns its stdout; the test fails unless it exits with `expect` (None: any)."""
         result = subprocess.run(
             self.on(host, *command, env=env), env=self.environment, capture_output=True, text=True, check=False
         )

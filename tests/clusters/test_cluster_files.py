@@ -17,7 +17,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[2]
 CLUSTERS = PROJECT / "clusters"
 LAUNCHER_FILES = ["local.yaml", "aws.yaml", "gcp.yaml"]
-# What a user fills in; clusters/README.md says with what.
+# A user fills these in, as clusters/README.md explains.
 VALUES = {
     "REGISTRY": "registry.example.com/me",
     "AMI_ID": "ami-0123456789abcdef0",
