@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: %(default)s")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="at least 3 (default: %(default)s)")
-    bench.add_argument("--no-prefill", action="store_true", help="fill the cache with random numbers, time only decoding")
+    bench.add_argument("--no-prefill", action="store_true", help="fill the cache with random numbers: decoding only")
     bench.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: %(default)s)")
 
     generate = add("generate", "continue a prompt with a model", model, device)
