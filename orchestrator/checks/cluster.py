@@ -146,9 +146,7 @@ def _storage_findings(at: str, report: NodeReport, needs: Needs, unread: str | N
     if report.storage is not None:
         yield Finding(f"{at} run folder", f"{needs.request.folder} {report.storage}", MISSING, remedy)
     elif unread is not None:
-        yield Finding(
-            f"{at} run folder", f"its file in {needs.request.folder} is not here ({unread})", MISSING, remedy
-        )
+        yield Finding(f"{at} run folder", f"its file in {needs.request.folder} is not here ({unread})", MISSING, remedy)
 
 
 def _version_findings(at: str, report: NodeReport, needs: Needs, here: Mapping[str, str | None]) -> Iterator[Finding]:

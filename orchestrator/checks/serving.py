@@ -36,7 +36,7 @@ def check_engine(
     labels: Mapping[str, str] = MappingProxyType({}),
     prefix: str = "throughput.",
 ) -> ServingEnvironment | None:
-    """Returns the environment that an engine runs all these models in, None for the Python at hand.
+    """Returns the environment that an engine runs all these models in, None for the running Python.
 
     Args:
         name: the name of the engine.

@@ -29,7 +29,7 @@ AtMost = Annotated[str, OneOf("kv_bytes_per_token", _counted, "peak_memory_mib",
 
 
 class ConstraintsSection(Section):
-    """Holds the limits that the served plan must keep.
+    """Sets the limits that the served plan must hold.
 
     Pins, numbers of layers and KV bytes are known before a plan is tried, so the search proposes no plan that violates
     them. The report names the best measured plan under all constraints, or which of them to loosen.

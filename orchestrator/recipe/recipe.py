@@ -29,7 +29,7 @@ from orchestrator.recipe.sections import (
 
 
 class Recipe(Section):
-    """Holds a whole recipe, checked and frozen. `load_recipe` reads one from a file.
+    """Describes a whole recipe, checked and frozen. `load_recipe` reads one from a file.
 
     Attributes:
         model: the pretrained model.

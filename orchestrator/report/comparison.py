@@ -52,7 +52,7 @@ def letter(index: int) -> str:
 
 
 def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Builds comparison.csv: the rows of each run's pareto.csv behind columns `run` and `model`.
+    """Builds comparison.csv: the rows of each run's pareto.csv after columns `run` and `model`.
 
     Cells of columns that a run lacks are empty.
     """

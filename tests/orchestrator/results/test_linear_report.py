@@ -31,7 +31,7 @@ ABLATED = (Treatment.NONE, Treatment.LINEAR_WINDOW)
 
 
 class Drawn:
-    """A run with fresh random scores, whose records lie in whichever stage made them."""
+    """Returns a run with fresh random scores; each record lies in the folder of the stage that made it."""
 
     def __init__(self, folder: RunFolder):
         self.folder, self.rng = folder, np.random.default_rng()
@@ -43,7 +43,7 @@ class Drawn:
             margins = self.rng.normal(0.5, 1.0, n_items)
             found.append(mean_score(task, "acc", (margins > 0).astype(float).tolist(), True, primary=True))
             found.append(mean_score(task, "margin", margins.tolist(), True))
-        if tasks:  # a score that is no mean of items, beside those that are
+        if tasks:  # this score is no mean of items, the others are
             found.append(
                 MetricScore("wiki", "word_perplexity", float(self.rng.uniform(9, 20)), 0.3, False, primary=True)
             )
@@ -158,7 +158,7 @@ def _noted(read: list[str], folder: RunFolder, name: str) -> None:
         read.append(name)
 
 
-# The naive forms: every table reads what it needs, and every plan works out its layers anew.
+# These are the naive forms: every table reads what it needs, and every plan computes its layers again.
 
 
 def naive_interactions(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
