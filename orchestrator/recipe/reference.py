@@ -18,8 +18,14 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from layerboost.evaluation.scores import SCORES
+from layerboost.healing.divergences import DIVERGENCES
+from layerboost.plan import TREATMENTS
+from layerboost.registry import Registry
+from layerboost.search.methods import METHODS
 from orchestrator.recipe.fields import AutoOr, unique_entries
 from orchestrator.recipe.recipe import Recipe
+from tasks.engines import ENGINES
 
 REFERENCE_FILE, SCHEMA_FILE = "docs/recipe.md", "recipes/recipe.schema.json"
 
@@ -51,6 +57,16 @@ is taken for a path, and so is all that begins with `./`, `../`, `/` or `~`. Num
 change results and is therefore part of what identifies a unit of work, except `placement`, `throughput.environment`
 and the fields of `healing` that only memory depends on.
 """
+
+
+VOCABULARIES: dict[str, Registry[Any]] = {
+    "Treatments": TREATMENTS,
+    "Scores": SCORES,
+    "Search methods": METHODS,
+    "Divergences": DIVERGENCES,
+    "Engines": ENGINES,
+}
+"""The names that plug-ins may add to, by their heading in the reference."""
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
@@ -147,7 +163,30 @@ def reference() -> str:
         if not name:
             continue
         parts.append(f"{'##' if '.' not in name else '###'} `{name}`\n\n{part['description']}\n\n{_table(part, name)}")
+    return "\n".join((*parts, _names()))
+
+
+def _names() -> str:
+    """What the names of the vocabularies stand for."""
+    parts = ["## Names\n\nThese names are built in; plug-ins may add more.\n"]
+    for heading, registry in VOCABULARIES.items():
+        rows = [_row(_name(entry), _sentence(entry.summary)) for entry in registry]
+        parts.append("\n".join((f"### {heading}\n", "| name | |", "|---|---|", *rows)) + "\n")
     return "\n".join(parts)
+
+
+def _name(entry: Any) -> str:
+    letter = getattr(entry, "letter", None)
+    return f"`{entry.name}`" + (f", {letter} in plans" if letter else "")
+
+
+def _row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def _table(part: Schema, section: str) -> str:
@@ -155,9 +194,7 @@ def _table(part: Schema, section: str) -> str:
     for name, field in part["properties"].items():
         value = words(field) or f"[{section}.{name}](#{section.replace('.', '')}{name})"
         default = "needed" if name in part.get("required", ()) else _shown(field.get("default"))
-        description = field["description"]
-        cells = (f"`{name}`", value, default, description[0].upper() + description[1:])
-        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        rows.append(_row(f"`{name}`", value, default, _sentence(field["description"])))
     return "\n".join(rows) + "\n"
 
 

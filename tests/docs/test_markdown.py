@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from layerboost.families import supported_families
 from orchestrator.cli import build_parser
 from orchestrator.recipe.load import recipe_from_dict
 from orchestrator.recipe.recipe import Recipe
@@ -176,6 +177,14 @@ def test_the_readme_shows_the_two_commands_and_fits_on_a_page():
     assert set_up.count("\n") == tests.count("\n") == 1
     assert set_up.split("&& ")[-1] == ".venv/bin/layerboost run recipes/default.yaml\n"
     assert tests.split("&& ")[-1] == ".venv/bin/python -m pytest\n"
+
+
+def test_the_families_are_those_that_can_be_converted():
+    guide = (PROJECT / "docs" / "own-model.md").read_text(encoding="utf-8")
+    listed = re.search(r"decoders of the families (.+?), with\s+safetensors", guide, re.DOTALL)
+    assert listed is not None
+    assert re.split(r",\s+|\s+and\s+", listed[1]) == sorted(supported_families())
+    assert f"{len(supported_families())} families" in (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [name for name in REPORT_FILES if name.endswith(".csv")])
