@@ -1,4 +1,4 @@
-"""Every fast form of a treatment against the naive one, on fresh random inputs."""
+"""Compares every fast form of a treatment with the naive one, on fresh random inputs."""
 
 from __future__ import annotations
 

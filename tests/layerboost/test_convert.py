@@ -1,4 +1,4 @@
-"""Conversion, for each family: softmax is untouched, decoding equals the full forward, checkpoints come back whole."""
+"""Tests conversion of each family: softmax is untouched, decoding equals the full forward, checkpoints reload."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random_tokens(model, batch=3, n_tokens=N_TOKENS):
 
 def converted(parent, letters, window=WINDOW):
     model = convert(parent, Plan.parse(letters, window))
-    with torch.no_grad():  # a feature map that matters
+    with torch.no_grad():  # makes the feature maps affect the output
         for module in model.modules():
             if isinstance(module, LinearWindow):
                 for parameter in module.parameters():
@@ -51,7 +51,7 @@ def converted(parent, letters, window=WINDOW):
 
 @torch.no_grad()
 def decode(model, tokens, mask=None, piece_tokens=1, prefill_tokens=1):
-    """Logits of every position (batch, tokens, vocabulary), the text fed in pieces through the cache."""
+    """Returns the logits of every position (batch, tokens, vocabulary) with the text fed in pieces through a cache."""
     positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0)
     bounds = [0, *range(prefill_tokens, tokens.shape[1], piece_tokens), tokens.shape[1]]
     cache, logits = None, []
@@ -125,7 +125,7 @@ def test_what_a_plan_removes_is_gone_and_the_rest_is_shared(parent):
     norms = [
         norm
         for norm in family_of(parent.config).attention_norms(parent.config)
-        if list(getattr(parent.base_model.layers[0], norm).parameters())  # OLMo's own none
+        if list(getattr(parent.base_model.layers[0], norm).parameters())  # OLMo's norms have no parameters
     ]
     removed = set(theirs) - set(own)
     attention = family_of(parent.config).attention
@@ -152,7 +152,7 @@ def test_removal_equals_a_parent_whose_attention_writes_nothing(parent):
     hooks = []
     for layer in (1, 3):
         block = parent.base_model.layers[layer]
-        # Whatever follows attention on its way to the residual: the last norm of its own, or the attention itself.
+        # The last module before the residual is silenced: the norm after attention if there is one, else attention.
         norms = [n for n in family_of(parent.config).attention_norms(parent.config) if n == "post_attention_layernorm"]
         writer = getattr(block, norms[-1]) if norms else attention_module(parent, layer)
         hooks.append(writer.register_forward_hook(_silent))
@@ -183,7 +183,7 @@ def test_save_and_load_is_bit_equal(parent, tmp_path):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     loaded = load_model(str(tmp_path / "model"))
     assert type(loaded) is type(model) and plan_of(loaded) == plan_of(model)
-    for parameter in loaded.parameters():  # a mapped file may lie unaligned, which changes the order of sums
+    for parameter in loaded.parameters():  # mapped tensors may be unaligned, which changes the order of sums
         parameter.data = parameter.data.clone()
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert torch.equal(decode(loaded, tokens)[0], decode(model, tokens)[0])
@@ -235,7 +235,7 @@ def generate(model, tokens, mask, **kwargs):
 @pytest.mark.parametrize("letters", ["WWWW", "LLLL", "NNNN", "NLWS"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
 def test_generate_gives_the_same_with_and_without_a_cache(name, letters):
-    torch.manual_seed(7)  # a tie within rounding, once in many draws, would change a sampled token
+    torch.manual_seed(7)  # avoids the rare draw in which a tie within rounding changes a sampled token
     model = converted(tiny_model(name), letters)
     tokens = random_tokens(model, n_tokens=12)
     mask = torch.ones_like(tokens)
@@ -278,7 +278,7 @@ def test_gradients_reach_every_parameter_also_with_checkpointing(parent):
     names = [name for name, _ in model.named_parameters()]
     for name, plain, checkpointed in zip(names, *gradients, strict=True):
         if plain is None:
-            assert "experts" in name or "gate" in name, name  # an expert that no token chose
+            assert "experts" in name or "gate" in name, name  # no token chose this expert
             continue
         torch.testing.assert_close(plain, checkpointed, atol=1e-5, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Export to a family's own format: only plans that it can say, and only where its code computes them."""
+"""Tests the export to a family's own format: only plans that it can express and that its code computes."""
 
 import json
 

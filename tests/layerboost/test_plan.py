@@ -1,4 +1,4 @@
-"""Plans: reading, identity, thresholds."""
+"""Tests plans: parsing, identity, thresholds."""
 
 import random
 

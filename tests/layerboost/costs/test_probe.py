@@ -1,4 +1,4 @@
-"""Timings that an estimate is made from: their arithmetic, and a probe of a tiny model."""
+"""Tests the timings that an estimate is made from: their arithmetic, and a probe of a tiny model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from layerboost.plan import Plan, Treatment
 
 
 class Clock:
-    """Time that passes only when someone works."""
+    """Replaces the clock by one that advances only when simulated work is done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
@@ -62,7 +62,7 @@ def test_some_layers_stand_for_all_of_a_sweep():
     assert [str(plan) for plan in plans] == ["SSS", "NSS", "SNS", "SSN"] and weight == 1
     few, weight = probe._single_layer_plans(100, [Treatment.NONE, Treatment.LINEAR_WINDOW], 8)
     assert len(few) == 1 + 2 * probe._SWEPT_LAYERS
-    # The base runs through 100 layers, and each plan through those from its treated one on: 100, 67, 34 and 1 of them.
+    # The base runs 100 layers, and each plan those from its treated layer on: 100, 67, 34 and 1 layers.
     assert weight == pytest.approx((100 + 2 * 5050) / (100 + 2 * 202))
 
 
@@ -84,7 +84,7 @@ def test_a_probe_of_a_tiny_model_is_quick_and_leaves_it_as_it_was(inputs, one_th
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert n_trained(model, replace(healing, method="full")) == sum(p.numel() for p in model.parameters())
-    # 4 projections of attention and 3 of the MLP, in each layer: rank x (in + out).
+    # Each layer has 4 projections of attention and 3 of the MLP, with rank x (in + out) parameters each.
     assert n_trained(model, healing) == 3 * 4 * (32 + 24 + 24 + 32 + 3 * 48)
 
 

@@ -1,4 +1,4 @@
-"""Calibration, and what a model lost although its accuracy held."""
+"""Tests calibration, and the flags for what a model lost although its accuracy held."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _naive_ece(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 
 def _predictions(n: int, per_item: int, tilt: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences, and whether they are right: less often by `tilt` than they say."""
+    """Draws confidences and whether they are right, which is less often than they say by `tilt`."""
     rng = np.random.default_rng(seed)
     confidence = rng.uniform(0.3, 1.0, (n, per_item))
     return confidence, rng.uniform(size=(n, per_item)) < confidence - tilt

@@ -160,7 +160,7 @@ def text(tmp_path_factory) -> str:
 
 
 def _simple_evaluate(model, tokenizer, path: str, batch_size: int, **settings) -> dict:
-    """lm-eval called directly, the way its documentation does."""
+    """Calls lm-eval directly, as in its documentation."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -487,7 +487,7 @@ def test_quality_is_the_mean_of_one_metric_of_each_task(scores):
         scores.get("answer", "exact_match@first").value,
     ]
     assert value == pytest.approx(sum(expected) / 4)
-    assert stderr is None  # lm-eval gives word perplexity no error
+    assert stderr is None  # lm-eval reports no standard error for word perplexity
     without = Scores([score for score in scores.metrics if score.task in ("choice", "ending")])
     errors = [scores.get(task, "acc").stderr for task in ("choice", "ending")]
     assert quality(without)[1] == pytest.approx(math.hypot(*errors) / 2)
@@ -750,4 +750,4 @@ def test_real_model_scores_as_lm_eval_and_transformers_do(shared_dir, tmp_path):
     assert scores.get("name_cloze", "acc").value == alone["acc,none"] > 0.5
     sequences = pack(read_documents(text), tokenizer, 512, limit_sequences=48)
     assert scores.get("text", "nll").items == pytest.approx(_naive_nll(model, sequences), abs=1e-4)
-    assert scores.get("text", "nll").value == pytest.approx(1.43, abs=0.03)  # published with the model
+    assert scores.get("text", "nll").value == pytest.approx(1.43, abs=0.03)  # the value is published with the model

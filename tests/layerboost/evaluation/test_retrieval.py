@@ -1,4 +1,4 @@
-"""Retrieval at a distance: what is asked, and who can answer."""
+"""Tests retrieval at a distance: which sequences are built, and which models can answer them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model():
 
 
 class Copying(nn.Module):
-    """Says what followed the latest of the last `reach` tokens that is the present one; token 5 where none is."""
+    """Predicts what followed the present token when it last occurred in the last `reach` tokens, else token 5."""
 
     def __init__(self, reach: int):
         super().__init__()

@@ -29,7 +29,7 @@ def test_paired_difference_is_base_minus_other_with_the_error_of_the_differences
     assert difference.mean == pytest.approx((base - other).mean())
     assert difference.stderr == pytest.approx((base - other).std(ddof=1) / math.sqrt(50))
     assert difference.n_items == 50
-    # What makes an item hard for both cancels: unpaired, the error would be about ten times as large.
+    # The difficulty of an item that both models share cancels; unpaired, the error would be about ten times as large.
     assert difference.stderr < 0.2 * math.hypot(mean_stderr(base), mean_stderr(other))
 
 
@@ -83,7 +83,7 @@ def test_interval_of_a_mean_over_tasks_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(12)
     covered = 0
     for _ in range(1000):
-        # A small task with most of the error beside a large one: the normal interval covers less than 92 %.
+        # If a small task has most of the error, the normal interval would cover less than 92 %.
         small, large = rng.normal(size=10), rng.normal(0.5, size=400)
         mean = mean_of_differences([paired_difference(x, np.zeros(len(x)), resamples=1) for x in (small, large)])
         covered += mean.ci_low <= 0.25 <= mean.ci_high

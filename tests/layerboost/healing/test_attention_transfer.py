@@ -39,7 +39,7 @@ def test_windows_are_drawn_by_seed_step_and_layer_and_less_often_with_time():
     assert 0.3 < short[325:425].float().mean() < 0.5
     assert not short[750:].any()
     assert {window for step in drawn for window in step} == set(range(1, WINDOW + 1))
-    assert len({tuple(step) for step in drawn}) > 50  # layers are drawn each by themselves
+    assert len({tuple(step) for step in drawn}) > 50  # each layer is drawn independently
     draw_windows(student, spec, 0)
     with full_windows(student):
         assert windows_of(student) == [WINDOW] * 3

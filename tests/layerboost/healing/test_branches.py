@@ -1,4 +1,4 @@
-"""What the branches of linear_window layers are worth: against hand-made models whose branches are known."""
+"""Tests the branch check of linear_window layers on hand-made models whose branches are known."""
 
 import pytest
 import torch

@@ -109,7 +109,7 @@ def test_hidden_term_is_the_error_of_every_layer():
 
 
 def test_transfer_compares_each_layer_on_the_teachers_input():
-    """With a window over the whole sequence a linear_window layer is softmax: the error vanishes in every layer."""
+    """A linear_window layer whose window covers the whole sequence is softmax, so every layer's error vanishes."""
     model = tiny_model()
     input_ids = torch.randint(3, VOCABULARY, (2, 16))
     wide = AttentionTransfer(model, convert(model, Plan.parse("NLSL", 16)), spec_of(1))
@@ -249,7 +249,7 @@ def test_unsharing_keeps_ties_inside_the_model():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("with_targets", [False, True])
 def test_slices_of_a_batch_weigh_as_the_whole(world_size, micro_batch_sequences, with_targets):
-    """The gradient that workers average over rounds is the whole batch's, also where nothing divides evenly."""
+    """The gradient that workers average over rounds is that of the whole batch, even if nothing divides evenly."""
     spec = spec_of(1, batch_sequences=8, micro_batch_sequences=micro_batch_sequences)
     phase, data = Phase("heal", 0, 1, 1e-3), batches(spec)
     if with_targets:
@@ -313,7 +313,7 @@ def test_bfloat16_is_trained_through_fp32_copies():
     assert all(master.dtype == torch.float32 for master in engine.masters)
     weight, master = engine.parameters[0], engine.masters[0]
     torch.testing.assert_close(weight, master.bfloat16())
-    assert not torch.equal(master, weight.float())  # smaller steps than bfloat16 can hold are kept
+    assert not torch.equal(master, weight.float())  # the fp32 master keeps steps too small for bfloat16
 
 
 @pytest.mark.parametrize(("plan", "phase", "step"), [("LSSS", "transfer", 2), ("SSSN", "heal", 2)])
@@ -325,11 +325,11 @@ def test_a_non_finite_loss_stops_with_phase_step_and_batch(plan, phase, step):
     embed, batches_seen = model.model.embed_tokens.forward, []
 
     def poisoned(input_ids):
-        if len(input_ids) == spec.batch_sequences:  # not the head's trial on a few tokens
+        if len(input_ids) == spec.batch_sequences:  # excludes the trial of the head on a few tokens
             batches_seen.append(input_ids)
         return embed(input_ids) * (math.nan if len(batches_seen) == step else 1.0)
 
-    model.model.embed_tokens.forward = poisoned  # the teacher's alone: the student's modules are its own
+    model.model.embed_tokens.forward = poisoned  # only the teacher is poisoned, since the student has its own modules
     rows = []
     with pytest.raises(NonFiniteLossError) as error:
         heal_locally(model, Plan.parse(plan, WINDOW), data.text, spec, on_step=rows.append)
@@ -354,7 +354,7 @@ def test_the_default_learning_rate_follows_the_width(method, rate):
     assert phases_of(spec, Plan.uniform(Treatment.SOFTMAX, 2), 128)[-1].learning_rate == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])  # without and with biases
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])  # llama has no biases, gpt_neox has
 def test_the_short_way_through_lora_is_peft_s_in_value_and_gradient(model_type):
     model = tiny_model(model_type)
     input_ids = torch.randint(3, VOCABULARY, (2, 16))

@@ -61,7 +61,7 @@ def test_without_a_gpu_the_chunks_are_used():
 
 @pytest.mark.parametrize(("factor", "is_used"), [(1.0, True), (1.1, False), (float("nan"), False), (None, False)])
 def test_a_kernel_that_gives_anything_else_is_said_and_not_used(monkeypatch, caplog, factor, is_used):
-    """The library is imitated here: its place is taken by the plain form, right, wrong or broken."""
+    """The library is replaced by the plain form, which is made right, wrong or broken."""
 
     class Kernel:
         def __init__(self, jsd_beta, temperature):

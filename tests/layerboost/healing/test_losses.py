@@ -10,7 +10,7 @@ from layerboost.healing.losses import distillation_loss, relative_error
 
 
 def naive_divergence(kind, student, teacher):
-    """The definition in probabilities (N, V), nats (N,)."""
+    """Computes the divergence by its definition, from probabilities (N, V) to nats (N,)."""
 
     def kl(p, q):
         return (p * (p.log() - q.log())).sum(-1)
@@ -26,7 +26,7 @@ def naive_divergence(kind, student, teacher):
 def naive_loss(
     student_logits, teacher_logits, input_ids, targets, divergence, temperature, divergence_weight, cross_entropy_weight
 ):
-    """The definition on whole logits, position by position."""
+    """Computes the loss by its definition on whole logits, position by position."""
     total, n = 0.0, 0
     for row in range(input_ids.shape[0]):
         for position in range(input_ids.shape[1] - 1):

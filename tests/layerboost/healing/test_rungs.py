@@ -1,4 +1,4 @@
-"""Which plans are healed on what share of the budget, which go on, and how well early ranks tell later ones."""
+"""Tests rungs: their plans and shares of the budget, which plans advance, and how early ranks predict later ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_agreement_of_ranks_and_its_interval():
 def test_the_interval_covers():
     draw = random.Random(1)
     n_covered, n_trials, rho = 0, 400, 0.6
-    true = 6 / math.pi * math.asin(rho / 2)  # Spearman's correlation of a normal pair
+    true = 6 / math.pi * math.asin(rho / 2)  # Spearman's correlation of a bivariate normal
     for _ in range(n_trials):
         pairs = [(x := draw.gauss(0, 1), rho * x + math.sqrt(1 - rho * rho) * draw.gauss(0, 1)) for _ in range(12)]
         found = agreement(*zip(*pairs, strict=True))

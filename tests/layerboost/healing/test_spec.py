@@ -59,7 +59,7 @@ def test_the_curve_is_flat_when_two_tenths_bring_little_of_the_fall():
     assert [annealing_start(spec, measured[:n]) for n in range(7)] == [None, None, None, None, None, 40, 40]
     assert annealing_start(spec_of(100), measured) is None
     rising = [HeldOut(10 * n, 1.0 + n) for n in range(4)]
-    assert annealing_start(spec, rising) == 30  # healing that only does harm ends as well
+    assert annealing_start(spec, rising) == 30  # a healing that only does harm stops, too
 
 
 def test_the_learning_rate_comes_down_in_a_tenth_of_the_steps_before():

@@ -1,4 +1,4 @@
-"""The kernels against the naive definition, on fresh random inputs: on a GPU where there is one, else interpreted.
+"""Compares the kernels with the naive definition on fresh random inputs, on a GPU if there is one, else interpreted.
 
 Triton decides to interpret when it is imported, so the cases run in a process of their own.
 """
@@ -33,7 +33,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @pytest.fixture(scope="module")
 def in_kernel_process():
-    """Runs a function of this module where Triton can be used."""
+    """Returns a function that runs a function of this module in a process where Triton can be used."""
     variables = {"OMP_NUM_THREADS": "1"} | ({} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -41,7 +41,7 @@ def in_kernel_process():
     ):
         for name, value in variables.items():
             patch.setenv(name, value)
-        pool.submit(os.getpid).result()  # the process starts with the first task
+        pool.submit(os.getpid).result()  # the first task starts the process, which inherits the variables
         patch.undo()
         yield lambda function, *args: pool.submit(function, *args).result()
 
@@ -55,7 +55,7 @@ def _start_kernel_process() -> None:
 
     create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
-    # The interpreter keeps bf16 as bit patterns: it would multiply those, and cuts off where a GPU rounds.
+    # The interpreter keeps bf16 as bit patterns, which it would multiply, and it truncates where a GPU rounds.
     def widened_dot(self, a, b, *rest):
         a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return create_dot(self, a, b, *rest)
@@ -70,7 +70,7 @@ def _start_kernel_process() -> None:
 
 @dataclass
 class Case:
-    """`n_past` tokens are met through a state, as far as they lie before the first query's window."""
+    """Describes inputs. Those of the first `n_past` tokens that precede the first query's window are in a state."""
 
     n_tokens: int
     window: int
@@ -92,7 +92,7 @@ class Case:
         return f"{shape}-window{self.window}-{str(self.dtype).removeprefix('torch.')}{extras}"
 
     def inputs(self):
-        """Feature map in fp64, query, key and value of all tokens in the case's dtype, and which are no padding."""
+        """Returns an fp64 feature map, all tokens' query, key, value in the case's dtype, and which are no padding."""
         torch.manual_seed(self.seed)
         n_heads, n_tokens = self.n_kv_heads * self.group, self.n_past + self.n_tokens
         feature_map = LinearWindow(n_heads, self.n_kv_heads, self.head_dim, self.head_dim**-0.5).double()
@@ -159,7 +159,7 @@ def _prefill(case: Case) -> None:
     gradients = torch.autograd.grad((output * direction).sum(), [*used, *feature_map.parameters()])
     names = ["output", "d_query", "d_key", "d_value", "d_query_weight", "d_query_bias", "d_key_weight"]
     expected = [expected[0][:, :, case.n_past :], *(x[:, :, first_key:] for x in expected[1:3]), *expected[3:]]
-    if state is not None:  # which is a constant to the kernels, and depends on the keys' weights
+    if state is not None:  # the state depends on the keys' weights but is a constant to the kernels
         names, gradients, expected = names[:-1], gradients[:-1], expected[:-1]
     case.compare([output, *gradients], [reference, *expected], names)
 
@@ -189,7 +189,7 @@ def _capped(case: Case) -> None:
 
     feature_map, (query, key, value), _ = case.inputs()
     wide = [x.double().requires_grad_() for x in (query, key, value)]
-    # The peak is a constant to both fast forms, and does not cancel where the cap holds: the naive one differs.
+    # Both fast forms treat the peak as constant, which matters where the cap holds; there the naive form differs.
     reference, _ = linear_window_attention(*wide, **case.options(feature_map))
     direction = torch.randn_like(reference)
     parameters = [feature_map.query_weight, feature_map.query_bias, feature_map.key_weight]
@@ -236,7 +236,7 @@ def test_large_scores_neither_overflow_nor_drift(dtype, in_kernel_process):
 
 @torch.no_grad()
 def _decode(case: Case) -> None:
-    """Tokens enter the ring one by one; the last one's output is the last row of the definition."""
+    """Feeds tokens into the ring one by one; the last token's output must be the last row of the definition."""
     from layerboost.kernels import linear_window_evict, linear_window_step
 
     feature_map, (query, key, value), valid = case.inputs()
@@ -248,7 +248,7 @@ def _decode(case: Case) -> None:
     )[:, :, -1]
     feature_map = feature_map.float()
     ring_shape = (case.batch, case.n_kv_heads, case.window, case.head_dim)
-    keys, values = (x.new_full(ring_shape, 1e4) for x in (key, value))  # empty slots hold anything
+    keys, values = (x.new_full(ring_shape, 1e4) for x in (key, value))  # empty slots may hold any value
     visible = torch.zeros(case.batch, case.window, dtype=torch.bool, device=DEVICE)
     n_features = feature_map.n_features
     sums = torch.zeros(case.batch, case.n_kv_heads, n_features, case.head_dim, device=DEVICE)
@@ -354,7 +354,7 @@ def test_attention_takes_the_kernels_where_they_can(in_kernel_process):
 
 
 def _dispatched_steps(padded: bool) -> None:
-    """Token by token through a converted model's cache, past the window: what decode calls."""
+    """Decodes token by token with a converted model's cache, past the window, and records the kernels called."""
     from layerboost import Plan, convert, kernels
     from tests.models import tiny_model
 

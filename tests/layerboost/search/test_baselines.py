@@ -1,4 +1,4 @@
-"""Baselines: the published hybrids, and other plans of the same attention budget."""
+"""Tests the baselines: the published hybrids, and other plans with the same attention budget."""
 
 import pytest
 

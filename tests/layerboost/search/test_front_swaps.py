@@ -19,7 +19,7 @@ REST = 2.0
 
 
 class World:
-    """Random single costs, and interactions of pairs that grow with the layers' costs."""
+    """Draws random single costs, and interactions of pairs that grow with the layers' costs."""
 
     def __init__(self, seed: int, n_layers: int = 7):
         rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ class World:
 
 
 def run(search: FrontSwaps, loss, n: int, lag: int = 8) -> list[Plan]:
-    """Up to `n` plans, with up to `lag` of them out, observed in the order proposed."""
+    """Returns up to `n` plans in the order proposed and observed, with up to `lag` of them pending at a time."""
     plans: list[Plan] = []
     out: deque[Plan] = deque()
     while True:
@@ -110,7 +110,7 @@ def test_failed_plans_are_passed_over(world, bad):
 
     plans = run(world.search(), loss, 30)
     assert len(set(plans)) == 30
-    assert len(run(world.search(), lambda plan: bad, 30, lag=1)) <= 16  # there is no front to go on from
+    assert len(run(world.search(), lambda plan: bad, 30, lag=1)) <= 16  # without a front only the starts are proposed
 
 
 def test_without_a_choice_there_is_one_plan(world):

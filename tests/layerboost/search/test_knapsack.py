@@ -15,12 +15,12 @@ S, N = Treatment.SOFTMAX, Treatment.NONE
 
 
 def sums(plan: Plan, *values) -> tuple[float, ...]:
-    """Rounded, as sums in another order may differ in their last digits."""
+    """Returns rounded sums, because sums in another order may differ in their last digits."""
     return tuple(round(sum(v[t][layer] for layer, t in enumerate(plan.treatments)), 7) for v in values)
 
 
 def by_enumeration(space: PlanSpace, costs, times) -> list[tuple[float, ...]]:
-    """Costs and times of the front, slowest first, without repeats."""
+    """Returns costs and times of the front by enumeration, slowest first, without duplicates."""
     plans = (space.plan(t) for t in product(*(space.choices(layer) for layer in range(space.n_layers))))
     points = [sums(plan, costs, times) for plan in plans if space.holds(plan)]
     mask = front([(-cost, -time) for cost, time in points])

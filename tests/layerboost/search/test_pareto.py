@@ -1,4 +1,4 @@
-"""The front against a naive reference, on fresh random points, and the dominated area against counted cells."""
+"""Compares the front with a naive reference on fresh random points, and the dominated area with counted cells."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def naive_front(points):
 
 @pytest.fixture
 def fresh():
-    """A generator with a new seed in each run, printed by pytest when the test fails."""
+    """Returns a generator with a new seed in each run; pytest prints the seed if the test fails."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)

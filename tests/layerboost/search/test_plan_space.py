@@ -1,4 +1,4 @@
-"""The plans that a search may propose."""
+"""Tests which plans a search may propose."""
 
 import pytest
 

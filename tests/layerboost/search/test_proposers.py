@@ -1,4 +1,4 @@
-"""What proposes plans: thresholds that never cross, the exact front, evolution from it, swaps, all within the space."""
+"""Tests the proposers: thresholds that never cross, the exact front, evolution from it, swaps, all in the space."""
 
 import random
 
@@ -25,7 +25,7 @@ def _limit(treatment, at_most, n_layers=8):
 
 
 def _layers(n_layers, seed):
-    """Costs and times of layers, and what pairs of neighbours cost beyond them."""
+    """Draws costs and times of layers, and what pairs of neighbours cost beyond their sum."""
     draw = np.random.default_rng(seed)
     none = draw.gamma(1.0, 0.05, n_layers)
     costs = {Treatment.NONE: none.tolist(), Treatment.LINEAR_WINDOW: (none * draw.uniform(0.1, 0.6, n_layers)).tolist()}
@@ -41,7 +41,7 @@ def _outcome(plan, costs, times, pairs):
 
 
 def _run(proposer, outcome, n_trials):
-    """Asks and tells in turn; the plans in their order."""
+    """Asks and tells in turn, and returns the plans in order."""
     plans = []
     while len(plans) < n_trials and (suggestion := proposer.suggest(len(plans))) is not None:
         plans.append(suggestion.plan)
@@ -92,7 +92,7 @@ def test_thresholds_leave_pinned_layers_as_they_are_and_hold_limits():
 
 
 class _Sampler:
-    """Draws plans in a cycle, and writes down what it is told."""
+    """Proposes plans in a cycle and records what it is told."""
 
     def __init__(self, plans):
         self.plans, self.n, self.told = plans, 0, []

@@ -25,7 +25,7 @@ SCALE = {Treatment.NONE: 1.0, Treatment.LINEAR_WINDOW: 0.4}
 
 
 class World:
-    """Random single costs and pair interactions, and the plan that single costs would pick."""
+    """Draws random single costs and pair interactions, and holds the plan that single costs would choose."""
 
     def __init__(self, seed: int, letters: str, interaction: float = 0.03):
         rng = np.random.default_rng(seed)
@@ -160,7 +160,7 @@ def test_what_is_known_costs_nothing(method, small):
     known = {plan: small.loss(plan) for plan in (base, small.start, lowest)}
     refiner = make(method, small, 20, known=known)
     assert refiner.n_evaluated == 0
-    assert refiner.best == (lowest, small.loss(lowest))  # the base is better, but slower
+    assert refiner.best == (lowest, small.loss(lowest))  # the base is better, but slower, so it does not compete
     assert not set(refiner.propose()) & set(known)
     refine(refiner, small.loss)
     assert refiner.best[0] == lowest
@@ -218,7 +218,7 @@ def test_greedy_ends_in_a_plan_that_no_swap_improves(small):
 
 
 def test_pairwise_measures_pairs_at_the_boundary_first():
-    # By costs layers 0 and 1 go, 4 and 5 stay; layers 2 and 3 are alike and one of them goes.
+    # By their costs layers 0 and 1 are removed, and 4 and 5 stay; layers 2 and 3 are nearly equal, one is removed.
     costs = {Treatment.NONE: [0.1, 0.2, 1.0, 1.01, 5.0, 6.0]}
     refiner = PairwiseModel(Plan.parse("NNNSSS"), costs, 8, pair_fraction=0.125)
     assert [str(plan) for plan in refiner.propose()] == ["NNNSSS", "SSSSSS", "SSNNSS"]
@@ -228,7 +228,7 @@ def test_pairwise_uses_measured_interactions():
     costs = {Treatment.NONE: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
     start = Plan.parse("NNNSSS")
     known = {start: 0.6, Plan.parse("SSSSSS"): 0.0}
-    # Layers 3 and 4 together cost 0.7 less than alone.
+    # Layers 3 and 4 together cost 0.7 less than the sum of both alone.
     for pair, first in (({}, "NNSNSS"), ({Plan.parse("SSSNNS"): 0.2}, "NSSNNS")):
         refiner = PairwiseModel(start, costs, 1, known=known | pair, pair_fraction=0.0)
         assert [str(plan) for plan in refiner.propose()] == [first]

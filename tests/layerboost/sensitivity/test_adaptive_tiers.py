@@ -10,12 +10,12 @@ N_LAYERS = 12
 SIZES = TierRule(n_removed=4, n_middle=4)
 THRESHOLDS = TierRule(remove_below=0.1, keep_above=0.2)
 SPREAD = np.linspace(0.0, 0.3, N_LAYERS)
-# Neighbours across the boundaries of SIZES that many items hardly tell apart.
+# These drops put near ties across the boundaries of SIZES, which even many items hardly distinguish.
 NEAR_TIES = SPREAD + np.where(np.isin(np.arange(N_LAYERS), [3, 7]), 0.025, 0.0)
 
 
 def _drops(rng, sensitivities, n_items, own_noise=0.1):
-    """Heavy-tailed drops (n_layers, n_items) whose hard items are hard for all layers."""
+    """Draws heavy-tailed drops (n_layers, n_items); hard items are hard for all layers."""
     shared = 1 + 0.5 * rng.standard_t(4, size=n_items)
     own = own_noise * rng.standard_t(4, size=(len(sensitivities), n_items))
     return sensitivities[:, None] * shared + 0.3 * rng.standard_t(4, size=n_items) + own
@@ -125,7 +125,7 @@ def test_weights_make_tasks_weigh_the_same(rule):
     rng = np.random.default_rng(3)
     wrong = 0
     for _ in range(100):
-        # A small task whose drops are in another order than those of the large one.
+        # The drops of the small task have another order than those of the large one.
         first, second = _drops(rng, SPREAD, 100), _drops(rng, SPREAD[::-1] * 0.5, 300)
         order = rng.permutation(400)
         drops = np.hstack([first, second])[:, order]
@@ -143,7 +143,7 @@ def test_replaying_the_observations_gives_the_same_state():
         layers, start, stop = request
         records.append({layer: drops[layer, start:stop].tolist() for layer in layers})
         first.observe(records[-1])
-        # A restart at any point asks for the same things in the same order.
+        # After a restart at any point the same requests follow in the same order.
         replayed = AdaptiveTiers(N_LAYERS, 300, SIZES)
         for record in records:
             replayed.observe(record)

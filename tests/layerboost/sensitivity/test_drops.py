@@ -1,4 +1,4 @@
-"""Drops of single layers: direction, pairing, means; the cosine score against the stream that the model has."""
+"""Tests drops of single layers: direction, pairing, means; and the cosine score against the model's own stream."""
 
 import math
 import random

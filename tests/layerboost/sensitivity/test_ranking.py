@@ -93,7 +93,7 @@ def test_splits_depend_on_the_seed_alone():
 
 
 def test_halves_are_disjoint():
-    # One item in each half says which: the same item in both would correlate 1.
+    # With one item in each half the correlation shows which: the same item in both would give 1.
     matrix = DropMatrix({"a": np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])})
     halves = split_half(matrix)
     assert (halves.spearman, halves.ci_low, halves.ci_high, halves.kendall, halves.n_items) == (-1, -1, -1, -1, 1)
@@ -137,7 +137,7 @@ def test_items_until_stable_ends_with_half_of_all_items():
     assert items_until_stable(_matrix(n_items=(50,), noise=0.0), threshold=0.0) == 2
     noise = DropMatrix({"a": np.random.default_rng(0).normal(size=(12, 100))})
     assert items_until_stable(noise) is None
-    # The last size is that of the halves.
+    # The last size that is tried is that of the halves.
     single = DropMatrix({"a": np.random.default_rng(1).normal(size=(12, 5))})
     assert items_until_stable(single, threshold=split_half(single).spearman) == 2
     assert items_until_stable(single, threshold=split_half(single).spearman + 1e-9) is None
@@ -173,7 +173,7 @@ def test_the_same_draws_for_both_keep_equal_rankings_equal():
     together = rank_correlation(matrix, matrix, same_items=True)
     apart = rank_correlation(matrix, matrix)
     assert (together.value, together.ci_low, together.ci_high) == pytest.approx((1.0, 1.0, 1.0))
-    # Each resample adds noise of its own: the interval leaves out the correlation of 1 that was measured.
+    # Each resample adds its own noise, so that the interval excludes the measured correlation of 1.
     assert apart.ci_high < 1.0
 
 
@@ -190,7 +190,7 @@ def test_indistinct_neighbours_are_those_whose_paired_difference_may_be_zero():
     rng = np.random.default_rng(4)
     shared = 3 * rng.normal(size=60)
     levels = np.array([0.5, 0.0, 0.52, 1.0])
-    # Unpaired, the shared noise would hide even the clear steps.
+    # Without pairing, the shared noise would hide even the clear steps.
     matrix = DropMatrix({"a": levels[:, None] + shared + 0.2 * rng.normal(size=(4, 60))})
     (pair,) = indistinct_neighbours(matrix)
     assert {pair.lower, pair.upper} == {0, 2}

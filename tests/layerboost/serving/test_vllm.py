@@ -1,6 +1,7 @@
-"""vLLM serves converted checkpoints: the tokens of transformers, the blocks that a plan promises, nothing lost.
+"""Tests that vLLM serves converted checkpoints with the tokens of transformers and the blocks of the plan.
 
-Needs an environment with vLLM (layerboost/serving/make_environment.sh), its python named by LAYERBOOST_VLLM_PYTHON.
+The tests need an environment with vLLM (layerboost/serving/make_environment.sh); LAYERBOOST_VLLM_PYTHON names its
+python.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ pytestmark = [
 
 WINDOW, NEW_TOKENS, N_PROMPTS = 7, 16, 200
 KV_CACHE_GIB = 1
-# vLLM's attention for CPUs takes heads of 32 and more.
+# vLLM's attention for CPUs needs a head dimension of at least 32.
 SHAPE = {"num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 CHECKPOINTS = {
     "mixed": ("llama", "NSWLSN"),
@@ -57,7 +58,7 @@ SERVED = [name for name in CHECKPOINTS if name not in ("too much", "too little",
 
 
 def environment() -> dict[str, str]:
-    """One thread, nothing from the network, and none of our own variables for Python."""
+    """Returns variables for one thread, without network and without our own PYTHON variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return kept | {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
@@ -70,7 +71,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Checkpoints of CHECKPOINTS, and the embedded model converted as `smallworld`."""
+    """Writes the checkpoints of CHECKPOINTS, and the embedded model converted as `smallworld`."""
     folder = tmp_path_factory.mktemp("checkpoints")
     parents = {}
     for name, (family, letters) in CHECKPOINTS.items():
@@ -86,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def with_maps(model):
-    """Feature maps that matter."""
+    """Changes the feature maps so that they affect the output."""
     torch.manual_seed(5)
     for module in model.modules():
         if isinstance(module, LinearWindow):
@@ -96,7 +97,7 @@ def with_maps(model):
 
 
 def claim_plan(config_path: Path, letters: str) -> None:
-    """Says another plan than the weights are of."""
+    """Writes a plan into the configuration that does not fit the weights."""
     config = json.loads(config_path.read_text())
     config["layerboost"]["plan"] = letters
     config_path.write_text(json.dumps(config))
@@ -110,7 +111,7 @@ def prompts(n_prompts: int, vocabulary: int = 97, longest: int = 90) -> list[lis
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, dict]:
-    """What one vLLM process did with all checkpoints, prefills in chunks of at most 48 tokens."""
+    """Runs all checkpoints in one vLLM process, with prefills in chunks of at most 48 tokens; returns the results."""
     engine = {"max_model_len": 128, "max_num_seqs": 32, "max_num_batched_tokens": 48}
     job = {"new_tokens": NEW_TOKENS, "engine": engine}
     few = dict.fromkeys(("softmax", "half", "third", "too much", "too little", "gemma"), 20)
@@ -122,7 +123,7 @@ def results(folder: Path) -> dict[str, dict]:
         "prompts": prompts(N_PROMPTS, vocabulary=541, longest=400),
         "engine": engine | {"max_model_len": 512, "max_num_batched_tokens": 256},
     }
-    for name, n_blocks in (("mixed", 300), ("states", 100)):  # fewer than all requests need at once
+    for name, n_blocks in (("mixed", 300), ("states", 100)):  # these are fewer blocks than all requests need at once
         crowded = {
             "max_num_seqs": 256,
             "max_num_batched_tokens": 256,
@@ -142,7 +143,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 @torch.inference_mode()
 def check_tokens(model, prompt: list[int], tokens: list[int], logprobs: list[float] | None) -> None:
-    """Each token is the one that transformers would choose next, with the same log-probability."""
+    """Asserts that each token is the one that transformers would choose, with the same log-probability."""
     ours = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].log_softmax(dim=-1)
     assert ours.argmax(dim=-1).tolist() == tokens
     if logprobs is not None:
@@ -208,7 +209,7 @@ def test_vllm_serve_answers_over_http(folder, one_thread):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program, model = Path(VLLM_PYTHON).with_name("vllm"), folder / "smallworld"
-    command = [program, "serve", model, "--port", str(port), "--dtype", "float32"]  # the type for equal tokens alone
+    command = [program, "serve", model, "--port", str(port), "--dtype", "float32"]  # only this dtype gives equal tokens
     url = f"http://127.0.0.1:{port}"
     with (folder / "serve.log").open("w") as log:
         server = subprocess.Popen(command, env=environment(), cwd=folder, stdout=log, stderr=log)

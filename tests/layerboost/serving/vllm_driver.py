@@ -1,4 +1,4 @@
-"""Runs under vLLM's own python: loads checkpoints one after the other, generates, and says what vLLM kept.
+"""Runs under vLLM's own python: loads checkpoints one after the other, generates, and reports what vLLM kept.
 
     python vllm_driver.py JOBS.json RESULTS.json
 
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler's blocks are counted here
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keeps the scheduler here, where its blocks are counted
 
 import torch
 from vllm import LLM, SamplingParams
@@ -22,7 +22,7 @@ def run(job: dict) -> dict:
     engine = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True} | job["engine"]
     try:
         llm = LLM(job["model"], **engine)
-    except Exception as error:  # what a user would read is what is tested
+    except Exception as error:  # the tests check the message that a user would read
         return {"error": f"{type(error).__name__}: {error}"}
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -52,7 +52,7 @@ def run(job: dict) -> dict:
 
 
 def run_and_abort(engine, pool, sampling: SamplingParams, job: dict) -> dict:
-    """All requests at once; those in job["abort"] are aborted once every request has been given a token."""
+    """Adds all requests at once, and aborts those in job["abort"] after every request has got a token."""
     for number, prompt in enumerate(job["prompts"]):
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
     started, finished, result = set(), {}, {}

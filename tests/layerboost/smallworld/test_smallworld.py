@@ -1,4 +1,4 @@
-"""The small world: its text, its benchmarks, its training script and its committed model."""
+"""Tests the small world: its text, its benchmarks, its training script and its committed model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> PreTrainedModel:
 
 
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, n_items: int) -> float:
-    """Share of items whose right choice is the likeliest, by log-likelihood of the choice after the context."""
+    """Returns the share of items whose right choice has the highest log-likelihood after the context."""
     right = 0
     for item in items(task, n_items):
         scores = []

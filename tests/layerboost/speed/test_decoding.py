@@ -1,4 +1,4 @@
-"""Decoding: the byte model against live models, greedy tokens against generate, measurements that add up."""
+"""Tests decoding: the byte model against live models, greedy tokens against generate, consistent measurements."""
 
 import random
 import statistics
@@ -103,7 +103,7 @@ def test_a_measurement_adds_up_and_survives_json():
     model = tiny_model("llama")
     measured = measure_decode(model, concurrency=4, prompt_tokens=16, new_tokens=6, repeats=3)
     assert len(measured.prefill_s) == len(measured.decode_s) == len(measured.repeats_tok_per_s) == 3
-    # The sum of the steps' medians lies near the passes, whose own steps lie apart.
+    # The sum of the steps' medians is near the time of a pass, although single steps scatter.
     assert 0.3 * min(measured.repeats_tok_per_s) < measured.output_throughput_tok_per_s
     assert measured.output_throughput_tok_per_s < 3 * max(measured.repeats_tok_per_s)
     assert measured.repeats_tok_per_s == pytest.approx([4 * 5 / s for s in measured.decode_s])
@@ -121,11 +121,11 @@ def test_a_measurement_adds_up_and_survives_json():
 
 
 def _timed(monkeypatch, step_s):
-    """Replaces the clock: `step_s(model, pass, step)` seconds."""
+    """Replaces the timing of generation: a step takes `step_s(model, pass, step)` seconds."""
     passes: dict = {}
 
     def generate(model, prompts, new_tokens, read_prompts=None):
-        if read_prompts is None:  # the warm-up
+        if read_prompts is None:  # this is the warm-up
             return None
         n = passes[id(model)] = passes.get(id(model), -1) + 1
         return step_s(model, n, 0), [step_s(model, n, step) for step in range(new_tokens - 1)], None
@@ -157,7 +157,7 @@ def test_a_model_alone_keeps_its_scatter(monkeypatch):
 
 
 def test_peak_memory_sees_what_a_larger_batch_holds():
-    # 16 MB of keys and values for each sequence of 256 tokens: far above the noise of an allocator.
+    # Keys and values take 16 MB for each sequence of 256 tokens, far above the noise of an allocator.
     model = tiny_model("llama", num_key_value_heads=4, head_dim=512, initializer_range=0.02)
     small, large = (
         measure_decode(model, concurrency=n, prompt_tokens=200, new_tokens=2).peak_memory_mib for n in (1, 6)

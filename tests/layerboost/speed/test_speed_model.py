@@ -1,4 +1,4 @@
-"""The speed model: known times found again, honest errors, plans that tell every time apart."""
+"""Tests the speed model: it recovers known times with honest errors, and its plans determine every time."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_plans_that_do_not_add_up_show_in_the_error():
 
 
 def test_times_are_never_negative():
-    # window measured faster than none
+    # The windowed plans are timed as if they were faster than plans without attention.
     points = [(plan, _step_s(plan) - 4e-3 * plan.count(Treatment.WINDOW) / N * 5, 0.0) for plan in _design()]
     model = SpeedModel.fit(points, concurrency=1)
     assert (

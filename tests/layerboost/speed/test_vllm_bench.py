@@ -1,4 +1,4 @@
-"""Serving with vLLM: the life of a server, what its client says, and what is left when either goes wrong."""
+"""Tests serving with vLLM: the life of a server, the results of its client, and the cleanup if either fails."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ with open(os.path.join(folder, name), "w") as file:
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch) -> ServingEnvironment:
-    """An environment whose `vllm` speaks HTTP, ends by signals and fails as FAKE_VLLM says."""
+    """Makes an environment whose `vllm` speaks HTTP, ends on signals and fails as the variable FAKE_VLLM says."""
     folder = tmp_path / "environment"
     _write_program(folder / "bin" / "vllm", f"#!{sys.executable} -S\n{FAKE_VLLM}")
     monkeypatch.setenv("FAKE_VLLM_RUNS", str(tmp_path / "runs"))
@@ -119,7 +119,7 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path, monkeypatch):
-    """Whatever a test does: no process of its servers, and no folder of theirs, is left."""
+    """Asserts after every test that no process and no folder of its servers is left."""
     place = tmp_path / "scratch"
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
@@ -311,7 +311,7 @@ def test_short_answers_count_as_lost():
 
 
 def test_a_result_of_the_real_client_is_read(environment):
-    """Of vLLM 0.32's client, less what stands there for each request."""
+    """The result is that of vLLM 0.32's client, without the entries for single requests."""
     told = {
         "num_prompts": 32,
         "max_concurrency": 8,
@@ -373,7 +373,7 @@ def test_families_that_the_plugin_does_not_serve_are_named():
 
 
 def _fake_python(folder: Path, packages: dict[str, str | None]) -> None:
-    """A Python of its own modules, and of distributions with these entry points; None for a module alone."""
+    """Makes a Python with these packages and their entry points; None makes a module without a distribution."""
     libraries = folder / "lib"
     for name, entry_points in packages.items():
         (libraries / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Storage that fails for a while, for good, or since it is full."""
+"""Tests storage that fails for a while, permanently, or because it is full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import mounted_disk
 
 
 def failing_until(at: float, error: Exception):
-    """A call that fails up to a moment, and the moments at which it was made."""
+    """Returns a function that fails until a moment, and the list of the moments at which it was called."""
     calls: list[float] = []
 
     def call() -> str:
@@ -90,7 +90,7 @@ def test_a_full_disk_is_known_through_what_wraps_it():
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """A store that does nothing until a moment."""
+    """Fails until a moment, then works as a store in memory."""
 
     protocol = "flaky"
     store: ClassVar[dict] = {}
@@ -135,7 +135,7 @@ def test_tensors_and_folders_are_published_on_a_store_that_fails_for_a_while(fla
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real filesystem of 4 MiB."""
+    """Mounts a real file system of 4 MiB."""
     with mounted_disk(tmp_path / "disk", "4m") as folder:
         yield folder
 

@@ -11,14 +11,14 @@ from layerboost.sweep.layer_sweep import LayerSweep
 from layerboost.sweep.request_tries import Request
 from tests.models import VARIANTS, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models gain nothing from more
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models gain nothing from more threads
 
 WINDOW = 5
 PLANS = [Plan.parse(plan, WINDOW) for plan in ("SSSS", "NSSS", "SWSS", "SSLS", "SSSN", "WLNS", "LLLL", "WWWW", "NNNN")]
 
 
 def _requests(n: int = 24) -> list[Request]:
-    """Answer choices behind shared contexts, longer and shorter than windows, of one and of several tokens."""
+    """Draws answer choices of one or several tokens after shared contexts, longer and shorter than windows."""
     requests = []
     for _ in range(n // 3):
         context = torch.randint(3, 90, (int(torch.randint(1, 40, ())),)).tolist()
@@ -30,7 +30,7 @@ def _requests(n: int = 24) -> list[Request]:
 
 @torch.no_grad()
 def _alone(model, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each request in a forward pass of its own."""
+    """Answers each request in a separate forward pass."""
     log_ps, greedys = [], []
     for request in requests:
         tokens = torch.tensor([request.tokens], device=model.device)
@@ -115,7 +115,7 @@ def test_layers_are_computed_once_for_all_plans_that_share_them(monkeypatch):
 
     monkeypatch.setattr(LayerSweep, "_call", counted)
     whole, half = 0, 0
-    for budget in (1 << 30, 4 * 3 * 10 * 32 * 4):  # everything at once; three paths in flight
+    for budget in (1 << 30, 4 * 3 * 10 * 32 * 4):  # the first holds everything at once, the second three paths
         rows = 0
         LayerSweep(model, plans, budget_bytes=budget).run(sequences, lambda indices, states: None)
         whole, half = rows, whole

@@ -7,7 +7,7 @@ from layerboost.sweep.request_tries import Forest, Request, pack_requests
 
 
 def _random_requests(n: int, *, vocabulary: int = 3, longest: int = 12) -> list[Request]:
-    """Few words, so that many requests begin alike."""
+    """Draws requests over a small vocabulary, so that many of them begin alike."""
     requests = []
     for _ in range(n):
         length = int(torch.randint(2, longest + 1, ()))
@@ -17,7 +17,7 @@ def _random_requests(n: int, *, vocabulary: int = 3, longest: int = 12) -> list[
 
 
 def _seen(forest: Forest, row: int, node: int) -> list[int]:
-    """The tokens that a node sees, its own last."""
+    """Returns the tokens that a node sees, its own last."""
     return forest.tokens[row][forest.visible()[row, node]].tolist()
 
 

@@ -1,4 +1,4 @@
-"""Global batches: functions of seed and step alone, whoever shares them and wherever one begins."""
+"""Tests that global batches depend only on seed and step, however they are shared and wherever one starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerboost.text.batches import BatchError, GlobalBatches, PackedText
 
 
 def _text(n: int, tokens: int = 3, *, full: bool = False) -> PackedText:
-    """Row i is made of the token i; `full` adds positions and targets that tell rows apart too."""
+    """Makes row i of the token i; `full` adds positions and targets that also differ between rows."""
     rows = torch.arange(n, dtype=torch.int32)[:, None].expand(n, tokens)
     if not full:
         return PackedText(rows)

@@ -29,7 +29,7 @@ MARKED = (
     TURN + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>\n{% endgeneration %}"
     "{% else %}{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}" + PROMPT
 )
-# An answer that is the last message gets a thought that it loses when more follow.
+# This template adds a thought to an answer only while it is the last message.
 THINKING = (
     TURN
     + "{% if loop.last and m['role'] == 'assistant' %}think\n{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -45,7 +45,7 @@ def _target_words(packed) -> list[str]:
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_only_the_assistants_tokens_are_targets(tmp_path, template):
-    # The tokenizer drops line breaks, where transformers' own mask would run on to the end of the conversation.
+    # The tokenizer drops line breaks, after which transformers' own mask would run on to the end of the conversation.
     draw = random.Random(5)
     conversations = random_chats(draw, 20)
     source = TextSource(write_chats(tmp_path / "chats.jsonl", conversations), format="chat")

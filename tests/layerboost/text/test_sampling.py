@@ -1,4 +1,4 @@
-"""A model's own text: drawn from its whole distribution, and the same whoever draws it."""
+"""Tests a model's own text: it follows the whole distribution, and is the same whoever draws it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _tokenizer(bos: str | None = "w1", eos: str | None = "w2") -> PreTrainedToke
 
 
 def _model(**changes):
-    # Soft enough that a document lasts for a few tokens and every token has its chance.
+    # The distribution is soft enough for documents of several tokens in which every token can occur.
     return tiny_model("llama", seed=11, initializer_range=0.1, **changes)
 
 
@@ -66,7 +66,7 @@ def test_every_token_is_drawn_as_often_as_the_model_says(temperature):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[BOS]])).logits[0, -1].double()
     expected = n * torch.softmax(logits / temperature, dim=-1)
-    common = expected >= 5  # what a chi-square statistic can judge
+    common = expected >= 5  # a chi-square statistic needs at least 5 expected counts
     statistic = float(((observed - expected) ** 2 / expected)[common].sum())
     assert statistic < int(common.sum()) + 5 * (2 * int(common.sum())) ** 0.5
     assert (observed > 0).sum() > 60 * min(temperature, 1.0)

@@ -53,7 +53,7 @@ def test_shares_of_tokens_follow_the_weights(tmp_path, seed):
     n_sources = draw.choice([2, 2, 3, 5])
     weights = [draw.choice([0.2, 1.0, 3.0, draw.random() + 0.01]) for _ in range(n_sources)]
     lengths = [draw.randint(1, 40) for _ in range(n_sources)]
-    sources = [  # source i is written in the token i alone
+    sources = [  # source i contains only the token i
         _token_source(
             tmp_path / str(i), [[i] * draw.randint(1, lengths[i]) for _ in range(draw.randint(1, 30))], weights[i]
         )
@@ -62,7 +62,7 @@ def test_shares_of_tokens_follow_the_weights(tmp_path, seed):
     packed = pack_sources(sources, word_tokenizer(), 16, 60)
     assert packed.input_ids.shape == (60, 16)
     stream = packed.input_ids.flatten()
-    # Whoever is behind waits at most for the others one after the other (the bound of greedy cup emptying).
+    # The bound is that of greedy cup emptying: a source that is behind waits for the others in turn.
     most_behind = max(lengths) * sum(1 / k for k in range(1, n_sources))
     for end in range(1, len(stream) + 1, 7):
         counts = torch.bincount(stream[:end], minlength=n_sources)
@@ -181,7 +181,7 @@ def test_token_files_are_read_in_name_order_from_folders_files_and_urls(tmp_path
     for root in (str(tmp_path / "tokens"), "memory://layerboost-tokens"):
         write_token_rows(f"{root}/00001.safetensors", second)
         write_token_rows(f"{root}/00000.safetensors", [[1]])
-        write_token_rows(f"{root}/00000.safetensors", first)  # replaced whole
+        write_token_rows(f"{root}/00000.safetensors", first)  # replaces the file above
         packed = pack_sources([TextSource(root, format="tokens")], word_tokenizer(), 7, 1)
         assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11]] and packed.targets is None
         one = TextSource(f"{root}/00001.safetensors", format="tokens")
