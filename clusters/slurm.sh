@@ -8,8 +8,8 @@
 #SBATCH --requeue
 #SBATCH --output=layerboost-%j.log
 # This starts a Ray cluster inside an allocation and one run on it: sbatch clusters/slurm.sh RECIPE OUT [options of run]
-# Submit it in the project's folder with its environment activated. Both, the home folder and OUT must be on a shared
-# file system.
+# Submit it in the project's folder with its environment activated. The project, the environment, the home folder and
+# OUT must be on a shared file system.
 set -euo pipefail
 recipe=${1:?a recipe} out=${2:?a run folder that every node reaches}
 shift 2

@@ -121,7 +121,7 @@ def sharing_parameters(
     fresh = {module for name, module in missing if hasattr(module, "reset_parameters") and ".linear_window." in name}
     lost = [name for name, module in missing if module not in fresh]
     if lost:
-        raise ConversionError(f"parent_model: needed for {lost[0]} and {len(lost) - 1} more that the plan removed")
+        raise ConversionError(f"parent_model: needed, as the plan removed {lost[0]} and {len(lost) - 1} more; give it")
     for module in fresh:
         module.to_empty(device=source.device).to(source.dtype)
         module.reset_parameters()

@@ -41,8 +41,8 @@ def export_stock(model: PreTrainedModel) -> PreTrainedModel:
     if len(set(windows) - {None}) > 1:
         own = sorted({window for window in native if window})
         raise ExportError(
-            f"plan: its window {plan.window} stands beside the family's own windows {own}, "
-            "and a stock format has one for all layers; convert with that window"
+            f"plan: its window {plan.window} differs from the family's own windows {own}, "
+            "but a stock format has one for all layers; convert with that window"
         )
     config.layer_types = ["full_attention" if window is None else "sliding_attention" for window in windows]
     config.sliding_window = next((window for window in windows if window is not None), None)

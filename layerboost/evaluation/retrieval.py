@@ -76,7 +76,7 @@ def retrieval_items(tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> li
     if not spec.retrieval:
         return []
     if spec.text is None:
-        raise QualityError("quality.retrieval: it is asked over quality.text, and there is none; give a text")
+        raise QualityError("quality.retrieval: it is measured on quality.text, which is missing; give a text")
     n_items = MAX_ITEMS if spec.n_sequences is None else min(MAX_ITEMS, spec.n_sequences)
     documents = _documents(tokenizer, spec.text, n_items, max(spec.retrieval))
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -113,7 +113,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), added in place to save a pass over (N, out)."""
+    """Computes x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), without another pass over (N, out)."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scaling):

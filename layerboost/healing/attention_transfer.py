@@ -1,4 +1,4 @@
-"""Attention transfer: fits the feature maps of linear_window layers to the parent's attention."""
+"""Fits the feature maps of linear_window layers to the parent's attention (attention transfer)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .spec import HealingSpec, window_dropout_at
 
 
 class AttentionTransfer(nn.Module):
-    """Module whose forward returns the error of all linear_window layers' attention on the teacher's hidden inputs.
+    """Returns, as a module's forward, the error of linear_window layers' attention on the teacher's hidden inputs.
 
     Each converted attention module gets the hidden state that the teacher's module of the same name got, and its
     output (after the output projection) is compared with the teacher's. No gradient passes from one layer to another.

@@ -18,7 +18,7 @@ from .spec import TRANSFER, HealingSpec
 
 
 class Distillation(nn.Module):
-    """Module whose forward returns the healing loss of a student, for any engine that wraps modules.
+    """Returns, as a module's forward, the healing loss of a student, for any engine that wraps modules.
 
     Args:
         teacher, student: Causal language models with the same vocabulary.

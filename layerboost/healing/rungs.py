@@ -1,4 +1,4 @@
-"""Successive halving over healing tokens: plans share the token budget in rungs, and the best ones advance.
+"""Plans successive halving over healing tokens: the budget is spent in rungs, after each of which the best go on.
 
 Quality before healing does not always rank plans like quality after it, so many plans are healed on few tokens and few
 on all (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). Each healing of a rung is complete, with its own

@@ -73,7 +73,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Engine for one process with plain AdamW; parameters narrower than fp32 are trained through fp32 copies."""
+    """Trains in one process with plain AdamW; parameters narrower than fp32 are trained through fp32 copies."""
 
     def __init__(self, module: nn.Module, spec: HealingSpec, accumulation: int = 1, gradient_clip: float = 0.0):
         self.module, self.accumulation = module, accumulation

@@ -1,4 +1,4 @@
-"""Triton kernels of the `linear_window` treatment: prefill with gradients, and decode.
+"""Provides Triton kernels of the `linear_window` treatment: prefill with gradients, and decode.
 
 `layerboost.attention` defines what they compute and uses them if they can run; tests compare the two.
 """

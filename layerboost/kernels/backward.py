@@ -1,4 +1,4 @@
-"""Backward kernels of `linear_window`, which recompute the weights of all pairs and never store anything of size T x S.
+"""Backward kernels of `linear_window`. They recompute the weights of all pairs and store nothing of size T x S.
 
 With P the normalised weight of a query and a key, o the output and delta = do . o, the gradient of a weight before
 normalisation is P (do . v - delta), for the window as well as for the features. The gradient of what queries read from

@@ -1,4 +1,4 @@
-"""Forward kernels of `linear_window`: the state before each chunk of keys, and the output of blocks of queries."""
+"""Forward kernels of `linear_window`. They compute the state before each chunk of keys, and each query's output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _forward_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK queries of one head from their window, the keys between it and the state, the state.
+    """Each program computes BLOCK queries of one head from their window, older keys, and the state.
 
     The softmax over the window is online: peak and sums are rescaled as higher scores come up.
     """

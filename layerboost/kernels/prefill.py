@@ -1,4 +1,4 @@
-"""Prefill of `linear_window` by kernels: the full-sequence form of `layerboost.attention`, forward and backward."""
+"""Runs prefill of `linear_window` by kernels, forward and backward: `layerboost.attention` on whole sequences."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def linear_window_prefill(
     state: tuple[torch.Tensor, torch.Tensor] | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax inside the window plus linear attention over everything older, in time linear in T.
+    """Computes softmax inside the window plus linear attention over everything older, in time linear in T.
 
     The feature map is applied outside, so that autograd gives its parameters their gradients. Its logits are stored, as
     in the form without kernels, but the weights between pairs of tokens never are.

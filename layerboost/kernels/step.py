@@ -1,4 +1,4 @@
-"""Decode of `linear_window` by kernels: one token of each sequence attends to the slots of its window and the state."""
+"""Decodes `linear_window` by kernels: one token of each sequence attends to the slots of its window and the state."""
 
 from __future__ import annotations
 

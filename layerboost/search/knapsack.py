@@ -55,7 +55,7 @@ def knapsack_front(
         PlanError: The space is empty, costs or times are missing or not finite, or `max_plans` is too small.
     """
     if max_plans is not None and max_plans < 2:
-        raise PlanError(f"max_plans: {max_plans} holds no front; give at least 2")
+        raise PlanError(f"max_plans: {max_plans} is too small for a front; give at least 2")
     program = _Program(space, costs, times)
     slowest, fastest = program.best("cost"), program.best("time")
     found = {slowest, fastest}

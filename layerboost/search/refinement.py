@@ -174,7 +174,7 @@ class Refiner(ABC):
 
 
 class GreedySwaps(Refiner):
-    """Local search that evaluates swaps of two layers of the best plan and continues from the best plan evaluated.
+    """Searches locally: evaluates swaps of two layers of the best plan and continues from the best plan evaluated.
 
     Swaps are ranked by the predicted change. The prediction uses the costs, corrected for each layer and treatment by
     ridge regression over the plans evaluated so far. The search ends if all swaps of the best plan are known, or with

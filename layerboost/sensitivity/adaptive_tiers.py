@@ -64,7 +64,7 @@ class TierRule:
 
     @property
     def sizes(self) -> tuple[int, int] | None:
-        """How many layers are below each of the two boundaries between tiers; None for thresholds."""
+        """The numbers of layers below each of the two boundaries between tiers; None for thresholds."""
         if self.n_removed is None or self.n_middle is None:
             return None
         return self.n_removed, self.n_removed + self.n_middle

@@ -1,4 +1,4 @@
-"""vLLM plugin that lets `vllm serve DIR` serve a converted checkpoint, in an environment by `make_environment.sh`.
+"""Registers converted models with vLLM, so that `vllm serve DIR` works where `make_environment.sh` installed it.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes.
 """

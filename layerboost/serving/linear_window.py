@@ -1,4 +1,4 @@
-"""A linear_window layer for vLLM, which keeps a state of constant size for each request in a block of its own."""
+"""Implements linear_window layers in vLLM, with a state of constant size for each request in a block of its own."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ else:
 
 
 class ConvertedModel(_AnyModel):
-    """Mixin for a family's vLLM model that installs the plan, reports its states and checks that all weights load."""
+    """Extends a family's vLLM model: installs the plan, reports its states and checks that all weights load."""
 
     is_hybrid = True
     """vLLM asks the class, not an instance; `layer_types` says whether a plan has constant states."""

@@ -1,4 +1,4 @@
-"""A small generated world of text, benchmarks and a tiny model that runs offline.
+"""Holds a small generated world of text, benchmarks and a tiny model that runs offline.
 
 MODEL, TRAIN_TEXT, VALIDATION_TEXT and TASKS are the paths, as strings, of the files that the package ships.
 """

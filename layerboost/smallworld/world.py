@@ -1,4 +1,4 @@
-"""A small world of people, things and places, and any amount of text about it.
+"""Generates a small world of people, things and places, and any amount of text about it.
 
 In every document four people get newly drawn second names and own three things. Each mention of a person is the full
 name and each mention of a thing names its owner, so that many words of a text can only be known by looking back:

@@ -34,7 +34,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 < self.n_scored < len(self.tokens):
-            raise ValueError(f"n_scored: {self.n_scored} of {len(self.tokens)} tokens; score at least 1 but the first")
+            raise ValueError(f"n_scored: {self.n_scored} of {len(self.tokens)} tokens; give at least 1, but not all")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention over forests (`request_tries.Forest`): the masks of what each query sees, and the attention functions.
+"""Computes attention over forests (`request_tries.Forest`) and makes the masks of what each query sees.
 
 Rows are short compared with a model's width, so scores are computed densely. Only the keys after a block of queries
 are skipped, and after the last layer all nodes that no request reads.

@@ -1,4 +1,4 @@
-"""Packed token sequences with their document boundaries and targets, and the global batches made of them."""
+"""Holds packed token sequences with their documents and targets, and deals them out in global batches."""
 
 from __future__ import annotations
 

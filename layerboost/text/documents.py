@@ -153,7 +153,7 @@ def _local_path(source: str | Path) -> Path | None:
     if path.is_file():
         if path.suffix not in _LOCAL_SUFFIXES:
             raise TextSourceError(
-                f"text: {source} is no text file that is known; use one of {', '.join(_LOCAL_SUFFIXES)}"
+                f"text: {source} is no known kind of text file; use one of {', '.join(_LOCAL_SUFFIXES)}"
             )
         return path
     looks_local = isinstance(source, Path) or path.suffix in _LOCAL_SUFFIXES or path.is_dir()

@@ -78,7 +78,7 @@ def sample_documents(
     """
     spec = SamplingSpec(max_tokens, seed, temperature, batch_size)
     if n_documents < 1 or first < 0:
-        raise ValueError(f"n_documents: {n_documents} from number {first} on; ask for at least 1, from 0 on")
+        raise ValueError(f"n_documents: {n_documents} from number {first}; ask for at least 1, from number 0 or more")
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if n_positions is not None and max_tokens > n_positions:
         raise ValueError(f"max_tokens: {max_tokens} is more than the model's {n_positions} positions; use fewer")

@@ -271,7 +271,7 @@ def _token_documents(path: str) -> Iterator[Document]:
             ) from error
         if len(tokens) != (ends[-1] if len(ends) else 0):
             raise TextSourceError(
-                f"text: {name} holds {len(tokens)} tokens and lengths of other documents; write it with "
+                f"text: {name} holds {len(tokens)} tokens, which is not the sum of its lengths; write it with "
                 "write_token_rows"
             )
         for ids in np.split(tokens, ends[:-1]):
