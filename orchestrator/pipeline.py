@@ -1,11 +1,11 @@
-"""A run, from its recipe to its report.
+"""Runs a recipe, from its first stage to its report.
 
     evaluate ─► sensitivity ─► search ─► heal ─► report (measure the finalists, write the report)
 
-Every unit of work is a record in the run folder, known by the hash of what changes its result; a stage does only what
-is not recorded, and Ray starts only when there is something to do. What a later stage needs it reads from records, so
-the same command goes on wherever an earlier one stopped. `run.json` lists the records that belong to this run: from it
-and the records alone the report can be written again.
+Every unit of work is a record in the run folder, named by the hash of what changes its result. A stage does only units
+without a record, and Ray starts only when there is something to do. Later stages read what they need from records, so
+the same command goes on wherever an earlier one stopped. `run.json` lists the records that belong to this run; with it
+and the records the report can be written again.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from orchestrator.stages.sensitivity import sensitivity
 from tasks.cluster import connection
 
 STAGES = {"evaluate": evaluate, "sensitivity": sensitivity, "search": search, "heal": heal, "report": measure}
-"""`report` measures the finalists; the report itself follows from the records."""
+"""The stages by name, in order. `report` measures the finalists; the report itself is computed from the records."""
 
 REPORT = "report"
-"""What the clock calls the writing of the report."""
+"""The name under which the time of writing the report is counted."""
 
 
 def run(
     recipe: Recipe, folder: RunFolder, facts: ModelFacts, *, until: str, address: str | None, progress: Progress
 ) -> int:
-    """Runs a checked recipe up to the stage `until`, or goes on with it; prints the front and the report's path.
+    """Runs or resumes a checked recipe up to the stage `until`; prints the front and the report's path.
 
     Returns:
-        0, or 1 where units failed: each is named on stderr, and the rest is recorded.
+        0, or 1 if units failed; each of them is named on stderr, and the others are recorded.
 
     Raises:
         DiskFullError: the disk is full; with more room the same command goes on.
@@ -79,11 +79,11 @@ def run(
             progress.stop_clock(REPORT)
             save()
         except RunFolderLockedError:
-            raise  # another run's by now
+            raise  # the folder belongs to another run now
         except BaseException as error:
             progress.stop_clock(REPORT)
             if is_disk_full(error):
-                with contextlib.suppress(OSError):  # what is there stays as it was
+                with contextlib.suppress(OSError):  # the earlier file stays as it was
                     save()
                 raise DiskFullError(disk_full_message(context, error)) from error
             save()
@@ -108,7 +108,7 @@ def report(folder: RunFolder) -> int:
 
 
 def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
-    """Prints each stage's units, how many are recorded, and what the rest will cost. Starts and writes nothing."""
+    """Prints each stage's units, how many are recorded, and what the rest will cost; starts and writes nothing."""
     from orchestrator.costs.estimate import device_mib, estimate_stages, estimate_table, expected_line
     from orchestrator.costs.measure import costs_of
 
@@ -119,7 +119,7 @@ def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
 
 
 def _go_on_counting(context: RunContext) -> dict[str, float]:
-    """The seconds that earlier calls of the same recipe took on this folder; takes over their estimate."""
+    """Returns the seconds that earlier calls of the same recipe took on this folder, and takes over their estimate."""
     if not context.folder.exists(RUN_FILE) or not context.folder.exists(RECIPE_FILE):
         return {}
     before = yaml.safe_load(context.folder.read_text(RECIPE_FILE))
@@ -132,7 +132,7 @@ def _go_on_counting(context: RunContext) -> dict[str, float]:
 
 
 def _estimate(context: RunContext) -> None:
-    """Estimates what the run will cost before its first call, and says so."""
+    """Estimates the cost of the run before its first call, and reports it."""
     from orchestrator.costs.estimate import estimate_stages, expected_line
     from orchestrator.costs.measure import costs_of
 
@@ -140,7 +140,7 @@ def _estimate(context: RunContext) -> None:
         return
     try:
         stages = estimate_stages(context, costs_of(context, record=True))
-    except Exception as error:  # a run can do without
+    except Exception as error:  # a failed calibration must not stop the run
         if is_disk_full(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -164,7 +164,7 @@ def _context(
 
 def _write_report(folder: RunFolder) -> None:
     files, summary = report_files(folder)
-    # What an earlier state of the run had and this one has not.
+    # Remove files of an earlier report that this one does not have, so that no stale table stays.
     for name in set(REPORT_FILES).intersection(folder.names()).difference(files):
         folder.remove(name)
     for name, content in files.items():

@@ -103,7 +103,7 @@ class PlanTrial(tune.Trainable):
             except Exception as error:  # if it reached Tune, the process with its model would end
                 outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         outcome["worker"] = replace(worker, attempt=max(1, outcome["n_attempts"])).to_dict()
-        return {"outcome": json.dumps(outcome), "done": True}  # as text, or Tune takes it apart item by item
+        return {"outcome": json.dumps(outcome), "done": True}  # as text, because Tune would flatten a dictionary
 
 
 class StateSearcher(UnitSearcher[Plan, str]):

@@ -1,4 +1,4 @@
-"""The recipe's reference: `docs/recipe.md` for people and `recipes/recipe.schema.json` for editors, from the fields.
+"""Writes the recipe's reference from its fields: `docs/recipe.md` and, for editors, `recipes/recipe.schema.json`.
 
     python -m orchestrator.recipe.reference [FOLDER]
 
@@ -66,24 +66,24 @@ VOCABULARIES: dict[str, Registry[Any]] = {
     "Divergences": DIVERGENCES,
     "Engines": ENGINES,
 }
-"""The names that plug-ins may add to, by their heading in the reference."""
+"""The registries that plug-ins may extend, by their heading in the reference."""
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
-    """What the docstring's `Attributes` say of each field, on one line."""
+    """Returns the description of each field from the docstring's `Attributes`, on one line."""
     attributes = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 
 def introduction(section: type[BaseModel]) -> str:
-    """What the docstring says before its `Attributes`, one line a paragraph."""
+    """Returns the docstring's text before its `Attributes`, with one line for each paragraph."""
     text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:")[0]
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
 
 
 def sections(section: type[BaseModel] = Recipe, name: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section with its dotted name, each before those inside it; the recipe itself has the empty name."""
+    """Yields every section with its dotted name, each before its inner ones; the recipe's own name is empty."""
     yield name, section
     for field_name, field in section.model_fields.items():
         for inner in _sections_of(field.annotation):
@@ -98,9 +98,9 @@ def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def recipe_schema() -> Schema:
-    """The JSON Schema (draft 2020-12) of recipes: all that one field alone can get wrong.
+    """Returns the JSON Schema (draft 2020-12) of recipes, which checks each field by itself.
 
-    What fields must agree on is checked when a recipe is read.
+    Rules between fields are checked only when a recipe is read.
     """
     schema = _plain_schema()
     for part in (schema, *schema["$defs"].values()):
@@ -111,7 +111,7 @@ def recipe_schema() -> Schema:
 
 
 def _plain_schema() -> Schema:
-    """Pydantic's schema with descriptions, with what its validators check, and under the names of JSON Schema."""
+    """Returns pydantic's schema with descriptions, the checks of validators, and JSON Schema's names."""
     schema = _named(Recipe.model_json_schema())
     for _, section in sections():
         part = schema if section is Recipe else schema["$defs"][section.__name__]
@@ -122,7 +122,7 @@ def _plain_schema() -> Schema:
             entry = part["properties"][name]
             entry.pop("title", None)
             if "$ref" in entry:
-                entry.pop("default", None)  # every field inside has its own
+                entry.pop("default", None)  # each inner field has its own default
             for check in (getattr(data, "func", None) for data in field.metadata):
                 if isinstance(check, AutoOr):
                     number = next(kind for kind in entry["anyOf"] if "const" not in kind)
@@ -135,14 +135,14 @@ def _plain_schema() -> Schema:
 
 
 def _named(schema: Any) -> Any:
-    """The schema with bounds as JSON Schema calls them."""
+    """Returns the schema with JSON Schema's names for bounds."""
     if isinstance(schema, dict):
         return {_JSON_NAMES.get(name, name): _named(value) for name, value in schema.items()}
     return [_named(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _with_number_texts(schema: Any) -> Any:
-    """Lets each number be written as a text too, with `_` or an exponent."""
+    """Also allows each number as a text with `_` or an exponent."""
     if isinstance(schema, list):
         return [_with_number_texts(value) for value in schema]
     if not isinstance(schema, dict):
@@ -155,7 +155,7 @@ def _with_number_texts(schema: Any) -> Any:
 
 
 def reference() -> str:
-    """The reference as Markdown: one table a section."""
+    """Returns the reference as Markdown, with one table for each section."""
     schema = _plain_schema()
     parts = [_INTRODUCTION]
     for name, section in sections():
@@ -167,7 +167,7 @@ def reference() -> str:
 
 
 def _names() -> str:
-    """What the names of the vocabularies stand for."""
+    """Returns the part of the reference that explains the names in the registries."""
     parts = ["## Names\n\nThese names are built in; plug-ins may add more.\n"]
     for heading, registry in VOCABULARIES.items():
         rows = [_row(_name(entry), _sentence(entry.summary)) for entry in registry]
@@ -181,7 +181,7 @@ def _name(entry: Any) -> str:
 
 
 def _row(*cells: str) -> str:
-    """A row of a Markdown table."""
+    """Formats a row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
@@ -203,7 +203,7 @@ def _shown(default: Any) -> str:
 
 
 def words(schema: Mapping[str, Any]) -> str:
-    """The values that a schema allows, in words; empty for a section of its own."""
+    """Describes the values that a schema allows; for a nested section the text is empty."""
     if alternatives := schema.get("anyOf"):
         return " or ".join(filter(None, (words(kind) for kind in alternatives if kind.get("type") != "null")))
     if "enum" in schema:
@@ -231,7 +231,7 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 
 def files() -> dict[str, str]:
-    """The contents of both files by their path in a checkout."""
+    """Returns the contents of both files by their path in a checkout."""
     return {
         REFERENCE_FILE: reference(),
         SCHEMA_FILE: json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
@@ -239,7 +239,7 @@ def files() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes both files."""
+    """Writes both files into a checkout."""
     parser = argparse.ArgumentParser(description="Writes the recipe's reference and its JSON Schema.")
     parser.add_argument("folder", nargs="?", default=".", help="the checkout to write into (default: %(default)s)")
     folder = Path(parser.parse_args(argv).folder)

@@ -69,10 +69,10 @@ class ProgressClock:
 
 @dataclass(frozen=True)
 class HealingText:
-    """The text that a healing reads.
+    """Describes the text that a healing reads.
 
     Attributes:
-        sources, apart: the text as `pack_sources` takes it; every worker must reach it.
+        sources, apart: the text in the form that `pack_sources` takes; every worker must reach it.
     """
 
     sources: tuple[TextSource, ...]
@@ -85,7 +85,7 @@ class HealingText:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The place of the checkpoints that an interrupted healing continues from.
+    """Names the place of the checkpoints from which an interrupted healing continues.
 
     Attributes:
         storage_path, name: the place of the checkpoints, a folder or URL that every host reaches, and the name of the
@@ -105,13 +105,13 @@ class Checkpoints:
 
     @property
     def folder(self) -> str:
-        """The folder or URL of this job's own files."""
+        """Returns the folder or URL of this job's files."""
         return f"{self.storage_path.rstrip('/')}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The trained parameters that a healing leaves for `student_from`, besides its checkpoint or instead of it.
+    """Says which trained parameters a healing stores for `student_from`, with its checkpoint or instead of it.
 
     Attributes:
         url: the folder or fsspec URL of the snapshots; rank 0's host must reach it.
@@ -153,8 +153,8 @@ class Survival:
     """Says which failures a job survives.
 
     Attributes:
-        max_failures: the worker failures that the job survives, -1 for any number; of each layer in a transfer by
-            layer.
+        max_failures: the worker failures that the job survives, -1 for any number; a transfer by layer counts them for
+            each layer.
         step_timeout_s: a process of the job that finishes no step for this time counts as hung and ends itself, which
             is one of the failures to survive; None waits for ever.
         metadata_servers: the servers to ask whether a worker's spot machine will be taken away.
@@ -217,7 +217,7 @@ class HealingJob:
 
     @property
     def name(self) -> str:
-        """The name that tells the job from others in the same storage path."""
+        """Returns the name of the job, which is unique in its storage path."""
         return self.checkpoints.name
 
     @property

@@ -55,7 +55,7 @@ class UnitFailure(Generic[Unit]):
 
 @dataclass
 class _Worker(Generic[Unit, Result]):
-    """An actor and what it is at: starting up while it has no `info`, then idle or on the unit of a number."""
+    """Holds an actor and its state: it starts up while `info` is None, then it is idle or works on unit number `unit`."""
 
     actor: UnitActor[Unit, Result]
     ready: ObjectRef[WorkerInfo]

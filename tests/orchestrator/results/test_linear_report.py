@@ -1,4 +1,4 @@
-"""Tables of many plans: equal, value for value, to the naive forms that read and bootstrap everything for each plan."""
+"""Tests that tables of many plans equal the naive forms, which read and bootstrap everything for each plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ABLATED = (Treatment.NONE, Treatment.LINEAR_WINDOW)
 
 
 class Drawn:
-    """Returns a run with fresh random scores; each record lies in the folder of the stage that made it."""
+    """Makes a run with fresh random scores; each record lies in the folder of the stage that made it."""
 
     def __init__(self, folder: RunFolder):
         self.folder, self.rng = folder, np.random.default_rng()
