@@ -55,7 +55,7 @@ class UnitFailure(Generic[Unit]):
 
 @dataclass
 class _Worker(Generic[Unit, Result]):
-    """Holds an actor and its state: it starts up while `info` is None, then it is idle or works on unit number `unit`."""
+    """Holds an actor and its state: it starts up while `info` is None, then is idle or works on unit number `unit`."""
 
     actor: UnitActor[Unit, Result]
     ready: ObjectRef[WorkerInfo]
