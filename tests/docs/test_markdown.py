@@ -179,6 +179,13 @@ def test_the_readme_shows_the_two_commands_and_fits_on_a_page():
     assert tests.split("&& ")[-1] == ".venv/bin/python -m pytest\n"
 
 
+def test_every_page_is_in_the_index():
+    index = (PROJECT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(PROJECT / "docs" / link.partition("#")[0]).resolve() for link in links(index)}
+    pages = set((PROJECT / "docs").glob("*.md")) - {PROJECT / "docs" / "README.md"}
+    assert pages <= linked, "docs/README.md lacks a page of docs/"
+
+
 def test_the_families_are_those_that_can_be_converted():
     guide = (PROJECT / "docs" / "own-model.md").read_text(encoding="utf-8")
     listed = re.search(r"decoders of the families (.+?), with\s+safetensors", guide, re.DOTALL)
