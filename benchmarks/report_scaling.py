@@ -1,14 +1,14 @@
-"""How the report of a run, and going on with it, scale with what the run recorded.
+"""Measures how reporting on a run, and resuming it, scale with the number of records.
 
     python benchmarks/report_scaling.py --work DIR --out benchmarks/results/report_scaling.csv
     python benchmarks/report_scaling.py --work DIR --trials 45 --sweep-records 104 --python OTHER/bin/python --code old
 
-Writes run folders of the default recipe whose sensitivity and search are finished: every record that such a run has,
-under its real identity and with as many values as the default recipe's items give, drawn from a fixed seed. Shares of
-the sweep may be more than the items, because only the number of records counts here. Then, each in a process of its
-own, `layerboost run --until search` goes on with the finished run (it computes nothing and ends with the report), and
-`layerboost report` writes the report again. A row holds the processor time of the whole command, the part of it that
-importing the project takes, and the memory that the command takes above what the process holds after that.
+The benchmark writes run folders of the default recipe whose sensitivity and search are finished. They hold every record
+of such a run, under its real identity and with as many values as the default recipe's items give, drawn from a fixed
+seed. The sweep may have more shares than items, because only the number of records matters here. Then, each in a
+separate process, `layerboost run --until search` resumes the finished run (it computes nothing and ends with the
+report), and `layerboost report` writes the report again. A row holds the processor time of the whole command, the part
+of it for importing the project, and the memory that the command uses above what the process holds after the import.
 
 `--python` measures the code of another environment, which may be an earlier version, on the same folders.
 """
@@ -57,12 +57,12 @@ RECORDS_AT_ONCE = 256
 
 
 class SyntheticRun:
-    """The records of a run whose sensitivity and search are finished.
+    """Writes the records of a run whose sensitivity and search are finished.
 
     Args:
-        recipe: what is run; `sensitivity.shares` and `search.trials` say how many records there are.
-        folder: where they go.
-        seed: of every drawn value.
+        recipe: The recipe; `sensitivity.shares` and `search.trials` determine the number of records.
+        folder: The folder to write to.
+        seed: Seed of all drawn values.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, seed: int = 0):
@@ -76,7 +76,7 @@ class SyntheticRun:
         self._losses[Treatment.SOFTMAX.value][:] = 0.0
 
     def write(self) -> None:
-        """Writes the records and `run.json`, which lists what `layerboost run` goes on from."""
+        """Writes the records and `run.json`, which lists what `layerboost run` resumes from."""
         inputs, state = self._inputs, self._run.state
         softmax = Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
         self._write(
@@ -92,7 +92,7 @@ class SyntheticRun:
         nothing = {"remove_below": None, "keep_above": None, "status": "ok", "error": None}
         trials = [{**plan.to_dict(), "origin": origin, **nothing} for plan, origin in plans.items()]
         self._run.record(TRIALS, inputs.search(cost_matrix(self._folder, state), []), {"trials": trials})
-        # What an earlier call expected spares the next one its calibration.
+        # With estimates of an earlier call the next one skips its calibration.
         state.estimates = [StageEstimate("evaluate", 1, 0, 1.0, 0, 0.0, 1.0).to_dict()]
         self._folder.write_text(RECIPE_FILE, inputs.recipe.resolved_yaml())
         self._run.save()
@@ -107,7 +107,7 @@ class SyntheticRun:
         self._folder.write_records(stage, batch)
 
     def _searched(self) -> dict[Plan, str]:
-        """The fixed points and as many other plans as the recipe tries, each with its origin."""
+        """Returns the uniform plans and as many other plans as the recipe tries, each with its origin."""
         space, n_layers = self._inputs.plan_space, self._inputs.n_layers
         fixed = {treatment: Plan.uniform(treatment, n_layers, space.window) for treatment in Treatment}
         found = {plan: "base" if name is Treatment.SOFTMAX else f"all_{name.value}" for name, plan in fixed.items()}
@@ -128,7 +128,7 @@ class SyntheticRun:
                 yield inputs.scores(cosine_unit(), source.spec), {"cosine": cosine.tolist(), **ABOUT}
 
     def _counts(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """As many items as the recipe has shares, so that each share holds one."""
+        """Yields counts of as many items as the recipe has shares, so that each share holds one item."""
         n_shares = self._inputs.recipe.sensitivity.shares
         assert isinstance(n_shares, int)
         for source in self._inputs.sweep_sources:
@@ -149,7 +149,7 @@ class SyntheticRun:
                     )
 
     def _answers(self, spec: QualitySpec, n_plans: int) -> dict[str, Any]:
-        """What plans say to a share: of about as many requests or sequences as shares of the default recipe have."""
+        """Draws plans' answers for a share, with about as many requests or sequences as in the default recipe."""
         if not spec.tasks:
             nll, kl = self._draw.normal(2.0, 0.3, (n_plans, 2)), self._draw.uniform(0, 0.1, (n_plans, 2))
             return {"nll": nll.tolist(), "kl": kl.tolist()}
@@ -158,7 +158,7 @@ class SyntheticRun:
         return {"log_p": log_p.tolist(), "greedy": (log_p > -5.0).tolist()}
 
     def _scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
-        """Scores of a plan that loses what its layers lose, each item with noise of its own."""
+        """Draws the scores of a plan that loses the sum of its layers' losses, with independent noise for each item."""
         loss = sum(self._losses[treatment.value][layer] for layer, treatment in enumerate(plan.treatments))
         found: list[MetricScore] = []
         for task in spec.tasks:
@@ -199,11 +199,11 @@ with open(sys.argv[1], "w") as file:
     json.dump(measured, file)
 sys.exit(code)
 """
-"""What a child runs: a command of the project, and what it took. Earlier versions have these two modules as well."""
+"""Program that runs a command of the project and measures it. Earlier versions also have the two modules it imports."""
 
 
 def measured(python: str, command: Sequence[str]) -> dict[str, float]:
-    """What a command of the project takes in a process of its own.
+    """Measures a command of the project in a process of its own.
 
     Returns:
         `cpu_s` of the whole process, `import_cpu_s` of its imports, `wall_s`, `start_mib` after the imports, and
@@ -211,7 +211,7 @@ def measured(python: str, command: Sequence[str]) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as work:
         found, start = Path(work, "measured.json"), time.perf_counter()
-        # In another folder, lest this checkout shadows what the other environment holds.
+        # The command runs in another folder, or this checkout would shadow the code of the other environment.
         subprocess.run(
             [python, "-c", MEASURED, str(found), *command],
             check=True,
@@ -224,11 +224,11 @@ def measured(python: str, command: Sequence[str]) -> dict[str, float]:
 
 
 def write_recipe(path: Path, n_trials: int, n_sweep_records: int) -> list[str]:
-    """Writes the default recipe with its paths resolved; says what to set for so many trials and sweep records."""
+    """Writes the default recipe with resolved paths, and returns the settings for these numbers of records."""
     path.write_text(yaml.safe_dump(load_recipe(RECIPE).model_dump(mode="json"), sort_keys=False))
     recipe = load_recipe(path)
     n_fixed = len(Treatment)
-    of_share = 2 * (1 + len(recipe.sensitivity.treatments))  # two sources, a record for each treatment and the base
+    of_share = 2 * (1 + len(recipe.sensitivity.treatments))  # per source: the treatments and the base
     n_shares, rest = divmod(n_sweep_records - 2, of_share)
     if rest or n_trials <= n_fixed:
         raise SystemExit(
@@ -239,7 +239,7 @@ def write_recipe(path: Path, n_trials: int, n_sweep_records: int) -> list[str]:
 
 
 def sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of each size and command."""
+    """Yields a row for each size and command."""
     for n_trials, n_sweep_records in zip(args.trials, args.sweep_records, strict=True):
         work = args.work / f"{n_trials}"
         work.mkdir(parents=True, exist_ok=True)
@@ -264,11 +264,11 @@ def sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the run folders go")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the run folders")
     parser.add_argument("--trials", type=int, nargs="+", default=[45, 414, 4104], help="points of each run's search")
-    parser.add_argument("--sweep-records", type=int, nargs="+", default=[104, 1022, 10202], help="of each run")
-    parser.add_argument("--python", default=sys.executable, help="of the environment whose code is measured")
-    parser.add_argument("--code", default="this checkout", help="what the rows call that code")
+    parser.add_argument("--sweep-records", type=int, nargs="+", default=[104, 1022, 10202], help="per run")
+    parser.add_argument("--python", default=sys.executable, help="python whose code is measured")
+    parser.add_argument("--code", default="this checkout", help="name of that code in the rows")
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
     args = parser.parse_args(argv)
     rows = []
