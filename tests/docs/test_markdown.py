@@ -32,6 +32,9 @@ TOP_FOLDERS = {path.name for path in PROJECT.iterdir() if path.is_dir() and path
 NO_PATHS = {"layerboost/hardware"}
 """A label of Ray nodes, which only looks like a path."""
 
+NAMED_AS_A_WHOLE = {"orchestrator/checks/", "orchestrator/results/"}
+"""Folders whose files are so much alike that the picture of the folders names only some of them."""
+
 TABLE_FIELDS = {"healing_quality": "quality_curve", "rank_correlations": "correlations"}
 """Fields of `ReportData` that are called otherwise than their file."""
 
@@ -206,11 +209,53 @@ def test_every_column_of_the_report_is_described(name: str):
     assert missing == [], f"docs/report.md lacks columns of {name}"
 
 
-def test_every_folder_of_the_packages_has_its_line():
+def paths_of_tree(text: str) -> list[str]:
+    """The paths of a tree of folders: a package at the margin, then levels and names, files of folders indented."""
+    found, package, folder = [], "", ""
+    for line in filter(None, text.splitlines()):
+        names = re.findall(r"[\w.]+/|[\w]+\.py", re.split(r"  +(?=\S)", line.strip())[0])
+        if not line.startswith((" ", *"123456789")):
+            package = names[0]
+            found.append(package)
+            continue
+        if not line.startswith("    "):
+            folder = ""
+        found += [f"{package}{folder}{name}" for name in names]
+        if names[0].endswith("/"):
+            folder = names[0]
+            found += [f"{package}{folder}{name}" for name in re.findall(r"\w+\.py", line)]
+    return found
+
+
+def test_a_tree_is_read_by_its_folders():
+    tree = "a/    the first\n1 b.py, c.py   two\n  d.py  one\n2 e/   f.py does it\n    g.py, h.py  two\n3 i/  more"
+    assert paths_of_tree(tree) == [
+        "a/",
+        "a/b.py",
+        "a/c.py",
+        "a/d.py",
+        "a/e/",
+        "a/e/f.py",
+        "a/e/g.py",
+        "a/e/h.py",
+        "a/i/",
+    ]
+
+
+def test_the_picture_of_the_folders_is_true():
     text = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in blocks(text, "") if block.startswith("layerboost/")]
+    named = paths_of_tree(tree)
+    assert [path for path in named if not (PROJECT / path).exists()] == []
     packages = ("layerboost", "tasks", "orchestrator")
     folders = {path.parent.relative_to(PROJECT) for name in packages for path in (PROJECT / name).rglob("*.py")}
-    assert [f"{folder}/" for folder in sorted(folders) if f"| `{folder}/` |" not in text] == []
+    assert [f"{folder}/" for folder in sorted(folders) if f"{folder}/" not in named] == []
+    # A folder whose files have lines of their own has one for each of them.
+    listed = {path.rpartition("/")[0] + "/" for path in re.findall(r"\S+\.py", "\n".join(named))}
+    whole = [f"{folder}/" for folder in folders if f"{folder}/" in listed and f"{folder}/" not in NAMED_AS_A_WHOLE]
+    files = [path for folder in whole for path in sorted((PROJECT / folder).glob("*.py")) if path.stem[:2] != "__"]
+    missing = [str(path.relative_to(PROJECT)) for path in files if str(path.relative_to(PROJECT)) not in named]
+    assert missing == [], "docs/architecture.md lacks files in its picture of the folders"
 
 
 def test_every_picture_of_the_report_is_described():
