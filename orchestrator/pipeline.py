@@ -16,6 +16,7 @@ import sys
 import yaml
 
 from layerboost.storage.errors import DiskFullError, is_disk_full
+from orchestrator.exit_codes import EXIT_DONE, EXIT_FAILED
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.report.render import REPORT_FILES
 from orchestrator.results.report_data import report_files
@@ -97,14 +98,14 @@ def run(
         print(f"failed: {failure['stage']} {named}: {failure['error'].splitlines()[0]}", file=sys.stderr)
     if context.state.failures:
         print("the same command tries them again", file=sys.stderr)
-    return 1 if context.state.failures else 0
+    return EXIT_FAILED if context.state.failures else EXIT_DONE
 
 
 def report(folder: RunFolder) -> int:
     """Writes CSVs, pictures and the page of a run again, from its records alone."""
     with folder.lock():
         _write_report(folder)
-    return 0
+    return EXIT_DONE
 
 
 def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
@@ -115,7 +116,7 @@ def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
     context = _context(recipe, folder, facts, Progress(), None)
     stages = estimate_stages(context, costs_of(context, record=False))
     print(f"{estimate_table(stages, device_mib())}\n{expected_line(stages)}")
-    return 0
+    return EXIT_DONE
 
 
 def _go_on_counting(context: RunContext) -> dict[str, float]:

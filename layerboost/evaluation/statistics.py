@@ -122,24 +122,6 @@ def mean_of_independent(stderrs: Sequence[float | None]) -> float | None:
     return math.sqrt(math.fsum(stderr**2 for stderr in known)) / len(known)
 
 
-def ratio_of_means(base_items: Sequence[float], other_items: Sequence[float]) -> tuple[float, float | None]:
-    """Returns mean(other) / mean(base) over the same items and its standard error by the delta method.
-
-    The error is that of `other - ratio * base` per item, divided by the base's mean, so that the difficulty of an item
-    that both models share cancels. The ratio is NaN, without an error, if the base's mean is zero.
-
-    Raises:
-        PairingError: If there are no items or their numbers differ.
-    """
-    differences = _paired(base_items, other_items)
-    base_mean = float(np.mean(base_items))
-    if base_mean == 0.0:
-        return math.nan, None
-    ratio = 1.0 - float(differences.mean()) / base_mean
-    stderr = ratio_residual_stderr(base_items, other_items, ratio)
-    return ratio, None if stderr is None else stderr / abs(base_mean)
-
-
 def ratio_residual_stderr(base_items: Sequence[float], other_items: Sequence[float], ratio: float) -> float | None:
     """Returns the standard error of mean(other) - ratio * mean(base) over the same items, None for a single item."""
     _paired(base_items, other_items)

@@ -80,10 +80,6 @@ class TrialResult:
     error: str | None = None
     repeated: bool = False
 
-    @property
-    def status(self) -> str:
-        return "done" if self.error is None else "failed"
-
 
 @dataclass(frozen=True)
 class Suggestion:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from orchestrator.commands.single_model import checked_model, choose_device, load_checked
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.sections import environment_folder
 from orchestrator.run.model_facts import ModelFacts
@@ -95,7 +96,7 @@ def bench(arguments: argparse.Namespace) -> int:
     in_order = [facts.path for facts in every_facts]
     rows.sort(key=lambda row: in_order.index(row["model"]))
     print_rows(rows, arguments.form)
-    return 0
+    return EXIT_DONE
 
 
 def _bench_by_worker(engine: Engine, arguments: argparse.Namespace, every_facts: list[ModelFacts]) -> int:
@@ -136,4 +137,4 @@ def _bench_by_worker(engine: Engine, arguments: argparse.Namespace, every_facts:
                 rows.append({"model": facts.path, **told, "speedup": speed / base.setdefault(unit.concurrency, speed)})
                 print(f"bench {facts.path} concurrency={unit.concurrency} done", file=sys.stderr)
     print_rows(rows, arguments.form)
-    return 0
+    return EXIT_DONE

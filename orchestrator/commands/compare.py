@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.errors import InputError
 from orchestrator.report.comparison import MAX_RUNS, Run, comparison_summary, render_comparison
 from orchestrator.results.report_data import report_data
@@ -23,7 +24,7 @@ def compare(folders: Sequence[RunFolder], out: RunFolder) -> int:
     for name, content in render_comparison(runs).items():
         out.write_bytes(name, content)
     print(f"{comparison_summary(runs)}\n\ncomparison: {out}/comparison.html")
-    return 0
+    return EXIT_DONE
 
 
 def check_folders(folders: Sequence[RunFolder]) -> None:

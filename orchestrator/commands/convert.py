@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.commands.single_model import check_new_folder, checked_model, checked_tokenizer, load_checked
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.errors import InputError
 
 
@@ -35,7 +36,7 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     _save_whole(converted, tokenizer, out)
     print(f"{out}: {plan} (plan_id {plan.plan_id}), from {facts.path}")
-    return 0
+    return EXIT_DONE
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def export(arguments: argparse.Namespace) -> int:
         raise InputError("MODEL", arguments.model, str(error)) from None
     _save_whole(stock, tokenizer, out)
     print(f"{out}: {type(stock).__name__} with the logits of {facts.path}")
-    return 0
+    return EXIT_DONE
 
 
 def _save_whole(model: Any, tokenizer: Any, out: Path) -> None:

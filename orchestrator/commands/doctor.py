@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.checks.findings import MISSING, OK, WARN, Finding, findings_table
+from orchestrator.exit_codes import EXIT_DONE, EXIT_FAILED
 from orchestrator.recipe.errors import InputError
 
 PYTHON_MINIMUM, PYTHON_BELOW = (3, 11), (3, 14)
@@ -22,10 +23,10 @@ _GIB = 1024**3
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Prints the table and returns 1 if something that every recipe needs is missing."""
+    """Prints the table and returns EXIT_FAILED if something that every recipe needs is missing."""
     findings = [*check_machine(), *check_ray(arguments.address)]
     sys.stdout.write(findings_table(findings))
-    return int(any(finding.state == MISSING for finding in findings))
+    return EXIT_FAILED if any(finding.state == MISSING for finding in findings) else EXIT_DONE
 
 
 def check_machine() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from orchestrator.commands.single_model import checked_model, checked_tokenizer, choose_device, load_checked
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.load import load_recipe
 from orchestrator.text_tables import print_rows
 
@@ -42,7 +43,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         rows.append(_row(facts.path, "mean", "quality_retained", None, *retained(every_scores[0], scores)))
     names = [facts.path for facts in every_facts]
     print_rows(rows if arguments.form else _side_by_side(rows, names), arguments.form)
-    return 0
+    return EXIT_DONE
 
 
 def _row(model: str, task: str, metric: str, n_items: int | None, value: float, stderr: float | None) -> dict[str, Any]:

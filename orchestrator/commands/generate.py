@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from orchestrator.commands.single_model import checked_model, checked_tokenizer, choose_device, load_checked
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.errors import InputError
 
 
@@ -43,4 +44,4 @@ def generate(arguments: argparse.Namespace) -> int:
             **inputs.to(device), max_new_tokens=arguments.max_new_tokens, pad_token_id=pad, **sampling
         )
     print(tokenizer.decode(tokens[0, n_prompt:], skip_special_tokens=True))
-    return 0
+    return EXIT_DONE

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from orchestrator.exit_codes import EXIT_DONE
 from orchestrator.recipe.errors import InputError
 from orchestrator.run.folder import LOCK_NAME, RunFolder
 from orchestrator.run.live_files import PROGRESS_FILE, RUNNING
@@ -25,7 +26,7 @@ def status(arguments: argparse.Namespace) -> int:
         found = read_status(folder)
         print(json.dumps(found) if arguments.json else status_text(found), flush=True)
         if not arguments.follow or found["state"] != RUNNING:
-            return 0
+            return EXIT_DONE
         time.sleep(_FOLLOW_S)
 
 

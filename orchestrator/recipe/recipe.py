@@ -147,10 +147,6 @@ class Recipe(Section):
             )
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """Returns everything that can change a result, as plain JSON values; where the work runs is left out."""
-        return self.model_dump(mode="json", exclude={"placement": True, "throughput": {"environment"}})
-
     def resolved_yaml(self) -> str:
         """Returns the recipe as YAML with every default written out; it loads to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

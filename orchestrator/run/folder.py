@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -195,10 +195,6 @@ class RunFolder:
             return []
         return sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{16}\.json", name))
 
-    def has_record(self, stage: str, key: str) -> bool:
-        """Returns True if an intact record of this unit exists."""
-        return self.read_record(stage, key) is not None
-
     def records(self, stage: str) -> list[Record]:
         """Returns all intact records of a stage, ordered by key."""
         return [record for record in self.each_record(self.record_keys(stage), [stage]) if record is not None]
@@ -272,12 +268,6 @@ class RunFolder:
         """Reads a UTF-8 artefact. Raises FileNotFoundError if it is absent."""
         return self.read_bytes(name).decode()
 
-    def open(self, name: str, mode: str = "rb") -> IO[Any]:
-        """Opens an artefact in place. Writing this way is not atomic: prefer `write_bytes` or `new_folder`."""
-        if "r" not in mode:
-            self.fs.makedirs(self._join(name).rpartition("/")[0], exist_ok=True)
-        return self.fs.open(self._join(name), mode)
-
     def names(self, name: str = "") -> list[str]:
         """Returns the sorted names of the direct entries of a subfolder; an absent subfolder has none."""
         try:
@@ -297,7 +287,7 @@ class RunFolder:
         """Returns the path of an artefact in a local folder.
 
         Raises:
-            ValueError: the folder is not local; `fetch_folder` and `new_folder` work for all.
+            ValueError: the folder is not local.
         """
         if not self.is_local:
             raise ValueError(f"{self.url} is not a local folder")
@@ -306,52 +296,6 @@ class RunFolder:
     def place(self, name: str) -> str:
         """Returns the path or URL of an artefact, for code that reads and writes it without this class."""
         return self._join(name) if self.is_local else f"{self.url}/{name}"
-
-    @contextlib.contextmanager
-    def new_folder(self, name: str) -> Iterator[Path]:
-        """Gives an empty local folder that becomes the artefact `name` when the block ends without an error.
-
-        An existing artefact of that name is replaced.
-        """
-        target = self._join(name)
-        if not self.is_local:
-            with tempfile.TemporaryDirectory(prefix="layerboost-") as staging:
-                yield Path(staging)
-                self.remove(name)
-                retried(self.fs.put)(f"{staging}/", f"{target}/", recursive=True)
-            return
-        hidden = Path(_hidden_beside(target))
-        hidden.mkdir(parents=True)
-        try:
-            yield hidden
-            self.remove(name)
-            os.replace(hidden, target)
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def fetch_folder(self, name: str) -> Iterator[Path]:
-        """Gives a subfolder as a local folder: itself in a local run folder, else a copy that lasts for the block.
-
-        Raises:
-            FileNotFoundError: the subfolder is absent.
-        """
-        if not self.exists(name):
-            raise FileNotFoundError(f"{self}/{name}")
-        if self.is_local:
-            yield self.local_path(name)
-            return
-        with tempfile.TemporaryDirectory(prefix="layerboost-") as copy:
-            retried(self.fs.get)(f"{self._join(name)}/", f"{copy}/", recursive=True)
-            yield Path(copy)
-
-    def storage(self, name: str = "") -> tuple[str, Any]:
-        """Returns (path, pyarrow filesystem) of a subfolder, as Ray Train's `storage_path` and `storage_filesystem`."""
-        from pyarrow import fs as arrow_fs
-
-        if self.is_local:
-            return self._join(name), arrow_fs.LocalFileSystem()
-        return self._join(name), arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(self.fs))
 
     # The folder as a whole
 

@@ -29,11 +29,6 @@ class ModelFacts:
     context_tokens: int | None
     teacher: ModelFacts | None = None
 
-    @property
-    def is_converted(self) -> bool:
-        """Says whether LayerBoost converted this model."""
-        return is_converted_type(self.config.model_type)
-
 
 def is_converted_type(model_type: str) -> bool:
     from layerboost.families import CONVERTED_PREFIX

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from layerboost.evaluation.scores import QualityError, Scores
+from layerboost.evaluation.scores import Scores
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.kinds import SCORE_STAGES
 from tasks.pool.finished import Finished
@@ -25,18 +25,6 @@ def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
     """The scores of a record; None where there is none."""
     record = None if key is None else find_record(folder, key)
     return None if record is None else Scores.from_dict(record["scores"])
-
-
-def healing_record(folder: RunFolder, key: str) -> dict[str, Any]:
-    """What is recorded of a healing.
-
-    Raises:
-        QualityError: nothing is.
-    """
-    record = find_record(folder, key, ("heal",))
-    if record is None:
-        raise QualityError(f"healing {key}: is not recorded; run the recipe again")
-    return record
 
 
 def find_record(folder: RunFolder, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:

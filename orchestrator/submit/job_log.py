@@ -13,6 +13,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from orchestrator.exit_codes import EXIT_DONE, EXIT_FAILED
 from orchestrator.recipe.errors import first_line
 from tasks.cluster.connection import our_package_folders
 
@@ -182,8 +183,8 @@ def follow(
 
 def exit_code(details: JobDetails) -> int:
     """Returns the exit code of an ended job's command; a job that was stopped or never started its command gives 1."""
-    code = 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code
-    return code if code is not None and 0 <= code < 256 else 1
+    code = EXIT_DONE if details.status == JobStatus.SUCCEEDED else details.driver_exit_code
+    return code if code is not None and 0 <= code < 256 else EXIT_FAILED
 
 
 class _Log:

@@ -22,7 +22,7 @@ from typing import Any
 
 from layerboost.environ import environment
 from layerboost.evaluation.task_files import TaskFileError, files_of_task, is_task_file
-from orchestrator.exit_codes import EXIT_INTERRUPTED
+from orchestrator.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from orchestrator.recipe.errors import InputError, without_prefix
 from orchestrator.recipe.load import NamedPath, load_recipe, looks_local, named_paths
 from orchestrator.run.kinds import STAGE_NAMES
@@ -101,7 +101,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     _say(f"log:    {again}\nstatus: {token}ray job status {what_to_type}\nstop:   {token}ray job stop {what_to_type}")
     if arguments.no_wait:
         print(job.submission_id)
-        return 0
+        return EXIT_DONE
     try:
         return _follow(server, job)
     except KeyboardInterrupt:
@@ -337,7 +337,7 @@ def _follow(server: JobServer, job: Job) -> int:
         details = follow(server, job.submission_id, write, _say)
     except JobServerError as error:
         _say(f"error: {hide(str(error), job.variables)}")
-        return 1
+        return EXIT_FAILED
     code = exit_code(details)
     if details.driver_exit_code is None and details.message and details.status != "STOPPED":
         _say(hide(details.message.strip(), job.variables))

@@ -21,7 +21,7 @@ from layerboost.evaluation.likelihood import score_sequences
 from layerboost.evaluation.lm_eval_run import BOOTSTRAP_ITERS
 from layerboost.evaluation.plan_evaluation import PlanEvaluation
 from layerboost.evaluation.scores import MetricScore, QualityError, QualitySpec, Scores, quality, retained
-from layerboost.evaluation.statistics import paired_difference, ratio_of_means
+from layerboost.evaluation.statistics import paired_difference
 from layerboost.evaluation.task_files import TaskFileError, UnknownTaskError, check_tasks
 from layerboost.plan import Plan
 
@@ -510,6 +510,31 @@ def test_quality_of_a_text_is_a_probability():
     assert stderr == pytest.approx(ratio * paired_difference(items, later).stderr)
 
 
+def _retained(base: np.ndarray, other: np.ndarray) -> tuple[float, float | None]:
+    return retained(Scores([_score("a", base.tolist())]), Scores([_score("a", other.tolist())]))
+
+
+def test_retained_error_is_that_of_many_repetitions():
+    def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        hardness = rng.normal(size=60)
+        return 5 + hardness + 0.1 * rng.normal(size=60), 4 + hardness + 0.1 * rng.normal(size=60)
+
+    ratios = np.array([_retained(*draw(seed))[0] for seed in range(2000)])
+    base, other = draw(5)
+    ratio, stderr = _retained(base, other)
+    assert ratio == pytest.approx(other.mean() / base.mean())
+    assert stderr == pytest.approx(ratios.std(), rel=0.3)
+
+
+def test_retained_of_equal_models_is_exactly_one_and_of_a_base_at_zero_is_nothing():
+    base = np.random.default_rng(0).random(20)
+    assert _retained(base, base) == (1.0, 0.0)
+    ratio, stderr = _retained(np.zeros(2), np.array([1.0, 0.0]))
+    assert math.isnan(ratio)
+    assert stderr is None
+
+
 def test_retained_pairs_items_within_tasks_and_adds_tasks():
     rng = np.random.default_rng(0)
 
@@ -519,7 +544,9 @@ def test_retained_pairs_items_within_tasks_and_adds_tasks():
 
     first, second = draw(40), draw(90)
     one = retained(Scores([_score("a", first[0])]), Scores([_score("a", first[1])]))
-    assert one == pytest.approx(ratio_of_means(*first))
+    items, others = np.array(first[0]), np.array(first[1])
+    ratio = others.mean() / items.mean()
+    assert one == pytest.approx((ratio, (others - ratio * items).std(ddof=1) / math.sqrt(40) / items.mean()))
     base = Scores([_score("a", first[0]), _score("b", second[0])])
     ratio, stderr = retained(base, Scores([_score("a", first[1]), _score("b", second[1])]))
     assert ratio == pytest.approx((np.mean(first[1]) + np.mean(second[1])) / (np.mean(first[0]) + np.mean(second[0])))

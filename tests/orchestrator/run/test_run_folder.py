@@ -72,7 +72,6 @@ def test_records_come_back(folder):
     record = RunFolder(folder.url).read_record("search", KEY)
     assert record is not None
     assert (record.identity, record.result) == (IDENTITY, result)
-    assert folder.has_record("search", KEY)
     assert [r.key for r in folder.records("search")] == sorted([KEY, unit_key(other)])
     assert folder.names("records/search") == sorted([f"{KEY}.json", f"{unit_key(other)}.json"])
 
@@ -151,10 +150,8 @@ def test_a_failed_write_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch
 def test_artefacts(folder):
     folder.write_bytes("a/b.bin", b"\x00\x01")
     assert folder.read_bytes("a/b.bin") == b"\x00\x01"
-    with folder.open("a/c.txt", "w") as file:
-        file.write("line\n")
-    with folder.open("a/c.txt", "r") as file:
-        assert file.read() == "line\n"
+    folder.write_text("a/c.txt", "line\n")
+    assert folder.read_text("a/c.txt") == "line\n"
     assert folder.names("a") == ["b.bin", "c.txt"]
     assert folder.names("none") == []
     folder.remove("a/b.bin")
@@ -164,38 +161,6 @@ def test_artefacts(folder):
     for outside in ("../x", "/etc/passwd", "a/../../x"):
         with pytest.raises(ValueError, match="does not lie in"):
             folder.write_text(outside, "")
-
-
-def test_folders_appear_whole_and_replace_older_ones(folder):
-    for names in (("old", "both"), ("new", "both")):
-        with folder.new_folder("healed/abc") as path:
-            (path / "sub").mkdir()
-            for name in names:
-                (path / name).write_text(name)
-                (path / "sub" / name).write_text(name)
-            assert not folder.exists("healed/abc/new")
-    assert folder.names("healed") == ["abc"]
-    with folder.fetch_folder("healed/abc") as path:
-        assert sorted(str(p.relative_to(path)) for p in path.rglob("*")) == [
-            "both",
-            "new",
-            "sub",
-            "sub/both",
-            "sub/new",
-        ]
-    with pytest.raises(FileNotFoundError), folder.fetch_folder("healed/none"):
-        pass
-
-
-def test_a_folder_that_fails_never_appears(folder):
-    def save_half() -> None:
-        with folder.new_folder("healed/abc") as path:
-            (path / "half").write_text("")
-            raise RuntimeError("on purpose")
-
-    with pytest.raises(RuntimeError, match="on purpose"):
-        save_half()
-    assert folder.names("healed") == []
 
 
 def test_local_path_is_for_local_folders(tmp_path):

@@ -58,6 +58,7 @@ def test_what_only_memory_depends_on_is_no_part_of_the_identity(inputs):
         "healing.curve=[0.5]",
         "healing.baselines=[last]",
         "placement.healing_workers=1",
+        "placement.cpus_per_worker=1",
         "healing.text=[{path: heal.txt}]",
     ):
         assert key_of(inputs, same) == key, same
