@@ -283,16 +283,6 @@ class RunFolder:
         if self.exists(name):
             self.fs.rm(self._join(name), recursive=True)
 
-    def local_path(self, name: str = "") -> Path:
-        """Returns the path of an artefact in a local folder.
-
-        Raises:
-            ValueError: the folder is not local.
-        """
-        if not self.is_local:
-            raise ValueError(f"{self.url} is not a local folder")
-        return Path(self._join(name))
-
     def place(self, name: str) -> str:
         """Returns the path or URL of an artefact, for code that reads and writes it without this class."""
         return self._join(name) if self.is_local else f"{self.url}/{name}"

@@ -163,21 +163,6 @@ def test_artefacts(folder):
             folder.write_text(outside, "")
 
 
-def test_local_path_is_for_local_folders(tmp_path):
-    assert RunFolder(tmp_path / "run").local_path("a/b") == tmp_path / "run/a/b"
-    assert RunFolder(f"file://{tmp_path}/run").local_path() == tmp_path / "run"
-    with pytest.raises(ValueError, match="not a local folder"):
-        RunFolder("memory://x").local_path()
-
-
-def test_storage_writes_where_the_folder_is(folder):
-    path, filesystem = folder.storage("train")
-    filesystem.create_dir(path)
-    with filesystem.open_output_stream(f"{path}/state.txt") as stream:
-        stream.write(b"state")
-    assert folder.read_bytes("train/state.txt") == b"state"
-
-
 def test_unknown_protocol():
     with pytest.raises(InputError, match="--out: nope://x: "):
         RunFolder("nope://x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_rungs_heal_fewer_plans_on_more_tokens_and_leave_no_files(run, monkeypat
     assert len(survived) == 3 and len(chosen) == 2 and set(map(str, chosen)) < set(survived)
     assert "halving: 6 plans, 3,776 tokens in all, 61% of healing all fully" in told.getvalue()
     assert 'rungs="6x0.125 3x0.354 2x1"' in told.getvalue()
-    assert not list((run.folder.local_path("snapshots")).glob("*/*"))
+    assert not list(Path(run.folder.place("snapshots")).glob("*/*"))
 
     first = [entry for entry in run.state.halving if entry["rung"] == 1]
     assert [entry["plan"] for entry in first] == list(map(str, PLANS))
