@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.parallel import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 - pytest finds them here
+
 # Real models and texts, where they stand beside the project; everything else works without them.
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

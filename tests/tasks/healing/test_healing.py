@@ -206,8 +206,9 @@ def test_a_healing_outlives_the_actor_that_tells_its_steps_and_trains_controller
             mark = tmp_path / actor
             if event.step == step and not mark.exists():
                 mark.touch()
-                for process in psutil.process_iter(["cmdline"]):
-                    if (process.info["cmdline"] or [""])[0].startswith(actor):
+                # Its siblings are the workers of this node; other clusters of the machine have actors of that name too.
+                for process in psutil.Process().parent().children():
+                    if (process.cmdline() or [""])[0].startswith(actor):
                         process.kill()
 
     job = job_of(folder, "without-controller", on_step=kill_once, max_failures=1, checkpoint_every_steps=1)
