@@ -94,8 +94,8 @@ def run(
         if context.state.failures:
             watched.state = FAILED
     for failure in context.state.failures:
-        named = " ".join(f"{label}={value}" for label, value in failure["name"].items())
-        print(f"failed: {failure['stage']} {named}: {failure['error'].splitlines()[0]}", file=sys.stderr)
+        named = " ".join(f"{label}={value}" for label, value in failure.name.items())
+        print(f"failed: {failure.stage} {named}: {failure.error.splitlines()[0]}", file=sys.stderr)
     if context.state.failures:
         print("the same command tries them again", file=sys.stderr)
     return EXIT_FAILED if context.state.failures else EXIT_DONE

@@ -19,11 +19,15 @@ from layerboost.sensitivity.drops import (
     mean_drop,
 )
 from orchestrator.results.reading import RecordReader
+from orchestrator.run.entries import AblationEntry
 from orchestrator.run.inputs import TASKS_SOURCE
 from orchestrator.run.state import RunState
 
 Source = tuple[str, int | None]
 """Name of a source of items, and the tokens of its sequences if it is a text."""
+
+Place = tuple[Treatment, int | None, str]
+"""Treatment and layer of an ablation, and the score that it is judged by."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Ablation:
         cosine: distances of each layer, one for each sequence; None for scores.
     """
 
-    entry: dict[str, Any]
+    entry: AblationEntry
     variant: Scores | None = None
     base: Scores | None = None
     cosine: list[list[float]] | None = None
@@ -69,22 +73,22 @@ class Ablations:
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[tuple[Source, str], dict[str, list[dict[str, np.ndarray]]]] = {}
         self.cosine: dict[tuple[Source, str], np.ndarray] = {}
-        self._singles: dict[str, dict[tuple[Treatment, int, str], SingleLayer]] = {}
+        self._singles: dict[str, dict[Place, SingleLayer]] = {}
         compared = {key: scores for key in bases if key is not None and (scores := records.scores(key)) is not None}
         for entry in state.sensitivity:
-            self.layers.setdefault((source_of(entry), entry["treatment"]), {})
+            self.layers.setdefault((source_of(entry), entry.treatment), {})
         for ablation in each_ablation(records, state):
             self.rows += rows_of(ablation, state)
             self._take(ablation)
             for key, base in compared.items():
                 _add_singles(self._singles.setdefault(key, {}), ablation, base)
 
-    def singles(self, base_key: str) -> dict[tuple[Treatment, int, str], SingleLayer]:
+    def singles(self, base_key: str) -> dict[Place, SingleLayer]:
         """The single layers by treatment, layer and score, against a base that they share all items with."""
         return self._singles.get(base_key, {})
 
     def _take(self, ablation: Ablation) -> None:
-        place = source_of(ablation.entry), ablation.entry["treatment"]
+        place = source_of(ablation.entry), ablation.entry.treatment
         if ablation.cosine is not None:
             self.cosine[place] = np.asarray(ablation.cosine)
         elif ablation.variant is not None and ablation.base is not None:
@@ -95,14 +99,14 @@ class Ablations:
 
 def each_ablation(records: RecordReader, state: RunState) -> Iterator[Ablation]:
     """Reads what is recorded of the sensitivity stage one by one, in the order of `run.json`."""
-    keys = (entry["key"] for entry in state.sensitivity)
+    keys = (entry.key for entry in state.sensitivity)
     for entry, record in zip(state.sensitivity, records.each_result(keys), strict=True):
         if record is None:
             continue
         if "cosine" in record:
             yield Ablation(entry, cosine=record["cosine"])
         else:
-            yield Ablation(entry, Scores.from_dict(record["scores"]), records.scores(entry["base_key"]))
+            yield Ablation(entry, Scores.from_dict(record["scores"]), records.scores(entry.base_key))
 
 
 def rows_of(ablation: Ablation, state: RunState, *, intervals: bool = True) -> Iterator[dict[str, Any]]:
@@ -111,7 +115,7 @@ def rows_of(ablation: Ablation, state: RunState, *, intervals: bool = True) -> I
     Only the chosen score has rows with the task `mean`. Further texts and lengths are tasks of their own.
     """
     entry, is_chosen = ablation.entry, source_of(ablation.entry) == source_of(state.sensitivity[0])
-    found: list[tuple[int, DropRow]] = []
+    found: list[tuple[int | None, DropRow]] = []
     if ablation.cosine is not None:
         found = [
             (layer, row)
@@ -121,27 +125,27 @@ def rows_of(ablation: Ablation, state: RunState, *, intervals: bool = True) -> I
         ]
     elif ablation.variant is not None and ablation.base is not None:
         found = [
-            (entry["layer"], row)
+            (entry.layer, row)
             for score in measured_scores(ablation.variant)
             for row in drops(ablation.base, ablation.variant, score, intervals=intervals)
             if row.task != MEAN_TASK or (is_chosen and score == state.score)
         ]
-    is_other_text = not is_chosen and entry["source"] != TASKS_SOURCE and ablation.cosine is None
+    is_other_text = not is_chosen and entry.source != TASKS_SOURCE and ablation.cosine is None
     for layer, row in found:
         values = row.to_dict()
         if row.task != MEAN_TASK and is_other_text:
             values["task"] = source_label(entry)
-        yield {"layer": layer, "treatment": entry["treatment"], **values}
+        yield {"layer": layer, "treatment": entry.treatment, **values}
 
 
-def source_of(entry: dict[str, Any]) -> Source:
-    return entry["source"], entry["context_tokens"]
+def source_of(entry: AblationEntry) -> Source:
+    return entry.source, entry.context_tokens
 
 
-def source_label(entry: dict[str, Any]) -> str:
+def source_label(entry: AblationEntry) -> str:
     """What a source of items is called: the text's name and the tokens of its sequences."""
-    tokens = entry["context_tokens"]
-    return entry["source"] if tokens is None else f"{entry['source']} {tokens}"
+    tokens = entry.context_tokens
+    return entry.source if tokens is None else f"{entry.source} {tokens}"
 
 
 def measured_scores(scores: Scores) -> list[str]:
@@ -157,7 +161,7 @@ def item_drops_if_any(base: Scores, variant: Scores, score: str) -> dict[str, np
         return None
 
 
-def _add_singles(found: dict[tuple[Treatment, int, str], SingleLayer], ablation: Ablation, base: Scores) -> None:
+def _add_singles(found: dict[Place, SingleLayer], ablation: Ablation, base: Scores) -> None:
     """Adds a layer's costs for each score, if the base has that score over the same items."""
     variant = ablation.variant
     of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
@@ -167,7 +171,7 @@ def _add_singles(found: dict[tuple[Treatment, int, str], SingleLayer], ablation:
     ):
         return
     for score in measured_scores(variant):
-        place = Treatment(ablation.entry["treatment"]), ablation.entry["layer"], score
+        place = Treatment(ablation.entry.treatment), ablation.entry.layer, score
         if place not in found:
             drop = mean_drop(base, variant, score, intervals=False).drop
             found[place] = SingleLayer(drop, item_drops_if_any(base, variant, score))

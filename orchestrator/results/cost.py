@@ -13,9 +13,9 @@ from orchestrator.run.state import RunState
 
 def cost_table(records: RecordReader, state: RunState) -> pd.DataFrame:
     """What each stage took: units, worker seconds, healing tokens."""
-    keys = {
+    keys: dict[str, list[str | None]] = {
         "evaluate": [state.base_key],
-        "sensitivity": [unit["key"] for unit in state.sensitivity],
+        "sensitivity": [unit.key for unit in state.sensitivity],
         "halving": [unit["key"] for unit in state.halving],
         "heal": [unit["key"] for unit in state.healed],
         "curve": [unit["key"] for unit in state.baselines]

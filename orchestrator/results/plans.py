@@ -10,7 +10,8 @@ from layerboost.evaluation.scores import Scores, quality, retained
 from layerboost.plan import Plan, Treatment
 from layerboost.search.pareto import front
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.state import Finalist, RunState
+from orchestrator.run.entries import Failure, Finalist
+from orchestrator.run.state import RunState
 
 Predictor = Callable[[Plan, int], tuple[float, float] | None]
 """Output throughput (tok/s) of a plan at a concurrency, and its standard error; None where nothing predicts it."""
@@ -112,7 +113,7 @@ def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> l
                     "error": _error(state, finalist, missing) if missing else None,
                 }
             )
-    return rows + [_failed_healing(failure) for failure in state.failures if failure["stage"] == "heal"]
+    return rows + [_failed_healing(failure) for failure in state.failures if failure.stage == "heal"]
 
 
 _TIMING_COLUMNS = (
@@ -155,22 +156,22 @@ def _flags(base: Scores | None, scores: Scores | None) -> str | None:
     return None if base is None or scores is None else flag_text(flags(base, scores)) or None
 
 
-def _failed_healing(failure: dict[str, Any]) -> dict[str, Any]:
-    plan = Plan.parse(failure["name"]["plan"], failure["name"].get("window"))
+def _failed_healing(failure: Failure) -> dict[str, Any]:
+    plan = Plan.parse(failure.name["plan"], failure.name.get("window"))
     return {
         "plan_id": plan.plan_id,
         **plan.to_dict(),
-        "origin": failure["name"]["origin"],
+        "origin": failure.name["origin"],
         "healed": True,
         "status": "failed",
-        "error": failure["error"],
+        "error": failure.error,
     }
 
 
 def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
     errors = [
-        failure["error"]
+        failure.error
         for failure in state.failures
-        if failure["stage"] in ("measure", "speed", "throughput") and failure["name"].get("plan") == str(finalist.plan)
+        if failure.stage in ("measure", "speed", "throughput") and failure.name.get("plan") == str(finalist.plan)
     ]
     return errors[0] if errors else f"no record of {' and '.join(missing)}"

@@ -214,7 +214,7 @@ def tier_rows(sensitivity: list[dict[str, Any]], state: RunState) -> Iterator[di
 
 
 def _main_text(state: RunState) -> Source | None:
-    return next((source_of(unit) for unit in state.sensitivity if unit["source"] == TEXT_SOURCE), None)
+    return next((source_of(unit) for unit in state.sensitivity if unit.source == TEXT_SOURCE), None)
 
 
 def _drops(ablations: Ablations, source: Source, treatment: str, n_layers: int) -> dict[str, dict[str, np.ndarray]]:

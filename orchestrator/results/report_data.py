@@ -85,7 +85,6 @@ def report_data(folder: RunFolder) -> ReportData:
         interactions=interactions_table(interaction_rows(records, state, ablations)),
         tiers=tiers_table(tier_rows(ablations.rows, state)),
         warnings=[
-            f"{failure['stage']} failed for {failure['name']}: {failure['error'].splitlines()[0]}"
-            for failure in state.failures
+            f"{failure.stage} failed for {failure.name}: {failure.error.splitlines()[0]}" for failure in state.failures
         ],
     )

@@ -8,7 +8,8 @@ from typing import Any
 from layerboost.plan import Plan
 from layerboost.speed.speed_model import SpeedModel
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.state import Finalist, RunState
+from orchestrator.run.entries import Finalist
+from orchestrator.run.state import RunState
 
 Prediction = Callable[[Plan, int], tuple[float, float] | None]
 """Tokens per second and their standard error, of a plan at a concurrency; None where nothing was fitted to that."""
@@ -85,8 +86,8 @@ def _error(state: RunState, finalist: Finalist, condition: dict[str, int]) -> st
     name = {"plan": str(finalist.plan), "healed": "yes" if finalist.healed_key else "no"} | condition
     name.pop("new_tokens")
     errors = [
-        failure["error"]
+        failure.error
         for failure in state.failures
-        if failure["stage"] == "lengths" and name.items() <= failure["name"].items()
+        if failure.stage == "lengths" and name.items() <= failure.name.items()
     ]
     return errors[0] if errors else "no record of throughput"

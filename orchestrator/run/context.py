@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from layerboost.evaluation.scores import QualitySpec
 from layerboost.storage.errors import DiskFullError, is_disk_full
 from orchestrator.recipe.errors import InputError
+from orchestrator.run.entries import Failure
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import SCORE_STAGES
@@ -67,7 +68,7 @@ class RunContext:
         if is_disk_full(RuntimeError(error)):
             raise DiskFullError(error.splitlines()[0])
         self.progress.finish_unit(0.0, status="failed", **name, error=error.splitlines()[0])
-        self.state.failures.append({"stage": stage, "name": name, "error": error})
+        self.state.failures.append(Failure(stage, name, error))
 
     def save(self) -> None:
         """Writes which records belong to this run, and what failed."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from layerboost.plan import Plan
 from orchestrator.recipe.errors import InputError
+from orchestrator.run.entries import AblationEntry, Entry, Failure
 from orchestrator.run.folder import RunFolder
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
@@ -21,29 +21,12 @@ CANDIDATE_ORIGINS = ("search", "given", REFINED)
 """Origins of the plans that candidates for healing are chosen from; every other healed plan is a baseline."""
 
 
-@dataclass(frozen=True)
-class Finalist:
-    """One model of pareto.csv: a plan on the parent's weights, or healed (then with the key of its healing)."""
-
-    plan: Plan
-    origin: str
-    healed_key: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.plan.to_dict(), "origin": self.origin, "healed_key": self.healed_key}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Finalist:
-        return cls(Plan.from_dict(data), data["origin"], data["healed_key"])
-
-
 @dataclass
 class RunState:
     """What belongs to a run, by the keys of its records; the content of `run.json`.
 
     Attributes:
-        sensitivity: `source`, `context_tokens`, `layer`, `treatment`, `key` and `base_key` of each ablation; the rows
-            of the source that the chosen score needs come first.
+        sensitivity: each ablation; those of the source that the chosen score needs come first.
         adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
         trials: points of the search with their plan, thresholds, origin, status, quality, both objectives of the
             search (`objective`, and `speedup`, which is predicted), and the `key` of their scores.
@@ -59,7 +42,7 @@ class RunState:
             healing) and `quality_key` of each plan in each rung.
         estimates: what each stage was expected to cost before the run; see `orchestrator.costs.estimate`.
         stage_s: seconds that each stage took, all calls of the command together.
-        failures: `stage`, `name`, `error` of each unit that failed for good.
+        failures: each unit that failed for good.
     """
 
     model: str
@@ -67,7 +50,7 @@ class RunState:
     score: str
     environment: dict[str, Any]
     base_key: str | None = None
-    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: list[AblationEntry] = field(default_factory=list)
     adaptive: dict[str, Any] | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
     baselines: list[dict[str, Any]] = field(default_factory=list)
@@ -80,10 +63,22 @@ class RunState:
     halving: list[dict[str, Any]] = field(default_factory=list)
     estimates: list[dict[str, Any]] = field(default_factory=list)
     stage_s: dict[str, float] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the content of `run.json`."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return found | {name: [entry.to_dict() for entry in found[name]] for name in _ENTRIES}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunState:
+        """Reads what `to_dict` wrote; lists that an earlier version did not know are empty."""
+        entries = {name: [kind.from_dict(entry) for entry in data.get(name, [])] for name, kind in _ENTRIES.items()}
+        return cls(**{**data, **entries})
+
+
+_ENTRIES: dict[str, type[Entry]] = {"sensitivity": AblationEntry, "failures": Failure}
+"""What the lists of the state hold."""
 
 
 def load_state(folder: RunFolder) -> RunState:
@@ -93,6 +88,6 @@ def load_state(folder: RunFolder) -> RunState:
         InputError: the folder holds no run.
     """
     try:
-        return RunState(**json.loads(folder.read_bytes(RUN_FILE)))
+        return RunState.from_dict(json.loads(folder.read_bytes(RUN_FILE)))
     except FileNotFoundError:
         raise InputError("DIR", folder, f"has no {RUN_FILE}; give the --out of an earlier run") from None

@@ -18,6 +18,7 @@ from layerboost.sensitivity.adaptive_tiers import AdaptiveTiers, TierRule
 from layerboost.sensitivity.drops import item_drops
 from orchestrator.recipe.errors import InputError
 from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE
 from orchestrator.run.kinds import SWEEP
@@ -80,7 +81,7 @@ class Rounds:
         self._handed_out: set[SweepWork] = set()
         self._rounds: list[tuple[tuple[int, ...], int, int]] = []
         self.tiers: AdaptiveTiers | None = None
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[AblationEntry] = []
         self.n_units = self.n_recorded = 0
 
     def next_units(self) -> list[SweepWork]:
@@ -147,10 +148,10 @@ class Rounds:
         for layer, plan in enumerate(self._layers):
             cut = self._cut(0, self.tiers.n_items_used(layer))
             units += self._unscored((self._base, plan), cut)
-            keys = [unit_key(self._identity(of, cut)) for of in (plan, self._base)]
-            source = {"source": self.source.name, "context_tokens": self.source.context_tokens}
+            key, base_key = (unit_key(self._identity(of, cut)) for of in (plan, self._base))
+            source = self.source
             self.entries.append(
-                {**source, "layer": layer, "treatment": Treatment.NONE.value, "key": keys[0], "base_key": keys[1]}
+                AblationEntry(source.name, source.context_tokens, layer, Treatment.NONE.value, key, base_key)
             )
         return list(dict.fromkeys(units))
 

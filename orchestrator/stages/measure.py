@@ -6,9 +6,10 @@ from typing import Any
 
 from layerboost.plan import Plan, Treatment
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Finalist
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import THROUGHPUT
-from orchestrator.run.state import REFINED, Finalist
+from orchestrator.run.state import REFINED
 from orchestrator.stages.healing_jobs import healed_folder, healed_unit
 from orchestrator.stages.timing import measuring_hardware, throughput_unit, time_models
 from tasks.evaluation import EvaluationUnit, base_unit

@@ -13,6 +13,7 @@ from typing import Any
 from layerboost.evaluation.shares import Share, auto_shares, shares
 from layerboost.plan import Plan, Treatment
 from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE, SweepSource
 from orchestrator.run.kinds import SENSITIVITY, SWEEP
@@ -52,22 +53,21 @@ class Sweep:
         recipe = self._run.inputs.recipe.sensitivity
         return recipe.compare or recipe.score == "cosine"
 
-    def entries(self) -> Iterator[dict[str, Any]]:
+    def entries(self) -> Iterator[AblationEntry]:
         """What `run.json` lists: the record of each plan under each source, with that of the base it is compared to."""
         inputs = self._run.inputs
         for source in self._sources:
-            about = {"source": source.name, "context_tokens": source.context_tokens}
             base_key = unit_key(inputs.plan_scores(self._plans[Treatment.SOFTMAX.value][0], source.spec))
             for treatment, plans in self._plans.items():
                 if treatment == Treatment.SOFTMAX.value:
                     continue
                 for layer, plan in enumerate(plans):
                     key = unit_key(inputs.plan_scores(plan, source.spec))
-                    yield {**about, "layer": layer, "treatment": treatment, "key": key, "base_key": base_key}
+                    yield AblationEntry(source.name, source.context_tokens, layer, treatment, key, base_key)
         if self._has_cosine:
-            about = {"source": TEXT_SOURCE, "context_tokens": self._text_source.context_tokens}
+            tokens = self._text_source.context_tokens
             key = unit_key(inputs.scores(cosine_unit(), self._text_source.spec))
-            yield {**about, "layer": None, "treatment": Treatment.NONE.value, "key": key, "base_key": None}
+            yield AblationEntry(TEXT_SOURCE, tokens, None, Treatment.NONE.value, key, None)
 
     def run(self) -> bool:
         """Does what is not recorded. Returns whether all of it is recorded now."""

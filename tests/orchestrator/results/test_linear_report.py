@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orchestrator.results.plans import search_base_key
 from orchestrator.results.rankings import interaction_bases, interaction_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import cost_matrix, sensitivity_rows
+from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.kinds import SCORE_STAGES
 from orchestrator.run.records import find_record, scores_of
@@ -73,17 +75,15 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
         for treatment in ABLATED:
             for layer in range(N_LAYERS):
                 plan = single_layer_plan(N_LAYERS, layer, treatment, WINDOW).to_dict()
-                about = {"source": source, "context_tokens": tokens, "layer": layer, "treatment": treatment.value}
                 scores = drawn.scores(tasks, text=not tasks)
                 key = drawn.record("sensitivity", scores, **plan, source=source, tokens=tokens)
-                state.sensitivity.append({**about, "key": key, "base_key": base})
+                state.sensitivity.append(AblationEntry(source, tokens, layer, treatment.value, key, base))
         if source == "text":
             cosine = drawn.record(
                 "sensitivity", {"cosine": drawn.rng.uniform(size=(N_LAYERS, 9)).tolist()}, tokens=tokens
             )
-            about = {"source": source, "context_tokens": tokens, "layer": None, "treatment": "none"}
-            state.sensitivity.append({**about, "key": cosine, "base_key": None})
-    state.sensitivity[3] = {**state.sensitivity[3], "key": unit_key({"of": "a unit that failed"})}
+            state.sensitivity.append(AblationEntry(source, tokens, None, "none", cosine, None))
+    state.sensitivity[3] = replace(state.sensitivity[3], key=unit_key({"of": "a unit that failed"}))
     plans = [softmax, Plan.parse("N" * N_LAYERS), *(drawn.plan("SNL") for _ in range(N_TRIALS)), drawn.plan("W")]
     for n, plan in enumerate([*plans, plans[2]]):
         stage = ("search", "refine", "sensitivity")[n % 3]
@@ -186,13 +186,13 @@ def naive_single_layers(folder: RunFolder, state: RunState, base: Scores) -> dic
     of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
     found: dict[tuple[Treatment, int, str], Scores] = {}
     for unit in state.sensitivity:
-        record = find_record(folder, unit["key"])
+        record = find_record(folder, unit.key)
         if record is None or "scores" not in record:
             continue
         scores = Scores.from_dict(record["scores"])
         if all(of_base.get((s.task, s.metric)) == s.n_items for s in scores.metrics if s.metric != "kl"):
             for score in measured_scores(scores):
-                found.setdefault((Treatment(unit["treatment"]), unit["layer"], score), scores)
+                found.setdefault((Treatment(unit.treatment), unit.layer, score), scores)
     return found
 
 
@@ -216,18 +216,18 @@ def naive_interaction(base: Scores, plan: Scores, singles: list[Scores], score: 
 
 
 def naive_sensitivity(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
-    chosen = state.sensitivity[0]["source"], state.sensitivity[0]["context_tokens"]
+    chosen = state.sensitivity[0].source, state.sensitivity[0].context_tokens
     for unit in state.sensitivity:
-        record = find_record(folder, unit["key"])
+        record = find_record(folder, unit.key)
         if record is None:
             continue
-        is_chosen = (unit["source"], unit["context_tokens"]) == chosen
+        is_chosen = (unit.source, unit.context_tokens) == chosen
         if "cosine" in record:
             for layer, distances in enumerate(record["cosine"]):
                 interval = paired_difference([0.0] * len(distances), [-distance for distance in distances])
                 yield {
                     "layer": layer,
-                    "treatment": unit["treatment"],
+                    "treatment": unit.treatment,
                     "task": "text",
                     "metric": "cosine_distance",
                     "n_items": len(distances),
@@ -239,23 +239,23 @@ def naive_sensitivity(folder: RunFolder, state: RunState) -> Iterator[dict[str, 
                     "drop_ci_high": interval.ci_high,
                 }
             continue
-        base, variant = scores_of(folder, unit["base_key"]), Scores.from_dict(record["scores"])
+        base, variant = scores_of(folder, unit.base_key), Scores.from_dict(record["scores"])
         assert base is not None
         for score in measured_scores(variant):
             for row in drops(base, variant, score):
                 if row.task == "mean" and not (is_chosen and score == state.score):
                     continue
                 values = row.to_dict()
-                if row.task != "mean" and not is_chosen and unit["source"] != "tasks":
-                    values["task"] = f"{unit['source']} {unit['context_tokens']}"
-                yield {"layer": unit["layer"], "treatment": unit["treatment"], **values}
+                if row.task != "mean" and not is_chosen and unit.source != "tasks":
+                    values["task"] = f"{unit.source} {unit.context_tokens}"
+                yield {"layer": unit.layer, "treatment": unit.treatment, **values}
 
 
 def naive_costs(folder: RunFolder, state: RunState) -> dict[str, tuple[int, float]]:
     """Units and seconds of each stage that has any."""
     keys = {
         "evaluate": [state.base_key],
-        "sensitivity": [unit["key"] for unit in state.sensitivity],
+        "sensitivity": [unit.key for unit in state.sensitivity],
         "measure": [unit["quality_key"] for unit in state.finalists],
     }
     found = {

@@ -23,6 +23,7 @@ from orchestrator.results.rankings import (
 )
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import sensitivity_rows
+from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.state import RunState
 
@@ -57,13 +58,12 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
 
     base = record("base", _scores(BASE))
     cosine = record("cosine", {"cosine": DROPS.tolist()})
-    about = {"source": "text", "context_tokens": 512, "treatment": "none"}
     state = RunState("model", N_LAYERS, "nll", {}, base_key=base)
     state.sensitivity = [
-        {**about, "layer": layer, "key": record(f"layer{layer}", _scores(BASE + DROPS[layer])), "base_key": base}
+        AblationEntry("text", 512, layer, "none", record(f"layer{layer}", _scores(BASE + DROPS[layer])), base)
         for layer in range(N_LAYERS)
     ]
-    state.sensitivity.append({**about, "layer": None, "key": cosine, "base_key": None})
+    state.sensitivity.append(AblationEntry("text", 512, None, "none", cosine, None))
     pair = record("pair", _scores(BASE + DROPS[0] + DROPS[2] + 0.25))
     trial = {"window": None, "remove_below": None, "keep_above": None, "status": "ok", "error": None}
     state.trials = [
@@ -85,7 +85,7 @@ def test_a_score_that_is_no_mean_of_items_gives_no_ranking(run):
         scores.metrics.append(perplexity)
         folder.write_record("sensitivity", record.identity, {**record.result, "scores": scores.to_dict()})
 
-    for key in {*(unit["key"] for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1]["key"]}:
+    for key in {*(unit.key for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1]["key"]}:
         with_perplexity(key)
     assert {view.score for view in views(_ablations(folder, state), state)} == {"nll", "cosine"}
     rows = {row["score"]: row for row in _interactions(folder, state)}

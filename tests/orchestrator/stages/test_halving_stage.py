@@ -135,7 +135,7 @@ def test_a_plan_that_fails_is_named_and_does_not_go_on(run, monkeypatch):
     chosen = halving.halve(run, PLANS)
     assert len(chosen) == 2 and PLANS[0] not in chosen
     (failure,) = run.state.failures
-    assert (failure["stage"], failure["name"]["plan"], failure["name"]["rung"]) == ("halving", "SSL", 1)
+    assert (failure.stage, failure.name["plan"], failure.name["rung"]) == ("halving", "SSL", 1)
     failed = next(entry for entry in run.state.halving if entry["plan"] == "SSL")
     assert [failed[name] for name in ("objective", "tokens", "quality_key", "survived")] == [None, None, None, False]
     cluster.fails = set(map(str, PLANS))

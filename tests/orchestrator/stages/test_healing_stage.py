@@ -156,7 +156,7 @@ def test_candidates_go_by_the_objective_and_hold_the_constraints(inputs, capsys)
     run.state.trials = rising[:1]
     assert plans_to_heal(run) == {}
     (failure,) = run.state.failures
-    assert failure["stage"] == "candidates"
+    assert failure.stage == "candidates"
     assert "none of them holds constraints.pin.2, at_most.n_softmax" in capsys.readouterr().err
 
 

@@ -106,7 +106,7 @@ def test_a_failed_plan_is_named_and_tried_again_by_the_next_run(stage):
     run, _ = stage("search.method=knapsack", fails={"NNN"})
     failed = next(trial for trial in run.state.trials if trial["plan"] == "NNN")
     assert (failed["status"], failed["objective"], failed["quality"], failed["speedup"]) == ("failed", None, None, None)
-    assert [failure["name"] for failure in run.state.failures] == [{"plan": "NNN"}]
+    assert [failure.name for failure in run.state.failures] == [{"plan": "NNN"}]
     again, evaluated = stage("search.method=knapsack")
     assert [str(plan) for plan in evaluated] == ["NNN"] and again.state.trials[1]["objective"] < 0
 

@@ -13,10 +13,11 @@ from orchestrator.recipe.load import load_recipe
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.speed import length_rows, predictions, speed_rows
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Finalist
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
-from orchestrator.run.state import Finalist, RunState
+from orchestrator.run.state import RunState
 from orchestrator.stages import timing
 from orchestrator.stages.speed import designed_plans, layer_times, measure_speed, speedup
 from orchestrator.stages.timing import groups, server_groups, throughput_unit, time_models
@@ -138,7 +139,7 @@ def test_a_plan_that_cannot_be_timed_is_named_and_takes_no_other_with_it(inputs,
     run = context(inputs, monkeypatch)
     machine.broken = {str(designed_plans(run)[-1])}
     measure_speed(run)
-    assert [failure["name"]["plan"] for failure in run.state.failures] == list(machine.broken)
+    assert [failure.name["plan"] for failure in run.state.failures] == list(machine.broken)
     assert len(run.state.speed["measured"]) == 7 and len(run.state.speed["models"]) == 1
 
 
@@ -208,8 +209,8 @@ def test_a_condition_that_a_server_fails_under_takes_no_other_with_it(inputs, se
     keys = time_models(run, "throughput", units, "a CPU (2 cores)")
     there = [unit.concurrency for unit, key in keys.items() if run.folder.read_record("throughput", key)]
     assert there == [1, 1]
-    assert [failure["name"]["concurrency"] for failure in run.state.failures] == [4, 4]
-    assert run.state.failures[0]["error"] == "15 of 16 requests"
+    assert [failure.name["concurrency"] for failure in run.state.failures] == [4, 4]
+    assert run.state.failures[0].error == "15 of 16 requests"
 
 
 def test_servers_on_a_gpu_need_no_parent_beside_them(inputs, served, monkeypatch):
