@@ -177,7 +177,13 @@ def single_branch_attention(
     return dense_attention(query, key, value, own, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
 
 
-def _seen(query, key, window, valid, segments):
+def _seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    window: int | None,
+    valid: torch.Tensor | None,
+    segments: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T, S) bool each: the keys inside the window of a query, and all that it may see."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
@@ -346,7 +352,19 @@ def _kernels(query: torch.Tensor) -> ModuleType | None:
         return None
 
 
-def _linear_window_chunks(query, key, value, logits, features, state, scaling, window, valid, segments, softcap):
+def _linear_window_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+    window: int,
+    valid: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
     blocks = _Blocks(query, key, window, valid, segments)
     queries, query_logits = blocks.chunks(wide(query)), blocks.chunks(logits)  # (B, K, G, N, C, D or R)
     key_blocks, value_blocks = blocks.reach(wide(key)), blocks.reach(wide(value))  # (B, K, N, L, D)
@@ -381,7 +399,14 @@ class _Blocks:
             where all do.
     """
 
-    def __init__(self, query, key, window, valid, segments):
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        window: int,
+        valid: torch.Tensor | None,
+        segments: torch.Tensor | None,
+    ) -> None:
         batch, n_keys = key.shape[0], key.shape[2]
         self.n_queries, self.n_kv_heads, self.window = query.shape[2], key.shape[1], window
         self.chunk_tokens = min(self.n_queries, max(window, MIN_CHUNK_TOKENS))
@@ -429,7 +454,9 @@ class _Blocks:
         last = F.pad(self.segments[:, starts - 1], (1, 0), value=-1)  # (B, N)
         return self._token_reach(self.segments)[..., self.window - 1 :] == last[..., None]
 
-    def past(self, key_features, values, state) -> tuple[torch.Tensor, torch.Tensor]:
+    def past(
+        self, key_features: torch.Tensor, values: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """State over all keys before each chunk's reach: (B, K, N, R, D) and (B, K, N, R)."""
         features, values = key_features[..., : self.chunk_tokens, :], values[..., : self.chunk_tokens, :]
         if self.past_seen is not None:
@@ -447,7 +474,9 @@ class _Blocks:
         return sums, norms
 
 
-def _carry_within_document(sums, norms, own):
+def _carry_within_document(
+    sums: torch.Tensor, norms: torch.Tensor, own: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exclusive running sums over chunks that start anew where a chunk's last key is of another document."""
     total, total_norm = torch.zeros_like(sums[:, :, 0]), torch.zeros_like(norms[:, :, 0])
     carried, carried_norms = [], []
@@ -462,7 +491,15 @@ def _carry_within_document(sums, norms, own):
     return torch.stack(carried, dim=2), torch.stack(carried_norms, dim=2)
 
 
-def softmax_attention(query, key, value, mask, scaling, softcap, dropout):
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
     """(B, H, T, D) from any keys; `mask` is bool and broadcasts to (B, H, T, S), or None."""
     n_groups = query.shape[1] // key.shape[1]
     if n_groups > 1 and query.shape[2] == 1 and softcap is None:  # a group's queries meet the same keys

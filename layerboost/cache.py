@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .plan import Plan, Treatment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class WindowLayer(CacheLayerMixin):
@@ -30,7 +35,9 @@ class WindowLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(batch, n_kv_heads, self.window, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps the new tokens; gives what they may see: for one token the window's slots, as they lie, for more up
         to window - 1 older tokens and the new ones, in order."""
         if not self.is_initialized:
@@ -164,7 +171,9 @@ class PreallocatedLayer(DynamicLayer):
         self.values = value_states.new_zeros(batch, n_kv_heads, self.n_tokens, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -193,7 +202,7 @@ class PlanCache(Cache):
     one, `none` layers nothing. The number of tokens seen is the cache's own, since no layer needs to know it.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         """Args: config: of a converted model."""
         plan = Plan.from_dict(config.layerboost)
         layers = list(DynamicCache(config=config).layers)
@@ -201,8 +210,10 @@ class PlanCache(Cache):
             if treatment is Treatment.NONE:
                 layers[index] = cache_utils.DummyLayer()  # looked up late: vLLM's older transformers has none
             elif treatment is Treatment.WINDOW:
+                assert plan.window is not None
                 layers[index] = WindowLayer(plan.window)
             elif treatment is Treatment.LINEAR_WINDOW:
+                assert plan.window is not None
                 layers[index] = LinearWindowLayer(plan.window)
         super().__init__(layers=layers)
         self.treatments = plan.treatments
@@ -244,7 +255,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
 
 
-def preallocated_cache(config, n_tokens: int) -> Cache:
+def preallocated_cache(config: PreTrainedConfig, n_tokens: int) -> Cache:
     """A cache of any model, converted or not, that never grows: room for `n_tokens` tokens where all are kept.
 
     Args:

@@ -54,7 +54,9 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False):
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads a checkpoint's tokenizer and has it pad on the left, with the end token if it has no padding token."""
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
@@ -144,7 +146,7 @@ class ModelSource:
     device: str = "auto"
     trust_remote_code: bool = False
 
-    def load(self, path: str | None = None):
+    def load(self, path: str | None = None) -> PreTrainedModel:
         """Loads the parent, or the checkpoint at `path`, with the same dtype and device."""
         with local_folder(path or self.path) as folder:
             return load_model(
@@ -155,7 +157,7 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
             )
 
-    def load_tokenizer(self):
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def resolved_device(self) -> str:

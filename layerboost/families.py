@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class UnsupportedFamilyError(ValueError):
@@ -70,7 +71,7 @@ def supported_families() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def family_of(config) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """Returns the layout of a model's family, given the config of the parent or of a converted model.
 
     Raises:
@@ -86,12 +87,12 @@ def family_of(config) -> Family:
     )
 
 
-def check_family(config) -> None:
+def check_family(config: PreTrainedConfig) -> None:
     """Raises UnsupportedFamilyError for a config whose family cannot be converted."""
     family_of(config)
 
 
-def kv_heads(config) -> int:
+def kv_heads(config: PreTrainedConfig) -> int:
     """Returns the key/value heads of each attention layer.
 
     A value in the config counts only if the config class has this field: families without grouped heads ignore it.
@@ -100,22 +101,22 @@ def kv_heads(config) -> int:
     return (config.num_key_value_heads if grouped else None) or config.num_attention_heads
 
 
-def head_dim(config) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Returns the dimension of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def decoder_layers(model) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Returns the decoder layers of a causal language model, first layer first."""
-    return model.base_model.layers
+    return cast("nn.ModuleList", model.base_model.layers)
 
 
-def attention_module(model, layer: int) -> nn.Module:
+def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
     """Returns the attention module of one layer, or what a conversion put in its place."""
     return getattr(decoder_layers(model)[layer], family_of(model.config).attention)
 
 
-def native_windows(config) -> tuple[int | None, ...]:
+def native_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """Returns the window that the parent itself gives each layer, as transformers' own cache reads the config."""
     from transformers import DynamicCache
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from .attention import (
     softmax_attention,
     window_attention,
 )
-from .cache import PlanCache
+from .cache import PlanCache, WindowLayer
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
 from .plan import Plan, Treatment
 
@@ -64,17 +65,17 @@ class _Treated:
 class NoAttention(nn.Module):
     """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
-def _layer_cache(module) -> Any:
+def _layer_cache(module: Any) -> Any:
     """What the cache of the call at hand keeps for a layer; None where there is no cache."""
     cache = module.layerboost.call.cache
     return None if cache is None else cache.layers[module.layer_idx]
 
 
-def _visible(module, layer_cache) -> torch.Tensor | None:
+def _visible(module: Any, layer_cache: WindowLayer) -> torch.Tensor | None:
     """(B, 1, 1, slots) of what the newest token sees of its window's slots; None where that is all."""
     valid = module.layerboost.call.valid
     if valid is None:
@@ -83,7 +84,7 @@ def _visible(module, layer_cache) -> torch.Tensor | None:
     return (valid[:, tokens] | (tokens == layer_cache.seen_tokens - 1))[:, None, None]
 
 
-def _treated_arguments(module, key):
+def _treated_arguments(module: Any, key: torch.Tensor) -> dict[str, Any]:
     treated = module.layerboost
     valid, segments = treated.call.valid, treated.call.segments
     return {
@@ -93,7 +94,17 @@ def _treated_arguments(module, key):
     }
 
 
-def _window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+def _window_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     layer_cache = _layer_cache(module)
     if layer_cache is not None and query.shape[2] == 1:
         output = softmax_attention(query, key, value, _visible(module, layer_cache), scaling, softcap, dropout)
@@ -104,7 +115,17 @@ def _window_forward(module, query, key, value, attention_mask, scaling, dropout=
     return output.transpose(1, 2), None
 
 
-def _linear_window_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+def _linear_window_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     layer_cache, feature_map = _layer_cache(module), module.linear_window
     settings = {"scaling": scaling, "softcap": softcap, "feature_map": feature_map}
     is_step = layer_cache is not None and query.shape[2] == 1
@@ -187,7 +208,7 @@ def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(jumps, (1, 0))
 
 
-def _after_decoder(decoder: Any, args: tuple, kwargs: dict, output):
+def _after_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     call = decoder.layerboost_call
     if call.cache is not None:
         call.cache.seen_tokens += _inputs(kwargs).shape[1]
@@ -226,19 +247,23 @@ def install_plan(model: Any, plan: Plan) -> None:
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _AnyModel
+    from transformers import PreTrainedConfig as _AnyConfig
+    from transformers import PreTrainedModel
+
+    class _AnyModel(PreTrainedModel):
+        def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
-    _AnyModel = object  # mixed into each family's own class, which is one
+    _AnyConfig = _AnyModel = object  # the classes below are mixed into each family's own, which are such ones
 
 
-class ConvertedConfig:
+class ConvertedConfig(_AnyConfig):
     """Mixed into a family's configuration: the plan, and where the model comes from.
 
     `layerboost` holds `plan`, `window`, `plan_id`, `parent`, `parent_revision`, `parent_architecture`.
     """
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         _register_model(cls)
         return super().from_dict(config_dict, **kwargs)
 
@@ -246,7 +271,7 @@ class ConvertedConfig:
 class ConvertedModel(_AnyModel):
     """Mixed into a family's causal language model: installs the plan, brings its own cache, writes its own code."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install_plan(self, Plan.from_dict(config.layerboost))
 
@@ -256,7 +281,9 @@ class ConvertedModel(_AnyModel):
         else:
             super()._init_weights(module)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: '{generation_config.cache_implementation}' does not fit a converted model; "
@@ -267,7 +294,7 @@ class ConvertedModel(_AnyModel):
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves the model and its code, so that `trust_remote_code=True` loads it where this package is not."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..sweep.layer_sweep import LayerSweep
-from ..sweep.request_tries import Request, pack_requests
+from ..sweep.request_tries import Forest, Request, pack_requests
 from .calibration_error import N_BINS, bin_gaps
 
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
@@ -147,7 +147,7 @@ def answer_requests(sweep: LayerSweep, requests: Sequence[Request], *, batch_row
     batch_rows = min(batch_rows, sweep.rows_at_once(longest))
     for forest in pack_requests(requests, batch_rows=batch_rows, hidden_size=sweep.model.config.hidden_size):
 
-        def read(plans: list[int], states: list[torch.Tensor], forest=forest) -> None:
+        def read(plans: list[int], states: list[torch.Tensor], forest: Forest = forest) -> None:
             nodes = forest.read_nodes.to(states[0].device)
             at_nodes = torch.cat([of_plan.flatten(0, 1)[nodes] for of_plan in states])
             log_p_edges, greedy_edges = _read_edges(sweep, at_nodes, forest.edge_node, forest.edge_token, len(nodes))
@@ -220,10 +220,16 @@ def score_text(sweep: LayerSweep, sequences: torch.Tensor, *, base: int, batch_s
         here = slice(start, start + len(batch))
         base_states: list[torch.Tensor] = []
 
-        def keep_base(plans: list[int], states: list[torch.Tensor], kept=base_states) -> None:
+        def keep_base(plans: list[int], states: list[torch.Tensor], kept: list[torch.Tensor] = base_states) -> None:
             kept.append(states[0])
 
-        def read(plans: list[int], states: list[torch.Tensor], batch=batch, here=here, kept=base_states) -> None:
+        def read(
+            plans: list[int],
+            states: list[torch.Tensor],
+            batch: torch.Tensor = batch,
+            here: slice = here,
+            kept: list[torch.Tensor] = base_states,
+        ) -> None:
             of_base = kept[0] if kept else states[plans.index(base)]
             nll[plans, here], kl[plans, here], gaps[plans, here] = _score_states(sweep, batch, states, of_base)
 

@@ -169,7 +169,13 @@ def plans_retrieval_scores(
         for start in range(0, len(items.tokens), n_rows):
             batch = items.tokens[start : start + n_rows]
 
-            def read(plans: list[int], states: list[torch.Tensor], batch=batch, start=start, hits=hits) -> None:
+            def read(
+                plans: list[int],
+                states: list[torch.Tensor],
+                batch: torch.Tensor = batch,
+                start: int = start,
+                hits: torch.Tensor = hits,
+            ) -> None:
                 for plan, of_plan in zip(plans, states, strict=True):
                     last = of_plan[:, -SEGMENT_TOKENS - 1 : -1].flatten(0, 1)
                     predicted = sweep.logits(last).argmax(-1).cpu().view(-1, SEGMENT_TOKENS)

@@ -116,7 +116,15 @@ class _LoraProduct(torch.autograd.Function):
     """Computes x W^T + scaling x A^T B^T for x (N, in), A (r, in), B (out, r), without another pass over (N, out)."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, a, b, scaling):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
         scaled_b = b * scaling
         down = x @ a.T
         ctx.save_for_backward(x, weight, a, scaled_b, down)
@@ -124,7 +132,7 @@ class _LoraProduct(torch.autograd.Function):
         return F.linear(x, weight, bias).addmm_(down, scaled_b.T)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, a, scaled_b, down = ctx.saved_tensors
         grad_down = grad @ scaled_b

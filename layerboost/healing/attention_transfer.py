@@ -65,11 +65,11 @@ class AttentionTransfer(nn.Module):
         wanted: dict[str, torch.Tensor] = {}
         errors: dict[str, torch.Tensor] = {}
 
-        def keep(name, hidden_states, output):
+        def keep(name: str, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             inputs[name], wanted[name] = hidden_states, output
             return output
 
-        def compare(name, hidden_states, output):
+        def compare(name: str, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             errors[name] = relative_error(output, wanted.pop(name), weights)
             return output.detach()
 
@@ -91,16 +91,20 @@ def _tapped(
 ) -> Iterator[None]:
     """Passes the hidden input and the output of the named attention modules through functions."""
 
-    def before(name):
-        def hook(module, args, kwargs):
+    def before(name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if "hidden_states" in kwargs:
                 return args, kwargs | {"hidden_states": on_input(name, kwargs["hidden_states"])}
             return (on_input(name, args[0]), *args[1:]), kwargs
 
         return hook
 
-    def after(name):
-        def hook(module, args, kwargs, output):
+    def after(name: str) -> Callable[..., tuple[Any, ...]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
+        ) -> tuple[Any, ...]:
             states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             return (on_output(name, states, output[0]), *output[1:])
 

@@ -74,14 +74,23 @@ class Distillation(nn.Module):
         return loss
 
     @torch.no_grad()
-    def _measured(self, input_ids, position_ids, targets) -> torch.Tensor:
+    def _measured(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, targets: torch.Tensor | None
+    ) -> torch.Tensor:
         with full_windows(self.student):
             student_states, _ = self._run(self.student, input_ids, position_ids, False)
             teacher_states, _ = self._run(self.teacher, input_ids, position_ids, False)
         return self._divergence(student_states, teacher_states, input_ids, targets)
 
     def _divergence(
-        self, student_states, teacher_states, input_ids, targets, *, divergence_weight=1.0, cross_entropy_weight=0.0
+        self,
+        student_states: torch.Tensor,
+        teacher_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor | None,
+        *,
+        divergence_weight: float = 1.0,
+        cross_entropy_weight: float = 0.0,
     ) -> torch.Tensor:
         # The fused kernel bypasses the head's forward, in which alone ZeRO-3 gathers the head's sharded weights.
         if self.fused_heads is not None and not any(hasattr(head.weight, "ds_id") for head in self.fused_heads):

@@ -124,7 +124,9 @@ class _Terms:
     divergence_weight: float
     cross_entropy_weight: float
 
-    def __call__(self, logits, teacher_logits, next_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, teacher_logits: torch.Tensor, next_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the loss over positions, and its gradient (N, V)."""
         total, gradient = logits.new_zeros(()), None
         if self.divergence_weight:
@@ -148,7 +150,17 @@ class _ChunkedLoss(torch.autograd.Function):
     """The loss by chunks of positions; the states' gradient is worked out in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        teacher_states: torch.Tensor,
+        next_ids: torch.Tensor,
+        scale: float,
+        head: Head,
+        teacher_head: Head,
+        terms: _Terms,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
         total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
         ctx.gradient = torch.empty_like(states) if states.requires_grad else None
         for part in _chunks(len(states), chunk_tokens):
@@ -162,14 +174,23 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.gradient * grad_outputs[0], *[None] * 7
 
 
-def _recomputed_loss(states, teacher_states, next_ids, scale, head, teacher_head, terms, chunk_tokens):
+def _recomputed_loss(
+    states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    next_ids: torch.Tensor,
+    scale: float,
+    head: Head,
+    teacher_head: Head,
+    terms: _Terms,
+    chunk_tokens: int,
+) -> torch.Tensor:
     """The loss by chunks of positions, each of which is worked out again in the backward pass."""
 
-    def chunk_sum(chunk, teacher_chunk, ids):
+    def chunk_sum(chunk: torch.Tensor, teacher_chunk: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         logits = wide(head(chunk))
         with torch.no_grad():
             loss, gradient = terms(logits, wide(teacher_head(teacher_chunk)), ids)

@@ -210,7 +210,15 @@ def run_phase(
         on_step(CurveRow(phase.name, step, step * spec.tokens_per_step, batch_loss))
 
 
-def _held_out_divergence(engine, held_out, spec, rank, world_size, device, sum_over_workers) -> float:
+def _held_out_divergence(
+    engine: Engine,
+    held_out: PackedText,
+    spec: HealingSpec,
+    rank: int,
+    world_size: int,
+    device: torch.device | str,
+    sum_over_workers: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
     """Returns the mean divergence over the held-out targets; sharded weights need equally many passes per worker."""
     per_pass = spec.micro_batch_sequences or max(1, spec.batch_sequences // world_size)
     n_passes = -(-len(held_out) // (per_pass * world_size))

@@ -233,7 +233,20 @@ def _features_kernel(
 
 
 def backward(
-    d_output, output, peak, log_total, query, key, value, logits, features, valid, state, scaling, window, cap
+    d_output: torch.Tensor,
+    output: torch.Tensor,
+    peak: torch.Tensor,
+    log_total: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    valid: torch.Tensor | None,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+    window: int,
+    cap: float,
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of query, key, value, logits and features, each in its own dtype."""
     batch, n_heads, n_queries, head_dim = query.shape

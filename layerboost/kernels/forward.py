@@ -125,7 +125,12 @@ def _forward_kernel(
     tl.store(log_total + head * n_queries + rows, m + tl.log(total), mask=rows < n_queries)
 
 
-def chunk_states(features, value, valid, state) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_states(
+    features: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns fp32 sums (B, K, N, R, D) and norms (B, K, N, R) over all keys before each chunk of CHUNK_TOKENS keys."""
     batch, n_kv_heads, n_keys, head_dim = value.shape
     n_features, n_chunks = features.shape[-1], triton.cdiv(n_keys, CHUNK_TOKENS)
@@ -147,7 +152,18 @@ def chunk_states(features, value, valid, state) -> tuple[torch.Tensor, torch.Ten
     return sums, norms
 
 
-def forward(query, key, value, logits, features, valid, state, scaling: float, window: int, cap: float):
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    valid: torch.Tensor | None,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+    window: int,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the output (as `query`), and in fp32 (B, H, T) each query's peak and logarithm of its denominator."""
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -81,19 +83,37 @@ def linear_window_prefill(
 
 class _LinearWindow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, logits, features, valid, state, *options):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        valid: torch.Tensor | None,
+        state: tuple[torch.Tensor, torch.Tensor] | None,
+        scaling: float,
+        window: int,
+        logit_cap: float,
+    ) -> torch.Tensor:
         with torch.cuda.device_of(query):
-            output, peak, log_total = forward(query, key, value, logits, features, valid, state, *options)
+            output, peak, log_total = forward(
+                query, key, value, logits, features, valid, state, scaling, window, logit_cap
+            )
         sums, norms = (None, None) if state is None else state
         ctx.save_for_backward(output, peak, log_total, query, key, value, logits, features, valid, sums, norms)
-        ctx.options = options
+        ctx.options = scaling, window, logit_cap
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_output):
-        *tensors, sums, norms = ctx.saved_tensors
+    def backward(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        output, peak, log_total, query, key, value, logits, features, valid, sums, norms = ctx.saved_tensors
         state = None if sums is None else (sums, norms)
+        scaling, window, logit_cap = ctx.options
         with torch.cuda.device_of(d_output):
-            gradients = backward(d_output, *tensors, state, *ctx.options)
+            gradients = backward(
+                d_output, output, peak, log_total, query, key, value, logits, features, valid, state,
+                scaling, window, logit_cap,
+            )  # fmt: skip
         return *gradients, None, None, None, None, None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..families import attention_module, decoder_layers, family_of
 
 
 @torch.inference_mode()
-def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> torch.Tensor:
+def cosine_scores(model: PreTrainedModel, sequences: torch.Tensor, *, batch_size: int = 8) -> torch.Tensor:
     """Returns how far each layer's attention turns the residual stream: 1 - cosine(block's input, block's output).
 
     This is the score of LLM-Drop (arXiv 2406.15786): a layer with a small score can be removed. The input of the block
@@ -38,7 +42,7 @@ def cosine_scores(model, sequences: torch.Tensor, *, batch_size: int = 8) -> tor
 class _AttentionBlock:
     """Hooks one layer to compare the residual stream before and after its attention."""
 
-    def __init__(self, model, layer: int):
+    def __init__(self, model: PreTrainedModel, layer: int):
         self.distances: list[torch.Tensor] = []
         decoder_layer = decoder_layers(model)[layer]
         norms = family_of(model.config).attention_norms(model.config)
@@ -52,10 +56,10 @@ class _AttentionBlock:
             last.register_forward_hook(self._after),
         ]
 
-    def _before(self, module, args, kwargs) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stream = args[0] if args else kwargs["hidden_states"]
 
-    def _after(self, module, args, output) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         added = output[0] if isinstance(output, tuple) else output
         before = self._stream.float()
         after = before + self._multiplier * added.float()

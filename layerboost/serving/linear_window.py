@@ -45,7 +45,16 @@ class LinearWindowState(nn.Module, MambaBase):
 
     kv_cache: tuple[torch.Tensor, ...]
 
-    def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, scaling: float, window: int, vllm_config, prefix):
+    def __init__(
+        self,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scaling: float,
+        window: int,
+        vllm_config: Any,
+        prefix: str,
+    ):
         """Creates the layer; heads are those of this tensor-parallel rank, `prefix` is the layer's name in vLLM."""
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim, self.window = n_heads, n_kv_heads, head_dim, window
@@ -106,7 +115,14 @@ class LinearWindowState(nn.Module, MambaBase):
         n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         return max(1, CPU_CACHE_BYTES // n_bytes)
 
-    def _steps(self, query, key, value, n_tokens, blocks) -> torch.Tensor:
+    def _steps(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        n_tokens: torch.Tensor,
+        blocks: torch.Tensor,
+    ) -> torch.Tensor:
         """Processes one token of each of B requests: query (B, H, D), key and value (B, K, D).
 
         `n_tokens` (B,) includes these tokens. On a GPU the host reads no value, so that a graph can capture this.
@@ -143,7 +159,9 @@ class LinearWindowState(nn.Module, MambaBase):
             where = is_first.view(-1, *(1 for _ in kept.shape[1:]))
             kept[blocks] = kept[blocks].masked_fill_(where, 0)
 
-    def _chunk(self, query, key, value, n_tokens: int, block: torch.Tensor) -> torch.Tensor:
+    def _chunk(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n_tokens: int, block: torch.Tensor
+    ) -> torch.Tensor:
         """Processes T tokens of one request: query (T, H, D), key and value (T, K, D); `n_tokens` includes them."""
         n_before = n_tokens - query.shape[0]
         if n_before == 0:

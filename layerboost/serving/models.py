@@ -23,7 +23,9 @@ from .linear_window import LinearWindowState, state_dtypes, state_shapes
 class NoInputNorm(nn.Module):
     """Replaces the input norm beside `NoAttention`: passes the previous layer's output on to the norm of the MLP."""
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if residual is None:  # in the first layer the input becomes the residual, so nothing may be added to it
             return torch.zeros_like(hidden_states)
         return hidden_states, residual

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ..convert import convert
 from ..families import attention_module, decoder_layers, head_dim, kv_heads, native_windows
@@ -40,7 +43,7 @@ class ByteModel:
     The parameters are counted on a real model of the config, converted, on the meta device: no memory, no weights.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -108,7 +111,9 @@ class ByteModel:
         return [self.layer(i, treatment, plan.window) for i, treatment in enumerate(plan.treatments)]
 
 
-def decode_bytes(config, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+def decode_bytes(
+    config: PreTrainedConfig, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int
+) -> int:
     """Bytes that one decode step of a model with this config reads under a plan (None: untouched); see ByteModel.
 
     Args:
@@ -122,20 +127,24 @@ def decode_bytes(config, plan: Plan | None, *, concurrency: int, context_tokens:
     )
 
 
-def held_bytes(config, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
+def held_bytes(
+    config: PreTrainedConfig, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int
+) -> int:
     """Bytes of all weights and of a cache of `context_tokens` tokens a sequence; arguments as of `decode_bytes`."""
     return _byte_model(config).held_bytes(
         plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
     )
 
 
-def predicted_speedup(config, plan: Plan, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> float:
+def predicted_speedup(
+    config: PreTrainedConfig, plan: Plan, *, concurrency: int, context_tokens: int, dtype_bytes: int
+) -> float:
     """Decode throughput of the plan over the base's where bytes are the limit: the base's bytes / the plan's bytes."""
     condition = {"concurrency": concurrency, "context_tokens": context_tokens, "dtype_bytes": dtype_bytes}
     return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition)
 
 
-def kv_bytes_of_layers(config, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:
+def kv_bytes_of_layers(config: PreTrainedConfig, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:
     """Bytes by which each layer's cache grows for each token of one sequence, past every window, by treatment.
 
     Args:
@@ -156,13 +165,13 @@ def kv_bytes_of_layers(config, dtype_bytes: int) -> dict[Treatment, tuple[float,
 class _ConfigKey:
     """A config as a dictionary key: configs of equal content are equal."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         self.config, self._text = config, config.to_json_string(use_diff=False)
 
     def __hash__(self) -> int:
         return hash(self._text)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _ConfigKey) and self._text == other._text
 
 
@@ -171,14 +180,14 @@ def _cached_byte_model(key: _ConfigKey) -> ByteModel:
     return ByteModel(key.config)
 
 
-def _byte_model(config) -> ByteModel:
+def _byte_model(config: PreTrainedConfig) -> ByteModel:
     return _cached_byte_model(_ConfigKey(config))
 
 
-def _n_parameters(module) -> int:
+def _n_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _state_values(attention) -> int:
+def _state_values(attention: Any) -> int:
     feature_map = attention.linear_window
     return feature_map.n_kv_heads * feature_map.n_features * (feature_map.head_dim + 1)

@@ -9,9 +9,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ..cache import LinearWindowLayer, PlanCache, cache_bytes, preallocated_cache
@@ -83,7 +85,7 @@ class DecodeMeasurement:
 
 
 def measure_decode(
-    model,
+    model: PreTrainedModel,
     *,
     concurrency: int,
     prompt_tokens: int,
@@ -205,7 +207,7 @@ def _slowness_of_rounds(passes_s: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def kv_bytes_per_token(model, *, seed: int = 0, n_sequences: int = 2, n_tokens: int = 8) -> float:
+def kv_bytes_per_token(model: PreTrainedModel, *, seed: int = 0, n_sequences: int = 2, n_tokens: int = 8) -> float:
     """Returns the bytes by which the live cache grows for each token of one sequence, past every window of the model.
 
     A layer with a constant state or a full window adds nothing. The cache is filled by a prefill up to the largest
@@ -223,18 +225,20 @@ def kv_bytes_per_token(model, *, seed: int = 0, n_sequences: int = 2, n_tokens: 
     return (cache_bytes(cache) - before) / n_tokens / n_sequences
 
 
-def _largest_window(config) -> int:
+def _largest_window(config: PreTrainedConfig) -> int:
     """Returns the largest window of a model's own sliding layers and of its plan, at least 1."""
     native = native_windows(config)
     plan_window = (getattr(config, "layerboost", None) or {}).get("window")
     return max(window or 1 for window in (*native, plan_window))
 
 
-def _n_positions(config) -> int | None:
+def _n_positions(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _check_settings(model, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+def _check_settings(
+    model: PreTrainedModel, concurrency: int, prompt_tokens: int, new_tokens: int, repeats: int
+) -> None:
     for name, value, least in (
         ("concurrency", concurrency, 1),
         ("prompt_tokens", prompt_tokens, 1),
@@ -251,13 +255,13 @@ def _check_settings(model, concurrency: int, prompt_tokens: int, new_tokens: int
         )
 
 
-def _random_tokens(model, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
+def _random_tokens(model: PreTrainedModel, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)  # the CPU's generator gives the same prompts on every device
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (n_sequences, n_tokens), generator=generator).to(model.device)
+    embeddings: Any = model.get_input_embeddings()
+    return torch.randint(embeddings.num_embeddings, (n_sequences, n_tokens), generator=generator).to(model.device)
 
 
-def _forward(model, tokens: torch.Tensor, cache):
+def _forward(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache | None) -> tuple[Cache, torch.Tensor]:
     """Makes one forward call and returns the cache and the greedy next token of each sequence (n, 1)."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(type(model).forward) else {}
     output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last_only)
@@ -270,7 +274,7 @@ def _forward_parameters(forward: Callable) -> frozenset[str]:
 
 
 def timed_generation(
-    model, prompts: torch.Tensor, new_tokens: int, read_prompts: bool = True
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, read_prompts: bool = True
 ) -> tuple[float, list[float], torch.Tensor]:
     """Decodes a batch greedily, with a cache that has room for all tokens from the start.
 
@@ -306,7 +310,7 @@ def timed_generation(
     return prefill_s, steps_s, torch.cat(tokens, dim=1)
 
 
-def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
+def fill_cache(cache: Cache, model: PreTrainedModel, n_sequences: int, n_tokens: int) -> None:
     """Fills a new cache as if it had seen `n_tokens` tokens, with random numbers that are the same in all heads."""
     config = model.config.get_text_config()
     shape = (n_sequences, kv_heads(config), n_tokens, head_dim(config))
@@ -323,6 +327,6 @@ def fill_cache(cache: Cache, model, n_sequences: int, n_tokens: int) -> None:
         cache.seen_tokens = n_tokens
 
 
-def _prefill_chunk_tokens(model, n_sequences: int) -> int:
+def _prefill_chunk_tokens(model: PreTrainedModel, n_sequences: int) -> int:
     """Returns the tokens of each sequence that one call of a prefill takes."""
     return max(MIN_PREFILL_CHUNK_TOKENS, PREFILL_TOKENS[model.device.type] // n_sequences)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 MIB = 1 << 20
 
@@ -65,7 +66,7 @@ class PeakMemory:
 
     SAMPLE_S = 0.002
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         self.device, self.peak_mib = model.device, 0.0
         tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -89,7 +90,7 @@ class PeakMemory:
         while not self._stop.wait(self.SAMPLE_S):
             self._peak = max(self._peak, self._bytes_in_use())
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.device.type == "cuda":
             self._peak = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -109,7 +109,17 @@ def at_columns(mlp: nn.Module | None, columns: torch.Tensor | None) -> Iterator[
 def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
     """Turns a function of queries (B, H, Q, D) and their `ForestMask` into an attention function of transformers."""
 
-    def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    def forward(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: ForestMask,
+        scaling: float,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         columns = attention_mask.columns
         some = query if columns is None else query[:, :, columns]
         output = attend(module, some, key, value, attention_mask, scaling, softcap).transpose(1, 2)
@@ -121,7 +131,15 @@ def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[
     return forward
 
 
-def _attend_softmax(module, query, key, value, mask, scaling, softcap):
+def _attend_softmax(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: ForestMask,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
     n_groups = query.shape[1] // key.shape[1]
     if n_groups > 1:
         key, value = key.repeat_interleave(n_groups, dim=1), value.repeat_interleave(n_groups, dim=1)
@@ -138,14 +156,30 @@ def _attend_softmax(module, query, key, value, mask, scaling, softcap):
     return torch.cat(outputs, dim=2)
 
 
-def _attend_linear_window(module, query, key, value, mask, scaling, softcap):
+def _attend_linear_window(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: ForestMask,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
     feature_map = module.linear_window
     return dense_attention(
         query, key, value, mask.inside, mask.older, scaling=scaling, feature_map=feature_map, softcap=softcap
     )
 
 
-def _attend_uncapped(module, query, key, value, mask, scaling, softcap):
+def _attend_uncapped(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: ForestMask,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
     return _attend_softmax(module, query, key, value, mask, scaling, None)
 
 

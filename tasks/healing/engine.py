@@ -19,7 +19,9 @@ from tasks.healing.job import HealingJob
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
-def make_engine(trainee: nn.Module, job: HealingJob, phase: Phase, world_size: int, restored: Path | None = None):
+def make_engine(
+    trainee: nn.Module, job: HealingJob, phase: Phase, world_size: int, restored: Path | None = None
+) -> Any:
     """Wraps a trainee in a DeepSpeed engine for `run_phase`; every worker must call it.
 
     Args:
