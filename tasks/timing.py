@@ -22,12 +22,8 @@ from layerboost.speed.vllm_environment import ServingEnvironment, ServingError
 from layerboost.storage.publish import local_folder
 from tasks.cluster.connection import addable, resources
 from tasks.cluster.resources import (
-    NodeResources,
-    ResourcesError,
     WorkerResources,
-    labelled,
-    no_such_node,
-    selected,
+    exclusive_worker,
     with_node_to_come,
 )
 from tasks.engines import ENGINES, TRANSFORMERS
@@ -215,18 +211,3 @@ def measuring_threads(alone: WorkerResources) -> int:
 def _exclusive_worker_here(labels: Mapping[str, str]) -> WorkerResources:
     """Finds the exclusive worker on the connected cluster, which may have to start a node for it."""
     return exclusive_worker(with_node_to_come(resources(), addable(), labels), labels)
-
-
-def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:
-    """Describes a worker that takes all CPUs and one GPU of the largest node with these labels (by GPUs, then CPUs).
-
-    Raises:
-        ResourcesError: no node carries the labels, or none that does has a CPU or GPU to give.
-    """
-    usable = labelled(nodes, labels)
-    if not usable:
-        raise no_such_node(labels)
-    if not any(node.cpus or node.gpus for node in usable):
-        raise ResourcesError("workers", 1, "no node has a CPU or GPU to give; start one with ray start --address")
-    node = max(usable, key=lambda node: (node.gpus, node.cpus))
-    return WorkerResources(1, node.cpus, min(1.0, node.gpus), labels=selected(nodes, labels))

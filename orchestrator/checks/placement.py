@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from orchestrator.checks.findings import WARN, Finding
 from orchestrator.recipe.errors import InputError, without_prefix
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.recipe.sections import DEVICE_PATTERN
-from tasks.cluster.connection import ClusterError, connect, resolve_workers
-from tasks.cluster.resources import NodeResources, ResourcesError, labelled, no_such_node
+from orchestrator.run.placement import Placement
+from tasks.cluster.connection import ClusterError, connect
+from tasks.cluster.resources import AUTO, NodeResources, ResourcesError, labelled, no_such_node
 
 
 def check_device(device: str, field: str = "model.device") -> None:
@@ -67,26 +69,24 @@ def check_placement(
     Raises:
         InputError: the placement asks for more than there can ever be, so that Ray would wait for ever.
     """
-    placement = recipe.placement
-    labels = {"workers": placement.labels.evaluate, "healing_workers": placement.labels.heal}
-    for kind, asked in placement.labels:
+    for kind, asked in recipe.placement.labels:
         if not growth and not labelled(nodes, asked):
             error = no_such_node(asked)
             raise InputError(f"placement.labels.{kind}", error.value, f"on {where} {error.remedy}")
-    wanted = [("workers", (placement.workers, placement.cpus_per_worker, placement.gpus_per_worker))]
-    if recipe.healing.tokens and placement.healing_workers != "auto":
-        # Each healing worker takes a whole GPU, or at least one CPU where there are no GPUs.
-        healers = labelled(nodes, placement.labels.heal)
-        n_gpus = 0 if placement.gpus_per_worker == 0 else sum(node.gpus for node in healers)
-        wanted.append(("healing_workers", (placement.healing_workers, 1.0, 1.0 if n_gpus else 0.0)))
+    placement = Placement(recipe, nodes, growth)
+    wanted = [placement.wanted_to_evaluate()]
+    if recipe.healing.tokens and recipe.placement.healing_workers != AUTO:
+        # Each healing worker takes a whole GPU, or at least one CPU; how many more CPUs follows from the nodes.
+        wanted.append(replace(placement.wanted_to_heal(), cpus=1.0))
     pending = []
-    for field, workers in wanted:
+    for workers in wanted:
+        field = workers.field
         try:
-            resolve_workers(*workers, nodes=nodes, labels=labels[field])
+            workers.on(nodes)
         except ResourcesError as error:
             at_fault = f"placement.{field if error.field == 'workers' or field == 'healing_workers' else error.field}"
             try:
-                resolve_workers(*workers, nodes=nodes, growth=growth, labels=labels[field])
+                workers.on(nodes, growth)
             except ResourcesError as never:
                 raise InputError(at_fault, never.value, f"on {where} {never.remedy}") from None
             pending.append(

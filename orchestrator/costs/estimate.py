@@ -21,11 +21,12 @@ from layerboost.search.methods import METHODS
 from layerboost.speed.byte_model import decode_bytes
 from layerboost.speed.vllm_bench import ServingCondition
 from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
-from orchestrator.costs.measure import evaluation_workers, healing_workers, nodes_of
+from orchestrator.costs.measure import healing_workers, nodes_of
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE
 from orchestrator.run.kinds import CURVE, HALVING, LENGTHS, REFINE, SAMPLE, SCORE_STAGES, SPEED, SWEEP, THROUGHPUT
+from orchestrator.run.placement import Placement
 from orchestrator.run.records import find_record
 from orchestrator.stages.sampled import n_sample_units
 from orchestrator.stages.sensitivity import Sweep
@@ -135,8 +136,9 @@ class _Estimator:
     def __init__(self, run: RunContext, costs: Costs):
         self.run, self.costs, self.inputs = run, costs, run.inputs
         self.nodes = nodes = nodes_of(run)
-        self.workers = evaluation_workers(self.inputs, nodes)
-        self.healers = healing_workers(self.inputs, nodes)
+        self.placement = Placement(self.inputs.recipe, nodes)
+        self.workers = self.placement.evaluating()
+        self.healers = healing_workers(self.placement)
         self.gpus_to_measure = min(1.0, max(node.gpus for node in nodes))
         self.fixed = [plan for _, plan in fixed_points(self.inputs.search_spec, self.inputs.n_layers)]
         self.healing = self.inputs.recipe.healing
@@ -243,7 +245,7 @@ class _Estimator:
     def _halving(self, steps: Sequence[Rung], n_recorded: int) -> StageEstimate:
         """All rungs before the whole budget; judging what each has healed is part of it."""
         most = max((rung.n_plans for rung in steps), default=1)
-        each = healing_workers(self.inputs, self.nodes, most)
+        each = healing_workers(self.placement, most)
         n_at_once = max(1, min(most, int(sum(node.cpus for node in self.nodes) // (each.n_workers * each.cpus))))
         if each.gpus:
             n_at_once = max(1, int(sum(node.gpus for node in self.nodes) // (each.n_workers * each.gpus)))

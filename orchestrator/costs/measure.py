@@ -17,10 +17,10 @@ from orchestrator.checks.placement import find_nodes
 from orchestrator.run.context import RunContext
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import CALIBRATION
-from orchestrator.stages.healing_jobs import healing_placement
-from tasks.cluster.connection import addable, resolve_workers
+from orchestrator.run.placement import Placement
+from tasks.cluster.connection import addable
 from tasks.cluster.resources import NodeResources, WorkerResources, with_node_to_come
-from tasks.timing import exclusive_worker, measuring_threads
+from tasks.timing import measuring_threads
 
 
 def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
@@ -29,7 +29,8 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
     recipe, spec, middle = inputs.recipe, inputs.full_spec, Treatment(inputs.recipe.search.middle)
     shares = recipe.sensitivity.shares
     window = recipe.search.window
-    n_threads, healing = evaluation_workers(inputs, nodes).threads, healing_workers(inputs, nodes)
+    placement = Placement(recipe, nodes)
+    n_threads, healing = placement.evaluating().threads, healing_workers(placement)
     inputs.source.load()  # from the disk, so that the next one is timed as workers that start later find it
     start = time.perf_counter()
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
@@ -46,7 +47,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
             shares=MIN_AUTO_SHARES if isinstance(shares, str) else shares,
         )
         sampled_s = None if inputs.sampling is None else sample_token_s(model, tokenizer, inputs.sampling)
-    with threads(measuring_threads(exclusive_worker(nodes, recipe.placement.labels.time))):
+    with threads(measuring_threads(placement.measuring())):
         decode = tuple(
             decode_costs(model, concurrency=n, prompt_tokens=tokens, treatments=every, window=window)
             for n, tokens in _conditions(inputs)
@@ -90,7 +91,7 @@ def costs_of(run: RunContext, *, record: bool) -> Costs:
         import ray
 
         run.connect()
-        options = exclusive_worker(nodes, run.inputs.recipe.placement.labels.time).actor_options()
+        options = Placement(run.inputs.recipe, nodes).measuring().actor_options()
         costs = ray.get(ray.remote(calibrate).options(**options, max_retries=0).remote(run.inputs, nodes))
         identity = calibration_identity(run.inputs, nodes, _device_name())
         run.record(CALIBRATION, identity, {"costs": costs.to_dict()})
@@ -103,7 +104,8 @@ def costs_of(run: RunContext, *, record: bool) -> Costs:
 def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], hardware: str) -> dict[str, Any]:
     """What the costs depend on: the model, the machine, and the sizes that the recipe asks for."""
     recipe, spec = inputs.recipe, inputs.full_spec
-    healing, evaluating = healing_workers(inputs, nodes), evaluation_workers(inputs, nodes)
+    placement = Placement(recipe, nodes)
+    healing, evaluating = healing_workers(placement), placement.evaluating()
     return {
         "unit": "calibration",
         "model": inputs.model,
@@ -119,19 +121,9 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
     }
 
 
-def evaluation_workers(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> WorkerResources:
-    """Workers that judge."""
-    placement = inputs.recipe.placement
-    wanted = placement.workers, placement.cpus_per_worker, placement.gpus_per_worker
-    return resolve_workers(*wanted, nodes=nodes, labels=placement.labels.evaluate)
-
-
-def healing_workers(inputs: RunInputs, nodes: tuple[NodeResources, ...], n_jobs: int = 1) -> WorkerResources:
-    """Workers that heal one plan, of `n_jobs` side by side; those that judge where nothing is healed."""
-    if not inputs.recipe.healing.tokens:
-        return evaluation_workers(inputs, nodes)
-    labels = inputs.recipe.placement.labels.heal
-    return resolve_workers(*healing_placement(inputs, nodes, n_jobs), nodes=nodes, labels=labels)
+def healing_workers(placement: Placement, n_jobs: int = 1) -> WorkerResources:
+    """Returns the workers that heal one of `n_jobs` plans side by side; where nothing is healed, those that judge."""
+    return placement.healing(n_jobs) if placement.recipe.healing.tokens else placement.evaluating()
 
 
 def _conditions(inputs: RunInputs) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from layerboost.evaluation.scores import QualitySpec
@@ -14,11 +13,12 @@ from orchestrator.run.entries import Failure
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import SCORE_STAGES
+from orchestrator.run.placement import Placement, placed
 from orchestrator.run.progress import Progress
 from orchestrator.run.records import find_record, find_records, time_and_worker
 from orchestrator.run.state import RUN_FILE, RunState
 from tasks.cluster import connection
-from tasks.cluster.resources import ResourcesError, WorkerResources
+from tasks.cluster.resources import WorkerResources
 from tasks.evaluation import EvaluationUnit, evaluate_units
 from tasks.pool.finished import Finished
 from tasks.pool.watch import Watch
@@ -154,20 +154,26 @@ class RunContext:
     def connect(self) -> None:
         connection.connect(self.address)
 
-    def workers(self) -> WorkerResources:
-        """Workers for units of evaluation, as the recipe places them."""
+    def placement(self) -> Placement:
+        """Returns the recipe's placement on the cluster's nodes of this moment."""
         self.connect()
-        placement = self.inputs.recipe.placement
-        workers = placed(
-            lambda: connection.resolve_workers(
-                placement.workers,
-                placement.cpus_per_worker,
-                placement.gpus_per_worker,
-                labels=placement.labels.evaluate,
-            )
-        )
-        budget = placement.activations_gib
-        return replace(workers, activations_gib=budget if isinstance(budget, float) else None)
+        return Placement(self.inputs.recipe, connection.resources(), connection.addable())
+
+    def workers(self) -> WorkerResources:
+        """Returns the workers for units of evaluation.
+
+        Raises:
+            InputError: the cluster can never hold them.
+        """
+        return placed(lambda: self.placement().evaluating())
+
+    def healing_workers(self, n_jobs: int = 1) -> WorkerResources:
+        """Returns the workers of one healing while `n_jobs` run side by side.
+
+        Raises:
+            InputError: the cluster can never hold them.
+        """
+        return placed(lambda: self.placement().healing(n_jobs))
 
     def n_workers(self) -> int:
         """How many workers there may be by now: with `auto`, more when the cluster has grown. Never an error."""
@@ -175,11 +181,3 @@ class RunContext:
             return self.workers().n_workers
         except InputError:
             return 1  # nodes have left; those that are at work are replaced as far as there is room
-
-
-def placed(resolve: Callable[[], WorkerResources]) -> WorkerResources:
-    """What `resolve` gives; what the cluster can never hold is an input error."""
-    try:
-        return resolve()
-    except ResourcesError as error:
-        raise InputError(f"placement.{error.field}", error.value, error.remedy) from error

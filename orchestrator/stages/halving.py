@@ -17,7 +17,7 @@ from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import CURVE
 from orchestrator.stages.candidates import most_promising
 from orchestrator.stages.curve import snapshot_folder, snapshot_name, snapshot_unit, state_key
-from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, healing_workers, rung_job
+from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, rung_job
 from orchestrator.stages.objective import objective
 from orchestrator.stages.sampled import sample_text
 from tasks.healing.job import HealingJob
@@ -84,7 +84,9 @@ def _tokens_at(run: RunContext, share: float) -> int:
 
 def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: HealingSpec) -> None:
     """Heals what is neither judged nor waits to be. Failed ones are named; the rest goes on."""
-    from tasks.healing.rungs import heal_all, jobs_at_once
+    from tasks.cluster import connection
+    from tasks.cluster.resources import jobs_at_once
+    from tasks.healing.rungs import heal_all
 
     identities = {plan: run.inputs.healing(plan, spec) for plan in origins}
     todo = [plan for plan in origins if not (_is_judged(run, plan, spec) or _waits(run, plan, spec))]
@@ -92,14 +94,14 @@ def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: Hea
         return
     jobs: dict[str, HealingJob] = {}
     if todo:
-        workers = healing_workers(run, len(todo))
+        workers = run.healing_workers(len(todo))
         keys = {plan: unit_key(identities[plan]) for plan in todo}
         jobs = {key: rung_job(run, plan, key, spec, workers) for plan, key in keys.items()}
     run.progress.start_stage(
         f"{HALVING} rung {number}",
         len(origins),
         recorded=len(origins) - len(todo),
-        workers=min(len(jobs), jobs_at_once(next(iter(jobs.values())))) if jobs else 1,
+        workers=min(len(jobs), jobs_at_once(next(iter(jobs.values())).workers, connection.resources())) if jobs else 1,
     )
 
     def on_result(done: Finished[HealingJob, HealingResult]) -> None:

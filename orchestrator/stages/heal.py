@@ -19,7 +19,6 @@ from orchestrator.stages.healing_jobs import (
     healed_unit,
     healing_job,
     healing_result,
-    healing_workers,
 )
 from orchestrator.stages.sampled import sample_text
 from orchestrator.stages.speed import speedup
@@ -108,7 +107,7 @@ def is_healed(run: RunContext, plan: Plan, identity: dict[str, Any]) -> bool:
 
 def _heal(run: RunContext, plan: Plan, origin: str, identity: dict[str, Any]) -> None:
     key, start = unit_key(identity), time.monotonic()
-    job = healing_job(run, plan, key, healing_workers(run))
+    job = healing_job(run, plan, key, run.healing_workers())
     every = max(1, job.spec.steps // _PROGRESS_LINES)
 
     def on_progress(step: HealingProgress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +10,10 @@ from layerboost.plan import Plan
 from layerboost.text.sources import TextSource
 from orchestrator.recipe.healing import SAMPLED
 from orchestrator.run.content import shipped
-from orchestrator.run.context import RunContext, placed
-from orchestrator.run.inputs import RunInputs
+from orchestrator.run.context import RunContext
 from orchestrator.stages.curve import snapshot_folder
 from orchestrator.stages.sampled import sampled_folder
-from tasks.cluster import connection
-from tasks.cluster.resources import (
-    MAX_AUTO_CPU_WORKERS_PER_NODE,
-    NodeResources,
-    WorkerResources,
-    labelled,
-    with_node_to_come,
-)
+from tasks.cluster.resources import WorkerResources
 from tasks.evaluation import EvaluationUnit
 from tasks.healing.job import Checkpoints, HealingJob, HealingText, Snapshots, Survival, ZeroSettings
 from tasks.healing.run import HealingResult
@@ -102,39 +93,6 @@ def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
         else text.source()
         for text in run.inputs.healing_texts
     )
-
-
-def healing_workers(run: RunContext, n_jobs: int = 1) -> WorkerResources:
-    """As the recipe says; `auto` takes every GPU that a step has a sequence for, or one worker with a node's CPUs.
-
-    Args:
-        n_jobs: jobs that may run side by side.
-    """
-    run.connect()
-    labels = run.inputs.recipe.placement.labels.heal
-    nodes = with_node_to_come(connection.resources(), connection.addable(), labels)
-    wanted = healing_placement(run.inputs, nodes, n_jobs)
-    return placed(lambda: connection.resolve_workers(*wanted, nodes=nodes, labels=labels))
-
-
-def healing_placement(inputs: RunInputs, nodes: Sequence[NodeResources], n_jobs: int = 1) -> tuple[int, float, float]:
-    """Workers of one job, and CPUs and GPUs of each, that healing takes of some nodes; they may be more than there are.
-
-    Jobs side by side share the CPUs, since starting a job keeps one CPU busy however many it has. They do not share the
-    GPUs: fewer for each would have to hold more.
-    """
-    placement, batch = inputs.recipe.placement, inputs.healing_spec.batch_sequences
-    nodes = labelled(nodes, placement.labels.heal)
-    n_gpus = 0 if placement.gpus_per_worker == 0 else int(sum(node.gpus for node in nodes))
-    asked = placement.healing_workers
-    n_workers = max(1, min(n_gpus, batch)) if asked == "auto" else int(asked)
-    if n_gpus:
-        return n_workers, 1.0, 1.0
-    # As many CPUs for each as all of them can have, whatever node they come to lie on.
-    largest = int(max((node.cpus for node in nodes), default=1))
-    n_jobs = min(n_jobs, max(1, MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
-    fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers * n_jobs)
-    return n_workers, float(next(fitting, 1)), 0.0
 
 
 def healed_unit(run: RunContext, plan: Plan) -> EvaluationUnit:

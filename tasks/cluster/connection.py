@@ -10,22 +10,15 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from layerboost.environ import environment
 from tasks.cluster.resources import (
     AUTO,
     NodeResources,
-    ResourcesError,
-    WorkerResources,
-    fit_workers,
-    labelled,
-    no_such_node,
-    selected,
 )
 
 logger = logging.getLogger(__name__)
@@ -196,44 +189,6 @@ def addable() -> tuple[NodeResources, ...]:
         n_more = min(most - living[group.name], MAX_ADDED_NODES)
         nodes += [NodeResources(f"{group.name}-{index}", group.name, *size, labels=None) for index in range(n_more)]
     return tuple(nodes)
-
-
-def resolve_workers(
-    workers: int | str = AUTO,
-    cpus_per_worker: float | str = AUTO,
-    gpus_per_worker: float | str = AUTO,
-    *,
-    nodes: Sequence[NodeResources] | None = None,
-    growth: Sequence[NodeResources] = (),
-    labels: Mapping[str, str] = MappingProxyType({}),
-) -> WorkerResources:
-    """Turns a placement into a number of workers and the size of each, or raises if it can never be placed.
-
-    `auto` starts as many workers as fit. Each takes one GPU if there are GPUs. Without GPUs at most
-    MAX_AUTO_CPU_WORKERS_PER_NODE workers share the CPUs of a node. The check is needed because Ray waits for ever,
-    without an error, for a worker that no node can hold.
-
-    Args:
-        workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
-        nodes: the nodes of the cluster; None asks the connected cluster, also for `growth`.
-        growth: the nodes that an autoscaler adds when work waits; they count where the others do not suffice.
-        labels: the labels that a node must carry.
-
-    Raises:
-        ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
-    """
-    if nodes is None:
-        nodes, growth = resources(), addable()
-    usable = labelled(nodes, labels)
-    if not usable and not growth:
-        raise no_such_node(labels)
-    try:
-        workers_there = fit_workers(workers, cpus_per_worker, gpus_per_worker, usable)
-    except ResourcesError:
-        if not growth:
-            raise
-        workers_there = fit_workers(workers, cpus_per_worker, gpus_per_worker, (*usable, *growth))
-    return replace(workers_there, labels=selected(nodes, labels))
 
 
 def our_package_folders() -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 AUTO = "auto"
 
@@ -98,6 +99,66 @@ def no_such_node(labels: Mapping[str, str]) -> ResourcesError:
     """Makes the error that no node carries the labels."""
     written = ", ".join(f"{name}: {value}" for name, value in sorted(labels.items()))
     return ResourcesError("labels", written, "no node carries them; start one with ray start --labels")
+
+
+def resolve_workers(
+    workers: int | str = AUTO,
+    cpus_per_worker: float | str = AUTO,
+    gpus_per_worker: float | str = AUTO,
+    *,
+    nodes: Sequence[NodeResources],
+    growth: Sequence[NodeResources] = (),
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> WorkerResources:
+    """Turns a placement into a number of workers and the size of each, or raises if it can never be placed.
+
+    `auto` starts as many workers as fit. Each takes one GPU if there are GPUs. Without GPUs at most
+    MAX_AUTO_CPU_WORKERS_PER_NODE workers share the CPUs of a node. The check is needed because Ray waits for ever,
+    without an error, for a worker that no node can hold.
+
+    Args:
+        workers, cpus_per_worker, gpus_per_worker: numbers or `auto`; GPUs may be a fraction of one.
+        nodes: the nodes of the cluster.
+        growth: the nodes that an autoscaler adds when work waits; they count where the others do not suffice.
+        labels: the labels that a node must carry.
+
+    Raises:
+        ResourcesError: no node can hold one worker, or the nodes together cannot hold all of them.
+    """
+    usable = labelled(nodes, labels)
+    if not usable and not growth:
+        raise no_such_node(labels)
+    try:
+        workers_there = fit_workers(workers, cpus_per_worker, gpus_per_worker, usable)
+    except ResourcesError:
+        if not growth:
+            raise
+        workers_there = fit_workers(workers, cpus_per_worker, gpus_per_worker, (*usable, *growth))
+    return replace(workers_there, labels=selected(nodes, labels))
+
+
+def exclusive_worker(nodes: Sequence[NodeResources], labels: Mapping[str, str]) -> WorkerResources:
+    """Describes a worker that takes all CPUs and one GPU of the largest node with these labels (by GPUs, then CPUs).
+
+    Raises:
+        ResourcesError: no node carries the labels, or none that does has a CPU or GPU to give.
+    """
+    usable = labelled(nodes, labels)
+    if not usable:
+        raise no_such_node(labels)
+    if not any(node.cpus or node.gpus for node in usable):
+        raise ResourcesError("workers", 1, "no node has a CPU or GPU to give; start one with ray start --address")
+    node = max(usable, key=lambda node: (node.gpus, node.cpus))
+    return WorkerResources(1, node.cpus, min(1.0, node.gpus), labels=selected(nodes, labels))
+
+
+def jobs_at_once(workers: WorkerResources, nodes: Sequence[NodeResources]) -> int:
+    """Returns how many jobs with these workers each fit on the nodes side by side, at least 1."""
+    size = {"cpus": workers.cpus, "gpus": workers.gpus}
+    n_workers = 0
+    for node in labelled(nodes, dict(workers.labels)):
+        n_workers += min(int(getattr(node, name) / amount + 1e-9) for name, amount in size.items() if amount)
+    return max(1, n_workers // workers.n_workers)
 
 
 def fit_workers(

@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 
 from tasks.cluster import connection
-from tasks.cluster.resources import NodeResources, labelled
+from tasks.cluster.resources import jobs_at_once
 from tasks.healing.job import HealingJob, located
 from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
 from tasks.healing.run import HealingResult, heal
@@ -59,8 +59,9 @@ def heal_all(
     if not jobs:
         return []
     jobs = [located(job) for job in jobs]
+    n_at_once = jobs_at_once(jobs[0].workers, connection.resources())
     with finish_on_interrupt() as interrupt:
-        searcher = _JobSearcher(jobs, jobs_at_once(jobs[0]), interrupt, on_result, on_failure, max_attempts, watch)
+        searcher = _JobSearcher(jobs, n_at_once, interrupt, on_result, on_failure, max_attempts, watch)
         with quiet(max_pending=searcher.n_at_once), temporary_folder(None) as folder, freeing_groups_of_the_dead():
             _tuner(jobs, searcher, folder, max_attempts).fit()
         if searcher.raised is not None:
@@ -68,15 +69,6 @@ def heal_all(
         if interrupt.requested:
             raise KeyboardInterrupt
     return searcher.failures
-
-
-def jobs_at_once(job: HealingJob, nodes: Sequence[NodeResources] | None = None) -> int:
-    """Returns how many jobs of one placement fit on the nodes, at least 1; None takes the connected cluster's nodes."""
-    size = {"cpus": job.workers.cpus, "gpus": job.workers.gpus}
-    n_workers = 0
-    for node in labelled(connection.resources() if nodes is None else nodes, dict(job.workers.labels)):
-        n_workers += min(int(getattr(node, name) / amount + 1e-9) for name, amount in size.items() if amount)
-    return max(1, n_workers // job.workers.n_workers)
 
 
 @dataclass(frozen=True)

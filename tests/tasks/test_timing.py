@@ -7,13 +7,12 @@ from layerboost.convert import convert
 from layerboost.plan import Plan
 from layerboost.speed.vllm_bench import ServingMeasurement
 from layerboost.speed.vllm_environment import ServingEnvironment, ServingError
-from tasks.cluster.resources import NodeResources, WorkerResources
+from tasks.cluster.resources import NodeResources, WorkerResources, exclusive_worker
 from tasks.timing import (
     ERROR,
     MeasurementWorker,
     ServingWorker,
     ThroughputUnit,
-    exclusive_worker,
     measure_groups,
     measuring_threads,
 )

@@ -37,8 +37,9 @@ class Cluster:
     def __init__(self, run, monkeypatch, fails=()):
         self.run, self.fails, self.healed, self.judged = run, fails, [], []
         monkeypatch.setattr("tasks.healing.rungs.heal_all", self.heal_all)
-        monkeypatch.setattr("tasks.healing.rungs.jobs_at_once", lambda job: 1)
-        monkeypatch.setattr(halving, "healing_workers", lambda run, n_jobs: WorkerResources(1, 1.0, 0.0))
+        monkeypatch.setattr("tasks.cluster.resources.jobs_at_once", lambda workers, nodes: 1)
+        monkeypatch.setattr("tasks.cluster.connection.resources", tuple)
+        monkeypatch.setattr(run, "healing_workers", lambda n_jobs: WorkerResources(1, 1.0, 0.0))
         monkeypatch.setattr(run, "evaluate", self.evaluate)
 
     def heal_all(self, jobs, *, on_result, **_):

@@ -20,6 +20,7 @@ from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
+from orchestrator.run.placement import Placement
 from orchestrator.run.progress import Progress
 from orchestrator.run.state import RunState
 from orchestrator.stages import sampled
@@ -27,8 +28,7 @@ from orchestrator.stages.baselines import baselines
 from orchestrator.stages.candidates import candidates
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
 from orchestrator.stages.heal import healed_entry, plans_to_heal
-from orchestrator.stages.healing_jobs import healed_name, healed_unit, healing_job, healing_placement
-from tasks.cluster.connection import resolve_workers
+from orchestrator.stages.healing_jobs import healed_name, healed_unit, healing_job
 from tasks.cluster.resources import NodeResources, WorkerResources
 from tasks.evaluation import EvaluationUnit, cosine_unit
 
@@ -121,19 +121,23 @@ def test_workers_of_healing_fit_on_the_nodes(inputs, cpus, asked, expected):
     placement = run.inputs.recipe.placement.model_copy(update={"healing_workers": asked})
     run.inputs = replace(run.inputs, recipe=run.inputs.recipe.model_copy(update={"placement": placement}))
     nodes = [NodeResources(str(n), "", float(of_node), 0.0) for n, of_node in enumerate(cpus)]
-    wanted = healing_placement(run.inputs, nodes)
-    assert wanted == (*expected, 0.0)
-    assert resolve_workers(*wanted, nodes=nodes).n_workers == expected[0]
+    found = Placement(run.inputs.recipe, nodes).healing()
+    assert (found.n_workers, found.cpus, found.gpus) == (*expected, 0.0)
 
 
 def test_jobs_side_by_side_share_the_cpus_and_not_the_gpus(inputs):
     run = context(inputs)
     two, large = NodeResources("a", "", 2.0, 0.0), NodeResources("b", "", 64.0, 0.0)
-    assert healing_placement(run.inputs, [two], 12) == (1, 1.0, 0.0)
-    assert healing_placement(run.inputs, [large], 3) == (1, 21.0, 0.0)
-    assert healing_placement(run.inputs, [large], 100) == (1, 8.0, 0.0)
+
+    def size(node: NodeResources, n_jobs: int = 1) -> tuple[int, float, float]:
+        found = Placement(run.inputs.recipe, [node]).healing(n_jobs)
+        return found.n_workers, found.cpus, found.gpus
+
+    assert size(two, 12) == (1, 1.0, 0.0)
+    assert size(large, 3) == (1, 21.0, 0.0)
+    assert size(large, 100) == (1, 8.0, 0.0)
     gpus = NodeResources("c", "", 64.0, 8.0)
-    assert healing_placement(run.inputs, [gpus], 100) == healing_placement(run.inputs, [gpus]) == (2, 1.0, 1.0)
+    assert size(gpus, 100) == size(gpus) == (2, 1.0, 1.0)
 
 
 def trial(plan: Plan, objective: float | None, speedup: float, quality: float = 0.5) -> dict:

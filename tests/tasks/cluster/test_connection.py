@@ -20,12 +20,11 @@ from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan
 from layerboost.text.sources import TextSource
 from tasks.cluster import connection
-from tasks.cluster.connection import ClusterError, connect, our_package_folders, resolve_workers
-from tasks.cluster.resources import NodeResources, ResourcesError, with_node_to_come
+from tasks.cluster.connection import ClusterError, connect, our_package_folders
+from tasks.cluster.resources import NodeResources, ResourcesError, exclusive_worker, resolve_workers, with_node_to_come
 from tasks.evaluation import EvaluationUnit, evaluate_units
 from tasks.healing.job import Checkpoints, HealingJob, HealingText
 from tasks.healing.run import heal
-from tasks.timing import exclusive_worker
 
 
 def _nodes(*sizes) -> list[NodeResources]:
@@ -259,7 +258,7 @@ def test_workers_trials_and_train_jobs_go_where_the_labels_are(tiny_checkpoint, 
     try:
         ray.init(address=ours.address, log_to_driver=False, logging_level="ERROR")
         there = next(node for node in connection.resources() if ("hardware", "large") in (node.labels or ()))
-        workers = resolve_workers(cpus_per_worker=1, labels={"hardware": "large"})
+        workers = resolve_workers(cpus_per_worker=1, nodes=connection.resources(), labels={"hardware": "large"})
         assert workers.n_workers == 3
         source = ModelSource(str(tiny_checkpoint / "model"))
         spec = QualitySpec(text=str(tiny_checkpoint / "text.txt"), sequence_tokens=8, n_sequences=2)

@@ -66,7 +66,8 @@ _WORKERS = """
     from layerboost.evaluation.scores import QualitySpec
     from layerboost.plan import Plan
     from tasks.evaluation import EvaluationUnit, evaluate_units; from layerboost.checkpoint import ModelSource
-    from tasks.cluster.connection import connect, resolve_workers
+    from tasks.cluster.connection import connect, resources
+    from tasks.cluster.resources import resolve_workers
 
     repository, revision, text = sys.argv[1:]
     connect(num_cpus=3)
@@ -75,7 +76,7 @@ _WORKERS = """
         [EvaluationUnit(plan=Plan.parse(plan)) for plan in ("NSSS", "SNSS", "SSNS", "SSSN", "NNSS", "SSNN")],
         ModelSource(repository, revision=revision),
         QualitySpec(text=text, n_sequences=4, sequence_tokens=24, batch_size=4),
-        resolve_workers(3, 1, 0),
+        resolve_workers(3, 1, 0, nodes=resources()),
         on_result=lambda done: pids.append(done.worker.pid),
     )
     print(json.dumps({"pids": pids, "failures": [failure.error for failure in failures]}))

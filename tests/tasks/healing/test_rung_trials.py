@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan
 from layerboost.text.sources import TextSource
-from tasks.cluster.resources import NodeResources
+from tasks.cluster.resources import NodeResources, jobs_at_once
 from tasks.healing.job import HealingJob
-from tasks.healing.rungs import heal_all, jobs_at_once
+from tasks.healing.rungs import heal_all
 from tests.conftest import wait_for_cpus
 from tests.tasks.healing.jobs import job_of_settings
 
@@ -57,7 +57,7 @@ def test_as_many_jobs_run_at_once_as_there_is_room_for(tmp_path, n_workers, cpus
     nodes = [NodeResources("a", "", 8.0, 2.0), NodeResources("b", "", 4.0, 1.0)]
     size = {"n_workers": n_workers, "cpus": cpus, "gpus": gpus}
     spec = HealingSpec(tokens=160, sequence_tokens=4, batch_sequences=10)
-    assert jobs_at_once(job_of(tmp_path, tmp_path, "SN", spec=spec, **size), nodes) == expected
+    assert jobs_at_once(job_of(tmp_path, tmp_path, "SN", spec=spec, **size).workers, nodes) == expected
 
 
 def test_a_job_that_keeps_neither_checkpoint_nor_snapshot_is_refused(tmp_path):
