@@ -308,7 +308,7 @@ def test_tables_of_healing_come_from_the_records(inputs):
     (stop,) = early_stops(RecordReader(folder), state)
     assert (stop["plan_id"], stop["tokens"], stop["budget"]) == (OTHER.plan_id, 768, 1024)
 
-    rows = {row["plan_id"]: row for row in candidate_rows(folder, state, lambda plan, concurrency: None)}
+    rows = {row["plan_id"]: row for row in candidate_rows(RecordReader(folder), state, lambda plan, concurrency: None)}
     assert rows[OTHER.plan_id]["origin"] == "first"
     assert rows[OTHER.plan_id]["status"] == "ok" and 0 < rows[OTHER.plan_id]["quality"] < 1
 
