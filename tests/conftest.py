@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.parallel import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 - pytest finds them here
+from tests.parallel import (  # noqa: F401 - pytest finds hooks here
+    pytest_cmdline_main,
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
 
 # Real models and texts, where they stand beside the project; everything else works without them.
 _SHARED = Path(__file__).resolve().parents[2] / "shared"

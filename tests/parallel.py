@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ TOGETHER = {
     "tests/cluster/test_side_by_side.py": "cluster",
     "tests/cluster/test_submitted_job.py": "cluster",
 }
-"""Files whose tests form one group: the hosts have fixed addresses, and the others share one cluster."""
+"""Files whose tests form one group: some start three hosts each, which is as much as a machine bears, and the others
+share one cluster."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of two processes on the same cores spin for each other's results. Torch reads this when it is imported.
@@ -40,23 +42,34 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if options.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         options.numprocesses = N_PROCESSES
     if options.numprocesses and options.dist == "no":
-        options.dist, options.loadscopereorder = "loadgroup", False
+        options.dist, options.loadscopereorder = "loadfile", False
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Gives each test its group and puts the groups with most slow tests, and then those with Ray, first."""
-    if not hasattr(config.option, "numprocesses"):
-        return
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives the scheduler that keeps groups of files together in place of that of single files."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroupsOfFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(super()._split_scope(nodeid))
+
+    return LoadGroupsOfFiles(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the groups with most slow tests first, and then those with most tests that start Ray."""
+    groups = {item: group_of(Path(item.path).relative_to(item.config.rootpath).as_posix()) for item in items}
     n_slow, n_cluster = (
-        Counter(groups[item] for item in items if item.get_closest_marker(name)) for name in ("slow", "cluster")
+        Counter(group for item, group in groups.items() if item.get_closest_marker(name))
+        for name in ("slow", "cluster")
     )
     items.sort(key=lambda item: (-n_slow[groups[item]], -n_cluster[groups[item]]))
 
 
-def _group(item: pytest.Item) -> str:
-    path = Path(item.path).relative_to(item.config.rootpath).as_posix()
-    return TOGETHER.get(path, path)
+def group_of(file: str) -> str:
+    """Returns the group that a test file, by its path in the project, belongs to: its own unless TOGETHER says more."""
+    return TOGETHER.get(file, file)
