@@ -28,7 +28,10 @@ TOGETHER = {
 """Files whose tests form one group: some start three hosts each, which is as much as a machine bears, and the others
 share one cluster."""
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+_IS_PART = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether this is one of the two processes, which calls the same hooks as the one that started it."""
+
+if _IS_PART:
     # Threads of two processes on the same cores spin for each other's results. Torch reads this when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -37,7 +40,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Turns pytest-xdist on for runs of the whole suite, unless `-n` or `--pdb` say otherwise."""
     options = config.option
-    if not hasattr(options, "numprocesses") or options.usepdb:
+    if not hasattr(options, "numprocesses") or options.usepdb or _IS_PART:
         return
     if options.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         options.numprocesses = N_PROCESSES
