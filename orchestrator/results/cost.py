@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -13,18 +14,17 @@ from orchestrator.run.state import RunState
 
 def cost_table(records: RecordReader, state: RunState) -> pd.DataFrame:
     """What each stage took: units, worker seconds, healing tokens."""
-    keys: dict[str, list[str | None]] = {
+    keys: dict[str, Sequence[str | None]] = {
         "evaluate": [state.base_key],
         "sensitivity": [unit.key for unit in state.sensitivity],
-        "halving": [unit["key"] for unit in state.halving],
-        "heal": [unit["key"] for unit in state.healed],
-        "curve": [unit["key"] for unit in state.baselines]
-        + [unit["quality_key"] for unit in state.halving]
-        + [point["key"] for unit in state.healed for point in unit["curve"]],
-        "measure": [unit["quality_key"] for unit in state.finalists] + [unit["key"] for unit in state.branches],
-        "throughput": [
-            unit["key"] for unit in (*state.throughput, *state.lengths, *(state.speed or {"measured": []})["measured"])
-        ],
+        "halving": [unit.key for unit in state.halving],
+        "heal": [unit.key for unit in state.healed],
+        "curve": [unit.key for unit in state.baselines]
+        + [unit.quality_key for unit in state.halving]
+        + [point.key for unit in state.healed for point in unit.curve],
+        "measure": [unit.quality_key for unit in state.finalists] + [unit.key for unit in state.branches],
+        "throughput": [unit.key for unit in (*state.throughput, *state.lengths)]
+        + [unit["key"] for unit in (state.speed or {"measured": []})["measured"]],
     }
     found = [(stage, records.spent(stage, [key for key in of_stage if key])) for stage, of_stage in keys.items()]
     found += [(stage, records.spent(stage)) for stage in ("search", "refine", "sample")]

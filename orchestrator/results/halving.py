@@ -20,16 +20,17 @@ def halving_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, A
 
     Qualities are by what the search judges by; `final_quality` is that of pareto.csv, of plans that healed fully.
     """
-    base = records.scores(next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None))
+    base = records.scores(next((trial.key for trial in state.trials if trial.origin == "base"), None))
     final = _final_qualities(records, state)
     for entry in state.halving:
-        plan = Plan.from_dict(entry)
-        cells = quality_cells(base, records.scores(entry["quality_key"]))
+        plan = entry.plan
+        cells = quality_cells(base, records.scores(entry.quality_key))
         yield {
             "plan_id": plan.plan_id,
-            **{name: entry[name] for name in ("plan", "window", "origin", "rung", "share", "tokens")},
+            **plan.to_dict(),
+            **{name: getattr(entry, name) for name in ("origin", "rung", "share", "tokens")},
             **{name: cells.get(name) for name in _VALUES},
-            **{name: entry[name] for name in ("objective", "speedup", "survived")},
+            **{name: getattr(entry, name) for name in ("objective", "speedup", "survived")},
             "final_quality": final.get(plan),
         }
 
@@ -43,13 +44,13 @@ def fidelity_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, 
     """
     if not state.halving:
         return
-    n_rungs = max(entry["rung"] for entry in state.halving)
-    shares = {0: 0.0} | {entry["rung"]: entry["share"] for entry in state.halving} | {n_rungs + 1: 1.0}
+    n_rungs = max(entry.rung for entry in state.halving)
+    shares = {0: 0.0} | {entry.rung: entry.share for entry in state.halving} | {n_rungs + 1: 1.0}
     values: dict[str, dict[int, dict[Plan, float]]] = {
         name: {rung: {} for rung in shares} for name in ("objective", "quality")
     }
     for trial in reversed(state.trials):
-        _note(values, 0, Plan.from_dict(trial), trial)
+        _note(values, 0, trial.plan, trial.to_dict())
     for row in halving_rows(records, state):
         _note(values, row["rung"], Plan.from_dict(row), row)
     values["quality"][n_rungs + 1] = _final_qualities(records, state)
@@ -81,6 +82,6 @@ def _note(values: dict[str, dict[int, dict[Plan, float]]], rung: int, plan: Plan
 
 def _final_qualities(records: RecordReader, state: RunState) -> dict[Plan, float]:
     """Quality after the whole budget of the plans of the rungs."""
-    halved = {Plan.from_dict(entry) for entry in state.halving}
-    healed = {Plan.from_dict(entry): records.scores(entry["quality_key"]) for entry in state.healed}
+    halved = {entry.plan for entry in state.halving}
+    healed = {entry.plan: records.scores(entry.quality_key) for entry in state.healed}
     return {plan: quality(scores)[0] for plan, scores in healed.items() if plan in halved and scores is not None}

@@ -12,6 +12,7 @@ from layerboost.sensitivity.drops import mean_drop
 from orchestrator.results.ablations import measured_scores
 from orchestrator.results.plans import quality_cells
 from orchestrator.results.reading import RecordReader
+from orchestrator.run.entries import CurvePoint
 from orchestrator.run.state import CANDIDATE_ORIGINS, RunState
 
 
@@ -21,7 +22,7 @@ def healing_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, A
     Text may be measured before the first step, which is then step 0 and has no loss.
     """
     for entry in state.healed:
-        plan_id, record = Plan.from_dict(entry).plan_id, records.healing(entry["key"])
+        plan_id, record = entry.plan.plan_id, records.healing(entry.key)
         held_out = {at["step"]: at["divergence"] for at in record["held_out"]}
         if 0 in held_out:
             first = record["curve"][0]
@@ -41,9 +42,9 @@ def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
     """The healed plans whose budget was not spent, with the tokens that were and the budget."""
     found = []
     for entry in state.healed:
-        record = records.healing(entry["key"])
+        record = records.healing(entry.key)
         if record["stopped_early"]:
-            about = {"plan_id": Plan.from_dict(entry).plan_id, "origin": entry["origin"]}
+            about = {"plan_id": entry.plan.plan_id, "origin": entry.origin}
             found.append({**about, "tokens": record["tokens"], "budget": record["budget"]})
     return found
 
@@ -52,17 +53,17 @@ def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[
     """Rows of healing_quality.csv: each healed plan before healing, at shares of the budget, and as it was saved."""
     base = records.scores(state.base_key)
     for entry in state.healed:
-        if not entry["curve"]:
+        if not entry.curve:
             continue
-        record = records.healing(entry["key"])
-        last = {"share": record["tokens"] / record["budget"], "tokens": record["tokens"], "key": entry["quality_key"]}
-        for point in (*entry["curve"], last):
-            if cells := quality_cells(base, records.scores(point["key"])):
+        record = records.healing(entry.key)
+        last = CurvePoint(record["tokens"] / record["budget"], record["tokens"], entry.quality_key)
+        for point in (*entry.curve, last):
+            if cells := quality_cells(base, records.scores(point.key)):
                 yield {
-                    "plan_id": Plan.from_dict(entry).plan_id,
-                    "origin": entry["origin"],
-                    "share": point["share"],
-                    "tokens": point["tokens"],
+                    "plan_id": entry.plan.plan_id,
+                    "origin": entry.origin,
+                    "share": point.share,
+                    "tokens": point.tokens,
                     **cells,
                 }
 
@@ -72,20 +73,21 @@ def baseline_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, 
 
     The errors of ratio and gain are paired over the items.
     """
-    guided = [entry for entry in state.healed if entry["origin"] in CANDIDATE_ORIGINS]
-    others = [entry for entry in state.healed if entry["origin"] not in CANDIDATE_ORIGINS]
+    guided = [entry for entry in state.healed if entry.origin in CANDIDATE_ORIGINS]
+    others = [entry for entry in state.healed if entry.origin not in CANDIDATE_ORIGINS]
     for other, candidate in product(others, guided):
-        if _budget(other) != _budget(candidate):
+        if _budget(other.plan) != _budget(candidate.plan):
             continue
-        of_other, of_candidate = (records.scores(entry["quality_key"]) for entry in (other, candidate))
+        of_other, of_candidate = (records.scores(entry.quality_key) for entry in (other, candidate))
         if of_other is None or of_candidate is None:
             continue
         ratio, ratio_stderr = retained(of_candidate, of_other)
         yield {
-            "plan_id": Plan.from_dict(other).plan_id,
-            **{name: other[name] for name in ("plan", "window", "origin")},
-            "candidate_id": Plan.from_dict(candidate).plan_id,
-            "candidate": candidate["plan"],
+            "plan_id": other.plan.plan_id,
+            **other.plan.to_dict(),
+            "origin": other.origin,
+            "candidate_id": candidate.plan.plan_id,
+            "candidate": str(candidate.plan),
             "quality_ratio": ratio,
             "quality_ratio_stderr": ratio_stderr,
             **_nll_gain(of_candidate, of_other),
@@ -95,18 +97,18 @@ def baseline_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, 
 def branch_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of branches.csv: the loss of the text with both branches of linear_window layers, and with one zeroed."""
     for entry in state.branches:
-        record, plan = records.result(entry["key"]), Plan.from_dict(entry)
+        record, plan = records.result(entry.key), entry.finalist.plan
         for row in [] if record is None else record["branches"]:
-            about = {"plan_id": plan.plan_id, "origin": entry["origin"], "window": plan.window}
+            about = {"plan_id": plan.plan_id, "origin": entry.finalist.origin, "window": plan.window}
             yield {**about, "branch_zeroed": row["zeroed"], **{name: row[name] for name in _BRANCH_VALUES}}
 
 
 _BRANCH_VALUES = ("nll", "nll_loss", "nll_loss_stderr", "n_items")
 
 
-def _budget(entry: dict[str, Any]) -> tuple[str, int | None]:
+def _budget(plan: Plan) -> tuple[str, int | None]:
     """What decides a plan's speed: its number of layers of each treatment, and its window."""
-    return "".join(sorted(entry["plan"])), entry["window"]
+    return "".join(sorted(str(plan))), plan.window
 
 
 def _nll_gain(candidate: Scores, other: Scores) -> dict[str, float | None]:

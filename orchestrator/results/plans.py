@@ -10,7 +10,7 @@ from layerboost.evaluation.scores import Scores, quality, retained
 from layerboost.plan import Plan, Treatment
 from layerboost.search.pareto import front
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.entries import Failure, Finalist
+from orchestrator.run.entries import BaselineEntry, Failure, Finalist, Trial
 from orchestrator.run.state import RunState
 
 Predictor = Callable[[Plan, int], tuple[float, float] | None]
@@ -19,7 +19,7 @@ Predictor = Callable[[Plan, int], tuple[float, float] | None]
 
 def search_base_key(state: RunState) -> str | None:
     """Key of the base's scores by what the search judges by; None where it has none."""
-    return next((trial.get("key") for trial in state.trials if trial["origin"] == "base"), None)
+    return next((trial.key for trial in state.trials if trial.origin == "base"), None)
 
 
 def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
@@ -28,34 +28,38 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
     Throughput is that at the highest concurrency; where no plan's speed was fitted, it is predicted as the base's times
     the plan's gain in bytes. `on_front` is of quality and predicted speed.
     """
-    trials = list({Plan.from_dict(trial): trial for trial in reversed(state.trials)}.values())[::-1]
-    searched = {Plan.from_dict(trial) for trial in trials}
+    trials = list({trial.plan: trial for trial in reversed(state.trials)}.values())[::-1]
+    searched = {trial.plan for trial in trials}
     base = records.scores(search_base_key(state))
-    trials += [
-        _baseline_trial(records, entry, base) for entry in state.baselines if Plan.from_dict(entry) not in searched
+    trials += [_baseline_trial(records, entry, base) for entry in state.baselines if entry.plan not in searched]
+    timed = [(entry.finalist.plan, entry.concurrency, entry.key) for entry in state.throughput] or [
+        (Plan.from_dict(entry), entry["concurrency"], entry["key"])
+        for entry in (state.speed or {"measured": []})["measured"]
     ]
-    timed = state.throughput or (state.speed or {"measured": []})["measured"]
-    concurrency = max((unit["concurrency"] for unit in timed), default=0)
+    concurrency = max((at for _, at, _ in timed), default=0)
     measured = {}
-    for unit in timed:
-        record = records.result(unit["key"], ("throughput",)) if unit["concurrency"] == concurrency else None
+    for plan, at, key in timed:
+        record = records.result(key, ("throughput",)) if at == concurrency else None
         if record is not None:
-            measured[Plan.from_dict(unit)] = record["output_throughput_tok_per_s"]
+            measured[plan] = record["output_throughput_tok_per_s"]
     base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
     nan = float("nan")
-    points = [(nan, nan) if trial["quality"] is None else (trial["quality"], trial["speedup"]) for trial in trials]
+    points = [
+        (nan, nan) if trial.quality is None or trial.speedup is None else (trial.quality, trial.speedup)
+        for trial in trials
+    ]
     rows = []
     for trial, on_front in zip(trials, front(points), strict=True):
-        plan = Plan.from_dict(trial)
+        plan = trial.plan
         predicted = predict(plan, concurrency)
-        if predicted is None and base_tok_per_s is not None and trial["speedup"] is not None:
-            predicted = base_tok_per_s * trial["speedup"], float("nan")
+        if predicted is None and base_tok_per_s is not None and trial.speedup is not None:
+            predicted = base_tok_per_s * trial.speedup, float("nan")
         tok_per_s, stderr = predicted or (None, None)
         rows.append(
             {
                 "plan_id": plan.plan_id,
-                **{name: trial[name] for name in ("plan", "window", "origin", "remove_below", "keep_above", "status")},
-                **{name: trial[name] for name in ("quality", "quality_stderr", "objective")},
+                **plan.to_dict(),
+                **{name: getattr(trial, name) for name in _TRIAL_COLUMNS},
                 "predicted_throughput_tok_per_s": tok_per_s,
                 "predicted_throughput_stderr": stderr,
                 "output_throughput_tok_per_s": measured.get(plan),
@@ -65,34 +69,43 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
     return rows
 
 
-def _baseline_trial(records: RecordReader, entry: dict[str, Any], base: Scores | None) -> dict[str, Any]:
+_TRIAL_COLUMNS = ("origin", "remove_below", "keep_above", "status", "quality", "quality_stderr", "objective")
+
+
+def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | None) -> Trial:
     """A baseline as if the search had met it: judged by the tasks that the search judges by, as `base` was."""
-    scores = records.scores(entry["key"])
+    scores = records.scores(entry.key)
     if scores is not None and base is not None:
         judged_by = {(metric.task, metric.metric) for metric in base.primary()}
         scores = Scores([metric for metric in scores.metrics if (metric.task, metric.metric) in judged_by])
     value, stderr = (None, None) if scores is None else quality(scores)
-    judged = {"quality": value, "quality_stderr": stderr, "status": "failed" if scores is None else "ok"}
-    return {**entry, **judged, "objective": None, "remove_below": None, "keep_above": None}
+    return Trial(
+        entry.plan,
+        entry.origin,
+        status="failed" if scores is None else "ok",
+        quality=value,
+        quality_stderr=stderr,
+        speedup=entry.speedup,
+        key=entry.key,
+    )
 
 
 def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
     base = records.scores(state.base_key)
-    timings = {(Finalist.from_dict(unit), unit["concurrency"]): unit["key"] for unit in state.throughput}
-    concurrencies = list(dict.fromkeys(unit["concurrency"] for unit in state.throughput))
+    timings = {(unit.finalist, unit.concurrency): unit.key for unit in state.throughput}
+    concurrencies = list(dict.fromkeys(unit.concurrency for unit in state.throughput))
     rows = []
     for entry in state.finalists:
-        finalist = Finalist.from_dict(entry)
-        plan, healed = finalist.plan, finalist.healed_key is not None
+        finalist, plan = entry.finalist, entry.finalist.plan
         about: dict[str, Any] = {
             "plan_id": plan.plan_id,
             **plan.to_dict(),
             "origin": finalist.origin,
-            "healed": healed,
-            "heal_tokens": records.healing(entry["healed_key"])["tokens"] if healed else 0,
-            **quality_cells(base, records.scores(entry["quality_key"])),
-            "flags": _flags(base, records.scores(entry["quality_key"])),
+            "healed": finalist.healed_key is not None,
+            "heal_tokens": 0 if finalist.healed_key is None else records.healing(finalist.healed_key)["tokens"],
+            **quality_cells(base, records.scores(entry.quality_key)),
+            "flags": _flags(base, records.scores(entry.quality_key)),
         }
         for concurrency in concurrencies:
             timing = records.result(timings[finalist, concurrency], ("throughput",))

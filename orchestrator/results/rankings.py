@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -141,13 +141,13 @@ def interaction_rows(records: RecordReader, state: RunState, ablations: Ablation
         ablations: single layers, compared with the base scores of `interaction_bases`.
     """
     seen: set[tuple[Plan, str]] = set()
-    for base, tried in zip(interaction_bases(state), (state.trials, state.finalists), strict=True):
+    for base, tried in zip(interaction_bases(state), (_trials(state), _unhealed(state)), strict=True):
         base_scores = records.scores(base)
         if base is None or base_scores is None:
             continue
-        layers, plans = ablations.singles(base), _unhealed_plans(tried)
-        each_scores = records.each_scores(key for _, key in plans)
-        for (plan, _), entry, scores in zip(plans, plans.values(), each_scores, strict=True):
+        layers = ablations.singles(base)
+        each_scores = records.each_scores(key for _, key in tried)
+        for ((plan, _), origin), scores in zip(tried.items(), each_scores, strict=True):
             if scores is None:
                 continue
             treated = [(t, layer) for layer, t in enumerate(plan.treatments) if t is not Treatment.SOFTMAX]
@@ -159,7 +159,7 @@ def interaction_rows(records: RecordReader, state: RunState, ablations: Ablation
                 yield {
                     "plan_id": plan.plan_id,
                     **plan.to_dict(),
-                    "origin": entry["origin"],
+                    "origin": origin,
                     "score": score,
                     **_interaction(base_scores, scores, [single for single in singles if single is not None], score),
                 }
@@ -170,13 +170,25 @@ def interaction_bases(state: RunState) -> tuple[str | None, str | None]:
     return search_base_key(state), state.base_key
 
 
-def _unhealed_plans(tried: list[dict[str, Any]]) -> dict[tuple[Plan, str], dict[str, Any]]:
-    """The first entry of each plan that treats a layer and is not healed, by the plan and the key of its scores."""
-    found: dict[tuple[Plan, str], dict[str, Any]] = {}
-    for entry in tried:
-        plan, key = Plan.from_dict(entry), entry.get("key") or entry.get("quality_key")
-        if key is not None and not entry.get("healed_key") and plan.count(Treatment.SOFTMAX) < len(plan):
-            found.setdefault((plan, key), entry)
+Tried = dict[tuple[Plan, str], str]
+"""Origin of each plan that treats a layer, by the plan and the key of its scores."""
+
+
+def _trials(state: RunState) -> Tried:
+    return _treated((trial.plan, trial.key, trial.origin) for trial in state.trials)
+
+
+def _unhealed(state: RunState) -> Tried:
+    unhealed = [entry for entry in state.finalists if entry.finalist.healed_key is None]
+    return _treated((entry.finalist.plan, entry.quality_key, entry.finalist.origin) for entry in unhealed)
+
+
+def _treated(tried: Iterable[tuple[Plan, str | None, str]]) -> Tried:
+    """The first origin of each plan that treats a layer and whose scores have a key."""
+    found: Tried = {}
+    for plan, key, origin in tried:
+        if key is not None and plan.count(Treatment.SOFTMAX) < len(plan):
+            found.setdefault((plan, key), origin)
     return found
 
 
@@ -192,13 +204,13 @@ def tier_rows(sensitivity: list[dict[str, Any]], state: RunState) -> Iterator[di
         for row in sensitivity
         if row["task"] == MEAN_TASK and row["treatment"] == Treatment.NONE.value
     }
-    trials = {Plan.from_dict(trial): trial for trial in reversed(state.trials)}
+    trials = {trial.plan: trial for trial in reversed(state.trials)}
     for entry in state.healed:
-        plan = Plan.from_dict(entry)
+        plan = entry.plan
         trial = trials.get(plan)
-        if trial is None or trial["remove_below"] is None or len(drops) < len(plan):
+        if trial is None or trial.remove_below is None or trial.keep_above is None or len(drops) < len(plan):
             continue
-        thresholds = {name: trial[name] for name in ("remove_below", "keep_above")}
+        thresholds = {"remove_below": trial.remove_below, "keep_above": trial.keep_above}
         for layer, treatment in enumerate(plan.treatments):
             row = drops[layer]
             holds = straddles(row["drop_ci_low"], row["drop_ci_high"], **thresholds)

@@ -44,10 +44,10 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
     """Rows of speed.csv: each measured model under each condition that a model was fitted to, with its prediction."""
     predict, fitted = predictions(state), [] if state.speed is None else state.speed["measured"]
     in_fit = {entry["key"] for entry in fitted}
-    entries = {entry["key"]: {**entry, "healed_key": None} for entry in fitted}
-    entries |= {entry["key"]: entry for entry in state.throughput}
-    for key, entry in entries.items():
-        plan, concurrency = Plan.from_dict(entry), entry["concurrency"]
+    timed = {entry["key"]: (Plan.from_dict(entry), entry["concurrency"], False) for entry in fitted}
+    for entry in state.throughput:
+        timed[entry.key] = entry.finalist.plan, entry.concurrency, entry.finalist.healed_key is not None
+    for key, (plan, concurrency, healed) in timed.items():
         predicted, record = predict(plan, concurrency), records.result(key, _STAGES)
         if predicted is None or record is None:
             continue
@@ -55,7 +55,7 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
         yield {
             "plan_id": plan.plan_id,
             **plan.to_dict(),
-            "healed": entry["healed_key"] is not None,
+            "healed": healed,
             "concurrency": concurrency,
             "in_fit": key in in_fit,
             "predicted_throughput_tok_per_s": predicted[0],
@@ -68,8 +68,8 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
 def length_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of lengths.csv: each finalist at each prompt length; what failed stays, with its error."""
     for entry in state.lengths:
-        finalist, record = Finalist.from_dict(entry), records.result(entry["key"], _STAGES)
-        condition = {name: entry[name] for name in ("concurrency", "prompt_tokens", "new_tokens")}
+        finalist, record = entry.finalist, records.result(entry.key, _STAGES)
+        condition = {name: getattr(entry, name) for name in ("concurrency", "prompt_tokens", "new_tokens")}
         yield {
             "plan_id": finalist.plan.plan_id,
             **finalist.plan.to_dict(),

@@ -76,12 +76,159 @@ class Failure(Entry):
 
 
 @dataclass(frozen=True)
+class Trial(Entry):
+    """A point of the search.
+
+    Attributes:
+        plan: what was tried.
+        origin: what proposed it: a fixed point's name, `given`, `search` or `refined`.
+        remove_below, keep_above: thresholds that gave the plan; None for other methods.
+        status: `ok` or `failed`.
+        error: what it failed with; None for one that did not.
+        quality, quality_stderr: by what the search judges by; None if that is not recorded.
+        objective: what the search maximises beside speed; None as `quality` is.
+        speedup: predicted throughput over the base's; None as `quality` is.
+        key: of its scores.
+    """
+
+    plan: Plan
+    origin: str
+    remove_below: float | None = None
+    keep_above: float | None = None
+    status: str = "ok"
+    error: str | None = None
+    quality: float | None = None
+    quality_stderr: float | None = None
+    objective: float | None = None
+    speedup: float | None = None
+    key: str | None = None
+
+    def proposal(self) -> dict[str, Any]:
+        """Returns the members that the record of the trials holds, which say nothing about what the plan is worth."""
+        return {name: value for name, value in self.to_dict().items() if name not in _JUDGED}
+
+
+_JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key")
+
+
+@dataclass(frozen=True)
+class BaselineEntry(Entry):
+    """A plan that the candidates are compared with.
+
+    Attributes:
+        plan: what is healed.
+        origin: name of the baseline.
+        speedup: predicted throughput over the untouched model's.
+        key: of the plan's scores before healing.
+    """
+
+    plan: Plan
+    origin: str
+    speedup: float
+    key: str
+
+
+@dataclass(frozen=True)
+class CurvePoint(Entry):
+    """A point of a healed plan's quality curve: a share of the budget, its tokens, and the key of the scores there."""
+
+    share: float
+    tokens: int
+    key: str
+
+
+@dataclass(frozen=True)
+class HealedEntry(Entry):
+    """A healed plan.
+
+    Attributes:
+        plan: what was healed.
+        origin: of the plan.
+        key: of the healing.
+        quality_key: of the scores of its checkpoint.
+        curve: points before that, the share 0 first; empty where the recipe asks for none.
+    """
+
+    plan: Plan
+    origin: str
+    key: str
+    quality_key: str
+    curve: tuple[CurvePoint, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object of the entry, with that of each point."""
+        return super().to_dict() | {"curve": [point.to_dict() for point in self.curve]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what `to_dict` wrote."""
+        points = tuple(CurvePoint.from_dict(point) for point in data.get("curve", ()))
+        return super().from_dict({**data, "curve": points})
+
+
+@dataclass(frozen=True)
+class HalvingEntry(Entry):
+    """A plan in a rung of halving.
+
+    Attributes:
+        plan: what was healed.
+        origin: of the plan.
+        rung: number of the rung, the first is 1.
+        share: of the budget that the rung heals on.
+        speedup: predicted throughput over the base's.
+        key: of the healing.
+        tokens: that it was healed on; None if it failed.
+        quality_key: of its scores after that; None if it failed.
+        objective: the search's objective after that; None if it failed.
+        survived: whether the plan goes on to the next rung.
+    """
+
+    plan: Plan
+    origin: str
+    rung: int
+    share: float
+    speedup: float | None
+    key: str
+    tokens: int | None = None
+    quality_key: str | None = None
+    objective: float | None = None
+    survived: bool = False
+
+
+@dataclass(frozen=True)
 class Finalist(Entry):
     """One model of pareto.csv: a plan on the parent's weights, or healed (then with the key of its healing)."""
 
     plan: Plan
     origin: str
     healed_key: str | None = None
+
+
+@dataclass(frozen=True)
+class FinalistEntry(Entry):
+    """A finalist and the key of its scores."""
+
+    finalist: Finalist
+    quality_key: str
+
+
+@dataclass(frozen=True)
+class BranchesEntry(Entry):
+    """A healed plan whose branches were checked, and the key of what that gave."""
+
+    finalist: Finalist
+    key: str
+
+
+@dataclass(frozen=True)
+class TimingEntry(Entry):
+    """A finalist under a serving condition, and the key of its timing."""
+
+    finalist: Finalist
+    concurrency: int
+    prompt_tokens: int
+    new_tokens: int
+    key: str
 
 
 _INLINED: dict[str, Any] = {"plan": Plan, "finalist": Finalist}

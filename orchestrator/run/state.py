@@ -7,7 +7,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from orchestrator.recipe.errors import InputError
-from orchestrator.run.entries import AblationEntry, Entry, Failure
+from orchestrator.run.entries import (
+    AblationEntry,
+    BaselineEntry,
+    BranchesEntry,
+    Entry,
+    Failure,
+    FinalistEntry,
+    HalvingEntry,
+    HealedEntry,
+    TimingEntry,
+    Trial,
+)
 from orchestrator.run.folder import RunFolder
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
@@ -28,18 +39,15 @@ class RunState:
     Attributes:
         sensitivity: each ablation; those of the source that the chosen score needs come first.
         adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
-        trials: points of the search with their plan, thresholds, origin, status, quality, both objectives of the
-            search (`objective`, and `speedup`, which is predicted), and the `key` of their scores.
-        baselines: `plan`, `window`, `origin`, predicted `speedup` of each baseline, and the `key` of its scores.
-        healed: `plan`, `window`, `origin`, `key` of each healed plan, the `quality_key` of its checkpoint, and its
-            `curve`: `share`, `tokens` and `key` of each point before that.
-        finalists: `Finalist.to_dict()` and `quality_key` of each.
-        branches: `Finalist.to_dict()` and `key` of each healed plan whose branches were checked.
-        throughput: `Finalist.to_dict()`, `concurrency`, `prompt_tokens`, `new_tokens` and `key` of each timing.
+        trials: points of the search.
+        baselines: what the candidates are compared with.
+        healed: the healed plans.
+        finalists: rows of pareto.csv.
+        branches: healed plans whose branches were checked.
+        throughput: timings of the finalists under the serving conditions.
         speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
-        lengths: the same of each timing over lengths.
-        halving: `plan`, `window`, `origin`, `rung`, `share`, `tokens`, predicted `speedup`, `survived`, `key` (of the
-            healing) and `quality_key` of each plan in each rung.
+        lengths: timings of the finalists over lengths of prompts.
+        halving: each plan in each rung.
         estimates: what each stage was expected to cost before the run; see `orchestrator.costs.estimate`.
         stage_s: seconds that each stage took, all calls of the command together.
         failures: each unit that failed for good.
@@ -52,15 +60,15 @@ class RunState:
     base_key: str | None = None
     sensitivity: list[AblationEntry] = field(default_factory=list)
     adaptive: dict[str, Any] | None = None
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    baselines: list[dict[str, Any]] = field(default_factory=list)
-    healed: list[dict[str, Any]] = field(default_factory=list)
-    finalists: list[dict[str, Any]] = field(default_factory=list)
-    branches: list[dict[str, Any]] = field(default_factory=list)
-    throughput: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    baselines: list[BaselineEntry] = field(default_factory=list)
+    healed: list[HealedEntry] = field(default_factory=list)
+    finalists: list[FinalistEntry] = field(default_factory=list)
+    branches: list[BranchesEntry] = field(default_factory=list)
+    throughput: list[TimingEntry] = field(default_factory=list)
     speed: dict[str, Any] | None = None
-    lengths: list[dict[str, Any]] = field(default_factory=list)
-    halving: list[dict[str, Any]] = field(default_factory=list)
+    lengths: list[TimingEntry] = field(default_factory=list)
+    halving: list[HalvingEntry] = field(default_factory=list)
     estimates: list[dict[str, Any]] = field(default_factory=list)
     stage_s: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -77,7 +85,18 @@ class RunState:
         return cls(**{**data, **entries})
 
 
-_ENTRIES: dict[str, type[Entry]] = {"sensitivity": AblationEntry, "failures": Failure}
+_ENTRIES: dict[str, type[Entry]] = {
+    "sensitivity": AblationEntry,
+    "trials": Trial,
+    "baselines": BaselineEntry,
+    "healed": HealedEntry,
+    "finalists": FinalistEntry,
+    "branches": BranchesEntry,
+    "throughput": TimingEntry,
+    "lengths": TimingEntry,
+    "halving": HalvingEntry,
+    "failures": Failure,
+}
 """What the lists of the state hold."""
 
 

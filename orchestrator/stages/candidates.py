@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from layerboost.evaluation.scores import SCORES
 from layerboost.plan import Plan
 from layerboost.search.pareto import choose_spread
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import HalvingEntry, Trial
 from orchestrator.run.state import CANDIDATE_ORIGINS
 
 
@@ -25,16 +25,17 @@ def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
     return [plans[index] for index in most_promising(run, list(trials.values()), n)]
 
 
-def _faster_plans(run: RunContext) -> dict[Plan, dict[str, Any]]:
+def _faster_plans(run: RunContext) -> dict[Plan, Trial]:
     """The trials of the plans that are faster than the base, slowest first."""
-    trials = [trial for trial in run.state.trials if trial["quality"] is not None]
-    distinct = {Plan.from_dict(trial): trial for trial in reversed(trials)}
-    found = [
-        (plan, trial)
-        for plan, trial in distinct.items()
-        if trial["origin"] in CANDIDATE_ORIGINS and trial["speedup"] > 1
-    ]
-    return dict(sorted(found, key=lambda item: (item[1]["speedup"], str(item[0]))))
+    trials = [trial for trial in run.state.trials if trial.quality is not None]
+    distinct = {trial.plan: trial for trial in reversed(trials)}
+    found = [trial for trial in distinct.values() if trial.origin in CANDIDATE_ORIGINS and _speedup(trial) > 1]
+    return {trial.plan: trial for trial in sorted(found, key=lambda trial: (_speedup(trial), str(trial.plan)))}
+
+
+def _speedup(entry: Trial | HalvingEntry) -> float:
+    assert entry.speedup is not None  # what has a quality has a predicted speed too
+    return entry.speedup
 
 
 def say_that_none_is_allowed(run: RunContext) -> None:
@@ -53,7 +54,7 @@ _TARGET = 0.99
 """Share of the quality that candidates are aimed at where the recipe asks for none; as the report's headline."""
 
 
-def most_promising(run: RunContext, entries: Sequence[dict[str, Any]], n: int) -> list[int]:
+def most_promising(run: RunContext, entries: Sequence[Trial | HalvingEntry], n: int) -> list[int]:
     """The plans that spread best over expected quality and predicted speed, counted from a floor below the target.
 
     From a far corner the fastest plans would come first however bad they are. What lies below the floor comes last, the
@@ -68,9 +69,9 @@ def most_promising(run: RunContext, entries: Sequence[dict[str, Any]], n: int) -
         Indices, the best first.
     """
     target = run.inputs.recipe.constraints.at_least.get("quality_retained", _TARGET)
-    kept = [_kept(run, entry["objective"]) for entry in entries]
-    order = sorted(range(len(entries)), key=lambda index: entries[index]["speedup"])
-    points = [(1 - _LEFT * (1 - kept[index]), entries[index]["speedup"]) for index in order]
+    kept = [_kept(run, entry.objective) for entry in entries]
+    order = sorted(range(len(entries)), key=lambda index: _speedup(entries[index]))
+    points = [(1 - _LEFT * (1 - kept[index]), _speedup(entries[index])) for index in order]
     return [order[index] for index in choose_spread(points, n, (1 - 2 * (1 - target), 1.0))]
 
 
@@ -80,7 +81,7 @@ def _kept(run: RunContext, objective: float | None) -> float:
         return math.nan
     recipe = run.inputs.recipe
     is_quality = recipe.search.objective == "quality"
-    base = next((trial["quality"] for trial in run.state.trials if trial["origin"] == "base"), None)
+    base = next((trial.quality for trial in run.state.trials if trial.origin == "base"), None)
     if not is_quality:
         return SCORES[recipe.sensitivity.score].kept(objective, base)
     return 1 - (base - objective) / base if base else objective

@@ -11,6 +11,7 @@ from typing import Any
 from layerboost.healing.spec import HealingSpec, mark_steps
 from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import CurvePoint
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import CURVE
 from tasks.evaluation import EvaluationUnit
@@ -53,15 +54,13 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed
             run.folder.remove(snapshot_folder(key))
 
 
-def curve_entries(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
-    """What `run.json` lists of a healed plan's curve: share, tokens and key of the scores of each point, 0 first."""
+def curve_entries(run: RunContext, plan: Plan, key: str) -> list[CurvePoint]:
+    """What `run.json` lists of a healed plan's curve: each point, the share 0 first."""
     spec, inputs = run.inputs.healing_spec, run.inputs
-    entries = [{"share": 0.0, "tokens": 0, "key": unit_key(inputs.plan_scores(plan, inputs.full_spec))}]
+    entries = [CurvePoint(0.0, 0, unit_key(inputs.plan_scores(plan, inputs.full_spec)))]
     for point in _recorded_points(run, key):
         tokens = point["step"] * spec.tokens_per_step
-        entries.append(
-            {"share": point["share"], "tokens": tokens, "key": unit_key(_identity(run, plan, key, point["step"]))}
-        )
+        entries.append(CurvePoint(point["share"], tokens, unit_key(_identity(run, plan, key, point["step"]))))
     return entries
 
 

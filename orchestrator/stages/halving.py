@@ -6,6 +6,7 @@ A rung's healings leave the parameters that they trained in `snapshots/<key>/`; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation.scores import Scores
@@ -13,6 +14,7 @@ from layerboost.healing.rungs import rungs, total_tokens
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import HalvingEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import CURVE
 from orchestrator.stages.candidates import most_promising
@@ -50,28 +52,21 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
         f"halving: {len(plans)} plans, {n_tokens:,} tokens in all, {part:.0%} of healing all fully",
         rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {healing.candidates}x1",
     )
-    trials = {Plan.from_dict(trial): trial for trial in reversed(run.state.trials)}
+    trials = {trial.plan: trial for trial in reversed(run.state.trials)}
     left = list(plans)
     for number, (rung, n_left) in enumerate(
         zip(ladder, [*(rung.n_plans for rung in ladder[1:]), healing.candidates], strict=True), start=1
     ):
         spec = run.inputs.healing_spec_at(rung.share)
-        origins = {plan: trials[plan]["origin"] for plan in left}
+        origins = {plan: trials[plan].origin for plan in left}
         _heal_rung(run, number, origins, spec)
         _judge_rung(run, number, left, spec)
         entries = [
-            {
-                **plan.to_dict(),
-                "origin": origins[plan],
-                "rung": number,
-                "share": rung.share,
-                "speedup": trials[plan]["speedup"],
-                **_outcome(run, plan, spec),
-            }
+            HalvingEntry(plan, origins[plan], number, rung.share, trials[plan].speedup, **_outcome(run, plan, spec))
             for plan in left
         ]
         chosen = most_promising(run, entries, n_left)
-        run.state.halving += [{**entry, "survived": index in chosen} for index, entry in enumerate(entries)]
+        run.state.halving += [replace(entry, survived=index in chosen) for index, entry in enumerate(entries)]
         run.save()
         left = [left[index] for index in chosen]
     return left

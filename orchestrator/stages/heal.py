@@ -8,6 +8,7 @@ from typing import Any
 
 from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import BaselineEntry, HealedEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.stages.baselines import baselines
 from orchestrator.stages.candidates import candidates, say_that_none_is_allowed
@@ -60,7 +61,7 @@ def heal(run: RunContext) -> bool:
 
 def plans_to_heal(run: RunContext) -> dict[Plan, str]:
     """The candidates, then the baselines, each with its origin. Lists the baselines in the run's state."""
-    searched = {Plan.from_dict(trial): trial["origin"] for trial in reversed(run.state.trials)}
+    searched = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     halving = run.inputs.recipe.healing.halving
     chosen = candidates(run, None if halving is None else halving.plans)
     if not chosen:
@@ -69,12 +70,7 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
         chosen = halve(run, chosen)
     others = baselines(run, chosen)
     run.state.baselines = [
-        {
-            **plan.to_dict(),
-            "origin": origin,
-            "speedup": speedup(run, plan),
-            "key": unit_key(run.inputs.plan_scores(plan, run.inputs.full_spec)),
-        }
+        BaselineEntry(plan, origin, speedup(run, plan), unit_key(run.inputs.plan_scores(plan, run.inputs.full_spec)))
         for plan, origin in others.items()
     ]
     return {plan: searched[plan] for plan in chosen} | others
@@ -83,18 +79,14 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
 def _judge_curves(run: RunContext, keys: dict[Plan, str]) -> None:
     """Quality of the baselines, which no search has judged, before healing; then the curve of what is healed."""
     healed = list(keys.items()) if run.inputs.recipe.healing.curve else []
-    measure_curves(run, healed, [Plan.from_dict(baseline) for baseline in run.state.baselines])
+    measure_curves(run, healed, [baseline.plan for baseline in run.state.baselines])
 
 
-def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> dict[str, Any]:
+def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> HealedEntry:
     """What `run.json` lists of a healed plan."""
-    return {
-        **plan.to_dict(),
-        "origin": origin,
-        "key": key,
-        "quality_key": unit_key(run.inputs.scores(healed_unit(run, plan), run.inputs.full_spec, key)),
-        "curve": curve_entries(run, plan, key) if run.inputs.recipe.healing.curve else [],
-    }
+    quality_key = unit_key(run.inputs.scores(healed_unit(run, plan), run.inputs.full_spec, key))
+    curve = curve_entries(run, plan, key) if run.inputs.recipe.healing.curve else []
+    return HealedEntry(plan, origin, key, quality_key, tuple(curve))
 
 
 def is_healed(run: RunContext, plan: Plan, identity: dict[str, Any]) -> bool:

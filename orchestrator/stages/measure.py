@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerboost.plan import Plan, Treatment
+from layerboost.plan import Treatment
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import Finalist
+from orchestrator.run.entries import BranchesEntry, Finalist, FinalistEntry, TimingEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import THROUGHPUT
 from orchestrator.run.state import REFINED
@@ -26,14 +26,14 @@ def measure(run: RunContext) -> bool:
     names: dict[EvaluationUnit, dict[str, Any]] = {unit: _name(finalist) for finalist, unit in units.items()}
     healed_keys = {units[finalist]: finalist.healed_key for finalist in found if finalist.healed_key is not None}
     run.state.finalists = [
-        {**finalist.to_dict(), "quality_key": unit_key(run.inputs.scores(unit, spec, finalist.healed_key))}
+        FinalistEntry(finalist, unit_key(run.inputs.scores(unit, spec, finalist.healed_key)))
         for finalist, unit in units.items()
     ]
     branches = branch_units(run)
     names |= {unit: {**_name(finalist), "kind": "branches"} for unit, finalist in branches.items()}
     healed_keys |= {unit: finalist.healed_key for unit, finalist in branches.items() if finalist.healed_key is not None}
     run.state.branches = [
-        {**finalist.to_dict(), "key": unit_key(run.inputs.scores(unit, spec, finalist.healed_key))}
+        BranchesEntry(finalist, unit_key(run.inputs.scores(unit, spec, finalist.healed_key)))
         for unit, finalist in branches.items()
     ]
     run.evaluate("measure", spec, names, healed_keys)
@@ -44,9 +44,9 @@ def measure(run: RunContext) -> bool:
 
 def finalists(run: RunContext) -> list[Finalist]:
     """The rows of pareto.csv: the base, the fixed points of the search, the healed candidates."""
-    origins = {Plan.from_dict(trial): trial["origin"] for trial in reversed(run.state.trials)}
+    origins = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     unhealed = [Finalist(plan, origin) for plan, origin in origins.items() if origin not in ("search", REFINED)]
-    order = [trial["origin"] for trial in run.state.trials]
+    order = [trial.origin for trial in run.state.trials]
     unhealed.sort(key=lambda finalist: order.index(finalist.origin))
     return unhealed + _healed(run)
 
@@ -65,7 +65,7 @@ def branch_units(run: RunContext) -> dict[EvaluationUnit, Finalist]:
 
 
 def _healed(run: RunContext) -> list[Finalist]:
-    return [Finalist(Plan.from_dict(entry), entry["origin"], entry["key"]) for entry in run.state.healed]
+    return [Finalist(entry.plan, entry.origin, entry.key) for entry in run.state.healed]
 
 
 def evaluation_unit(run: RunContext, finalist: Finalist) -> EvaluationUnit:
@@ -92,7 +92,7 @@ def _time(run: RunContext, found: list[Finalist]) -> None:
 
 def _timings(
     run: RunContext, stage: str, found: list[Finalist], conditions: list[tuple[int, int]], hardware: str
-) -> list[dict[str, Any]]:
+) -> list[TimingEntry]:
     """What `run.json` lists of the timings of finalists under pairs of concurrency and prompt tokens."""
     units = {}
     for finalist in found:
@@ -105,12 +105,6 @@ def _timings(
     named = {unit: (_name(finalist), finalist.healed_key) for unit, finalist in units.items()}
     keys = time_models(run, stage, named, hardware)
     return [
-        {
-            **finalist.to_dict(),
-            "concurrency": unit.concurrency,
-            "prompt_tokens": unit.prompt_tokens,
-            "new_tokens": unit.new_tokens,
-            "key": keys[unit],
-        }
+        TimingEntry(finalist, unit.concurrency, unit.prompt_tokens, unit.new_tokens, keys[unit])
         for unit, finalist in units.items()
     ]

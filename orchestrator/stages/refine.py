@@ -10,6 +10,7 @@ from layerboost.search.refinement import Refiner, make_refiner
 from layerboost.sensitivity.drops import mean_drop
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Trial
 from orchestrator.run.kinds import REFINE
 from orchestrator.run.records import time_and_worker
 from orchestrator.run.state import REFINED
@@ -21,7 +22,7 @@ _PLANS_OF_A_UNIT = 8
 """Plans that one worker evaluates together: enough to share most of their layers."""
 
 
-def refine(run: RunContext) -> list[dict[str, Any]]:
+def refine(run: RunContext) -> list[Trial]:
     """Points of the search that refinement adds: the improved plans of those that would be healed.
 
     Plans are compared by the chosen score, over the items that the single layers were scored on.
@@ -51,9 +52,8 @@ def refine(run: RunContext) -> list[dict[str, Any]]:
         plan, drop = refiner.best
         run.progress.note("refined", start=refiner.start, plan=plan, drop=f"{drop:.4f}")
     run.progress.end_stage()
-    nothing = {"remove_below": None, "keep_above": None, "status": "ok", "error": None}
     improved = dict.fromkeys(refiner.best[0] for refiner in rounds.refiners if refiner.best[0] != refiner.start)
-    return [{**plan.to_dict(), "origin": REFINED, **nothing} for plan in improved]
+    return [Trial(plan, REFINED) for plan in improved]
 
 
 def _name(unit: SweepWork) -> dict[str, Any]:

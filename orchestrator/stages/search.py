@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation.scores import Scores, quality
@@ -10,6 +11,7 @@ from layerboost.search.loop import Outcome, SearchState, TrialResult, Values
 from layerboost.search.proposers import make_proposer
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Trial
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import SCORE_STAGES, TRIALS
 from orchestrator.run.records import time_and_worker
@@ -30,7 +32,7 @@ def search(run: RunContext) -> bool:
     identity = run.inputs.search(costs, (run.state.speed or {"models": []})["models"])
     recorded = run.folder.read_record(TRIALS, unit_key(identity))
     if recorded is not None:
-        trials = recorded.result["trials"]
+        trials = [Trial.from_dict(trial) for trial in recorded.result["trials"]]
         run.progress.start_stage("search", len(trials), recorded=len(trials))
     else:
         points, failures = _search(run, costs)
@@ -38,7 +40,7 @@ def search(run: RunContext) -> bool:
         for failure in failures:
             run.failed("search", {"plan": str(failure.unit)}, failure.error)
         if not failures:
-            run.record(TRIALS, identity, {"trials": trials})
+            run.record(TRIALS, identity, {"trials": [trial.proposal() for trial in trials]})
     judged: dict[Plan, dict[str, Any]] = {}
     _set_trials(run, trials, judged)
     run.progress.end_stage()
@@ -52,7 +54,7 @@ def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Out
     return objective(run, before, after), speedup(run, plan)
 
 
-def _set_trials(run: RunContext, trials: list[dict[str, Any]], judged: dict[Plan, dict[str, Any]]) -> None:
+def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[str, Any]]) -> None:
     """Puts points into the run's state, with what is known of their plans.
 
     Args:
@@ -62,9 +64,8 @@ def _set_trials(run: RunContext, trials: list[dict[str, Any]], judged: dict[Plan
             plan are read once, however often points are put into the state.
     """
     untouched, spec = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers), run.inputs.search_quality_spec
-    plans = [Plan.from_dict(trial) for trial in trials]
-    keys = {plan: unit_key(run.inputs.plan_scores(plan, spec)) for plan in dict.fromkeys(plans)}
-    ok = dict.fromkeys(plan for plan, trial in zip(plans, trials, strict=True) if trial["status"] == "ok")
+    keys = {plan: unit_key(run.inputs.plan_scores(plan, spec)) for plan in {trial.plan: None for trial in trials}}
+    ok = dict.fromkeys(trial.plan for trial in trials if trial.status == "ok")
     unread = [plan for plan in ok if plan not in judged]
     base = run.recorded(run.inputs.plan_scores(untouched, spec)) if unread else None
     if base is not None:
@@ -72,10 +73,10 @@ def _set_trials(run: RunContext, trials: list[dict[str, Any]], judged: dict[Plan
         for plan, record in zip(unread, records, strict=True):
             if record is not None:
                 judged[plan] = _judged(run, plan, record.result, base)
-    unknown = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
+    unknown: dict[str, Any] = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
     run.state.trials = [
-        {**trial, **(judged.get(plan, unknown) if trial["status"] == "ok" else unknown), "key": keys[plan]}
-        for plan, trial in zip(plans, trials, strict=True)
+        replace(trial, key=keys[trial.plan], **(judged.get(trial.plan, unknown) if trial.status == "ok" else unknown))
+        for trial in trials
     ]
 
 
@@ -113,15 +114,9 @@ def _rest_time(run: RunContext, times: dict[Treatment, list[float]]) -> float:
     return sum(times[Treatment.SOFTMAX]) / (removed - 1) if removed > 1 else 1.0
 
 
-def _trial(point: TrialResult) -> dict[str, Any]:
-    return {
-        **point.plan.to_dict(),
-        "origin": point.origin,
-        "remove_below": point.remove_below,
-        "keep_above": point.keep_above,
-        "status": "ok" if point.error is None else "failed",
-        "error": point.error,
-    }
+def _trial(point: TrialResult) -> Trial:
+    status = "ok" if point.error is None else "failed"
+    return Trial(point.plan, point.origin, point.remove_below, point.keep_above, status, point.error)
 
 
 def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:

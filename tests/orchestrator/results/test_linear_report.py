@@ -20,7 +20,7 @@ from orchestrator.results.plans import search_base_key
 from orchestrator.results.rankings import interaction_bases, interaction_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import cost_matrix, sensitivity_rows
-from orchestrator.run.entries import AblationEntry
+from orchestrator.run.entries import AblationEntry, Finalist, FinalistEntry, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.kinds import SCORE_STAGES
 from orchestrator.run.records import find_record, scores_of
@@ -88,13 +88,12 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
     for n, plan in enumerate([*plans, plans[2]]):
         stage = ("search", "refine", "sensitivity")[n % 3]
         key = drawn.record(stage, drawn.scores(TASKS, text=True), plan=plan.to_dict(), of="trial")
-        state.trials.append({**plan.to_dict(), "origin": "search" if n else "base", "key": key})
-    state.trials.append({**drawn.plan("NL").to_dict(), "origin": "search", "key": unit_key({"of": "no record"})})
+        state.trials.append(Trial(plan, "search" if n else "base", key=key))
+    state.trials.append(Trial(drawn.plan("NL"), "search", key=unit_key({"of": "no record"})))
     healed = drawn.record("heal", {}, of="healing")
     for plan, healed_key in ((softmax, None), (plans[1], None), (plans[3], None), (plans[4], healed)):
         key = drawn.record("measure", drawn.scores(everything, text=True), plan=plan.to_dict(), healed=healed_key)
-        finalist = {**plan.to_dict(), "origin": "search", "healed_key": healed_key, "quality_key": key}
-        state.finalists.append(finalist)
+        state.finalists.append(FinalistEntry(Finalist(plan, "search", healed_key), key))
     for share in range(30):
         drawn.record("sweep", {"log_p": drawn.rng.normal(size=(3, 50)).tolist()}, share=share)
     return drawn.folder, state
@@ -163,7 +162,8 @@ def _noted(read: list[str], folder: RunFolder, name: str) -> None:
 
 def naive_interactions(folder: RunFolder, state: RunState) -> Iterator[dict[str, Any]]:
     seen: set[tuple[Plan, str]] = set()
-    for base_key, tried in ((search_base_key(state), state.trials), (state.base_key, state.finalists)):
+    trials, finalists = ([entry.to_dict() for entry in entries] for entries in (state.trials, state.finalists))
+    for base_key, tried in ((search_base_key(state), trials), (state.base_key, finalists)):
         base = scores_of(folder, base_key)
         assert base is not None
         layers = naive_single_layers(folder, state, base)
@@ -256,7 +256,7 @@ def naive_costs(folder: RunFolder, state: RunState) -> dict[str, tuple[int, floa
     keys = {
         "evaluate": [state.base_key],
         "sensitivity": [unit.key for unit in state.sensitivity],
-        "measure": [unit["quality_key"] for unit in state.finalists],
+        "measure": [unit.quality_key for unit in state.finalists],
     }
     found = {
         stage: [record.result["duration_s"] for record in folder.records(stage) if record.key in of_stage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from orchestrator.results.rankings import (
 )
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import sensitivity_rows
-from orchestrator.run.entries import AblationEntry
+from orchestrator.run.entries import AblationEntry, BaselineEntry, HealedEntry, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.state import RunState
 
@@ -65,13 +66,12 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
     ]
     state.sensitivity.append(AblationEntry("text", 512, None, "none", cosine, None))
     pair = record("pair", _scores(BASE + DROPS[0] + DROPS[2] + 0.25))
-    trial = {"window": None, "remove_below": None, "keep_above": None, "status": "ok", "error": None}
     state.trials = [
-        {**trial, "plan": "SSSS", "origin": "base", "key": base},
-        {**trial, "plan": "NSNS", "origin": "search", "key": pair, "remove_below": 0.1, "keep_above": 0.4},
-        {**trial, "plan": "LSNS", "window": 8, "origin": "search", "key": pair},
+        Trial(Plan.parse("SSSS"), "base", key=base),
+        Trial(Plan.parse("NSNS"), "search", remove_below=0.1, keep_above=0.4, key=pair),
+        Trial(Plan.parse("LSNS", 8), "search", key=pair),
     ]
-    state.healed = [{"plan": "NSNS", "window": None, "key": "healed"}]
+    state.healed = [HealedEntry(Plan.parse("NSNS"), "search", "healed", "judged")]
     return folder, state
 
 
@@ -85,7 +85,7 @@ def test_a_score_that_is_no_mean_of_items_gives_no_ranking(run):
         scores.metrics.append(perplexity)
         folder.write_record("sensitivity", record.identity, {**record.result, "scores": scores.to_dict()})
 
-    for key in {*(unit.key for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1]["key"]}:
+    for key in {*(unit.key for unit in state.sensitivity[:N_LAYERS]), state.base_key, state.trials[1].key}:
         with_perplexity(key)
     assert {view.score for view in views(_ablations(folder, state), state)} == {"nll", "cosine"}
     rows = {row["score"]: row for row in _interactions(folder, state)}
@@ -100,9 +100,8 @@ def test_a_baseline_is_judged_by_what_the_search_judges_by(run):
     ]
     identity = {"of": "baseline"}
     folder.write_record("sensitivity", identity, {"scores": Scores(metrics).to_dict(), "duration_s": 1.0})
-    scored = {"quality": 0.5, "quality_stderr": 0.1, "speedup": 1.0, "objective": None}
-    state.trials = [trial | scored for trial in state.trials]
-    state.baselines = [{"plan": "NNSS", "window": None, "origin": "first", "speedup": 1.2, "key": unit_key(identity)}]
+    state.trials = [replace(trial, quality=0.5, quality_stderr=0.1, speedup=1.0) for trial in state.trials]
+    state.baselines = [BaselineEntry(Plan.parse("NNSS"), "first", 1.2, unit_key(identity))]
     *_, row = candidate_rows(RecordReader(folder), state, lambda plan, concurrency: None)
     assert row["quality"] == pytest.approx(quality(Scores(metrics[:1]))[0])
 

@@ -23,15 +23,75 @@ STATE: dict[str, Any] = {
         {"source": "text", "context_tokens": 8, "layer": None, "treatment": "none", "key": "c", "base_key": None},
     ],
     "adaptive": None,
-    "trials": [],
-    "baselines": [],
-    "healed": [],
-    "finalists": [],
-    "branches": [],
-    "throughput": [],
+    "trials": [
+        {
+            "plan": "NL",
+            "window": 8,
+            "origin": "search",
+            "remove_below": 0.1,
+            "keep_above": None,
+            "status": "ok",
+            "error": None,
+            "quality": 0.5,
+            "quality_stderr": None,
+            "objective": -0.25,
+            "speedup": 1.5,
+            "key": "t",
+        }
+    ],
+    "baselines": [{"plan": "NS", "window": None, "origin": "first", "speedup": 1.25, "key": "f"}],
+    "healed": [
+        {
+            "plan": "NL",
+            "window": 8,
+            "origin": "search",
+            "key": "h",
+            "quality_key": "q",
+            "curve": [{"share": 0.0, "tokens": 0, "key": "s"}, {"share": 0.5, "tokens": 64, "key": "e"}],
+        }
+    ],
+    "finalists": [{"plan": "LN", "window": 8, "origin": "search", "healed_key": "h", "quality_key": "q"}],
+    "branches": [{"plan": "LN", "window": 8, "origin": "search", "healed_key": "h", "key": "r"}],
+    "throughput": [
+        {
+            "plan": "LN",
+            "window": 8,
+            "origin": "search",
+            "healed_key": "h",
+            "concurrency": 4,
+            "prompt_tokens": 16,
+            "new_tokens": 8,
+            "key": "t",
+        }
+    ],
     "speed": None,
-    "lengths": [],
-    "halving": [],
+    "lengths": [
+        {
+            "plan": "LN",
+            "window": 8,
+            "origin": "search",
+            "healed_key": "h",
+            "concurrency": 2,
+            "prompt_tokens": 32,
+            "new_tokens": 8,
+            "key": "l",
+        }
+    ],
+    "halving": [
+        {
+            "plan": "NS",
+            "window": None,
+            "origin": "search",
+            "rung": 1,
+            "share": 0.125,
+            "speedup": 1.5,
+            "key": "h",
+            "tokens": None,
+            "quality_key": None,
+            "objective": None,
+            "survived": False,
+        }
+    ],
     "estimates": [],
     "stage_s": {"heal": 0.1},
     "failures": [{"stage": "heal", "name": {"plan": "NS", "window": None}, "error": "no room\nat all"}],

@@ -15,6 +15,7 @@ from orchestrator.recipe.load import load_recipe
 from orchestrator.results.halving import fidelity_rows, halving_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import HealedEntry, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
@@ -82,11 +83,10 @@ def run(inputs) -> RunContext:
     record(run, "evaluate", base, 2.0)
     run.state.base_key = unit_key(base)
     run.state.trials = [
-        {**plan.to_dict(), "origin": "search", "speedup": 1.1 + 0.1 * n, "objective": 0.1 * n - 1, "quality": 0.3}
-        for n, plan in enumerate(PLANS)
+        Trial(plan, "search", speedup=1.1 + 0.1 * n, objective=0.1 * n - 1, quality=0.3) for n, plan in enumerate(PLANS)
     ]
-    run.state.trials.append({**BASE.to_dict(), "origin": "base", "speedup": 1.0, "quality": 0.5, "objective": 0.0})
-    run.state.trials[-1]["key"] = run.state.base_key
+    base_key = run.state.base_key
+    run.state.trials.append(Trial(BASE, "base", speedup=1.0, quality=0.5, objective=0.0, key=base_key))
     return run
 
 
@@ -102,11 +102,11 @@ def test_rungs_heal_fewer_plans_on_more_tokens_and_leave_no_files(run, monkeypat
     assert 'rungs="6x0.125 3x0.354 2x1"' in told.getvalue()
     assert not list(Path(run.folder.place("snapshots")).glob("*/*"))
 
-    first = [entry for entry in run.state.halving if entry["rung"] == 1]
-    assert [entry["plan"] for entry in first] == list(map(str, PLANS))
-    assert [entry["objective"] for entry in first] == pytest.approx([-LOST[str(plan)] for plan in PLANS])
-    assert [entry["tokens"] for entry in run.state.halving] == [128] * 6 + [320] * 3
-    assert [entry["survived"] for entry in run.state.halving].count(True) == 3 + 2
+    first = [entry for entry in run.state.halving if entry.rung == 1]
+    assert [entry.plan for entry in first] == PLANS
+    assert [entry.objective for entry in first] == pytest.approx([-LOST[str(plan)] for plan in PLANS])
+    assert [entry.tokens for entry in run.state.halving] == [128] * 6 + [320] * 3
+    assert [entry.survived for entry in run.state.halving].count(True) == 3 + 2
 
     # A second call does no work and gives the same result.
     before, cluster.healed, cluster.judged = list(run.state.halving), [], []
@@ -115,7 +115,7 @@ def test_rungs_heal_fewer_plans_on_more_tokens_and_leave_no_files(run, monkeypat
 
 
 def _second(run) -> list[Plan]:
-    return [Plan.from_dict(entry) for entry in run.state.halving if entry["rung"] == 2]
+    return [entry.plan for entry in run.state.halving if entry.rung == 2]
 
 
 def test_a_killed_run_goes_on_and_what_lost_its_file_is_healed_again(run, monkeypatch):
@@ -137,8 +137,13 @@ def test_a_plan_that_fails_is_named_and_does_not_go_on(run, monkeypatch):
     assert len(chosen) == 2 and PLANS[0] not in chosen
     (failure,) = run.state.failures
     assert (failure.stage, failure.name["plan"], failure.name["rung"]) == ("halving", "SSL", 1)
-    failed = next(entry for entry in run.state.halving if entry["plan"] == "SSL")
-    assert [failed[name] for name in ("objective", "tokens", "quality_key", "survived")] == [None, None, None, False]
+    failed = next(entry for entry in run.state.halving if str(entry.plan) == "SSL")
+    assert [getattr(failed, name) for name in ("objective", "tokens", "quality_key", "survived")] == [
+        None,
+        None,
+        None,
+        False,
+    ]
     cluster.fails = set(map(str, PLANS))
     run.folder.remove("records/halving")
     assert halving.halve(run, PLANS) == []
@@ -158,7 +163,7 @@ def test_tables_of_halving_come_from_the_records(run, monkeypatch):
             halving.snapshot_unit(run, plan, "k", 1, run.inputs.healing_spec), run.inputs.full_spec, f"final {plan}"
         )
         record(run, "measure", identity, 2.0 + 0.01 * PLANS.index(plan))
-        run.state.healed.append({**plan.to_dict(), "origin": "search", "quality_key": unit_key(identity)})
+        run.state.healed.append(HealedEntry(plan, "search", "k", unit_key(identity)))
     rows = list(halving_rows(RecordReader(run.folder), run.state))
     assert len(rows) == 9
     assert {row["plan"] for row in rows if row["final_quality"] is not None} == {str(plan) for plan in chosen}

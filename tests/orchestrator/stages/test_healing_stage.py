@@ -18,6 +18,7 @@ from orchestrator.results.healing import baseline_rows, branch_rows, early_stops
 from orchestrator.results.plans import candidate_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import BranchesEntry, Finalist, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.placement import Placement
@@ -140,9 +141,8 @@ def test_jobs_side_by_side_share_the_cpus_and_not_the_gpus(inputs):
     assert size(gpus, 100) == size(gpus) == (2, 1.0, 1.0)
 
 
-def trial(plan: Plan, objective: float | None, speedup: float, quality: float = 0.5) -> dict:
-    values = {"quality": quality, "quality_stderr": 0.1, "objective": objective, "speedup": speedup}
-    return {**plan.to_dict(), "origin": "search", "status": "ok", "remove_below": None, "keep_above": None, **values}
+def trial(plan: Plan, objective: float | None, speedup: float, quality: float = 0.5) -> Trial:
+    return Trial(plan, "search", quality=quality, quality_stderr=0.1, objective=objective, speedup=speedup)
 
 
 def test_candidates_go_by_the_objective_and_hold_the_constraints(inputs, capsys):
@@ -154,8 +154,7 @@ def test_candidates_go_by_the_objective_and_hold_the_constraints(inputs, capsys)
     assert set(candidates(run, 9)) == set(plans[1:])
     assert len(candidates(run)) == 2
     assert candidates(run, 1) == [plans[1]]
-    for entry in run.state.trials:
-        entry["objective"] = None
+    run.state.trials = [replace(entry, objective=None) for entry in run.state.trials]
     assert candidates(run, 1) == [], "nothing is known of what they keep"
     run.state.trials = rising[:1]
     assert plans_to_heal(run) == {}
@@ -209,10 +208,7 @@ def recorded_run(inputs) -> tuple[RunContext, dict[Plan, str]]:
     base = run.inputs.plan_scores(Plan.parse("SSS"), run.inputs.full_spec)
     run.state.base_key = unit_key(base)
     record(run, "evaluate", base, 1.0)
-    run.state.trials = [
-        {**PLAN.to_dict(), "origin": "search", "quality": 0.4, "quality_stderr": 0.1, "speedup": 1.5, "status": "ok"}
-        | {"remove_below": 0.1, "keep_above": 0.2, "objective": -0.1}
-    ]
+    run.state.trials = [Trial(PLAN, "search", 0.1, 0.2, quality=0.4, quality_stderr=0.1, speedup=1.5, objective=-0.1)]
     origins = plans_to_heal(run)
     assert origins == {PLAN: "search", OTHER: "first"}
     keys = {plan: unit_key(run.inputs.healing(plan)) for plan in origins}
@@ -293,7 +289,7 @@ def test_tables_of_healing_come_from_the_records(inputs):
         *[("first", share, tokens) for share, tokens in ((0.0, 0), (0.5, 512), (0.75, 768))],
     ]
     assert all(0 < row["quality_retained"] < 1 for row in quality_curve_rows(RecordReader(folder), state))
-    assert curve_entries(run, PLAN, keys[PLAN])[1]["key"] == state.healed[0]["curve"][1]["key"]
+    assert curve_entries(run, PLAN, keys[PLAN])[1].key == state.healed[0].curve[1].key
 
     (beside,) = baseline_rows(RecordReader(folder), state)
     assert (beside["origin"], beside["candidate"], beside["plan"]) == ("first", "SLN", "NLS")
@@ -319,11 +315,11 @@ def test_branches_come_from_the_records(inputs):
     identity = run.inputs.scores(unit, run.inputs.full_spec, "key")
     values = {"nll": 2.0, "nll_loss": 0.0, "nll_loss_stderr": 0.0, "n_items": 4}
     run.record("measure", identity, {"branches": [{"zeroed": zeroed, **values} for zeroed in (None, "linear")]})
-    run.state.branches = [{**PLAN.to_dict(), "origin": "search", "healed_key": "key", "key": unit_key(identity)}]
+    run.state.branches = [BranchesEntry(Finalist(PLAN, "search", "key"), unit_key(identity))]
     first, second = branch_rows(RecordReader(run.folder), run.state)
     assert (first["branch_zeroed"], second["branch_zeroed"]) == (None, "linear")
     assert first["window"] == 8 and first["n_items"] == 4
-    run.state.branches[0]["key"] = "0" * 16
+    run.state.branches[0] = replace(run.state.branches[0], key="0" * 16)
     assert list(branch_rows(RecordReader(run.folder), run.state)) == []
 
 
@@ -344,6 +340,6 @@ def test_candidates_are_plans_that_may_hold_the_target_after_healing(inputs):
 
 def test_a_quality_as_objective_is_set_against_that_of_the_base(inputs):
     run = context(inputs, "search.objective=quality")
-    base = {**trial(Plan.parse("SSS"), 0.8, 1.0, quality=0.8), "origin": "base"}
+    base = replace(trial(Plan.parse("SSS"), 0.8, 1.0, quality=0.8), origin="base")
     run.state.trials = [base, trial(Plan.parse("SSN"), 0.78, 1.2), trial(Plan.parse("NNN"), 0.1, 9.0)]
     assert [str(plan) for plan in candidates(run, 1)] == ["SSN"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from layerboost.evaluation.evaluate import text_scores
-from layerboost.plan import Plan, Treatment
+from layerboost.plan import Treatment
 from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.sensitivity import cost_matrix
@@ -80,18 +80,18 @@ def test_trials_have_both_objectives_and_a_killed_search_resumes(stage, method):
     run, rest = stage(*settings)
     assert not killed.state.trials and not set(first) & set(rest)
     trials = run.state.trials
-    assert [trial["origin"] for trial in trials[:5]] == [
+    assert [trial.origin for trial in trials[:5]] == [
         "base", "all_none", "all_window", "all_linear_window", "given"
     ]  # fmt: skip
     assert len(trials) > 5
     for trial in trials:
-        plan = Plan.from_dict(trial)
+        plan = trial.plan
         loss = float(_scores(plan)["metrics"][0]["value"]) - 1.5
-        assert trial["objective"] == pytest.approx(-loss, abs=1e-9)
-        assert trial["speedup"] == run.inputs.predicted_speedup(plan)
-        assert 0 < trial["quality"] <= 1 and trial["status"] == "ok"
-        assert (trial["remove_below"] is not None) == (trial["origin"] == "search" and method == "thresholds")
-        if trial["origin"] == "search":
+        assert trial.objective == pytest.approx(-loss, abs=1e-9)
+        assert trial.speedup == run.inputs.predicted_speedup(plan)
+        assert 0 < trial.quality <= 1 and trial.status == "ok"
+        assert (trial.remove_below is not None) == (trial.origin == "search" and method == "thresholds")
+        if trial.origin == "search":
             assert plan.treatments[1] is Treatment.SOFTMAX
     again, evaluated = stage(*settings)
     assert not evaluated and again.state.trials == trials
@@ -99,21 +99,21 @@ def test_trials_have_both_objectives_and_a_killed_search_resumes(stage, method):
 
 def test_the_objective_may_be_the_quality(stage):
     run, _ = stage("search.objective=quality", "search.method=knapsack", "search.trials=4")
-    assert all(trial["objective"] == trial["quality"] for trial in run.state.trials)
+    assert all(trial.objective == trial.quality for trial in run.state.trials)
 
 
 def test_a_failed_plan_is_named_and_tried_again_by_the_next_run(stage):
     run, _ = stage("search.method=knapsack", fails={"NNN"})
-    failed = next(trial for trial in run.state.trials if trial["plan"] == "NNN")
-    assert (failed["status"], failed["objective"], failed["quality"], failed["speedup"]) == ("failed", None, None, None)
+    failed = next(trial for trial in run.state.trials if str(trial.plan) == "NNN")
+    assert (failed.status, failed.objective, failed.quality, failed.speedup) == ("failed", None, None, None)
     assert [failure.name for failure in run.state.failures] == [{"plan": "NNN"}]
     again, evaluated = stage("search.method=knapsack")
-    assert [str(plan) for plan in evaluated] == ["NNN"] and again.state.trials[1]["objective"] < 0
+    assert [str(plan) for plan in evaluated] == ["NNN"] and again.state.trials[1].objective < 0
 
 
 def test_without_the_base_no_trial_has_an_objective(stage):
     run, _ = stage("search.method=evolution", fails={"SSS"})
-    assert {trial["status"] for trial in run.state.trials} == {"failed"}
+    assert {trial.status for trial in run.state.trials} == {"failed"}
     assert run.folder.records(TRIALS) == []
 
 

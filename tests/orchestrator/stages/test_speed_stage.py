@@ -13,7 +13,7 @@ from orchestrator.recipe.load import load_recipe
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.speed import length_rows, predictions, speed_rows
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import Finalist
+from orchestrator.run.entries import Finalist, TimingEntry
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
@@ -228,8 +228,8 @@ def test_rows_over_lengths_keep_what_failed(inputs, machine, monkeypatch):
     keys = time_models(run, "lengths", {units[8]: (name, None)}, "a CPU (2 cores)")
     machine.broken = {"NNN"}
     keys |= time_models(run, "lengths", {units[16]: (name, None)}, "a CPU (2 cores)")
-    about = {**Finalist(Plan.parse("NNN"), "all_none").to_dict(), "concurrency": 2, "new_tokens": 4}
-    run.state.lengths = [{**about, "prompt_tokens": tokens, "key": keys[units[tokens]]} for tokens in (8, 16)]
+    finalist = Finalist(Plan.parse("NNN"), "all_none")
+    run.state.lengths = [TimingEntry(finalist, 2, tokens, 4, keys[units[tokens]]) for tokens in (8, 16)]
     ok, failed = length_rows(RecordReader(run.folder), run.state)
     assert (ok["status"], ok["prompt_tokens"], ok["output_throughput_tok_per_s"]) == ("ok", 8, 2.0)
     assert failed["status"] == "failed" and "out of memory" in failed["error"] and "tpot_ms_p50" not in failed
