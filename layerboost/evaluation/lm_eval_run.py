@@ -18,7 +18,7 @@ import torch
 
 from ..environ import environment
 from .calibration_error import bin_gaps, calibration_score, dense_gaps
-from .scores import AS_PROBABILITY, MetricScore, QualityError, QualitySpec, mean_score
+from .scores import MetricScore, QualityError, QualitySpec, filtered_metric, mean_score
 from .task_files import is_task_file, packaged_names, read_task_file, task_identity
 
 if TYPE_CHECKING:
@@ -161,12 +161,11 @@ def _scores_of(benchmark: _Benchmark, results: Mapping[str, Any]) -> list[Metric
 
 def _primary_of(scores: Sequence[MetricScore]) -> MetricScore:
     def rank(score: MetricScore) -> int:
-        metric = score.metric.partition("@")[0]
-        if metric == "acc":
+        if score.unfiltered_metric == "acc":
             return 0
-        if metric in ("margin", "ece"):
+        if score.unfiltered_metric in ("margin", "ece"):
             return 4
-        return 1 if score.higher_is_better else 2 if metric in AS_PROBABILITY else 3
+        return 1 if score.higher_is_better else 2 if score.probability is not None else 3
 
     return min(scores, key=rank)
 
@@ -179,7 +178,7 @@ def _task_scores(name: str, task: Any, results: Mapping[str, Any]) -> list[Metri
         scores.append(
             MetricScore(
                 name,
-                metric if filter_name == "none" else f"{metric}@{filter_name}",
+                filtered_metric(metric, filter_name),
                 value,
                 stderr,
                 bool(results["higher_is_better"][name].get(metric, True)),
@@ -200,7 +199,7 @@ def _task_scores(name: str, task: Any, results: Mapping[str, Any]) -> list[Metri
 def _group_scores(name: str, by_task: Mapping[str, list[MetricScore]], results: Mapping[str, Any]) -> list[MetricScore]:
     scores = []
     for metric, filter_name, value, stderr in _reported(results["results"].get(name, {})):
-        called = metric if filter_name == "none" else f"{metric}@{filter_name}"
+        called = filtered_metric(metric, filter_name)
         parts = [score for task_scores in by_task.values() for score in task_scores if score.metric == called]
         # If a group weights its tasks by size, its value is the mean over all their items and can be paired as well.
         known = [part.items for part in parts if part.items is not None]

@@ -87,6 +87,21 @@ class MetricScore:
         if self.n_items is None and self.items is not None:
             self.n_items = len(self.items)
 
+    @property
+    def unfiltered_metric(self) -> str:
+        """The metric's name without its filter or distance."""
+        return self.metric.partition("@")[0]
+
+    @property
+    def probability(self) -> Callable[[float], tuple[float, float]] | None:
+        """Gives the probability that a value of this metric stands for, and its derivative; None if there is none."""
+        return AS_PROBABILITY.get(self.unfiltered_metric)
+
+
+def filtered_metric(metric: str, filter_name: str) -> str:
+    """Returns the name of lm-eval's metric behind one of a task's filters; the default filter adds nothing to it."""
+    return metric if filter_name == "none" else f"{metric}@{filter_name}"
+
 
 @dataclass
 class Scores:
@@ -195,12 +210,11 @@ def _quality_term(score: MetricScore) -> _Term:
     name = f"{score.task}/{score.metric}"
     if score.higher_is_better:
         return _Term(name, score.value, score.stderr, score.items)
-    as_probability = AS_PROBABILITY.get(score.metric.partition("@")[0])
-    if as_probability is None:
+    if score.probability is None:
         raise QualityError(
             f"quality.tasks: {name} is better when lower; use a task with a metric that is better when higher"
         )
-    value, slope = as_probability(score.value)
+    value, slope = score.probability(score.value)
     # To first order the transformed mean moves with each item as this linear function of it does.
     items = None if score.items is None else [value + slope * (item - score.value) for item in score.items]
     return _Term(name, value, None if score.stderr is None else abs(slope) * score.stderr, items)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..evaluation.scores import AS_PROBABILITY, SCORES, MetricScore, QualityError, Score, Scores
+from ..evaluation.scores import SCORES, MetricScore, QualityError, Score, Scores
 from ..evaluation.statistics import Difference, mean_of_differences, paired_difference
 from ..plan import Plan, Treatment
 from ..registry import UnknownEntryError
@@ -164,10 +164,9 @@ def _mean_row(
 
 def _as_probability(score: MetricScore) -> MetricScore:
     """Converts a perplexity or the like to a probability, the scale of the accuracies; other scores stay as is."""
-    convert_value = AS_PROBABILITY.get(score.metric.partition("@")[0])
-    if score.higher_is_better or convert_value is None:
+    if score.higher_is_better or score.probability is None:
         return score
-    value, slope = convert_value(score.value)
+    value, slope = score.probability(score.value)
     return replace(
         score,
         value=value,
