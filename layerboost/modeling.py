@@ -65,7 +65,7 @@ class _Treated:
 class NoAttention(nn.Module):
     """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
@@ -103,7 +103,7 @@ def _window_forward(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     layer_cache = _layer_cache(module)
     if layer_cache is not None and query.shape[2] == 1:
@@ -124,7 +124,7 @@ def _linear_window_forward(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     layer_cache, feature_map = _layer_cache(module), module.linear_window
     settings = {"scaling": scaling, "softcap": softcap, "feature_map": feature_map}

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert import convert
 from ..evaluation.evaluate import evaluate
@@ -48,7 +48,7 @@ def slowness() -> float:
     return (time.perf_counter() - start) / _LOOP_S
 
 
-def extrapolated_s(run: Callable[[int], Any], total: int, *, first: int = 1, enough_s: float = ENOUGH_S) -> float:
+def extrapolated_s(run: Callable[[int], object], total: int, *, first: int = 1, enough_s: float = ENOUGH_S) -> float:
     """Returns the seconds that `run(total)` would take, extrapolated from smaller runs until one takes `enough_s`.
 
     The first run is not timed because it warms up. The last two runs give the cost of each further unit.
@@ -72,8 +72,8 @@ def extrapolated_s(run: Callable[[int], Any], total: int, *, first: int = 1, eno
 
 
 def evaluation_costs(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     spec: QualitySpec,
     *,
     treatments: Sequence[Treatment],
@@ -131,7 +131,7 @@ def evaluation_costs(
         assert judge.sequences is not None
         n = len(judge.sequences)
 
-        def read(plans: Sequence[Plan]) -> Callable[[int], Any]:
+        def read(plans: Sequence[Plan]) -> Callable[[int], object]:
             return lambda k: judge.read_text(plans, torch.arange(k))
 
         for name, plan in plans.items():
@@ -154,7 +154,13 @@ def document_count(spec: QualitySpec) -> int:
 
 
 def healing_costs(
-    model: Any, spec: HealingSpec, *, middle: Treatment, window: int, n_workers: int = 1, teacher: Any | None = None
+    model: PreTrainedModel,
+    spec: HealingSpec,
+    *,
+    middle: Treatment,
+    window: int,
+    n_workers: int = 1,
+    teacher: PreTrainedModel | None = None,
 ) -> HealingCosts:
     """Times steps of healing on random tokens; each of `n_workers` workers runs its share of a batch."""
     n_layers, config = len(decoder_layers(model)), model.config.get_text_config()
@@ -174,7 +180,7 @@ def healing_costs(
     return HealingCosts(step_s, transfer_step_s, n_trained(model, spec))
 
 
-def n_trained(model: Any, spec: HealingSpec) -> int:
+def n_trained(model: PreTrainedModel, spec: HealingSpec) -> int:
     """Returns how many parameters healing trains: all, or those of the adapters of every projection."""
     if spec.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
@@ -182,7 +188,9 @@ def n_trained(model: Any, spec: HealingSpec) -> int:
     return sum(spec.rank * (m.in_features + m.out_features) for m in projections)
 
 
-def _step_seconds(model: Any, plan: Plan, text: PackedText, spec: HealingSpec, teacher: Any | None) -> dict[str, float]:
+def _step_seconds(
+    model: PreTrainedModel, plan: Plan, text: PackedText, spec: HealingSpec, teacher: PreTrainedModel | None
+) -> dict[str, float]:
     """Returns the seconds of a step in each phase; the first step of a phase warms up and is not counted."""
     ended: dict[str, list[float]] = {}
 
@@ -196,7 +204,7 @@ def _step_seconds(model: Any, plan: Plan, text: PackedText, spec: HealingSpec, t
 
 @torch.inference_mode()
 def decode_costs(
-    model: Any, *, concurrency: int, prompt_tokens: int, treatments: Sequence[Treatment], window: int
+    model: PreTrainedModel, *, concurrency: int, prompt_tokens: int, treatments: Sequence[Treatment], window: int
 ) -> DecodeCosts:
     """Times one prefill and a few decode steps of each uniform plan."""
     n_layers = len(decoder_layers(model))
@@ -211,7 +219,7 @@ def decode_costs(
     return DecodeCosts(concurrency, prompt_tokens, prefill_s, step_s)
 
 
-def sample_token_s(model: Any, tokenizer: Any, spec: SamplingSpec) -> float:
+def sample_token_s(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: SamplingSpec) -> float:
     """Returns the seconds per token of sampling one full batch of documents."""
 
     def sample(n_tokens: int) -> list[list[int]]:
@@ -258,13 +266,13 @@ def _scaled_s(less_s: float, less: int, more_s: float, more: int, scale: float) 
     return more_s + (scale - 1) * more * each_s
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def _timed(run: Callable[[], object]) -> float:
     """Returns the seconds that one call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _synchronize(model: Any) -> None:
+def _synchronize(model: PreTrainedModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

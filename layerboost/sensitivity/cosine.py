@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,10 +54,12 @@ class _AttentionBlock:
             last.register_forward_hook(self._after),
         ]
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         self._stream = args[0] if args else kwargs["hidden_states"]
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(
+        self, module: nn.Module, args: tuple[object, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         added = output[0] if isinstance(output, tuple) else output
         before = self._stream.float()
         after = before + self._multiplier * added.float()

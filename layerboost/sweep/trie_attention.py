@@ -118,7 +118,7 @@ def _forest_forward(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[
         scaling: float,
         dropout: float = 0.0,
         softcap: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
         columns = attention_mask.columns
         some = query if columns is None else query[:, :, columns]

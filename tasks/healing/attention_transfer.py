@@ -140,12 +140,12 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
             while waiting and len(running) < job.workers.n_workers:
                 running.append(task.remote(job, phase, waiting.pop(0)))
             (done,), running = ray.wait(running)
-            outcome = ray.get(done)
-            if "error" in outcome:
-                raise NonFiniteLossError(outcome["error"])
-            if "disk_full" in outcome:
-                raise DiskFullError(outcome["disk_full"])
-            n_fitted, loss = n_fitted + 1, loss + outcome["loss"]
+            outcome: _LayerOutcome = ray.get(done)
+            if outcome.non_finite is not None:
+                raise NonFiniteLossError(outcome.non_finite)
+            if outcome.disk_full is not None:
+                raise DiskFullError(outcome.disk_full)
+            n_fitted, loss = n_fitted + 1, loss + outcome.loss
             step = phase.steps * n_fitted // len(layers)
             if step:
                 row = CurveRow(TRANSFER, step, step * job.spec.tokens_per_step, loss)
@@ -155,12 +155,27 @@ def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProg
             ray.cancel(reference)
 
 
-def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _LayerOutcome:
+    """Describes what the task of a layer gives.
+
+    Attributes:
+        loss: the loss of the last step.
+        non_finite: the message of a NonFiniteLossError, None if there was none.
+        disk_full: the message of a DiskFullError, None if there was none.
+    """
+
+    loss: float = 0.0
+    non_finite: str | None = None
+    disk_full: str | None = None
+
+
+def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> _LayerOutcome:
     """Fits one layer and stores it; this is the Ray task.
 
     Returns:
-        `loss`, the last one; or `error`, the message of a NonFiniteLossError; or `disk_full`, that of a DiskFullError.
-        These two are returned and not raised, because Ray would repeat the task and meet them again.
+        The outcome. It holds a NonFiniteLossError or a DiskFullError as its message, because Ray would repeat a task
+        that raises and meet the error again.
     """
     prepare_process(job)
     tokenizer = job.parent.load_tokenizer()
@@ -184,7 +199,7 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
         with ends_if_hung(job.survival.step_timeout_s) as hung:
             fitted = in_memory(fit, lambda: note_smaller_micro_batch(with_noted_micro_batch(job), 1))
     except NonFiniteLossError as error:
-        return {"error": f"layer {layer}: {error}"}
+        return _LayerOutcome(non_finite=f"layer {layer}: {error}")
     tensors = {f"{step}/{name}": tensor for step in steps for name, tensor in fitted.parameters[step].items()}
     metadata = {"fingerprint": job.fingerprint, "losses": json.dumps(fitted.losses)}
     try:
@@ -192,8 +207,8 @@ def _fit_and_store(job: HealingJob, phase: Phase, layer: int) -> dict[str, Any]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        return {"disk_full": f"{_file(job, layer)}: {error}"}
-    return {"loss": fitted.losses[-1]}
+        return _LayerOutcome(disk_full=f"{_file(job, layer)}: {error}")
+    return _LayerOutcome(fitted.losses[-1])
 
 
 def read_fitted_layers(job: HealingJob, phase: Phase) -> FittedLayers:

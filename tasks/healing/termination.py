@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def listen_for_notices(servers: MetadataServers) -> None:
     """
     usual = signal.getsignal(signal.SIGTERM)
 
-    def take(signum: int, frame: Any) -> None:
+    def take(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, usual)
         _given.set()
 
