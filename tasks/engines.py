@@ -19,9 +19,10 @@ class Engine:
         name: its name in recipes, tables and `bench --engine`.
         summary: one line for messages and help.
         worker: the class whose actors time groups of `tasks.timing.ThroughputUnit`. It is made of a `ModelSource` (and
-            `threads`, unless it serves) and has `info()` and `run(group)`. `run` gives for each unit a mapping, or its
-            error under the key `tasks.timing.ERROR`. The mapping has the columns of pareto.csv that the engine
-            measures, at least `engine`, `hardware` and `output_throughput_tok_per_s`.
+            `threads`, unless it serves) and has `info()`, which returns a `tasks.pool.finished.WorkerInfo`, and
+            `run(group)`, which gives for each unit a mapping, or its error under the key `tasks.timing.ERROR`. The
+            mapping has the columns of pareto.csv that the engine measures, at least `engine`, `hardware` and
+            `output_throughput_tok_per_s`.
         measurement: the class of those mappings, with `from_dict`, `to_dict` and `scaled(factor)`.
         serves: whether a group is one model under all conditions, because the server takes long to start. Otherwise a
             group is several models side by side under one condition.
