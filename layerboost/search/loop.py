@@ -155,6 +155,11 @@ class SearchState:
         """Whether no further plan will come, whatever the results still out."""
         return not self._queue and (self._ended or self._n_counted >= self.spec.trials)
 
+    @property
+    def n_left(self) -> int:
+        """Trials that may still be proposed."""
+        return 0 if self._ended else self.spec.trials - self._n_counted
+
     def finish(self, plan: Plan, values: Values | None, error: str | None = None) -> None:
         """Takes in what a plan's evaluation gave: its values or an error."""
         if values is not None:

@@ -16,7 +16,7 @@ from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.placement import find_nodes
 from orchestrator.run.context import RunContext
 from orchestrator.run.inputs import RunInputs
-from orchestrator.run.kinds import CALIBRATION
+from orchestrator.run.kinds import CALIBRATION, COSTS
 from orchestrator.run.placement import Placement
 from tasks.cluster.connection import addable
 from tasks.cluster.resources import NodeResources, WorkerResources, with_node_to_come
@@ -80,7 +80,7 @@ def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
 def costs_of(run: RunContext, *, record: bool) -> Costs:
     """The recorded costs; else measured now: in this process, or to be recorded, by a worker of the run's cluster."""
     nodes = nodes_of(run)
-    recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), (CALIBRATION,))
+    recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), COSTS)
     run.progress.start_stage(CALIBRATION, 1, recorded=int(recorded is not None))
     start = time.monotonic()
     if recorded is not None:

@@ -2,60 +2,41 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.kinds import SWEEP
+from orchestrator.run.kinds import LENGTHS, PARTS_OF_STAGES, SPEED, THROUGHPUT
 from orchestrator.run.state import RunState
+from orchestrator.run.units import listed_keys
+
+_COUNTED_WITH = {SPEED: THROUGHPUT, LENGTHS: THROUGHPUT}
+"""Stages that have no row of their own: all timings are one."""
 
 
 def cost_table(records: RecordReader, state: RunState) -> pd.DataFrame:
-    """What each stage took: units, worker seconds, healing tokens."""
-    keys: dict[str, Sequence[str | None]] = {
-        "evaluate": [state.base_key],
-        "sensitivity": [unit.key for unit in state.sensitivity],
-        "halving": [unit.key for unit in state.halving],
-        "heal": [unit.key for unit in state.healed],
-        "curve": [unit.key for unit in state.baselines]
-        + [unit.quality_key for unit in state.halving]
-        + [point.key for unit in state.healed for point in unit.curve],
-        "measure": [unit.quality_key for unit in state.finalists] + [unit.key for unit in state.branches],
-        "throughput": [unit.key for unit in (*state.throughput, *state.lengths)]
-        + [unit["key"] for unit in (state.speed or {"measured": []})["measured"]],
-    }
-    found = [(stage, records.spent(stage, [key for key in of_stage if key])) for stage, of_stage in keys.items()]
-    found += [(stage, records.spent(stage)) for stage in ("search", "refine", "sample")]
-    found.append(("sensitivity", records.spent(SWEEP)))
-    totals: dict[str, dict[str, float]] = defaultdict(lambda: {"units": 0, "worker_s": 0.0, "tokens": 0})
-    for stage, units in found:
-        for spent in units:
-            totals[stage]["units"] += 1
-            totals[stage]["worker_s"] += spent.duration_s
-            totals[stage]["tokens"] += spent.tokens
-    order = (
-        "evaluate",
-        "sensitivity",
-        "search",
-        "refine",
-        "sample",
-        "halving",
-        "heal",
-        "curve",
-        "measure",
-        "throughput",
-    )
+    """What each stage took: the units that the run lists for it and are recorded, worker seconds, healing tokens.
+
+    Work beside the units, such as making scores from shares, counts by its seconds alone.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    counted: set[tuple[str, str]] = set()
+    for stage in PARTS_OF_STAGES:
+        name = _COUNTED_WITH.get(stage, stage)
+        row = rows.setdefault(name, {"stage": name, "units": 0, "worker seconds": 0.0, "healing tokens": 0})
+        for unit, spent in records.spent(listed_keys(state, stage)):
+            known_as = unit.kind, unit.keys[0]
+            if len(spent) < len(unit.keys) or known_as in counted:
+                continue
+            counted.add(known_as)
+            row["units"] += not unit.is_beside
+            row["worker seconds"] += sum(each.duration_s for each in spent)
+            row["healing tokens"] += sum(each.tokens for each in spent)
     return pd.DataFrame(
         [
-            {
-                "stage": stage,
-                "units": int(totals[stage]["units"]),
-                "worker seconds": round(totals[stage]["worker_s"], 1),
-                "healing tokens": int(totals[stage]["tokens"]) or None,
-            }
-            for stage in order
-            if stage in totals
+            {**row, "worker seconds": round(row["worker seconds"], 1), "healing tokens": row["healing tokens"] or None}
+            for row in sorted(rows.values(), key=lambda row: PARTS_OF_STAGES.index(row["stage"]))
+            if row["units"]
         ]
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.run.folder import RunFolder
-from orchestrator.run.kinds import HALVING
+from orchestrator.run.kinds import HALVING, kind_made_by
+from orchestrator.run.records import find_records
 from orchestrator.run.state import RunState
+from orchestrator.run.units import listed_keys
 
 
 def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
@@ -14,7 +16,7 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
 
     `ratio` is actual over expected seconds. A stage that nothing was expected of has no ratio.
     """
-    healed = {stage: sum(record.result["tokens"] for record in folder.records(stage)) for stage in ("heal", HALVING)}
+    healed = {stage: _tokens(folder, state, stage) for stage in ("heal", HALVING)}
     expected = {entry["stage"]: entry for entry in state.estimates}
     spent: dict[str, float] = {}
     for name, seconds in state.stage_s.items():
@@ -39,3 +41,9 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _tokens(folder: RunFolder, state: RunState, stage: str) -> int:
+    """Tokens of the recorded healings that the run lists for a stage."""
+    keys = [key for unit in listed_keys(state, stage) if not unit.is_beside for key in unit.keys]
+    return sum(found["tokens"] for found in find_records(folder, keys, kind_made_by(stage)) if found is not None)

@@ -11,6 +11,7 @@ from layerboost.plan import Plan, Treatment
 from layerboost.search.pareto import front
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.entries import BaselineEntry, Failure, Finalist, Trial
+from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
 Predictor = Callable[[Plan, int], tuple[float, float] | None]
@@ -39,7 +40,7 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
     concurrency = max((at for _, at, _ in timed), default=0)
     measured = {}
     for plan, at, key in timed:
-        record = records.result(key, ("throughput",)) if at == concurrency else None
+        record = records.result(key, TIMINGS) if at == concurrency else None
         if record is not None:
             measured[plan] = record["output_throughput_tok_per_s"]
     base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
@@ -108,7 +109,7 @@ def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> l
             "flags": _flags(base, records.scores(entry.quality_key)),
         }
         for concurrency in concurrencies:
-            timing = records.result(timings[finalist, concurrency], ("throughput",))
+            timing = records.result(timings[finalist, concurrency], TIMINGS)
             tok_per_s, stderr = predict(plan, concurrency) or (None, None)
             missing = [
                 what

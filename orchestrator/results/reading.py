@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerboost.evaluation.scores import QualityError, Scores
+from orchestrator.run.entries import UnitKeys
 from orchestrator.run.folder import Record, RunFolder
-from orchestrator.run.kinds import HALVING, SCORE_STAGES
+from orchestrator.run.kinds import HEALINGS, KINDS, RUNGS, SCORES, Kind
+from orchestrator.run.records import folders_of
 
-_HEALINGS = ("heal", HALVING)
-"""Stages of the records that hold healings."""
+_HEALED = (HEALINGS, RUNGS)
+"""The kinds of records that hold healings."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,33 @@ class RecordReader:
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
-        self._results: dict[tuple[str, tuple[str, ...]], dict[str, Any] | None] = {}
+        self._results: dict[tuple[Kind, str], dict[str, Any] | None] = {}
         self._scores: dict[str, Scores | None] = {}
-        self._spent: dict[tuple[str, str], Spent] = {}
+        self._spent: dict[tuple[Kind, str], Spent | None] = {}
+        self._folders: dict[Kind, list[str]] = {}
 
-    def each_result(self, keys: Iterable[str], stages: Sequence[str] = SCORE_STAGES) -> Iterator[dict[str, Any] | None]:
+    def each_result(self, keys: Iterable[str], kind: Kind = SCORES) -> Iterator[dict[str, Any] | None]:
         """Reads results one at a time, in the order of their keys; None for a record that is not there."""
-        for record in self.folder.each_record(keys, stages):
-            if record is None:
-                yield None
-            else:
-                self._note(record)
-                yield record.result
+        for record in self._each_record(keys, kind):
+            yield None if record is None else record.result
+
+    def _each_record(self, keys: Iterable[str], kind: Kind) -> Iterator[Record | None]:
+        if kind not in self._folders:
+            self._folders[kind] = folders_of(self.folder, kind)
+        for record in self.folder.each_record(keys, self._folders[kind]):
+            if record is not None and "duration_s" in record.result:  # only the table of costs needs it
+                self._spent[kind, record.key] = _spent_on(record, kind)
+            yield record
 
     def each_scores(self, keys: Iterable[str]) -> Iterator[Scores | None]:
         """Reads the scores of models one at a time, in the order of their keys; None for what is not recorded."""
         return (None if found is None else Scores.from_dict(found["scores"]) for found in self.each_result(keys))
 
-    def result(self, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
-        """Returns the result of a record, in whichever of the stages it stands; None if it is in none of them."""
-        asked = key, tuple(stages)
-        if asked not in self._results:
-            (self._results[asked],) = self.each_result([key], stages)
-        return self._results[asked]
+    def result(self, key: str, kind: Kind = SCORES) -> dict[str, Any] | None:
+        """Returns the result of a record; None if it is not there."""
+        if (kind, key) not in self._results:
+            (self._results[kind, key],) = self.each_result([key], kind)
+        return self._results[kind, key]
 
     def scores(self, key: str | None) -> Scores | None:
         """Returns the scores of a model; None without a key or a record."""
@@ -70,36 +76,24 @@ class RecordReader:
         Raises:
             QualityError: nothing is.
         """
-        found = self.result(key, ("heal",))
+        found = self.result(key, HEALINGS)
         if found is None:
             raise QualityError(f"healing {key}: is not recorded; run the recipe again")
         return found
 
-    def spent(self, stage: str, keys: Iterable[str] | None = None) -> Iterator[Spent]:
-        """Yields what each recorded unit of a stage took, and reads no record that was read before.
-
-        Args:
-            stage: whose records count; one that stands in another stage does not.
-            keys: of the units; all units of the stage if None.
-        """
-        there = self.folder.record_keys(stage)
-        if keys is not None:
-            wanted = set(keys)
-            there = [key for key in there if key in wanted]
-        unread = [key for key in there if (stage, key) not in self._spent]
-        damaged = set()
-        for key, record in zip(unread, self.folder.each_record(unread, [stage]), strict=True):
-            if record is None:
-                damaged.add(key)
-            else:
-                self._spent[stage, key] = _spent_on(record)
-        yield from (self._spent[stage, key] for key in there if key not in damaged)
-
-    def _note(self, record: Record) -> None:
-        if "duration_s" in record.result:  # only the table of costs needs it
-            self._spent[record.stage, record.key] = _spent_on(record)
+    def spent(self, units: Sequence[UnitKeys]) -> Iterator[tuple[UnitKeys, list[Spent]]]:
+        """Yields each unit with what those of its records took that are there; reads no record that was read before."""
+        for name in {unit.kind for unit in units}:
+            kind = KINDS[name]
+            keys = dict.fromkeys(key for unit in units if unit.kind == name for key in unit.keys)
+            unread = [key for key in keys if (kind, key) not in self._spent]
+            for key, record in zip(unread, self._each_record(unread, kind), strict=True):
+                if record is None:
+                    self._spent[kind, key] = None
+        for unit in units:
+            found = (self._spent[KINDS[unit.kind], key] for key in unit.keys)
+            yield unit, [spent for spent in found if spent is not None]
 
 
-def _spent_on(record: Record) -> Spent:
-    tokens = record.result["tokens"] if record.stage in _HEALINGS else 0
-    return Spent(record.result["duration_s"], tokens)
+def _spent_on(record: Record, kind: Kind) -> Spent:
+    return Spent(record.result["duration_s"], record.result["tokens"] if kind in _HEALED else 0)

@@ -9,12 +9,11 @@ from layerboost.plan import Plan
 from layerboost.speed.speed_model import SpeedModel
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.entries import Finalist
+from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
 Prediction = Callable[[Plan, int], tuple[float, float] | None]
 """Tokens per second and their standard error, of a plan at a concurrency; None where nothing was fitted to that."""
-
-_STAGES = ("throughput",)
 
 _LENGTH_VALUES = (
     "engine",
@@ -48,7 +47,7 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
     for entry in state.throughput:
         timed[entry.key] = entry.finalist.plan, entry.concurrency, entry.finalist.healed_key is not None
     for key, (plan, concurrency, healed) in timed.items():
-        predicted, record = predict(plan, concurrency), records.result(key, _STAGES)
+        predicted, record = predict(plan, concurrency), records.result(key, TIMINGS)
         if predicted is None or record is None:
             continue
         throughput = record["output_throughput_tok_per_s"]
@@ -68,7 +67,7 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
 def length_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of lengths.csv: each finalist at each prompt length; what failed stays, with its error."""
     for entry in state.lengths:
-        finalist, record = entry.finalist, records.result(entry.key, _STAGES)
+        finalist, record = entry.finalist, records.result(entry.key, TIMINGS)
         condition = {name: getattr(entry, name) for name in ("concurrency", "prompt_tokens", "new_tokens")}
         yield {
             "plan_id": finalist.plan.plan_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from layerboost.evaluation.scores import QualitySpec
@@ -12,52 +12,72 @@ from orchestrator.recipe.errors import InputError
 from orchestrator.run.entries import Failure
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
-from orchestrator.run.kinds import SCORE_STAGES
+from orchestrator.run.kinds import PARTS_OF_STAGES, SCORES, Kind, kind_made_by
 from orchestrator.run.placement import Placement, placed
 from orchestrator.run.progress import Progress
 from orchestrator.run.records import find_record, find_records, time_and_worker
 from orchestrator.run.state import RUN_FILE, RunState
+from orchestrator.run.units import Identity, Look, StageUnits, Unit, recorded_seconds
 from tasks.cluster import connection
 from tasks.cluster.resources import WorkerResources
 from tasks.evaluation import EvaluationUnit, evaluate_units
 from tasks.pool.finished import Finished
 from tasks.pool.watch import Watch
 
-Identity = dict[str, Any]
-Unit = TypeVar("Unit")
+Watched = TypeVar("Watched")
 
 _LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 600.0, 20.0
 
 
 class RunContext:
-    """One run of a recipe on a folder."""
+    """One run of a recipe on a folder.
+
+    Args:
+        inputs: what changes its results.
+        folder: where its records are.
+        state: which of them belong to it, as far as its stages have come.
+        progress: what is told of it.
+        address: of the cluster; None for this machine.
+        is_ahead: whether stages are only asked for their units, before a run or for `--dry-run`. They then start and
+            write nothing, and what they follow from may not be there yet.
+
+    Attributes:
+        listings: the units that each stage has listed so far, by the names of `PARTS_OF_STAGES`.
+    """
 
     def __init__(
-        self, inputs: RunInputs, folder: RunFolder, state: RunState, progress: Progress, address: str | None = None
+        self,
+        inputs: RunInputs,
+        folder: RunFolder,
+        state: RunState,
+        progress: Progress,
+        address: str | None = None,
+        *,
+        is_ahead: bool = False,
     ):
         self.inputs, self.folder, self.state, self.progress, self.address = inputs, folder, state, progress, address
+        self.is_ahead = is_ahead
+        self.listings: dict[str, StageUnits] = {}
 
     # Records
 
     def record(self, stage: str, identity: Identity, result: dict[str, Any]) -> None:
-        """Writes the record of a finished unit."""
+        """Writes the record of a finished unit that a stage made, filed by the kind that the stage makes."""
         self.record_all(stage, [(identity, result)])
 
     def record_all(self, stage: str, results: Sequence[tuple[Identity, dict[str, Any]]]) -> None:
         """Writes several records side by side: identity and result of each."""
-        self.folder.write_records(stage, results)
+        self.folder.write_records(kind_made_by(stage).folder, results)
         for identity, result in results:
             self.progress.recorded(stage, unit_key(identity), identity, result)
 
-    def recorded(self, identity: Identity, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
-        """The result of a unit, whichever of the stages made it."""
-        return find_record(self.folder, unit_key(identity), stages)
+    def recorded(self, identity: Identity, kind: Kind = SCORES) -> dict[str, Any] | None:
+        """The result of a unit, whichever stage made it."""
+        return find_record(self.folder, unit_key(identity), kind)
 
-    def all_recorded(
-        self, identities: Sequence[Identity], stages: Sequence[str] = SCORE_STAGES
-    ) -> list[dict[str, Any] | None]:
+    def all_recorded(self, identities: Sequence[Identity], kind: Kind = SCORES) -> list[dict[str, Any] | None]:
         """The results of several units, None for each that is not recorded, read side by side."""
-        return find_records(self.folder, [unit_key(identity) for identity in identities], stages)
+        return find_records(self.folder, [unit_key(identity) for identity in identities], kind)
 
     def failed(self, stage: str, name: dict[str, Any], error: str) -> None:
         """Remembers a unit that failed for good, and says so.
@@ -76,12 +96,104 @@ class RunContext:
 
     # Units
 
+    def list_units(
+        self,
+        stage: str,
+        units: Sequence[Unit],
+        *,
+        n_open: int = 0,
+        beside: Sequence[Unit] = (),
+        look: Look | None = None,
+        adds: bool = False,
+    ) -> StageUnits:
+        """Lists what a stage has to do, for itself and for everything that counts units.
+
+        A unit belongs to the first stage that lists it: it is left out here where an earlier one has done it, and
+        ahead of the run where an earlier one will.
+
+        Args:
+            stage: one of `PARTS_OF_STAGES`, or what progress calls a part of one; only the former are kept.
+            units: the units that can be named, each once.
+            n_open: units that are expected and cannot be named yet.
+            beside: work that makes records and is not counted.
+            look: says which units are recorded; by their records if None.
+            adds: whether the stage has listed others that stay.
+        """
+        look = look or (lambda units: recorded_seconds(self.folder, units))
+        before = self._keys_listed_before(stage)
+        looked = dict(zip(units, look(units), strict=True))
+        kept = [
+            unit
+            for unit, took in looked.items()
+            if (unit.kind.folder, unit.key) not in before
+            or (took is None and not self.is_ahead)  # then an earlier stage failed with it
+        ]
+        seconds = {unit.key: took for unit in kept if (took := looked[unit]) is not None}
+        listing = StageUnits(stage, tuple(kept), seconds, look, n_open, tuple(beside))
+        if stage in PARTS_OF_STAGES:
+            listed = listing.keys()
+            if adds:
+                listed = [*(keys for keys in self.state.units.get(stage, ()) if keys not in listed), *listed]
+            else:
+                self.listings[stage] = listing
+            self.state.units[stage] = listed
+        return listing
+
+    def _keys_listed_before(self, stage: str) -> set[tuple[str, str]]:
+        if stage not in PARTS_OF_STAGES:
+            return set()
+        earlier = PARTS_OF_STAGES[: PARTS_OF_STAGES.index(stage)]
+        return {(unit.kind, key) for name in earlier for unit in self.state.units.get(name, ()) for key in unit.keys}
+
+    def list_scores(
+        self,
+        stage: str,
+        spec: QualitySpec,
+        units: Mapping[EvaluationUnit, dict[str, Any]],
+        healed_keys: Mapping[EvaluationUnit, str] | None = None,
+        *,
+        n_open: int = 0,
+        adds: bool = False,
+    ) -> StageUnits:
+        """Lists the units of a stage that judges; see `evaluate` and `list_units`."""
+        healed_keys = healed_keys or {}
+        named = [
+            Unit(SCORES, (self.inputs.scores(unit, spec, healed_keys.get(unit)),), name, unit)
+            for unit, name in units.items()
+        ]
+        return self.list_units(stage, named, n_open=n_open, adds=adds)
+
+    def is_settled(self, *stages: str) -> bool:
+        """Whether everything that stages list is recorded, so that what follows from it is known.
+
+        In a run it always is when the next stage begins: what is missing then has failed.
+        """
+        return not self.is_ahead or all(self.listings[stage].is_complete for stage in stages if stage in self.listings)
+
+    def begin(self, listing: StageUnits, *, name: str | None = None, workers: int = 1) -> None:
+        """Tells progress that a stage begins with these units.
+
+        Args:
+            listing: the units.
+            name: what progress calls the stage; as the listing if None.
+            workers: units that run at the same time.
+        """
+        self.progress.start_stage(
+            name or listing.stage,
+            listing.n_expected,
+            recorded=listing.n_recorded,
+            workers=workers,
+            n_open=listing.n_open,
+        )
+
     def evaluate(
         self,
         stage: str,
         spec: QualitySpec,
         units: dict[EvaluationUnit, dict[str, Any]],
         healed_keys: dict[EvaluationUnit, str] | None = None,
+        *,
+        adds: bool = False,
     ) -> bool:
         """Judges the units that are not recorded.
 
@@ -90,17 +202,16 @@ class RunContext:
             spec: what they are judged by.
             units: what each is called.
             healed_keys: of units that judge a healed checkpoint, the key of its healing.
+            adds: as in `list_units`.
 
         Returns:
             Whether all are recorded now.
         """
-        healed_keys = healed_keys or {}
-        identities = {unit: self.inputs.scores(unit, spec, healed_keys.get(unit)) for unit in units}
-        todo = [unit for unit, found in zip(units, self.all_recorded(list(identities.values()))) if found is None]
+        listing = self.list_scores(stage, spec, units, healed_keys, adds=adds)
+        identities = {unit.work: unit.identity for unit in listing.units}
+        todo = [unit.work for unit in listing.todo]
         workers = self.workers() if todo else None
-        self.progress.start_stage(
-            stage, len(units), recorded=len(units) - len(todo), workers=workers.n_workers if workers else 1
-        )
+        self.begin(listing, workers=workers.n_workers if workers else 1)
 
         def on_result(done: Finished[EvaluationUnit, dict[str, Any]]) -> None:
             self.record(stage, identities[done.unit], {**done.result, **time_and_worker(done)})
@@ -118,12 +229,12 @@ class RunContext:
     # Watching
 
     def watch(
-        self, stage: str, name: Callable[[Unit], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
-    ) -> Watch[Unit]:
+        self, stage: str, name: Callable[[Watched], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
+    ) -> Watch[Watched]:
         """How the units of a stage are watched: told to progress, and ended where they hang.
 
         Args:
-            stage: as the run's estimate calls it.
+            stage: as progress calls it.
             name: what each unit is called.
             n_workers, of_each: as in `unit_timeout_s`.
         """
@@ -144,7 +255,7 @@ class RunContext:
             return asked
         for entry in self.state.estimates:
             n_left = entry["units"] - entry["recorded"]
-            if entry["stage"] == stage and n_left > 0:
+            if entry["stage"] == stage.split()[0] and n_left > 0:  # a rung is a part of `halving`
                 expected_s = entry["seconds"] * n_workers / n_left * of_each
                 return max(_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR * expected_s)
         return None

@@ -22,8 +22,9 @@ def needed_mib(run: RunContext) -> float:
     for stage in run.state.estimates:
         n_left = stage["units"] - stage["recorded"]
         if n_left > 0 and (of_rest := stage.get("disk_mib", 0.0)):
-            n_done = len(run.folder.records(stage["stage"])) - stage["recorded"]
-            found += of_rest * min(1.0, max(0, n_left - n_done) / n_left)
+            listing = run.listings.get(stage["stage"])  # None where the run has not come so far
+            n_left_now = n_left if listing is None else listing.n_left_now()
+            found += of_rest * min(1.0, n_left_now / n_left)
     return found
 
 

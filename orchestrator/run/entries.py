@@ -231,5 +231,25 @@ class TimingEntry(Entry):
     key: str
 
 
+@dataclass(frozen=True)
+class UnitKeys(Entry):
+    """The records of a unit of work that a stage lists.
+
+    Attributes:
+        kind: the folder of their kind.
+        keys: of the unit's records.
+        is_beside: whether it is work that the stage does beside its units, which is not counted.
+    """
+
+    kind: str
+    keys: tuple[str, ...]
+    is_beside: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what `to_dict` wrote."""
+        return cls(data["kind"], tuple(data["keys"]), data["is_beside"])
+
+
 _INLINED: dict[str, Any] = {"plan": Plan, "finalist": Finalist}
 """Fields whose members stand among those of their entry."""

@@ -1,6 +1,6 @@
 """Reads and writes the run folder, which holds records and results on a local disk or behind any fsspec URL.
 
-    records/<stage>/<key>.json    one record for each finished unit of work
+    records/<kind>/<key>.json     one record for each finished unit of work (`orchestrator.run.kinds`)
     everything else               artefacts: CSVs, pictures, healed checkpoints, the resolved recipe
 
 A record holds its unit's identity, its result and a checksum. It is written whole or not at all: on a local disk under

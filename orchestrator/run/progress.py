@@ -58,7 +58,7 @@ class Progress:
         self._errors: deque[dict[str, Any]] = deque(maxlen=_LAST_ERRORS)
         self._last_note = ""
 
-    def start_stage(self, stage: str, total: int, *, recorded: int = 0, workers: int = 1) -> None:
+    def start_stage(self, stage: str, total: int, *, recorded: int = 0, workers: int = 1, n_open: int = 0) -> None:
         """Begins a stage.
 
         Args:
@@ -66,6 +66,7 @@ class Progress:
             total: the number of its units of work, including those already recorded.
             recorded: the number of units that an earlier run has done.
             workers: the number of units that run at the same time.
+            n_open: the number of units of the total that are expected and not known yet; there may be fewer or more.
         """
         with self._mutex:
             # The time since the last stage was spent in preparing this one, so it counts for this one.
@@ -76,8 +77,9 @@ class Progress:
             self._n_retried, self._last_note = 0, ""
             self._in_flight.clear()
             self._started_at = time.monotonic()
-            self._tell("stage", units=total, recorded=recorded, workers=self._workers)
-            self._write(self._text("start", recorded=recorded, workers=self._workers), keep=True)
+            expected = {"open": n_open} if n_open else {}
+            self._tell("stage", units=total, recorded=recorded, workers=self._workers, **expected)
+            self._write(self._text("start", recorded=recorded, workers=self._workers, **expected), keep=True)
 
     def set_total(self, total: int) -> None:
         """Updates the number of units of the stage, because the results of some units decide how many others follow."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from layerboost.evaluation.scores import Scores
-from orchestrator.run.folder import RunFolder
-from orchestrator.run.kinds import SCORE_STAGES
+from orchestrator.run.folder import RECORDS, Record, RunFolder
+from orchestrator.run.kinds import SCORES, Kind
 from tasks.pool.finished import Finished
 
 
@@ -27,18 +27,41 @@ def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
     return None if record is None else Scores.from_dict(record["scores"])
 
 
-def find_record(folder: RunFolder, key: str, stages: Sequence[str] = SCORE_STAGES) -> dict[str, Any] | None:
-    """The result of a record, in whichever of the stages it stands."""
-    return find_records(folder, [key], stages)[0]
+def find_record(folder: RunFolder, key: str, kind: Kind = SCORES) -> dict[str, Any] | None:
+    """The result of a record of a kind; None where it is not there. See `find_records`."""
+    return find_records(folder, [key], kind)[0]
 
 
-def find_records(
-    folder: RunFolder, keys: Sequence[str], stages: Sequence[str] = SCORE_STAGES
-) -> list[dict[str, Any] | None]:
-    """The results of several records, None for each that stands in none of the stages."""
+def find_records(folder: RunFolder, keys: Sequence[str], kind: Kind = SCORES) -> list[dict[str, Any] | None]:
+    """The results of several records of a kind, None for each that is not there.
+
+    Each record is looked up once, in the kind's folder. Run folders of earlier versions have scores in a folder for
+    each stage that made them (`Kind.earlier`): only what is missing is looked for there, and only in those of them
+    that the run folder has. Such records are read where they are and never moved.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for stage in stages:
-        missing = [key for key in keys if key not in found]
-        records = folder.read_records(stage, missing)
-        found |= {record.key: record.result for record in records if record is not None}
+    for name in (kind.folder, *kind.earlier):
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        if not missing:
+            break
+        if name == kind.folder or name in folder.names(RECORDS):
+            found |= {record.key: record.result for record in folder.read_records(name, missing) if record is not None}
     return [found.get(key) for key in keys]
+
+
+def each_of_kind(folder: RunFolder, keys: Iterable[str], kind: Kind) -> Iterator[Record | None]:
+    """Reads many records of a kind one after the other; None for each that is not there."""
+    return folder.each_record(keys, folders_of(folder, kind))
+
+
+def all_records(folder: RunFolder, kind: Kind) -> Iterator[Record]:
+    """Reads all sound records of a kind, each once, whichever run and version of the folder's layout wrote them."""
+    names = folders_of(folder, kind)
+    keys = dict.fromkeys(key for name in names for key in folder.record_keys(name))
+    return (record for record in folder.each_record(keys, names) if record is not None)
+
+
+def folders_of(folder: RunFolder, kind: Kind) -> list[str]:
+    """The folders under `records/` that have records of a kind: its own, and those of earlier versions that exist."""
+    there = folder.names(RECORDS) if kind.earlier else []
+    return [kind.folder, *(name for name in kind.earlier if name in there)]

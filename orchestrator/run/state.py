@@ -18,6 +18,7 @@ from orchestrator.run.entries import (
     HealedEntry,
     TimingEntry,
     Trial,
+    UnitKeys,
 )
 from orchestrator.run.folder import RunFolder
 
@@ -48,6 +49,8 @@ class RunState:
         speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
         lengths: timings of the finalists over lengths of prompts.
         halving: each plan in each rung.
+        units: the units that each stage has listed, by the names of `PARTS_OF_STAGES`; a unit that a stage lists is
+            listed by none after it.
         estimates: what each stage was expected to cost before the run; see `orchestrator.costs.estimate`.
         stage_s: seconds that each stage took, all calls of the command together.
         failures: each unit that failed for good.
@@ -69,6 +72,7 @@ class RunState:
     speed: dict[str, Any] | None = None
     lengths: list[TimingEntry] = field(default_factory=list)
     halving: list[HalvingEntry] = field(default_factory=list)
+    units: dict[str, list[UnitKeys]] = field(default_factory=dict)
     estimates: list[dict[str, Any]] = field(default_factory=list)
     stage_s: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -76,13 +80,17 @@ class RunState:
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `run.json`."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found["units"] = {stage: [unit.to_dict() for unit in units] for stage, units in self.units.items()}
         return found | {name: [entry.to_dict() for entry in found[name]] for name in _ENTRIES}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunState:
         """Reads what `to_dict` wrote; lists that an earlier version did not know are empty."""
         entries = {name: [kind.from_dict(entry) for entry in data.get(name, [])] for name, kind in _ENTRIES.items()}
-        return cls(**{**data, **entries})
+        units = {
+            stage: [UnitKeys.from_dict(unit) for unit in listed] for stage, listed in data.get("units", {}).items()
+        }
+        return cls(**{**data, **entries, "units": units})
 
 
 _ENTRIES: dict[str, type[Entry]] = {

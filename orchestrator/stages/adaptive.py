@@ -17,19 +17,29 @@ from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity.adaptive_tiers import AdaptiveTiers, TierRule
 from layerboost.sensitivity.drops import item_drops
 from orchestrator.recipe.errors import InputError
-from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.context import RunContext
 from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE
-from orchestrator.run.kinds import SWEEP
+from orchestrator.run.kinds import SCORES, SENSITIVITY, SHARES, SWEEP
 from orchestrator.run.records import time_and_worker
+from orchestrator.run.units import Identity, StageUnits, Unit
 from tasks.pool.finished import Finished
 from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
 
-SENSITIVITY = "sensitivity"
-
 _ITEMS_OF_A_SHARE = 8
 """A round is cut into shares of about so many items, unless the recipe wants fewer shares."""
+
+
+def adaptive_units(run: RunContext) -> None:
+    """Lists the shares of the rounds so far; later ones are open, as many as if no layer stopped early.
+
+    Puts the scores into the run's state where the tiers are certain.
+    """
+    rounds = Rounds(run)
+    is_finished = not rounds.next_units()
+    rounds.list_units()
+    run.state.sensitivity = rounds.entries if is_finished else []
 
 
 def adaptive_sensitivity(run: RunContext) -> bool:
@@ -37,9 +47,7 @@ def adaptive_sensitivity(run: RunContext) -> bool:
     rounds = Rounds(run)
     todo = rounds.next_units()
     workers = run.workers() if todo else None
-    run.progress.start_stage(
-        SENSITIVITY, rounds.n_units, recorded=rounds.n_recorded, workers=workers.n_workers if workers else 1
-    )
+    run.begin(rounds.list_units(), workers=workers.n_workers if workers else 1)
     failures = []
     if workers:
         failures = sweep_units(
@@ -54,6 +62,7 @@ def adaptive_sensitivity(run: RunContext) -> bool:
         )
     for failure in failures:
         run.failed(SENSITIVITY, rounds.name(failure.unit), failure.error)
+    rounds.list_units()
     run.progress.end_stage()
     run.state.sensitivity = rounds.entries
     if rounds.tiers is not None and rounds.tiers.finished:
@@ -82,7 +91,9 @@ class Rounds:
         self._rounds: list[tuple[tuple[int, ...], int, int]] = []
         self.tiers: AdaptiveTiers | None = None
         self.entries: list[AblationEntry] = []
-        self.n_units = self.n_recorded = 0
+        self._units: dict[str, Unit] = {}
+        self._seconds: dict[str, float] = {}
+        self._scored: dict[str, Unit] = {}
 
     def next_units(self) -> list[SweepWork]:
         """What the records so far ask for, but for what was handed out already."""
@@ -93,12 +104,34 @@ class Rounds:
     def more_units(self) -> list[SweepWork]:
         """The next units of the stage that is under way: which rounds there are follows from the earlier ones."""
         units = self.next_units()
-        self._run.progress.set_total(self.n_units)
+        self._run.progress.set_total(self.list_units().n_expected)
         return units
+
+    def list_units(self) -> StageUnits:
+        """Lists what the last replay met; scores and the count of the items are work beside the units."""
+        counted = Unit(SHARES, (self._run.inputs.count(self.source.spec),), {"source": self.source.name})
+        beside = [counted, *self._scored.values()]
+        return self._run.list_units(
+            SENSITIVITY, list(self._units.values()), n_open=self._n_open(), beside=beside, look=self._took
+        )
+
+    def _took(self, units: Sequence[Unit]) -> list[float | None]:
+        return [self._seconds.get(unit.key) for unit in units]
+
+    def _n_open(self) -> int:
+        """Shares of the rounds that the last replay did not come to, as if no layer stopped before the last item."""
+        if self.tiers is None:
+            n_shares = self._run.inputs.recipe.sensitivity.shares
+            n_items = 0 if self.source.spec.tasks else self.source.spec.n_sequences or 0
+            return max(1, -(-n_items // _ITEMS_OF_A_SHARE)) if isinstance(n_shares, str) else n_shares
+        if self.tiers.finished:
+            return 0
+        met = self._rounds[-1][2] if self._rounds else 0
+        return len(self._cut(met, self.tiers.looks[-1]))
 
     def _replay(self) -> list[SweepWork]:
         spec, run = self.source.spec, self._run
-        counted = run.recorded(run.inputs.count(spec), (SWEEP,))
+        counted = run.recorded(run.inputs.count(spec), SHARES)
         if counted is None:
             return [CountUnit(spec)]
         if counted["generating"]:
@@ -118,19 +151,25 @@ class Rounds:
             first_items=settings.first_items,
             weights=weights,
         )
-        self.n_units = self.n_recorded = 0
+        self._units.clear()
+        self._seconds.clear()
+        self._scored.clear()
         self._rounds.clear()
         while (request := self.tiers.next_request()) is not None:
             self._rounds.append(request)
             layers, start, stop = request
             plans = self._plans(layers)
             cut = self._cut(start, stop)
-            self.n_units += len(cut)
             said = self._said([(share, plans) for share in cut])
-            missing: list[SweepWork] = [
-                SweepUnit(spec, share, plans) for share, found in zip(cut, said, strict=True) if found is None
-            ]
-            self.n_recorded += len(cut) - len(missing)
+            missing: list[SweepWork] = []
+            for share, found in zip(cut, said, strict=True):
+                work = SweepUnit(spec, share, plans)
+                unit = Unit(SHARES, (run.inputs.sweep(spec, share, plans),), self.name(work), work)
+                self._units[unit.key] = unit
+                if found is None:
+                    missing.append(work)
+                else:
+                    self._seconds[unit.key] = found["duration_s"]
             units = missing or self._unscored(plans, cut)
             if units:
                 return units
@@ -183,7 +222,7 @@ class Rounds:
     def _said(self, swept: Sequence[tuple[Share, Sequence[Plan]]]) -> list[dict[str, Any] | None]:
         """What some plans said to each share; None where they were not asked yet."""
         identities = [self._run.inputs.sweep(self.source.spec, share, plans) for share, plans in swept]
-        return self._run.all_recorded(identities, (SWEEP,))
+        return self._run.all_recorded(identities, SHARES)
 
     def _answers(self, plan: Plan, cut: Sequence[Share], *names: str) -> tuple:
         """What a plan said to each share, in whichever round that was."""
@@ -198,8 +237,13 @@ class Rounds:
         return tuple(found)
 
     def _unscored(self, plans: Sequence[Plan], cut: Sequence[Share]) -> list[SweepWork]:
-        recorded = self._run.all_recorded([self._identity(plan, cut) for plan in plans])
+        scores = [Unit(SCORES, (self._identity(plan, cut),), {"plan": str(plan)}) for plan in plans]
+        self._scored |= {unit.key: unit for unit in scores}
+        recorded = self._run.all_recorded([unit.identity for unit in scores])
         missing = [plan for plan, found in zip(plans, recorded, strict=True) if found is None]
+        if self._run.is_ahead:
+            # Nothing is written ahead of the run; the units end the replay.
+            return [ScoreUnit(self.source.spec, plan, tuple(cut), ()) for plan in missing]
         if self.source.name == TASKS_SOURCE:
             spec = self.source.spec
             return [ScoreUnit(spec, plan, tuple(cut), self._answers(plan, cut, "log_p", "greedy")) for plan in missing]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from layerboost.plan import Plan, Treatment
-from layerboost.search.baselines import baseline_plans, is_of_same_budget
+from layerboost.search.baselines import baseline_plans, is_of_same_budget, n_baseline_plans
 from orchestrator.run.context import RunContext
 from tasks.evaluation import cosine_unit
 
@@ -41,11 +41,23 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
     return found
 
 
+def n_open_baselines(run: RunContext, candidates: Sequence[Plan] | None) -> int:
+    """How many plans `baselines` does not know ahead of a run: of candidates that are not known, or lack the cosine."""
+    healing = run.inputs.recipe.healing
+    names = [name for name in healing.baselines if is_of_same_budget(name)]
+    if candidates is None:
+        return healing.candidates * sum(map(n_baseline_plans, names))
+    return len(candidates) if COSINE in names and candidates and _cosine(run) is None else 0
+
+
 def _cosine(run: RunContext) -> list[float] | None:
-    """The cosine distance of each layer, measured here where the sweep did not; None where that failed."""
+    """The cosine distance of each layer, measured here where the sweep did not; None where that failed.
+
+    Ahead of a run nothing is measured, and it is None where it is not recorded.
+    """
     unit, spec = cosine_unit(), run.inputs.text_spec
     identity = run.inputs.scores(unit, spec)
-    if run.recorded(identity) is None:
-        run.evaluate("sensitivity", spec, {unit: {"score": COSINE}})
+    if run.recorded(identity) is None and not run.is_ahead:
+        run.evaluate("sensitivity", spec, {unit: {"score": COSINE}}, adds=True)
     recorded = run.recorded(identity)
     return None if recorded is None else [statistics.fmean(of_layer) for of_layer in recorded["cosine"]]

@@ -5,7 +5,7 @@ Healing leaves the parameters that it trains in `snapshots/<key>/` at those shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerboost.healing.spec import HealingSpec, mark_steps
@@ -13,7 +13,8 @@ from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import CurvePoint
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import CURVE
+from orchestrator.run.kinds import CURVE, HEALINGS
+from orchestrator.run.records import find_record
 from tasks.evaluation import EvaluationUnit
 
 _SNAPSHOTS = "snapshots"
@@ -36,22 +37,55 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed
         healed: plans with the keys of their healing.
         unhealed: further plans, judged as they are before healing alone.
     """
-    units: dict[EvaluationUnit, dict[str, Any]] = {
-        EvaluationUnit(plan=plan): {"plan": str(plan), "share": 0} for plan in unhealed
-    }
-    keys: dict[EvaluationUnit, str] = {}
     kept = {plan: _kept_points(run, plan, key) for plan, key in healed}
     for plan, key in healed:
-        units[EvaluationUnit(plan=plan)] = {"plan": str(plan), "share": 0}
-        for point in kept[plan]:
-            unit = snapshot_unit(run, plan, key, point["step"], run.inputs.healing_spec)
-            keys[unit] = state_key(key, point["step"])
-            units[unit] = {"plan": str(plan), "share": point["share"]}
+        _say_what_is_missing(run, plan, key, kept[plan])
+    units, keys = _points(run, healed, unhealed, kept)
     if units:
         run.evaluate(CURVE, run.inputs.full_spec, units, keys)
     for plan, key in healed:
         if all(_is_judged(run, plan, key, point) for point in kept[plan]):
             run.folder.remove(snapshot_folder(key))
+
+
+def curve_units(run: RunContext, to_heal: Sequence[tuple[Plan, str]], unhealed: Sequence[Plan], *, n_open: int) -> None:
+    """Lists the points that `measure_curves` judges, of what is not healed yet those that the recipe asks for.
+
+    Args:
+        run: the run.
+        to_heal: plans with the keys of their healing, whether it is recorded or not.
+        unhealed: further plans that are judged before healing alone.
+        n_open: points of plans that are not known yet.
+    """
+    marks = [
+        {"step": step, "share": share}
+        for step, share in mark_steps(run.inputs.healing_spec, run.inputs.recipe.healing.curve).items()
+    ]
+    points = {
+        plan: marks if run.recorded(run.inputs.healing(plan), HEALINGS) is None else _kept_points(run, plan, key)
+        for plan, key in to_heal
+    }
+    run.list_scores(CURVE, run.inputs.full_spec, *_points(run, to_heal, unhealed, points), n_open=n_open)
+
+
+def _points(
+    run: RunContext,
+    healed: Sequence[tuple[Plan, str]],
+    unhealed: Sequence[Plan],
+    points: Mapping[Plan, Sequence[dict[str, Any]]],
+) -> tuple[dict[EvaluationUnit, dict[str, Any]], dict[EvaluationUnit, str]]:
+    """What judges plans before healing and at some points, each with its name; and what identifies the latter."""
+    units: dict[EvaluationUnit, dict[str, Any]] = {
+        EvaluationUnit(plan=plan): {"plan": str(plan), "share": 0} for plan in unhealed
+    }
+    keys: dict[EvaluationUnit, str] = {}
+    for plan, key in healed:
+        units[EvaluationUnit(plan=plan)] = {"plan": str(plan), "share": 0}
+        for point in points[plan]:
+            unit = snapshot_unit(run, plan, key, point["step"], run.inputs.healing_spec)
+            keys[unit] = state_key(key, point["step"])
+            units[unit] = {"plan": str(plan), "share": point["share"]}
+    return units, keys
 
 
 def curve_entries(run: RunContext, plan: Plan, key: str) -> list[CurvePoint]:
@@ -70,24 +104,27 @@ def state_key(key: str, step: int) -> str:
 
 
 def _recorded_points(run: RunContext, key: str) -> list[dict[str, Any]]:
-    recorded = run.folder.read_record("heal", key)
-    return [] if recorded is None else recorded.result["snapshots"]
+    recorded = find_record(run.folder, key, HEALINGS)
+    return [] if recorded is None else recorded["snapshots"]
 
 
 def _kept_points(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
-    """Points that are judged already or whose snapshot is there still; says which of the recipe's are not."""
-    spec, recorded = run.inputs.healing_spec, run.folder.read_record("heal", key)
-    assert recorded is not None
-    kept = [
+    """Points that are judged already or whose snapshot is there still."""
+    return [
         point
-        for point in recorded.result["snapshots"]
+        for point in _recorded_points(run, key)
         if _is_judged(run, plan, key, point) or run.folder.exists(snapshot_name(key, point["step"]))
     ]
-    steps, n_steps = {point["step"] for point in kept}, recorded.result["tokens"] // spec.tokens_per_step
+
+
+def _say_what_is_missing(run: RunContext, plan: Plan, key: str, kept: Sequence[dict[str, Any]]) -> None:
+    """Says which of the recipe's points a healed plan lacks."""
+    spec, recorded = run.inputs.healing_spec, find_record(run.folder, key, HEALINGS)
+    assert recorded is not None
+    steps, n_steps = {point["step"] for point in kept}, recorded["tokens"] // spec.tokens_per_step
     wanted = mark_steps(spec, run.inputs.recipe.healing.curve)
     if missing := [f"{share:g}" for step, share in wanted.items() if step < n_steps and step not in steps]:
         run.progress.note(f"healed without snapshots at shares {', '.join(missing)}: no such points", plan=plan)
-    return kept
 
 
 def _is_judged(run: RunContext, plan: Plan, key: str, point: dict[str, Any]) -> bool:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from layerboost.evaluation.scores import QualityError, quality
 from orchestrator.recipe.errors import InputError
 from orchestrator.run.context import RunContext
-from orchestrator.run.folder import unit_key
 from orchestrator.run.records import scores_of
 from tasks.evaluation import base_unit
+
+_UNITS = {base_unit(): {"model": "base"}}
+
+
+def units(run: RunContext) -> None:
+    """Lists the base; puts its key into the run's state."""
+    (base,) = run.list_scores("evaluate", run.inputs.full_spec, _UNITS).units
+    run.state.base_key = base.key
 
 
 def evaluate(run: RunContext) -> bool:
@@ -16,9 +23,8 @@ def evaluate(run: RunContext) -> bool:
     Raises:
         InputError: the tasks give no quality to compare plans by.
     """
-    unit, spec = base_unit(), run.inputs.full_spec
-    run.state.base_key = unit_key(run.inputs.scores(unit, spec))
-    done = run.evaluate("evaluate", spec, {unit: {"model": "base"}})
+    units(run)
+    done = run.evaluate("evaluate", run.inputs.full_spec, _UNITS)
     if (base := scores_of(run.folder, run.state.base_key)) is not None:
         try:
             quality(base)

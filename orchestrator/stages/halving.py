@@ -5,18 +5,20 @@ A rung's healings leave the parameters that they trained in `snapshots/<key>/`; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation.scores import Scores
-from layerboost.healing.rungs import rungs, total_tokens
+from layerboost.healing.rungs import Rung, rungs, total_tokens
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import HalvingEntry
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import CURVE
+from orchestrator.run.kinds import HALVING, HALVING_SCORES, RUNGS, SCORES
+from orchestrator.run.records import find_record
+from orchestrator.run.units import StageUnits, Unit, recorded_seconds
 from orchestrator.stages.candidates import most_promising
 from orchestrator.stages.curve import snapshot_folder, snapshot_name, snapshot_unit, state_key
 from orchestrator.stages.healing_jobs import CHECKPOINTS, healing_result, rung_job
@@ -26,9 +28,6 @@ from tasks.healing.job import HealingJob
 from tasks.healing.run import HealingResult
 from tasks.pool.finished import Finished
 from tasks.pool.watch import Watch
-
-HALVING = "halving"
-"""Stage of the records that hold the healings of rungs."""
 
 
 def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
@@ -40,36 +39,113 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
     Returns:
         The plans to heal on the whole budget.
     """
-    healing, settings = run.inputs.recipe.healing, run.inputs.recipe.healing.halving
-    assert settings is not None
     run.state.halving = []
-    if len(plans) <= healing.candidates:
+    ladder, candidates = ladder_for(run, len(plans)), run.inputs.recipe.healing.candidates
+    if not ladder:
         return list(plans)
-    ladder = rungs(len(plans), healing.candidates, settings.first, settings.rungs)
-    n_tokens = total_tokens(ladder, healing.candidates, lambda share: _tokens_at(run, share))
+    n_tokens = total_tokens(ladder, candidates, lambda share: _tokens_at(run, share))
     part = n_tokens / (len(plans) * _tokens_at(run, 1.0))
     run.progress.note(
         f"halving: {len(plans)} plans, {n_tokens:,} tokens in all, {part:.0%} of healing all fully",
-        rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {healing.candidates}x1",
+        rungs=" ".join(f"{rung.n_plans}x{rung.share:.3g}" for rung in ladder) + f" {candidates}x1",
     )
-    trials = {trial.plan: trial for trial in reversed(run.state.trials)}
-    left = list(plans)
-    for number, (rung, n_left) in enumerate(
-        zip(ladder, [*(rung.n_plans for rung in ladder[1:]), healing.candidates], strict=True), start=1
-    ):
+    left, units = list(plans), _RungUnits(run, ladder)
+    for number, rung in enumerate(ladder, start=1):
         spec = run.inputs.healing_spec_at(rung.share)
-        origins = {plan: trials[plan].origin for plan in left}
-        _heal_rung(run, number, origins, spec)
+        _heal_rung(run, number, units.add(number, left), spec)
         _judge_rung(run, number, left, spec)
-        entries = [
-            HalvingEntry(plan, origins[plan], number, rung.share, trials[plan].speedup, **_outcome(run, plan, spec))
-            for plan in left
-        ]
-        chosen = most_promising(run, entries, n_left)
-        run.state.halving += [replace(entry, survived=index in chosen) for index, entry in enumerate(entries)]
+        units.add(number, left)  # with the scores, which are known by the healings
+        left = _survivors(run, ladder, number, left)
         run.save()
-        left = [left[index] for index in chosen]
     return left
+
+
+def halving_units(run: RunContext, plans: Sequence[Plan] | None) -> list[Plan] | None:
+    """Lists the healings of the rungs whose plans are known by now; those of later rungs are open.
+
+    Args:
+        run: the run.
+        plans: those of the first rung; None where they are not known.
+
+    Returns:
+        The plans to heal on the whole budget; None where the records do not say yet.
+    """
+    settings = run.inputs.recipe.healing.halving
+    assert settings is not None
+    run.state.halving = []
+    ladder = ladder_for(run, settings.plans if plans is None else len(plans))
+    units = _RungUnits(run, ladder)
+    if plans is None:
+        units.tell()
+        return None
+    left = list(plans)
+    for number, rung in enumerate(ladder, start=1):
+        units.add(number, left)
+        spec = run.inputs.healing_spec_at(rung.share)
+        if not all(_is_judged(run, plan, spec) for plan in left):
+            return None
+        left = _survivors(run, ladder, number, left)
+    return left
+
+
+def ladder_for(run: RunContext, n_plans: int) -> list[Rung]:
+    """The rungs for so many plans; none where all of them can be healed on the whole budget."""
+    healing, settings = run.inputs.recipe.healing, run.inputs.recipe.healing.halving
+    assert settings is not None
+    if n_plans <= healing.candidates:
+        return []
+    return rungs(n_plans, healing.candidates, settings.first, settings.rungs)
+
+
+class _RungUnits:
+    """The healings of the rungs so far, listed as one stage."""
+
+    def __init__(self, run: RunContext, ladder: Sequence[Rung]):
+        self._run, self._ladder = run, ladder
+        self._of_rung: dict[int, list[Unit]] = {}
+
+    def add(self, number: int, plans: Sequence[Plan]) -> dict[Plan, bool]:
+        """Lists the healings of a rung; returns which of its plans are to be healed."""
+        spec = self._run.inputs.healing_spec_at(self._ladder[number - 1].share)
+        self._of_rung[number] = [
+            Unit(RUNGS, (self._run.inputs.healing(plan, spec),), {"plan": str(plan), "rung": number}, (plan, spec))
+            for plan in plans
+        ]
+        todo = {unit.work[0] for unit in self.tell().todo if unit.name["rung"] == number}
+        return {plan: plan in todo for plan in plans}
+
+    def tell(self) -> StageUnits:
+        """Lists everything that is known; the scores of what is healed are work beside the units."""
+        run = self._run
+        units = [unit for of_rung in self._of_rung.values() for unit in of_rung]
+        beside = [
+            Unit(SCORES, (_scores_identity(run, *unit.work),), unit.name)
+            for unit in units
+            if _is_healed(run, *unit.work)
+        ]
+        n_open = sum(rung.n_plans for number, rung in enumerate(self._ladder, 1) if number not in self._of_rung)
+        return run.list_units(HALVING, units, n_open=n_open, beside=beside, look=self._took)
+
+    def _took(self, units: Sequence[Unit]) -> list[float | None]:
+        """Seconds of the healings whose plan is judged or waits to be; others are to be done again."""
+        run = self._run
+        is_done = [_is_judged(run, *unit.work) or _waits(run, *unit.work) for unit in units]
+        seconds = recorded_seconds(run.folder, units)
+        return [took if done else None for took, done in zip(seconds, is_done, strict=True)]
+
+
+def _survivors(run: RunContext, ladder: Sequence[Rung], number: int, plans: Sequence[Plan]) -> list[Plan]:
+    """The plans that go on after a rung, by the records; lists what came of each in the run's state."""
+    rung, spec = ladder[number - 1], run.inputs.healing_spec_at(ladder[number - 1].share)
+    n_left = ladder[number].n_plans if number < len(ladder) else run.inputs.recipe.healing.candidates
+    trials = {trial.plan: trial for trial in reversed(run.state.trials)}
+    entries = [
+        HalvingEntry(plan, trials[plan].origin, number, rung.share, trials[plan].speedup, **_outcome(run, plan, spec))
+        for plan in plans
+    ]
+    chosen = most_promising(run, entries, n_left)
+    run.state.halving += [replace(entry, survived=index in chosen) for index, entry in enumerate(entries)]
+    return [plans[index] for index in chosen]
 
 
 def _tokens_at(run: RunContext, share: float) -> int:
@@ -77,14 +153,15 @@ def _tokens_at(run: RunContext, share: float) -> int:
     return spec.steps * spec.tokens_per_step
 
 
-def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: HealingSpec) -> None:
+def _heal_rung(run: RunContext, number: int, is_to_do: Mapping[Plan, bool], spec: HealingSpec) -> None:
     """Heals what is neither judged nor waits to be. Failed ones are named; the rest goes on."""
     from tasks.cluster import connection
     from tasks.cluster.resources import jobs_at_once
     from tasks.healing.rungs import heal_all
 
-    identities = {plan: run.inputs.healing(plan, spec) for plan in origins}
-    todo = [plan for plan in origins if not (_is_judged(run, plan, spec) or _waits(run, plan, spec))]
+    origins = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
+    todo = [plan for plan, is_missing in is_to_do.items() if is_missing]
+    identities = {plan: run.inputs.healing(plan, spec) for plan in todo}
     if todo and not sample_text(run):
         return
     jobs: dict[str, HealingJob] = {}
@@ -94,8 +171,8 @@ def _heal_rung(run: RunContext, number: int, origins: dict[Plan, str], spec: Hea
         jobs = {key: rung_job(run, plan, key, spec, workers) for plan, key in keys.items()}
     run.progress.start_stage(
         f"{HALVING} rung {number}",
-        len(origins),
-        recorded=len(origins) - len(todo),
+        len(is_to_do),
+        recorded=len(is_to_do) - len(todo),
         workers=min(len(jobs), jobs_at_once(next(iter(jobs.values())).workers, connection.resources())) if jobs else 1,
     )
 
@@ -120,7 +197,7 @@ def _judge_rung(run: RunContext, number: int, plans: Sequence[Plan], spec: Heali
     names = {unit: {"plan": str(plan), "rung": number} for plan, unit in units.items()}
     keys = {units[plan]: state_key(*states[plan]) for plan in healed}
     if healed:
-        run.evaluate(CURVE, run.inputs.search_quality_spec, names, keys)
+        run.evaluate(HALVING_SCORES, run.inputs.search_quality_spec, names, keys)
     for plan in healed:
         if _is_judged(run, plan, spec):
             run.folder.remove(snapshot_folder(states[plan][0]))
@@ -129,13 +206,13 @@ def _judge_rung(run: RunContext, number: int, plans: Sequence[Plan], spec: Heali
 def _state(run: RunContext, plan: Plan, spec: HealingSpec) -> tuple[str, int]:
     """Key of a recorded healing, and its last step."""
     key = unit_key(run.inputs.healing(plan, spec))
-    recorded = run.folder.read_record(HALVING, key)
+    recorded = find_record(run.folder, key, RUNGS)
     assert recorded is not None
-    return key, recorded.result["tokens"] // spec.tokens_per_step
+    return key, recorded["tokens"] // spec.tokens_per_step
 
 
 def _is_healed(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
-    return run.folder.read_record(HALVING, unit_key(run.inputs.healing(plan, spec))) is not None
+    return run.recorded(run.inputs.healing(plan, spec), RUNGS) is not None
 
 
 def _waits(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:

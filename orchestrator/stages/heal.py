@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerboost.healing.spec import mark_steps
 from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import BaselineEntry, HealedEntry
 from orchestrator.run.folder import unit_key
-from orchestrator.stages.baselines import baselines
+from orchestrator.run.kinds import HALVING, HEALINGS, REFINE
+from orchestrator.run.records import find_record
+from orchestrator.run.units import StageUnits, Unit, recorded_seconds
+from orchestrator.stages.baselines import baselines, n_open_baselines
 from orchestrator.stages.candidates import candidates, say_that_none_is_allowed
-from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
-from orchestrator.stages.halving import halve
+from orchestrator.stages.curve import curve_entries, curve_units, measure_curves, snapshot_folder
+from orchestrator.stages.halving import halve, halving_units
 from orchestrator.stages.healing_jobs import (
     CHECKPOINTS,
     healed_name,
@@ -21,7 +26,7 @@ from orchestrator.stages.healing_jobs import (
     healing_job,
     healing_result,
 )
-from orchestrator.stages.sampled import sample_text
+from orchestrator.stages.sampled import list_documents, sample_text
 from orchestrator.stages.speed import speedup
 from tasks.healing.job import HealingProgress
 from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
@@ -33,16 +38,64 @@ _MARKER = "healing.json"
 _PROGRESS_LINES = 10
 
 
+def units(run: RunContext) -> None:
+    """Lists the documents, the healings of rungs, the healings and the points of their curves.
+
+    Candidates, and the baselines that have their budgets, are open while the search or the rungs do not say which they
+    are. Puts what will be healed into the run's state, with the keys of its healing.
+    """
+    healing = run.inputs.recipe.healing
+    if not healing.tokens:
+        return
+    chosen = None
+    if run.is_settled("search", REFINE):
+        chosen = candidates(run, None if healing.halving is None else healing.halving.plans)
+    if healing.halving is not None:
+        chosen = halving_units(run, chosen)
+    origins = _origins(run, chosen or [])
+    n_open_others = n_open_baselines(run, chosen)
+    n_open_candidates = healing.candidates if chosen is None else 0
+    listing = _list_healings(run, origins, n_open=n_open_candidates + n_open_others)
+    if run.inputs.sampling is not None:
+        list_documents(run, needed=not (listing.is_complete and run.is_settled(HALVING)))
+    keys = {unit.work: unit.key for unit in listing.units}
+    run.state.healed = [healed_entry(run, plan, origins[plan], key) for plan, key in keys.items()]
+    n_open = len(mark_steps(run.inputs.healing_spec, healing.curve)) * listing.n_open + n_open_others
+    if healing.curve and run.inputs.search_quality_spec != run.inputs.full_spec:
+        n_open += n_open_candidates
+    curve_units(run, list(keys.items()) if healing.curve else [], _baseline_plans(run), n_open=n_open)
+
+
+def _list_healings(run: RunContext, origins: Mapping[Plan, str], *, n_open: int = 0) -> StageUnits:
+    """Lists the healings of some plans; those whose checkpoint is not in its folder are to be done again."""
+
+    def took(units: Sequence[Unit]) -> list[float | None]:
+        seconds = recorded_seconds(run.folder, units)
+        return [
+            took if is_healed(run, unit.work, unit.identity) else None
+            for unit, took in zip(units, seconds, strict=True)
+        ]
+
+    named = [
+        Unit(HEALINGS, (run.inputs.healing(plan),), {"plan": str(plan), "origin": origin}, plan)
+        for plan, origin in origins.items()
+    ]
+    return run.list_units("heal", named, n_open=n_open, look=took)
+
+
 def heal(run: RunContext) -> bool:
     """Heals the plans that are not healed yet. Failed ones are named; the rest goes on."""
     if not run.inputs.recipe.healing.tokens:
         return True
     origins = plans_to_heal(run)
-    identities = {plan: run.inputs.healing(plan) for plan in origins}
-    todo = [plan for plan in origins if not is_healed(run, plan, identities[plan])]
+    listing = _list_healings(run, origins)
+    identities = {unit.work: unit.identity for unit in listing.units}
+    todo = [unit.work for unit in listing.todo]
+    if run.inputs.sampling is not None:
+        list_documents(run, needed=bool(todo))
     if todo and not sample_text(run):
         todo = []  # what is healed already is measured all the same
-    run.progress.start_stage("heal", len(origins), recorded=len(origins) - len(todo))
+    run.begin(listing)
     with finish_on_interrupt() as interrupt, freeing_groups_of_the_dead():
         for plan in todo:
             _heal(run, plan, origins[plan], identities[plan])
@@ -61,13 +114,18 @@ def heal(run: RunContext) -> bool:
 
 def plans_to_heal(run: RunContext) -> dict[Plan, str]:
     """The candidates, then the baselines, each with its origin. Lists the baselines in the run's state."""
-    searched = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     halving = run.inputs.recipe.healing.halving
     chosen = candidates(run, None if halving is None else halving.plans)
     if not chosen:
         say_that_none_is_allowed(run)
     if halving is not None:
         chosen = halve(run, chosen)
+    return _origins(run, chosen)
+
+
+def _origins(run: RunContext, chosen: Sequence[Plan]) -> dict[Plan, str]:
+    """Candidates and their baselines, each with its origin. Lists the baselines in the run's state."""
+    searched = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     others = baselines(run, chosen)
     run.state.baselines = [
         BaselineEntry(plan, origin, speedup(run, plan), unit_key(run.inputs.plan_scores(plan, run.inputs.full_spec)))
@@ -79,7 +137,11 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
 def _judge_curves(run: RunContext, keys: dict[Plan, str]) -> None:
     """Quality of the baselines, which no search has judged, before healing; then the curve of what is healed."""
     healed = list(keys.items()) if run.inputs.recipe.healing.curve else []
-    measure_curves(run, healed, [baseline.plan for baseline in run.state.baselines])
+    measure_curves(run, healed, _baseline_plans(run))
+
+
+def _baseline_plans(run: RunContext) -> list[Plan]:
+    return [baseline.plan for baseline in run.state.baselines]
 
 
 def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> HealedEntry:
@@ -92,7 +154,7 @@ def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> HealedEn
 def is_healed(run: RunContext, plan: Plan, identity: dict[str, Any]) -> bool:
     """Whether the healing is recorded, and the checkpoint in its folder is the recorded one."""
     marker, key = f"{healed_name(plan)}/{_MARKER}", unit_key(identity)
-    if run.folder.read_record("heal", key) is None or not run.folder.exists(marker):
+    if find_record(run.folder, key, HEALINGS) is None or not run.folder.exists(marker):
         return False
     return json.loads(run.folder.read_bytes(marker))["key"] == key
 

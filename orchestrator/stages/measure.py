@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerboost.plan import Treatment
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import BranchesEntry, Finalist, FinalistEntry, TimingEntry
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import THROUGHPUT
+from orchestrator.run.kinds import LENGTHS, THROUGHPUT
 from orchestrator.run.state import REFINED
 from orchestrator.stages.healing_jobs import healed_folder, healed_unit
-from orchestrator.stages.timing import measuring_hardware, throughput_unit, time_models
+from orchestrator.stages.timing import list_timings, measuring_hardware, throughput_unit, time_models
 from tasks.evaluation import EvaluationUnit, base_unit
-
-LENGTHS = "lengths"
-"""What progress and failures call the timings over prompt lengths."""
+from tasks.timing import ThroughputUnit
 
 
 def measure(run: RunContext) -> bool:
     """Judges, then times. Failed finalists stay as rows; the rest goes on."""
-    found = finalists(run)
-    units = {finalist: evaluation_unit(run, finalist) for finalist in found}
-    spec = run.inputs.full_spec
-    names: dict[EvaluationUnit, dict[str, Any]] = {unit: _name(finalist) for finalist, unit in units.items()}
-    healed_keys = {units[finalist]: finalist.healed_key for finalist in found if finalist.healed_key is not None}
+    found, spec = finalists(run), run.inputs.full_spec
     run.state.finalists = [
-        FinalistEntry(finalist, unit_key(run.inputs.scores(unit, spec, finalist.healed_key)))
-        for finalist, unit in units.items()
+        FinalistEntry(finalist, unit_key(run.inputs.scores(evaluation_unit(run, finalist), spec, finalist.healed_key)))
+        for finalist in found
     ]
-    branches = branch_units(run)
-    names |= {unit: {**_name(finalist), "kind": "branches"} for unit, finalist in branches.items()}
-    healed_keys |= {unit: finalist.healed_key for unit, finalist in branches.items() if finalist.healed_key is not None}
     run.state.branches = [
         BranchesEntry(finalist, unit_key(run.inputs.scores(unit, spec, finalist.healed_key)))
-        for unit, finalist in branches.items()
+        for unit, finalist in branch_units(run).items()
     ]
-    run.evaluate("measure", spec, names, healed_keys)
+    run.evaluate("measure", spec, *_judged(run, found))
     run.save()
     _time(run, found)
     return True
+
+
+def units(run: RunContext) -> None:
+    """Lists what judges the finalists, then their timings; those of plans that are not known yet are open."""
+    found, spec = finalists(run), run.inputs.full_spec
+    n_open_plans = run.listings["heal"].n_open if "heal" in run.listings else 0
+    # About half of the plans have a layer with branches.
+    n_open_branches = 0 if spec.text is None else round(n_open_plans / 2)
+    run.list_scores("measure", spec, *_judged(run, found), n_open=n_open_plans + n_open_branches)
+    hardware = measuring_hardware(run)
+    for stage, conditions in _conditions(run).items():
+        timed = _timed(run, found, conditions)
+        list_timings(run, stage, _named(timed), hardware, n_open=n_open_plans * len(conditions))
+
+
+def _judged(
+    run: RunContext, found: Sequence[Finalist]
+) -> tuple[dict[EvaluationUnit, dict[str, Any]], dict[EvaluationUnit, str]]:
+    """What judges the finalists and their branches, each with its name; and the keys of healings."""
+    asked: list[tuple[EvaluationUnit, Finalist, dict[str, str]]]
+    asked = [(evaluation_unit(run, finalist), finalist, {}) for finalist in found]
+    asked += [(unit, finalist, {"kind": "branches"}) for unit, finalist in branch_units(run).items()]
+    names: dict[EvaluationUnit, dict[str, Any]] = {unit: {**_name(finalist), **more} for unit, finalist, more in asked}
+    return names, {unit: of.healed_key for unit, of, _ in asked if of.healed_key is not None}
 
 
 def finalists(run: RunContext) -> list[Finalist]:
@@ -81,19 +97,25 @@ def _name(finalist: Finalist) -> dict[str, str]:
 
 def _time(run: RunContext, found: list[Finalist]) -> None:
     """Times the finalists under every serving condition, then over lengths."""
+    conditions, hardware = _conditions(run), measuring_hardware(run)
+    run.state.throughput = _timings(run, THROUGHPUT, found, conditions[THROUGHPUT], hardware)
+    if LENGTHS in conditions:
+        run.state.lengths = _timings(run, LENGTHS, found, conditions[LENGTHS], hardware)
+
+
+def _conditions(run: RunContext) -> dict[str, list[tuple[int, int]]]:
+    """Pairs of concurrency and prompt tokens of each stage that times finalists."""
     recipe = run.inputs.recipe.throughput
-    conditions = [(concurrency, recipe.prompt_tokens) for concurrency in recipe.concurrency]
-    hardware = measuring_hardware(run)
-    run.state.throughput = _timings(run, THROUGHPUT, found, conditions, hardware)
+    conditions = {THROUGHPUT: [(concurrency, recipe.prompt_tokens) for concurrency in recipe.concurrency]}
     if recipe.lengths is not None:
-        conditions = [(recipe.lengths.concurrency, tokens) for tokens in recipe.lengths.prompt_tokens]
-        run.state.lengths = _timings(run, LENGTHS, found, conditions, hardware)
+        conditions[LENGTHS] = [(recipe.lengths.concurrency, tokens) for tokens in recipe.lengths.prompt_tokens]
+    return conditions
 
 
-def _timings(
-    run: RunContext, stage: str, found: list[Finalist], conditions: list[tuple[int, int]], hardware: str
-) -> list[TimingEntry]:
-    """What `run.json` lists of the timings of finalists under pairs of concurrency and prompt tokens."""
+def _timed(
+    run: RunContext, found: Sequence[Finalist], conditions: Sequence[tuple[int, int]]
+) -> dict[ThroughputUnit, Finalist]:
+    """What times finalists under some conditions."""
     units = {}
     for finalist in found:
         judged = evaluation_unit(run, finalist)
@@ -102,8 +124,19 @@ def _timings(
                 run, judged.plan, concurrency, prompt_tokens=prompt_tokens, checkpoint=judged.checkpoint
             )
             units[unit] = finalist
-    named = {unit: (_name(finalist), finalist.healed_key) for unit, finalist in units.items()}
-    keys = time_models(run, stage, named, hardware)
+    return units
+
+
+def _named(units: Mapping[ThroughputUnit, Finalist]) -> dict[ThroughputUnit, tuple[dict[str, Any], str | None]]:
+    return {unit: (_name(finalist), finalist.healed_key) for unit, finalist in units.items()}
+
+
+def _timings(
+    run: RunContext, stage: str, found: list[Finalist], conditions: list[tuple[int, int]], hardware: str
+) -> list[TimingEntry]:
+    """What `run.json` lists of the timings of finalists under pairs of concurrency and prompt tokens."""
+    units = _timed(run, found, conditions)
+    keys = time_models(run, stage, _named(units), hardware)
     return [
         TimingEntry(finalist, unit.concurrency, unit.prompt_tokens, unit.new_tokens, keys[unit])
         for unit, finalist in units.items()

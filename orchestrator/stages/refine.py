@@ -11,9 +11,10 @@ from layerboost.sensitivity.drops import mean_drop
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import Trial
-from orchestrator.run.kinds import REFINE
+from orchestrator.run.kinds import REFINE, SCORES
 from orchestrator.run.records import time_and_worker
 from orchestrator.run.state import REFINED
+from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.candidates import candidates
 from tasks.pool.finished import Finished
 from tasks.sweep import PlansUnit, SweepWork, sweep_units
@@ -32,9 +33,7 @@ def refine(run: RunContext) -> list[Trial]:
     rounds = _Rounds(run, candidates(run))
     todo = rounds.next_units()
     workers = run.workers() if todo else None
-    run.progress.start_stage(
-        REFINE, rounds.max_plans, recorded=rounds.n_evaluated, workers=workers.n_workers if workers else 1
-    )
+    run.begin(rounds.list_units(), workers=workers.n_workers if workers else 1)
     if workers:
         failures = sweep_units(
             todo,
@@ -42,7 +41,7 @@ def refine(run: RunContext) -> list[Trial]:
             rounds.spec,
             workers,
             on_result=rounds.record,
-            more_units=rounds.next_units,
+            more_units=rounds.more_units,
             n_workers=run.n_workers,
             watch=run.watch(REFINE, _name, n_workers=workers.n_workers, of_each=_PLANS_OF_A_UNIT),
         )
@@ -51,9 +50,30 @@ def refine(run: RunContext) -> list[Trial]:
     for refiner in rounds.refiners:
         plan, drop = refiner.best
         run.progress.note("refined", start=refiner.start, plan=plan, drop=f"{drop:.4f}")
+    rounds.list_units()
     run.progress.end_stage()
-    improved = dict.fromkeys(refiner.best[0] for refiner in rounds.refiners if refiner.best[0] != refiner.start)
-    return [Trial(plan, REFINED) for plan in improved]
+    return rounds.improved()
+
+
+def refine_units(run: RunContext, *, known: bool) -> list[Trial]:
+    """Lists the plans that refinement has asked for by now; the rest of its budget is open.
+
+    Args:
+        run: the run.
+        known: whether the searched plans are, which refinement begins with.
+
+    Returns:
+        What `refine` does, where all of it is recorded; else nothing.
+    """
+    settings = run.inputs.recipe.search.refine
+    if settings is None:
+        return []
+    if not known:
+        run.list_units(REFINE, [], n_open=settings.plans)
+        return []
+    rounds = _Rounds(run, candidates(run))
+    rounds.next_units()
+    return rounds.improved() if rounds.list_units().is_complete else []
 
 
 def _name(unit: SweepWork) -> dict[str, Any]:
@@ -71,7 +91,6 @@ class _Rounds:
         self._score = run.inputs.recipe.sensitivity.score
         costs = cost_matrix(run.folder, run.state)
         each = max(1, settings.plans // max(1, len(starts)))
-        self.max_plans = each * len(starts)
         pinned = run.inputs.plan_space.pinned
         self.refiners: list[Refiner] = [
             make_refiner(settings.method, start, costs, each, pinned=pinned) for start in starts
@@ -79,10 +98,28 @@ class _Rounds:
         self._base = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
         self._handed_out: set[Plan] = set()
         self._judged: set[Plan] = set()
+        self._asked: dict[tuple[Plan, QualitySpec], None] = {}
 
-    @property
-    def n_evaluated(self) -> int:
-        return sum(refiner.n_evaluated for refiner in self.refiners)
+    def list_units(self) -> StageUnits:
+        """Lists the plans that were asked for so far."""
+        identify = self._run.inputs.plan_scores
+        units = [Unit(SCORES, (identify(plan, spec),), {"plan": str(plan)}, plan) for plan, spec in self._asked]
+        n_open = 0
+        for refiner in self.refiners:
+            if pending := refiner.propose():
+                n_open += refiner.max_plans - refiner.n_evaluated - len(pending)
+        return self._run.list_units(REFINE, units, n_open=n_open)
+
+    def improved(self) -> list[Trial]:
+        """The plans that are better than those they began as, as points of the search."""
+        found = dict.fromkeys(refiner.best[0] for refiner in self.refiners if refiner.best[0] != refiner.start)
+        return [Trial(plan, REFINED) for plan in found]
+
+    def more_units(self) -> list[PlansUnit]:
+        """The next units of the stage that is under way."""
+        units = self.next_units()
+        self._run.progress.set_total(self.list_units().n_expected)
+        return units
 
     def next_units(self) -> list[PlansUnit]:
         """Plans that no record has, as units; takes in what the records have until there are some."""
@@ -91,6 +128,7 @@ class _Rounds:
             wanted = list(dict.fromkeys(plan for plans in proposed.values() for plan in plans))
             if not wanted:
                 return self._finish()
+            self._asked |= dict.fromkeys((plan, self.spec) for plan in wanted)
             # What was handed out and is not there has failed.
             missing = [plan for plan in wanted if self._drop(plan) is None and plan not in self._handed_out]
             if missing:
@@ -106,6 +144,7 @@ class _Rounds:
         spec, recorded = self._run.inputs.search_quality_spec, self._run.recorded
         found = dict.fromkeys(refiner.best[0] for refiner in self.refiners)
         identify = self._run.inputs.plan_scores
+        self._asked |= dict.fromkeys((plan, spec) for plan in found)
         missing = [plan for plan in found if recorded(identify(plan, spec)) is None and plan not in self._judged]
         self._judged |= set(missing)
         return self._units(missing, spec)

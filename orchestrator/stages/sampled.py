@@ -8,8 +8,9 @@ from layerboost.storage.errors import retried
 from layerboost.text.sources import TOKENS_SUFFIX, write_token_rows
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import SAMPLE
+from orchestrator.run.kinds import DOCUMENTS, SAMPLE
 from orchestrator.run.records import time_and_worker
+from orchestrator.run.units import StageUnits, Unit, recorded_seconds
 from tasks.pool.finished import Finished
 from tasks.sampling import SampleUnit, sample_units
 
@@ -20,10 +21,9 @@ def sample_text(run: RunContext) -> bool:
     """Samples what the recipe's share of sampled text needs and no record has. Returns whether all of it is there."""
     if run.inputs.sampling is None:
         return True
-    while todo := missing_units(run):
-        workers = run.workers()
-        n_recorded = n_sample_units(run) - len(todo)
-        run.progress.start_stage(SAMPLE, n_recorded + len(todo), recorded=n_recorded, workers=workers.n_workers)
+    while not (listing := list_documents(run)).is_complete:
+        todo, workers = [unit.work for unit in listing.todo], run.workers()
+        run.begin(listing, workers=workers.n_workers)
 
         def on_result(done: Finished[SampleUnit, list[list[int]]]) -> None:
             unit, documents = done.unit, done.result
@@ -40,6 +40,22 @@ def sample_text(run: RunContext) -> bool:
         if failures:
             return False
     return True
+
+
+def list_documents(run: RunContext, *, needed: bool = True) -> StageUnits:
+    """Lists the documents that there are and, where something is to be healed on them, those that are missing next."""
+    every, missing = _units(run)
+    wanted = [unit for unit in every if needed or unit not in missing]
+    named = [Unit(DOCUMENTS, (run.inputs.sample(unit),), _name(unit), unit) for unit in wanted]
+    return run.list_units(SAMPLE, named, look=lambda units: [_took(run, unit) for unit in units])
+
+
+def _took(run: RunContext, unit: Unit) -> float | None:
+    """Seconds of the sampling of documents whose file is there."""
+    if _recorded_tokens(run, unit.work) is None:
+        return None
+    (seconds,) = recorded_seconds(run.folder, [unit])
+    return seconds
 
 
 def _name(unit: SampleUnit) -> dict[str, str]:
@@ -81,7 +97,7 @@ def _units(run: RunContext) -> tuple[list[SampleUnit], list[SampleUnit]]:
 
 
 def _recorded_tokens(run: RunContext, unit: SampleUnit) -> int | None:
-    recorded = run.recorded(run.inputs.sample(unit), (SAMPLE,))
+    recorded = run.recorded(run.inputs.sample(unit), DOCUMENTS)
     if recorded is None or not run.folder.exists(f"{_folder_name(run)}/{_file_name(unit)}"):
         return None
     return recorded["tokens"]

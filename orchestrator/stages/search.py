@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from layerboost.evaluation.scores import Scores, quality
 from layerboost.plan import Plan, Treatment
-from layerboost.search.loop import Outcome, SearchState, TrialResult, Values
+from layerboost.search.loop import Outcome, SearchSpec, SearchState, TrialResult, Values, fixed_points
+from layerboost.search.methods import METHODS
 from layerboost.search.proposers import make_proposer
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import Trial
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import SCORE_STAGES, TRIALS
-from orchestrator.run.records import time_and_worker
+from orchestrator.run.kinds import FOUND_TRIALS, SCORES, SPEED, TRIALS
+from orchestrator.run.records import all_records, each_of_kind, find_records, time_and_worker
+from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.objective import objective
-from orchestrator.stages.refine import refine
-from orchestrator.stages.speed import layer_times, measure_speed, speedup
+from orchestrator.stages.refine import refine, refine_units
+from orchestrator.stages.speed import layer_times, measure_speed, speed_units, speedup
 from tasks.evaluation import EvaluationUnit, plan_evaluator_maker
 from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
@@ -25,27 +29,145 @@ from tasks.pool.watch import Watch
 from tasks.search import run_search
 
 
+def units(run: RunContext) -> None:
+    """Lists the timings for speed, the plans that the search has proposed by now, and the refined ones.
+
+    Proposed plans follow from the records, since a search that is repeated proposes the same: later ones are open, and
+    all but the fixed points while the sweep or the timings are not there. Puts the trials into the run's state; without
+    a whole search these are the fixed points, of which no more is known.
+    """
+    speed_units(run)
+    trials = None
+    if run.is_settled("sensitivity", SPEED) and _is_scored(run):
+        trials = _Trials(run).replayed()
+    else:
+        n_open = _n_distinct(run.inputs.search_spec)
+        _list_plans(run, [plan for _, plan in fixed_points(run.inputs.search_spec, run.inputs.n_layers)], n_open)
+    if trials is None:
+        points = fixed_points(run.inputs.search_spec, run.inputs.n_layers)
+        _set_trials(run, [Trial(plan, origin, status="open") for origin, plan in points], {})
+        refine_units(run, known=False)
+        return
+    judged: dict[Plan, dict[str, Any]] = {}
+    _set_trials(run, trials, judged)
+    _set_trials(run, [*trials, *refine_units(run, known=True)], judged)
+
+
 def search(run: RunContext) -> bool:
     """Evaluates the fixed points and the searched plans. Failed ones are named; the rest goes on."""
     measure_speed(run)
-    costs = cost_matrix(run.folder, run.state)
-    identity = run.inputs.search(costs, (run.state.speed or {"models": []})["models"])
-    recorded = run.folder.read_record(TRIALS, unit_key(identity))
-    if recorded is not None:
-        trials = [Trial.from_dict(trial) for trial in recorded.result["trials"]]
-        run.progress.start_stage("search", len(trials), recorded=len(trials))
-    else:
-        points, failures = _search(run, costs)
-        trials = [_trial(point) for point in points]
-        for failure in failures:
-            run.failed("search", {"plan": str(failure.unit)}, failure.error)
-        if not failures:
-            run.record(TRIALS, identity, {"trials": [trial.proposal() for trial in trials]})
+    trials = _Trials(run).searched()
     judged: dict[Plan, dict[str, Any]] = {}
     _set_trials(run, trials, judged)
     run.progress.end_stage()
     _set_trials(run, [*trials, *refine(run)], judged)
     return True
+
+
+def _is_scored(run: RunContext) -> bool:
+    """Whether everything that layers are ranked by is recorded."""
+    keys = {key for entry in run.state.sensitivity for key in (entry.key, entry.base_key) if key is not None}
+    return bool(keys) and None not in find_records(run.folder, sorted(keys))
+
+
+def _list_plans(run: RunContext, plans: Sequence[Plan], n_open: int) -> StageUnits:
+    """Lists plans that the search judges; the plan of softmax in every layer is the untouched model."""
+    spec = run.inputs.search_quality_spec
+    distinct = dict.fromkeys(plans)
+    units = [Unit(SCORES, (run.inputs.plan_scores(plan, spec),), {"plan": str(plan)}, plan) for plan in distinct]
+    return run.list_units("search", units, n_open=n_open)
+
+
+def _n_distinct(spec: SearchSpec) -> int:
+    """Plans that the trials of a search are expected to give."""
+    if not METHODS[spec.method].counts_repeats:
+        return spec.trials
+    # Drawn evenly, so that many of the pairs of thresholds give a plan that others have given.
+    n_layers = spec.space.n_layers
+    n_pairs = (n_layers + 1) * (n_layers + 2) // 2
+    return round(n_pairs * (1 - (1 - 1 / n_pairs) ** spec.trials))
+
+
+class _Trials:
+    """The trials of the run's search: from their record, or proposed again as far as their plans are recorded."""
+
+    def __init__(self, run: RunContext):
+        self._run, inputs = run, run.inputs
+        self._costs = cost_matrix(run.folder, run.state)
+        self._identity = inputs.search(self._costs, (run.state.speed or {"models": []})["models"])
+
+    @cached_property
+    def _known(self) -> dict[str, dict[str, Any]]:
+        return known_plans(self._run)
+
+    def replayed(self) -> list[Trial] | None:
+        """Lists the plans that are met; the trials where all of them are recorded, else None."""
+        trials, listing = self._recorded()
+        if trials is None or listing.todo:
+            state, listing = self._replay()
+            trials = [_trial(point) for point in state.results()]
+        return trials if listing.is_complete else None
+
+    def searched(self) -> list[Trial]:
+        """The trials, those that no record has made now."""
+        run = self._run
+        trials, listing = self._recorded()
+        if trials is not None and not listing.todo:
+            run.begin(listing)
+            return trials
+        failures: list[UnitFailure[Plan]] = []
+        state, listing = self._replay()
+        if listing.is_complete:
+            run.begin(listing)
+            points = state.results()
+        else:
+            points, failures = self._search(listing)
+        trials = [_trial(point) for point in points]
+        for failure in failures:
+            run.failed("search", {"plan": str(failure.unit)}, failure.error)
+        if not failures:
+            run.record(TRIALS, self._identity, {"trials": [trial.proposal() for trial in trials]})
+        _list_plans(run, [point.plan for point in points], 0)
+        return trials
+
+    def _recorded(self) -> tuple[list[Trial] | None, StageUnits]:
+        recorded = self._run.recorded(self._identity, FOUND_TRIALS)
+        trials = [] if recorded is None else [Trial.from_dict(trial) for trial in recorded["trials"]]
+        judged = [trial.plan for trial in trials if trial.status == "ok"]
+        return (None if recorded is None else trials), _list_plans(self._run, judged, 0)
+
+    def _state(self) -> SearchState:
+        run, spec = self._run, self._run.inputs.search_spec
+        times = layer_times(run)
+        proposer = make_proposer(spec, self._costs, times, _rest_time(run, times))
+        return SearchState(spec, proposer, lambda *judged: objectives(run, *judged), self._known)
+
+    def _replay(self) -> tuple[SearchState, StageUnits]:
+        """The search as far as its plans are recorded; those that come next are listed too."""
+        state = self._state()
+        while state.next_plan() is not None:
+            pass  # is listed with all points, and is to do
+        met = [point.plan for point in state.points]
+        n_searched = len({point.plan for point in state.points if point.origin == "search"})
+        n_open = min(state.n_left, max(0, _n_distinct(state.spec) - n_searched))
+        # At least one trial is left where any is, however many plans were expected.
+        return state, _list_plans(self._run, met, max(n_open, min(1, state.n_left)))
+
+    def _search(self, listing: StageUnits) -> tuple[list[TrialResult], list[UnitFailure[Plan]]]:
+        run, inputs, spec = self._run, self._run.inputs, self._run.inputs.search_quality_spec
+        state, workers = self._state(), run.workers()
+        run.begin(listing, workers=workers.n_workers)
+
+        def on_plan(done: Finished[Plan, dict[str, Any]]) -> None:
+            result = {name: done.result[name] for name in ("scores", "evaluation_s")}
+            run.record("search", inputs.plan_scores(done.unit, spec), {**result, **time_and_worker(done)})
+            run.progress.finish_unit(done.seconds, plan=done.unit, quality=f"{done.result['quality']:.4f}")
+
+        failures: list[UnitFailure[Plan]] = []
+        evaluator = plan_evaluator_maker(inputs.source, spec, workers)
+        watch: Watch[Plan] = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
+        points = run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append, watch=watch)
+        return points, failures
 
 
 def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Outcome:
@@ -69,7 +191,7 @@ def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[st
     unread = [plan for plan in ok if plan not in judged]
     base = run.recorded(run.inputs.plan_scores(untouched, spec)) if unread else None
     if base is not None:
-        records = run.folder.each_record((keys[plan] for plan in unread), SCORE_STAGES)
+        records = each_of_kind(run.folder, (keys[plan] for plan in unread), SCORES)
         for plan, record in zip(unread, records, strict=True):
             if record is not None:
                 judged[plan] = _judged(run, plan, record.result, base)
@@ -87,27 +209,6 @@ def _judged(run: RunContext, plan: Plan, values: Values, base: Values) -> dict[s
     return {"quality": value, "quality_stderr": stderr, "objective": kept, "speedup": speed}
 
 
-def _search(run: RunContext, costs: dict[Treatment, list[float]]) -> tuple[list[TrialResult], list[UnitFailure[Plan]]]:
-    inputs, spec, workers = run.inputs, run.inputs.search_quality_spec, run.workers()
-    times = layer_times(run)
-    proposer = make_proposer(inputs.search_spec, costs, times, _rest_time(run, times))
-    state = SearchState(inputs.search_spec, proposer, lambda *judged: objectives(run, *judged), known_plans(run))
-    # Plans that were met already cost nothing, so the stage may end before its count does.
-    n_plans = len(state.points) + inputs.search_spec.trials
-    run.progress.start_stage("search", n_plans, recorded=0, workers=workers.n_workers)
-
-    def on_plan(done: Finished[Plan, dict[str, Any]]) -> None:
-        result = {name: done.result[name] for name in ("scores", "evaluation_s")}
-        run.record("search", inputs.plan_scores(done.unit, spec), {**result, **time_and_worker(done)})
-        run.progress.finish_unit(done.seconds, plan=done.unit, quality=f"{done.result['quality']:.4f}")
-
-    failures: list[UnitFailure[Plan]] = []
-    evaluator = plan_evaluator_maker(inputs.source, spec, workers)
-    watch: Watch[Plan] = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
-    points = run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append, watch=watch)
-    return points, failures
-
-
 def _rest_time(run: RunContext, times: dict[Treatment, list[float]]) -> float:
     """What a decode step takes beside the layers' times, which count from `none` in every layer."""
     removed = speedup(run, Plan.uniform(Treatment.NONE, run.inputs.n_layers))
@@ -123,14 +224,13 @@ def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
     """`quality`, `quality_stderr` and `scores` of every plan that is recorded, by plan_id."""
     wanted = run.inputs.scores(EvaluationUnit(), run.inputs.search_quality_spec)
     known: dict[str, dict[str, Any]] = {}
-    for stage in SCORE_STAGES:
-        for record in run.folder.each_record(run.folder.record_keys(stage), [stage]):
-            if record is None or {**record.identity, "plan": None} != wanted:
-                continue
-            plan = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
-            if record.identity["plan"] is not None:
-                plan = Plan.from_dict(record.identity["plan"])
-            scores = record.result["scores"]
-            value, stderr = quality(Scores.from_dict(scores))
-            known[plan.plan_id] = {"quality": value, "quality_stderr": stderr, "scores": scores}
+    for record in all_records(run.folder, SCORES):
+        if {**record.identity, "plan": None} != wanted:
+            continue
+        plan = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
+        if record.identity["plan"] is not None:
+            plan = Plan.from_dict(record.identity["plan"])
+        scores = record.result["scores"]
+        value, stderr = quality(Scores.from_dict(scores))
+        known[plan.plan_id] = {"quality": value, "quality_stderr": stderr, "scores": scores}
     return known

@@ -12,17 +12,28 @@ from typing import Any
 
 from layerboost.evaluation.shares import Share, auto_shares, shares
 from layerboost.plan import Plan, Treatment
-from orchestrator.run.context import Identity, RunContext
+from orchestrator.run.context import RunContext
 from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import unit_key
 from orchestrator.run.inputs import TASKS_SOURCE, TEXT_SOURCE, SweepSource
-from orchestrator.run.kinds import SENSITIVITY, SWEEP
+from orchestrator.run.kinds import SCORES, SENSITIVITY, SHARES, SWEEP
 from orchestrator.run.records import time_and_worker
-from orchestrator.stages.adaptive import adaptive_sensitivity
+from orchestrator.run.units import Identity, StageUnits, Unit
+from orchestrator.stages.adaptive import adaptive_sensitivity, adaptive_units
 from tasks.evaluation import EvaluationUnit, cosine_unit
 from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
 from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
+
+
+def units(run: RunContext) -> None:
+    """Lists the shares of every source, open where its items are not counted; puts what is scored into the state."""
+    if run.inputs.recipe.sensitivity.adaptive is not None:
+        adaptive_units(run)
+        return
+    sweep = Sweep(run, run.inputs.sweep_sources)
+    run.state.sensitivity = list(sweep.entries())
+    sweep.list_units()
 
 
 def sensitivity(run: RunContext) -> bool:
@@ -41,6 +52,7 @@ class Sweep:
         self._run, self._sources = run, sources
         self._plans = run.inputs.sweep_plans
         self._handed_out: set[SweepWork] = set()
+        self._units: dict[tuple[SweepSource, Share], Unit] = {}
         self._answers_read: dict[tuple[SweepSource, Share, str], dict[str, Any]] = {}
         self._unrecorded: list[tuple[SweepUnit, float, list[tuple[Identity, dict[str, Any]]]]] = []
         self._has_cosine = (
@@ -71,12 +83,10 @@ class Sweep:
 
     def run(self) -> bool:
         """Does what is not recorded. Returns whether all of it is recorded now."""
-        run, n_shares = self._run, self.n_units()
+        run, listing = self._run, self.list_units()
         todo = self._next_units()
         workers = run.workers() if todo else None
-        run.progress.start_stage(
-            SENSITIVITY, n_shares, recorded=self.n_recorded(), workers=workers.n_workers if workers else 1
-        )
+        run.begin(listing, workers=workers.n_workers if workers else 1)
         failures: list[UnitFailure[SweepWork]] = []
         if workers:
             spec = (self._text_source if self._has_cosine else self._sources[0]).spec
@@ -93,6 +103,8 @@ class Sweep:
             )
         for failure in failures:
             run.failed(SENSITIVITY, self._name(failure.unit), failure.error)
+        if todo:
+            self.list_units()
         run.progress.end_stage()
         return not failures
 
@@ -102,27 +114,70 @@ class Sweep:
 
     # What is there
 
-    def n_units(self) -> int:
-        """Shares of all sources; as many as the recipe says where the items are not counted yet."""
-        return sum(len(self._shares(source)) for source in self._sources) + self._has_cosine
+    def list_units(self) -> StageUnits:
+        """Lists the shares of all sources, and the cosine distances.
 
-    def n_recorded(self) -> int:
-        """Shares that need not be swept any more."""
-        done = sum(
-            len(self._shares(source))
-            if self._is_scored(source)
-            else sum(not treatments for treatments in self._missing(source, self._shares(source)).values())
-            for source in self._sources
-        )
-        return done + (self._has_cosine and self._recorded_cosine() is not None)
+        Shares of a source whose items are not counted are open; none are where all of its plans are scored. The scores
+        that shares are joined to, and the counts, are work beside the units.
+        """
+        inputs, units, beside, n_open = self._run.inputs, [], [], 0
+        for source in self._sources:
+            beside.append(Unit(SHARES, (inputs.count(source.spec),), {"source": source.name}))
+            every = (plan for plans in self._plans.values() for plan in plans)
+            beside += [Unit(SCORES, (inputs.plan_scores(plan, source.spec),), {"plan": str(plan)}) for plan in every]
+            cut = self._shares(source)
+            if cut is None:
+                n_open += 0 if self._is_scored(source) else self._expected_shares(source)
+            else:
+                units += [self._unit(source, share) for share in cut]
+        if self._has_cosine:
+            identity = inputs.scores(cosine_unit(), self._text_source.spec)
+            units.append(Unit(SCORES, (identity,), self._name(cosine_unit()), cosine_unit()))
+        return self._run.list_units(SENSITIVITY, units, n_open=n_open, beside=beside, look=self._took)
 
-    def _shares(self, source: SweepSource) -> list[Share]:
+    def _unit(self, source: SweepSource, share: Share) -> Unit:
+        """A share under all plans, which are recorded treatment by treatment."""
+        if (source, share) not in self._units:
+            identities = tuple(self._run.inputs.sweep(source.spec, share, plans) for plans in self._plans.values())
+            every = tuple(plan for plans in self._plans.values() for plan in plans)
+            name = self._name(SweepUnit(source.spec, share, every))
+            self._units[source, share] = Unit(SHARES, identities, name, (source, share))
+        return self._units[source, share]
+
+    def _took(self, units: Sequence[Unit]) -> list[float | None]:
+        """Seconds of each share that need not be swept any more, and of the cosine distances."""
+        missing: dict[tuple[SweepSource, Share], list[str]] = {}
+        for source in self._sources:
+            cut = [unit.work[1] for unit in units if unit.kind == SHARES and unit.work[0] == source]
+            if cut and not self._is_scored(source):
+                missing |= {(source, share): names for share, names in self._missing(source, cut).items()}
+        seconds: list[float | None] = []
+        for unit in units:
+            if isinstance(unit.work, EvaluationUnit):
+                recorded = self._recorded_cosine()
+                seconds.append(None if recorded is None else recorded["duration_s"])
+                continue
+            answers = [self._answers_read.get((*unit.work, name)) for name in self._plans]
+            took = sum(answer["duration_s"] for answer in answers if answer is not None)
+            seconds.append(None if missing.get(unit.work) else took)
+        return seconds
+
+    def _shares(self, source: SweepSource) -> list[Share] | None:
+        """How the items are cut; None where they are not counted yet."""
         n_shares = self._run.inputs.recipe.sensitivity.shares
-        counted = self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,))
-        costs = counted["costs"] if counted else []
-        if isinstance(n_shares, str):
-            n_shares = auto_shares(costs)
-        return shares(costs or [1] * n_shares, n_shares)
+        counted = self._run.recorded(self._run.inputs.count(source.spec), SHARES)
+        if counted is None:
+            return None
+        costs = counted["costs"]
+        return shares(costs, auto_shares(costs) if isinstance(n_shares, str) else n_shares)
+
+    def _expected_shares(self, source: SweepSource) -> int:
+        """Into how many shares the items are cut by what the recipe says of them, before they are counted."""
+        n_shares, spec = self._run.inputs.recipe.sensitivity.shares, source.spec
+        # Nothing says how many items tasks have; a text has at most so many sequences, all of one length.
+        sequences = [] if spec.tasks else [spec.sequence_tokens] * (spec.n_sequences or 0)
+        n_expected = auto_shares(sequences) if isinstance(n_shares, str) else n_shares
+        return min(n_expected, len(sequences) or n_expected)
 
     def _is_scored(self, source: SweepSource) -> bool:
         return not self._unscored(source)
@@ -137,7 +192,7 @@ class Sweep:
         wanted = [(share, treatment) for share in cut for treatment in self._plans]
         unread = [each for each in wanted if (source, *each) not in self._answers_read]
         identities = [self._run.inputs.sweep(source.spec, share, self._plans[name]) for share, name in unread]
-        for each, recorded in zip(unread, self._run.all_recorded(identities, (SWEEP,)), strict=True):
+        for each, recorded in zip(unread, self._run.all_recorded(identities, SHARES), strict=True):
             if recorded is not None:
                 self._answers_read[source, *each] = recorded
         missing: dict[Share, list[str]] = {share: [] for share in cut}
@@ -154,7 +209,8 @@ class Sweep:
     def _more_units(self) -> list[SweepWork]:
         """What follows from the records by now; how many shares there are is known when the items are counted."""
         units = self._next_units()
-        self._run.progress.set_total(self.n_units())
+        if any(isinstance(unit, SweepUnit) for unit in units):  # the items of a source are counted by now
+            self._run.progress.set_total(self.list_units().n_expected)
         return units
 
     def _next_units(self) -> list[SweepWork]:
@@ -170,9 +226,9 @@ class Sweep:
         unscored = self._unscored(source)
         if not unscored:
             return []
-        if self._run.recorded(self._run.inputs.count(source.spec), (SWEEP,)) is None:
-            return [CountUnit(source.spec)]
         cut = self._shares(source)
+        if cut is None:
+            return [CountUnit(source.spec)]
         missing = self._missing(source, cut)
         if any(missing.values()):
             return [

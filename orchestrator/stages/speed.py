@@ -7,7 +7,7 @@ that a model was fitted to) and `models` (one `SpeedModel.to_dict()` for each co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerboost.families import native_windows
@@ -16,9 +16,9 @@ from layerboost.sensitivity.drops import single_layer_plan
 from layerboost.speed.speed_model import SpeedFitError, SpeedModel, counts, design_plans
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import canonical_json
-from orchestrator.run.kinds import SPEED, THROUGHPUT
-from orchestrator.run.records import find_record
-from orchestrator.stages.timing import measuring_hardware, throughput_unit, time_models
+from orchestrator.run.kinds import SPEED, TIMINGS
+from orchestrator.run.records import all_records, find_record
+from orchestrator.stages.timing import list_timings, measuring_hardware, throughput_unit, time_models
 from tasks.timing import ThroughputUnit
 
 
@@ -27,27 +27,53 @@ def measure_speed(run: RunContext) -> None:
 
     With `search.speed: bytes` nothing is measured. A failed timing is named, and the fit does without it.
     """
-    recipe = run.inputs.recipe
-    if recipe.search.speed == "bytes":
+    if run.inputs.recipe.search.speed == "bytes":
         run.state.speed = None
         return
-    hardware, native = measuring_hardware(run), native_windows(run.inputs.facts.config)
-    units: dict[ThroughputUnit, tuple[dict[str, Any], str | None]] = {}
+    hardware = measuring_hardware(run)
+    plans = _timed_plans(run, hardware)
+    _fit(run, plans, time_models(run, SPEED, _named(plans), hardware))
+
+
+def speed_units(run: RunContext) -> None:
+    """Lists the timings that `measure_speed` wants; fits the models, in the run's state, where all are recorded."""
+    run.state.speed = None
+    if run.inputs.recipe.search.speed == "bytes":
+        return
+    hardware = measuring_hardware(run)
+    plans = _timed_plans(run, hardware)
+    listing = list_timings(run, SPEED, _named(plans), hardware)
+    if listing.is_complete:
+        _fit(run, plans, {unit.work: unit.key for unit in listing.units})
+
+
+def _timed_plans(run: RunContext, hardware: str) -> dict[ThroughputUnit, Plan]:
+    """The designed plans under each condition; in the place of some, recorded ones that are as fast."""
+    native = native_windows(run.inputs.facts.config)
     plans: dict[ThroughputUnit, Plan] = {}
-    for concurrency in recipe.throughput.concurrency:
+    for concurrency in run.inputs.recipe.throughput.concurrency:
         alike = _recorded_alike(run, concurrency, hardware, native)
         for plan in designed_plans(run):
             unit = _unit(run, plan, concurrency)
-            if run.recorded(run.inputs.throughput(unit, hardware, None), (THROUGHPUT,)) is None:
+            if run.recorded(run.inputs.throughput(unit, hardware, None), TIMINGS) is None:
                 plan = alike.get((counts(plan, native), plan.window), plan)
                 unit = _unit(run, plan, concurrency)
-            units[unit], plans[unit] = ({"plan": str(plan)}, None), plan
-    keys = time_models(run, SPEED, units, hardware)
+            plans[unit] = plan
+    return plans
+
+
+def _named(plans: Mapping[ThroughputUnit, Plan]) -> dict[ThroughputUnit, tuple[dict[str, Any], str | None]]:
+    return {unit: ({"plan": str(plan)}, None) for unit, plan in plans.items()}
+
+
+def _fit(run: RunContext, plans: Mapping[ThroughputUnit, Plan], keys: Mapping[ThroughputUnit, str]) -> None:
+    """Fits a model for each concurrency to the timings that are recorded, in `run.state.speed`."""
+    native = native_windows(run.inputs.facts.config)
     measured, models = [], []
-    for concurrency in recipe.throughput.concurrency:
+    for concurrency in run.inputs.recipe.throughput.concurrency:
         points = []
-        for unit in (unit for unit in units if unit.concurrency == concurrency):
-            if (record := find_record(run.folder, keys[unit], (THROUGHPUT,))) is not None:
+        for unit in (unit for unit in plans if unit.concurrency == concurrency):
+            if (record := find_record(run.folder, keys[unit], TIMINGS)) is not None:
                 points.append((plans[unit], *_step_s(record)))
                 measured.append({**plans[unit].to_dict(), "concurrency": concurrency, "key": keys[unit]})
         try:
@@ -125,8 +151,8 @@ def _recorded_alike(
     """An unhealed plan that is recorded under this condition, by what decides its speed."""
     wanted = canonical_json(run.inputs.throughput(throughput_unit(run, None, concurrency), hardware, None))
     found: dict[tuple, Plan] = {}
-    for record in run.folder.records(THROUGHPUT):
-        if record.identity["plan"] and canonical_json({**record.identity, "plan": None}) == wanted:
+    for record in all_records(run.folder, TIMINGS):
+        if record.identity.get("plan") and canonical_json({**record.identity, "plan": None}) == wanted:
             plan = Plan.from_dict(record.identity["plan"])
             found.setdefault((counts(plan, native), plan.window), plan)
     return found

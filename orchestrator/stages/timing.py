@@ -22,12 +22,29 @@ from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator.checks.serving import serving_environment
 from orchestrator.run.context import RunContext
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import THROUGHPUT
+from orchestrator.run.kinds import THROUGHPUT, TIMINGS
 from orchestrator.run.records import time_and_worker
+from orchestrator.run.units import StageUnits, Unit
 from tasks.engines import ENGINES, Engine
 from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
 from tasks.timing import ERROR, Group, ThroughputUnit, measure_groups, on_measuring_node
+
+
+def list_timings(
+    run: RunContext,
+    stage: str,
+    units: Mapping[ThroughputUnit, tuple[dict[str, Any], str | None]],
+    hardware: str,
+    *,
+    n_open: int = 0,
+) -> StageUnits:
+    """Lists what `time_models` times for a stage; `n_open` timings more are of models that are not known yet."""
+    named = [
+        Unit(TIMINGS, (run.inputs.throughput(unit, hardware, healed),), name | _condition(unit), unit)
+        for unit, (name, healed) in units.items()
+    ]
+    return run.list_units(stage, named, n_open=n_open)
 
 
 def time_models(
@@ -40,7 +57,7 @@ def time_models(
 
     Args:
         run: the run.
-        stage: what progress and failures call this; the records are those of stage `throughput`.
+        stage: what progress and failures call this.
         units: what is to be timed: its name, and the key of its healing. Of one condition beside each other.
         hardware: as `measuring_hardware` gives it.
 
@@ -48,8 +65,9 @@ def time_models(
         The key of each unit's record, whether it is there or not.
     """
     identities = {unit: run.inputs.throughput(unit, hardware, healed) for unit, (_, healed) in units.items()}
-    todo = [unit for unit in units if run.recorded(identities[unit], (THROUGHPUT,)) is None]
-    run.progress.start_stage(stage, len(units), recorded=len(units) - len(todo))
+    listing = list_timings(run, stage, units, hardware)
+    todo = [unit.work for unit in listing.todo]
+    run.begin(listing)
     serves = _engine(run).serves
     parents: dict[ThroughputUnit, dict] = {}
 
@@ -61,7 +79,7 @@ def time_models(
         parents.update({unit: result for unit, result in measured.items() if unit == parent_of(unit)})
         n_here = max(1, len(set(group) & set(todo)))
         for unit, result in measured.items():
-            if unit not in todo or run.recorded(identities[unit], (THROUGHPUT,)) is not None:
+            if unit not in todo or run.recorded(identities[unit], TIMINGS) is not None:
                 continue
             named = units[unit][0] | _condition(unit)
             if ERROR in result:
@@ -85,7 +103,7 @@ def time_models(
             alone = [failure for failure in failures if not _pairs(failure.unit)]
             failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch, labels=where)
         for unit, error in _failed_units(failures, todo):
-            if run.recorded(identities[unit], (THROUGHPUT,)) is None:
+            if run.recorded(identities[unit], TIMINGS) is None:
                 run.failed(stage, {**units[unit][0], **_condition(unit)}, error)
     run.progress.end_stage()
     return {unit: unit_key(identity) for unit, identity in identities.items()}
@@ -178,7 +196,7 @@ def _at_recorded_speed(
 ) -> dict[str, Any]:
     """The result as it would have been when the parent was recorded; as it is where the parent was not timed again."""
     speed = "output_throughput_tok_per_s"
-    recorded = run.recorded(run.inputs.throughput(parent_of(unit), hardware, None), (THROUGHPUT,))
+    recorded = run.recorded(run.inputs.throughput(parent_of(unit), hardware, None), TIMINGS)
     if recorded is None or speed not in parent_now:
         return result
     kind = resolved(ENGINES[unit.engine].measurement)

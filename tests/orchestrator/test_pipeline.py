@@ -177,7 +177,7 @@ def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed)
     again = run(inputs, out)
     assert records(out) == before
     assert "duration_s=" not in again.stderr
-    of_scores = (path for path in (out / "records" / "sensitivity").glob("*.json") if '"scores"' in path.read_text())
+    of_scores = (path for path in (out / "records" / "scores").glob("*.json") if '"scores"' in path.read_text())
     victim = sorted(of_scores)[0]
     original = json.loads(victim.read_text())
     victim.write_text(victim.read_text()[:100])

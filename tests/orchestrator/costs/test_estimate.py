@@ -11,10 +11,12 @@ import pytest
 import orchestrator.costs.measure as calibration
 from layerboost.costs.costs import Costs, DecodeCosts, EvaluationCosts, HealingCosts
 from layerboost.plan import Plan
+from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import pipeline
 from orchestrator.checks.preflight import preflight
 from orchestrator.costs import estimate as module
 from orchestrator.costs.estimate import StageEstimate, estimate_stages, estimate_table, expected_line
+from orchestrator.costs.seconds import decode_s
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.estimates import estimate_rows
 from orchestrator.run.context import RunContext
@@ -22,6 +24,7 @@ from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
 from orchestrator.run.state import RECIPE_FILE, RunState, load_state
+from orchestrator.stages import timing
 from orchestrator.text_tables import duration
 from tasks.cluster.resources import NodeResources
 
@@ -70,15 +73,19 @@ def test_seconds_follow_from_units_and_their_costs(inputs):
     steps = 1024 // 64
     assert found["heal"].seconds == pytest.approx(steps * 1.0 + steps * 2.6)
     assert (found["heal"].units, found["heal"].tokens) == (2, 2048)
-    # Two plans are judged half-way, and the baseline also before healing.
-    assert found["curve"].units == 3 and found["curve"].seconds == pytest.approx(18)
+    # Two plans are judged half-way. Before healing the baseline is `all_linear_window`, which the search judges.
+    assert found["curve"].units == 2 and found["curve"].seconds == pytest.approx(12)
+    other = stages_of(context(inputs, "healing.curve=[0.5]", "healing.baselines=[linear]", "search.speed=bytes"))
+    assert other["curve"].units == 3 and other["curve"].seconds == pytest.approx(18), "a baseline of another window"
     # The base, three uniform plans, and two healed plans, each timed together with the parent.
     assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
 
 
-def test_servers_are_asked_in_waves(inputs):
+def test_servers_are_asked_in_waves(inputs, monkeypatch):
     run = context(inputs, "healing.tokens=0", "search.speed=bytes", "throughput.concurrency=[9]")
     run.inputs.recipe.throughput.__dict__["engine"] = "vllm"  # skips the checks of the environment
+    served = ServingEnvironment("there", vllm="1", layerboost="1", torch="1", transformers="1", hardware="a GPU")
+    monkeypatch.setattr(timing, "serving_environment", lambda *_: served)
     # The base, three uniform plans and the base again. Each runs 36 requests, 9 at a time, three times, and one more
     # wave to warm up.
     assert stages_of(run)["throughput"].seconds == pytest.approx(5 * (1 + 3 * 4) * (5.0 + 3 * 0.3))
@@ -98,23 +105,24 @@ def test_halving_adds_its_rungs(inputs):
     run = context(inputs, *overrides)
     for number in range(4):
         run.folder.write_record("halving", {"healing": number}, {"duration_s": 1.0})
-    done = stages_of(run)
-    assert (done["halving"].recorded, done["halving"].seconds) == (4, 0)
-    assert (done["heal"].recorded, done["heal"].seconds) == (0, found["heal"].seconds)
+    assert stages_of(run) == found, "healings of another run"
 
 
 def test_conditions_between_those_that_were_timed(inputs):
-    assert module._decode_s(COSTS.decode, None, 5, 16) == pytest.approx((3.0, 0.2))
-    assert module._decode_s(COSTS.decode, Plan.parse("SSN"), 9, 16) == pytest.approx((5.0, 0.3))
+    assert decode_s(COSTS.decode, None, 5, 16) == pytest.approx((3.0, 0.2))
+    assert decode_s(COSTS.decode, Plan.parse("SSN"), 9, 16) == pytest.approx((5.0, 0.3))
     longest = (DecodeCosts(2, 100, EACH, EACH),)
-    assert module._decode_s(longest, None, 2, 50) == pytest.approx((1.0, 2.0)), "a prefill grows with its tokens"
+    assert decode_s(longest, None, 2, 50) == pytest.approx((1.0, 2.0)), "a prefill grows with its tokens"
 
 
 def test_what_is_recorded_costs_nothing_and_tells_what_the_rest_costs(inputs):
     run = context(inputs)
     before = stages_of(run)["search"]
-    identity = {"unit": "made up"}
-    run.folder.write_record("search", identity, {"duration_s": 50.0})
+    for name in ("search", "scores"):
+        run.folder.write_record(name, {"unit": "made up"}, {"duration_s": 50.0})
+    assert stages_of(run)["search"] == before, "what another run has made is no unit of this one"
+    removed = run.inputs.plan_scores(Plan.parse("NNN"), run.inputs.search_quality_spec)
+    run.record("search", removed, {"scores": {}, "duration_s": 50.0})
     after = stages_of(run)["search"]
     assert after.recorded == 1 and after.units == before.units
     assert after.seconds == pytest.approx(50 * (before.units - 1))

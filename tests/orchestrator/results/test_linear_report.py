@@ -20,9 +20,9 @@ from orchestrator.results.plans import search_base_key
 from orchestrator.results.rankings import interaction_bases, interaction_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import cost_matrix, sensitivity_rows
-from orchestrator.run.entries import AblationEntry, Finalist, FinalistEntry, Trial
+from orchestrator.run.entries import AblationEntry, Finalist, FinalistEntry, Trial, UnitKeys
 from orchestrator.run.folder import RunFolder, unit_key
-from orchestrator.run.kinds import SCORE_STAGES
+from orchestrator.run.kinds import PARTS_OF_STAGES, SCORES, kind_made_by
 from orchestrator.run.records import find_record, scores_of
 from orchestrator.run.state import RunState
 
@@ -33,7 +33,10 @@ ABLATED = (Treatment.NONE, Treatment.LINEAR_WINDOW)
 
 
 class Drawn:
-    """Makes a run with fresh random scores; each record lies in the folder of the stage that made it."""
+    """Draws a run with fresh random scores.
+
+    Each record lies in a folder of its stage, as earlier versions filed it. The run lists it as a unit of the stage.
+    """
 
     def __init__(self, folder: RunFolder):
         self.folder, self.rng = folder, np.random.default_rng()
@@ -58,7 +61,10 @@ class Drawn:
     def record(self, stage: str, result: dict[str, Any], **identity: Any) -> str:
         spent = {"duration_s": float(self.rng.uniform(0, 9)), "tokens": int(self.rng.integers(1, 99))}
         self.folder.write_record(stage, identity, {**result, **spent})
-        return unit_key(identity)
+        key = unit_key(identity)
+        listed = UnitKeys(kind_made_by(stage).folder, (key,))
+        self.state.units.setdefault("sensitivity" if stage == "sweep" else stage, []).append(listed)
+        return key
 
     def plan(self, letters: str = "SNLW") -> Plan:
         return Plan.parse("".join(self.rng.choice(list(letters), N_LAYERS)), WINDOW)
@@ -96,6 +102,8 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunState]:
         state.finalists.append(FinalistEntry(Finalist(plan, "search", healed_key), key))
     for share in range(30):
         drawn.record("sweep", {"log_p": drawn.rng.normal(size=(3, 50)).tolist()}, share=share)
+    for name in (*SCORES.earlier, SCORES.folder, "sweep", "heal", "halving", "sample", "throughput"):
+        drawn.folder.write_record(name, {"of": "another run"}, {"duration_s": 1e6, "tokens": 10**6})
     return drawn.folder, state
 
 
@@ -252,17 +260,12 @@ def naive_sensitivity(folder: RunFolder, state: RunState) -> Iterator[dict[str, 
 
 
 def naive_costs(folder: RunFolder, state: RunState) -> dict[str, tuple[int, float]]:
-    """Units and seconds of each stage that has any."""
-    keys = {
-        "evaluate": [state.base_key],
-        "sensitivity": [unit.key for unit in state.sensitivity],
-        "measure": [unit.quality_key for unit in state.finalists],
-    }
-    found = {
-        stage: [record.result["duration_s"] for record in folder.records(stage) if record.key in of_stage]
-        for stage, of_stage in keys.items()
-    }
-    found |= {stage: [r.result["duration_s"] for r in folder.records(stage)] for stage in ("search", "refine")}
-    found["sensitivity"] += [record.result["duration_s"] for record in folder.records("sweep")]
-    assert set(found) <= {*SCORE_STAGES}
+    """Returns the number of units and the seconds of each stage that has any."""
+    # A plan that two stages have judged is read where it was first, and counts for that stage alone.
+    names = ("heal", "sweep", *reversed(SCORES.earlier))
+    took = {record.key: record.result["duration_s"] for name in names for record in folder.records(name)}
+    found: dict[str, list[float]] = {}
+    for stage in PARTS_OF_STAGES:
+        keys = dict.fromkeys(key for unit in state.units.get(stage, ()) for key in unit.keys)
+        found[stage] = [took.pop(key) for key in keys if key in took]
     return {stage: (len(seconds), sum(seconds)) for stage, seconds in found.items() if seconds}

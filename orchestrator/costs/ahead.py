@@ -1,0 +1,25 @@
+"""The units of every stage before a run: each stage is asked for its own, in the order of a run."""
+
+from __future__ import annotations
+
+import io
+
+from orchestrator.run.context import RunContext
+from orchestrator.run.kinds import PARTS_OF_STAGES
+from orchestrator.run.progress import Progress
+from orchestrator.run.state import RunState
+from orchestrator.run.units import StageUnits
+from orchestrator.stages import evaluate, heal, measure, search, sensitivity
+
+
+def units_ahead(run: RunContext) -> dict[str, StageUnits]:
+    """What each stage of a run has to do, by the names of `PARTS_OF_STAGES`, in their order.
+
+    A stage names what follows from the records; what will follow from units that are to do is open. The run's own state
+    stays as it is, and nothing is started or written.
+    """
+    state = RunState(run.state.model, run.inputs.n_layers, run.state.score, run.state.environment)
+    ahead = RunContext(run.inputs, run.folder, state, Progress(io.StringIO()), run.address, is_ahead=True)
+    for stage in (evaluate, sensitivity, search, heal, measure):
+        stage.units(ahead)
+    return {stage: ahead.listings[stage] for stage in PARTS_OF_STAGES if stage in ahead.listings}
