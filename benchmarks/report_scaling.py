@@ -36,11 +36,11 @@ from layerboost.evaluation.scores import MetricScore, QualitySpec, Scores, mean_
 from layerboost.plan import Plan, Treatment
 from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.preflight import preflight
-from orchestrator.costs.estimate import StageEstimate
 from orchestrator.recipe.load import load_recipe
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import StageEstimate
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import TEXT_SOURCE, RunInputs
 from orchestrator.run.kinds import SENSITIVITY, SWEEP, TRIALS
@@ -93,7 +93,7 @@ class SyntheticRun:
         trials = [{**plan.to_dict(), "origin": origin, **nothing} for plan, origin in plans.items()]
         self._run.record(TRIALS, inputs.search(cost_matrix(self._folder, state), []), {"trials": trials})
         # With estimates of an earlier call the next one skips its calibration.
-        state.estimates = [StageEstimate("evaluate", 1, 0, 1.0, 0, 0.0, 1.0).to_dict()]
+        state.estimates = [StageEstimate("evaluate", 1, 0, 1.0, 0, 0.0, 1.0)]
         self._folder.write_text(RECIPE_FILE, inputs.recipe.resolved_yaml())
         self._run.save()
 

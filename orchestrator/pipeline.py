@@ -69,7 +69,7 @@ def run(
 
         try:
             _estimate(context)
-            progress.expected_s = {stage["stage"]: stage["seconds"] for stage in context.state.estimates}
+            progress.expected_s = {stage.stage: stage.seconds for stage in context.state.estimates}
             for name, stage in STAGES.items():
                 can_go_on = stage(context)
                 save()
@@ -147,7 +147,7 @@ def _estimate(context: RunContext) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         context.progress.note("no estimate: the calibration failed", because=reason)
         return
-    context.state.estimates = [stage.to_dict() for stage in stages]
+    context.state.estimates = stages
     context.progress.note(expected_line(stages))
 
 

@@ -8,7 +8,6 @@ expected of it, corrects the expectation of the units of its stage that are left
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerboost.costs.costs import Costs, mixed
@@ -26,6 +25,7 @@ from orchestrator.costs.seconds import (
     UnitSeconds,
 )
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import StageEstimate
 from orchestrator.run.inputs import TASKS_SOURCE, SweepSource
 from orchestrator.run.kinds import CURVE, HALVING, LENGTHS, REFINE, SAMPLE, SPEED, THROUGHPUT
 from orchestrator.run.placement import Placement
@@ -34,38 +34,6 @@ from orchestrator.stages.halving import ladder_for
 from orchestrator.text_tables import duration, format_table
 from tasks.engines import ENGINES
 from tasks.timing import ThroughputUnit
-
-
-@dataclass(frozen=True)
-class StageEstimate:
-    """What a stage is expected to take.
-
-    Attributes:
-        units, recorded: units of work, and those of them that are recorded already.
-        seconds: of wall clock, for the rest.
-        tokens: that the rest is healed on.
-        gpus: at work at the same time.
-        memory_mib: of one worker.
-        disk_mib: of what the rest leaves in the run folder, and of checkpoints while it is under way.
-        n_open: units that are expected and cannot be named yet, since they follow from what others give.
-    """
-
-    stage: str
-    units: int
-    recorded: int
-    seconds: float
-    tokens: int = 0
-    gpus: float = 0.0
-    memory_mib: float = 0.0
-    disk_mib: float = 0.0
-    n_open: int = 0
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.seconds * self.gpus / 3600
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def estimate_stages(run: RunContext, costs: Costs) -> list[StageEstimate]:

@@ -17,7 +17,7 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
     `ratio` is actual over expected seconds. A stage that nothing was expected of has no ratio.
     """
     healed = {stage: _tokens(folder, state, stage) for stage in ("heal", HALVING)}
-    expected = {entry["stage"]: entry for entry in state.estimates}
+    expected = {entry.stage: entry.to_dict() for entry in state.estimates}
     spent: dict[str, float] = {}
     for name, seconds in state.stage_s.items():
         stage = HALVING if name.startswith(HALVING) else name  # each rung is a stage of its own to progress

@@ -10,7 +10,7 @@ from layerboost.evaluation.scores import Scores, quality, retained
 from layerboost.plan import Plan, Treatment
 from layerboost.search.pareto import front
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.entries import BaselineEntry, Failure, Finalist, Trial
+from orchestrator.run.entries import BaselineEntry, Failure, Finalist, SpeedFit, Trial
 from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
@@ -34,8 +34,7 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
     base = records.scores(search_base_key(state))
     trials += [_baseline_trial(records, entry, base) for entry in state.baselines if entry.plan not in searched]
     timed = [(entry.finalist.plan, entry.concurrency, entry.key) for entry in state.throughput] or [
-        (Plan.from_dict(entry), entry["concurrency"], entry["key"])
-        for entry in (state.speed or {"measured": []})["measured"]
+        (entry.plan, entry.concurrency, entry.key) for entry in (state.speed or SpeedFit()).measured
     ]
     concurrency = max((at for _, at, _ in timed), default=0)
     measured = {}

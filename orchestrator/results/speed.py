@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from layerboost.plan import Plan
-from layerboost.speed.speed_model import SpeedModel
 from orchestrator.results.reading import RecordReader
-from orchestrator.run.entries import Finalist
+from orchestrator.run.entries import Finalist, SpeedFit
 from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
@@ -29,8 +28,7 @@ _LENGTH_VALUES = (
 
 def predictions(state: RunState) -> Prediction:
     """The predicted output throughput of every plan."""
-    models = [SpeedModel.from_dict(model) for model in (state.speed or {"models": []})["models"]]
-    of_concurrency = {model.concurrency: model for model in models}
+    of_concurrency = {model.concurrency: model for model in (state.speed or SpeedFit()).models}
 
     def predict(plan: Plan, concurrency: int) -> tuple[float, float] | None:
         model = of_concurrency.get(concurrency)
@@ -41,9 +39,9 @@ def predictions(state: RunState) -> Prediction:
 
 def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Rows of speed.csv: each measured model under each condition that a model was fitted to, with its prediction."""
-    predict, fitted = predictions(state), [] if state.speed is None else state.speed["measured"]
-    in_fit = {entry["key"] for entry in fitted}
-    timed = {entry["key"]: (Plan.from_dict(entry), entry["concurrency"], False) for entry in fitted}
+    predict, fitted = predictions(state), (state.speed or SpeedFit()).measured
+    in_fit = {entry.key for entry in fitted}
+    timed = {entry.key: (entry.plan, entry.concurrency, False) for entry in fitted}
     for entry in state.throughput:
         timed[entry.key] = entry.finalist.plan, entry.concurrency, entry.finalist.healed_key is not None
     for key, (plan, concurrency, healed) in timed.items():

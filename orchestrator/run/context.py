@@ -254,9 +254,9 @@ class RunContext:
         if isinstance(asked, float):
             return asked
         for entry in self.state.estimates:
-            n_left = entry["units"] - entry["recorded"]
-            if entry["stage"] == stage.split()[0] and n_left > 0:  # a rung is a part of `halving`
-                expected_s = entry["seconds"] * n_workers / n_left * of_each
+            n_left = entry.units - entry.recorded
+            if entry.stage == stage.split()[0] and n_left > 0:  # a rung is a part of `halving`
+                expected_s = entry.seconds * n_workers / n_left * of_each
                 return max(_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR * expected_s)
         return None
 

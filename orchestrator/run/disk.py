@@ -20,9 +20,9 @@ def needed_mib(run: RunContext) -> float:
     """What the rest of the run will write, checkpoints that are deleted again among it, by the run's estimate."""
     found = _SMALL_FILES_MIB
     for stage in run.state.estimates:
-        n_left = stage["units"] - stage["recorded"]
-        if n_left > 0 and (of_rest := stage.get("disk_mib", 0.0)):
-            listing = run.listings.get(stage["stage"])  # None where the run has not come so far
+        n_left = stage.units - stage.recorded
+        if n_left > 0 and (of_rest := stage.disk_mib):
+            listing = run.listings.get(stage.stage)  # None where the run has not come so far
             n_left_now = n_left if listing is None else listing.n_left_now()
             found += of_rest * min(1.0, n_left_now / n_left)
     return found

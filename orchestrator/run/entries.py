@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 from layerboost.plan import Plan
+from layerboost.speed.speed_model import SpeedModel
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,71 @@ class UnitKeys(Entry):
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Reads what `to_dict` wrote."""
         return cls(data["kind"], tuple(data["keys"]), data["is_beside"])
+
+
+@dataclass(frozen=True)
+class StageEstimate(Entry):
+    """What a stage is expected to take.
+
+    Attributes:
+        stage: its name.
+        units, recorded: units of work, and those of them that are recorded already.
+        seconds: of wall clock, for the rest.
+        tokens: that the rest is healed on.
+        gpus: at work at the same time.
+        memory_mib: of one worker.
+        disk_mib: of what the rest leaves in the run folder, and of checkpoints while it is under way.
+        n_open: units that are expected and cannot be named yet, since they follow from what others give.
+    """
+
+    stage: str
+    units: int
+    recorded: int
+    seconds: float
+    tokens: int = 0
+    gpus: float = 0.0
+    memory_mib: float = 0.0
+    disk_mib: float = 0.0
+    n_open: int = 0
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds * self.gpus / 3600
+
+
+@dataclass(frozen=True)
+class FittedTiming(Entry):
+    """A timing that a speed model was fitted to: its plan, its concurrency, and its key."""
+
+    plan: Plan
+    concurrency: int
+    key: str
+
+
+@dataclass(frozen=True)
+class SpeedFit:
+    """What the speed of all plans is predicted from.
+
+    Attributes:
+        measured: the timings.
+        models: one for each concurrency whose timings a model could be fitted to.
+    """
+
+    measured: tuple[FittedTiming, ...] = ()
+    models: tuple[SpeedModel, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object of the fit."""
+        return {
+            "measured": [timing.to_dict() for timing in self.measured],
+            "models": [model.to_dict() for model in self.models],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SpeedFit:
+        """Reads what `to_dict` wrote."""
+        measured = tuple(FittedTiming.from_dict(timing) for timing in data["measured"])
+        return cls(measured, tuple(SpeedModel.from_dict(model) for model in data["models"]))
 
 
 _INLINED: dict[str, Any] = {"plan": Plan, "finalist": Finalist}

@@ -16,6 +16,8 @@ from orchestrator.run.entries import (
     FinalistEntry,
     HalvingEntry,
     HealedEntry,
+    SpeedFit,
+    StageEstimate,
     TimingEntry,
     Trial,
     UnitKeys,
@@ -46,12 +48,12 @@ class RunState:
         finalists: rows of pareto.csv.
         branches: healed plans whose branches were checked.
         throughput: timings of the finalists under the serving conditions.
-        speed: what the speed of all plans is predicted from; see `orchestrator.stages.speed`.
+        speed: what the speed of all plans is predicted from; None where that is the bytes of a step.
         lengths: timings of the finalists over lengths of prompts.
         halving: each plan in each rung.
         units: the units that each stage has listed, by the names of `PARTS_OF_STAGES`; a unit that a stage lists is
             listed by none after it.
-        estimates: what each stage was expected to cost before the run; see `orchestrator.costs.estimate`.
+        estimates: what each stage was expected to cost before the run.
         stage_s: seconds that each stage took, all calls of the command together.
         failures: each unit that failed for good.
     """
@@ -69,11 +71,11 @@ class RunState:
     finalists: list[FinalistEntry] = field(default_factory=list)
     branches: list[BranchesEntry] = field(default_factory=list)
     throughput: list[TimingEntry] = field(default_factory=list)
-    speed: dict[str, Any] | None = None
+    speed: SpeedFit | None = None
     lengths: list[TimingEntry] = field(default_factory=list)
     halving: list[HalvingEntry] = field(default_factory=list)
     units: dict[str, list[UnitKeys]] = field(default_factory=dict)
-    estimates: list[dict[str, Any]] = field(default_factory=list)
+    estimates: list[StageEstimate] = field(default_factory=list)
     stage_s: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
@@ -81,7 +83,8 @@ class RunState:
         """Returns the content of `run.json`."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         found["units"] = {stage: [unit.to_dict() for unit in units] for stage, units in self.units.items()}
-        return found | {name: [entry.to_dict() for entry in found[name]] for name in _ENTRIES}
+        found |= {name: [entry.to_dict() for entry in found[name]] for name in _ENTRIES}
+        return found | {"speed": self.speed and self.speed.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunState:
@@ -90,7 +93,8 @@ class RunState:
         units = {
             stage: [UnitKeys.from_dict(unit) for unit in listed] for stage, listed in data.get("units", {}).items()
         }
-        return cls(**{**data, **entries, "units": units})
+        speed = None if data.get("speed") is None else SpeedFit.from_dict(data["speed"])
+        return cls(**{**data, **entries, "units": units, "speed": speed})
 
 
 _ENTRIES: dict[str, type[Entry]] = {
@@ -103,6 +107,7 @@ _ENTRIES: dict[str, type[Entry]] = {
     "throughput": TimingEntry,
     "lengths": TimingEntry,
     "halving": HalvingEntry,
+    "estimates": StageEstimate,
     "failures": Failure,
 }
 """What the lists of the state hold."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from orchestrator.run.entries import UnitKeys
+from orchestrator.run.entries import SpeedFit, UnitKeys
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.kinds import (
     CURVE,
@@ -143,7 +143,7 @@ def listed_keys(state: RunState, stage: str) -> list[UnitKeys]:
     """
     if state.units:
         return list(state.units.get(stage, ()))
-    measured = [entry["key"] for entry in (state.speed or {"measured": []})["measured"]]
+    measured: list[str | None] = [entry.key for entry in (state.speed or SpeedFit()).measured]
     points = [point.key for healed in state.healed for point in healed.curve]
     found: dict[str, tuple[Kind, list[str | None]]] = {
         "evaluate": (SCORES, [state.base_key]),

@@ -14,7 +14,7 @@ from layerboost.search.methods import METHODS
 from layerboost.search.proposers import make_proposer
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import Trial
+from orchestrator.run.entries import SpeedFit, Trial
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import FOUND_TRIALS, SCORES, SPEED, TRIALS
 from orchestrator.run.records import all_records, each_of_kind, find_records, time_and_worker
@@ -94,7 +94,8 @@ class _Trials:
     def __init__(self, run: RunContext):
         self._run, inputs = run, run.inputs
         self._costs = cost_matrix(run.folder, run.state)
-        self._identity = inputs.search(self._costs, (run.state.speed or {"models": []})["models"])
+        models = [model.to_dict() for model in (run.state.speed or SpeedFit()).models]
+        self._identity = inputs.search(self._costs, models)
 
     @cached_property
     def _known(self) -> dict[str, dict[str, Any]]:

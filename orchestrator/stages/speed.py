@@ -15,6 +15,7 @@ from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity.drops import single_layer_plan
 from layerboost.speed.speed_model import SpeedFitError, SpeedModel, counts, design_plans
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import FittedTiming, SpeedFit
 from orchestrator.run.folder import canonical_json
 from orchestrator.run.kinds import SPEED, TIMINGS
 from orchestrator.run.records import all_records, find_record
@@ -75,12 +76,12 @@ def _fit(run: RunContext, plans: Mapping[ThroughputUnit, Plan], keys: Mapping[Th
         for unit in (unit for unit in plans if unit.concurrency == concurrency):
             if (record := find_record(run.folder, keys[unit], TIMINGS)) is not None:
                 points.append((plans[unit], *_step_s(record)))
-                measured.append({**plans[unit].to_dict(), "concurrency": concurrency, "key": keys[unit]})
+                measured.append(FittedTiming(plans[unit], concurrency, keys[unit]))
         try:
-            models.append(SpeedModel.fit(points, concurrency=concurrency, native_windows=native).to_dict())
+            models.append(SpeedModel.fit(points, concurrency=concurrency, native_windows=native))
         except SpeedFitError as error:
             run.progress.note("speed predicted from bytes", concurrency=concurrency, because=error)
-    run.state.speed = {"measured": measured, "models": models}
+    run.state.speed = SpeedFit(tuple(measured), tuple(models))
 
 
 def designed_plans(run: RunContext) -> list[Plan]:
@@ -136,7 +137,7 @@ def layer_times(run: RunContext) -> dict[Treatment, list[float]]:
 
 def _model(run: RunContext) -> SpeedModel | None:
     """The model of the condition that the search predicts speed for."""
-    models = [SpeedModel.from_dict(model) for model in (run.state.speed or {"models": []})["models"]]
+    models = (run.state.speed or SpeedFit()).models
     return next((model for model in models if model.concurrency == run.inputs.condition.concurrency), None)
 
 

@@ -15,11 +15,12 @@ from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import pipeline
 from orchestrator.checks.preflight import preflight
 from orchestrator.costs import estimate as module
-from orchestrator.costs.estimate import StageEstimate, estimate_stages, estimate_table, expected_line
+from orchestrator.costs.estimate import estimate_stages, estimate_table, expected_line
 from orchestrator.costs.seconds import decode_s
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.estimates import estimate_rows
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import StageEstimate
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
@@ -160,7 +161,7 @@ def test_the_table_has_a_total_and_says_what_does_not_fit():
 
 def test_rows_compare_expected_and_actual(tmp_path):
     state = RunState("m", 3, "nll", {}, stage_s={"heal": 30.0, "calibration": 4.0})
-    state.estimates = [StageEstimate("heal", 2, 0, 20.0, 64, 2.0, 9.0).to_dict()]
+    state.estimates = [StageEstimate("heal", 2, 0, 20.0, 64, 2.0, 9.0)]
     healed, calibrated = estimate_rows(RunFolder(tmp_path), state)
     assert healed == {
         "stage": "heal",
@@ -234,7 +235,7 @@ def test_the_first_estimate_stays_and_seconds_add_up_over_calls(inputs, monkeypa
         run_with(monkeypatch, run, fails)
     interrupted = load_state(run.folder)
     assert interrupted.stage_s["evaluate"] == pytest.approx(7.0)
-    assert {entry["stage"] for entry in interrupted.estimates} >= {"evaluate", "heal", "throughput"}
+    assert {entry.stage for entry in interrupted.estimates} >= {"evaluate", "heal", "throughput"}
     monkeypatch.setattr(module, "estimate_stages", lambda *_: pytest.fail("estimated again"))
     run_with(monkeypatch, run, works)
     resumed = load_state(run.folder)
@@ -250,7 +251,7 @@ def test_another_recipe_in_the_folder_is_estimated_anew(inputs, monkeypatch):
     run_with(monkeypatch, run, stage)
     other = context(inputs, "search.trials=9")
     run_with(monkeypatch, other, stage)
-    trials = [{e["stage"]: e for e in load_state(run.folder).estimates}["search"]["units"]]
+    trials = [{e.stage: e for e in load_state(run.folder).estimates}["search"].units]
     assert trials[0] > stages_of(run)["search"].units
     assert "trials: 9" in run.folder.read_text(RECIPE_FILE)
     shutil.rmtree(run.folder.path)

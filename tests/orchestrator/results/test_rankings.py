@@ -24,7 +24,7 @@ from orchestrator.results.rankings import (
 )
 from orchestrator.results.reading import RecordReader
 from orchestrator.results.sensitivity import sensitivity_rows
-from orchestrator.run.entries import AblationEntry, BaselineEntry, HealedEntry, Trial
+from orchestrator.run.entries import AblationEntry, BaselineEntry, FittedTiming, HealedEntry, SpeedFit, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.state import RunState
 
@@ -108,7 +108,7 @@ def test_a_baseline_is_judged_by_what_the_search_judges_by(run):
     # Before the finalists are timed, speeds come from the timings of the search.
     timing = {"of": "timing"}
     folder.write_record("throughput", timing, {"output_throughput_tok_per_s": 100.0})
-    state.speed = {"measured": [{"plan": "SSSS", "window": None, "concurrency": 8, "key": unit_key(timing)}]}
+    state.speed = SpeedFit((FittedTiming(Plan.parse("SSSS"), 8, unit_key(timing)),))
     base, *others = candidate_rows(RecordReader(folder), state, lambda plan, concurrency: (float(concurrency), 0.5))
     assert (base["output_throughput_tok_per_s"], base["predicted_throughput_tok_per_s"]) == (100, 8)
     assert {row["output_throughput_tok_per_s"] for row in others} == {None}

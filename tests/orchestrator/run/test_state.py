@@ -64,7 +64,22 @@ STATE: dict[str, Any] = {
             "key": "t",
         }
     ],
-    "speed": None,
+    "speed": {
+        "measured": [{"plan": "NL", "window": 8, "concurrency": 4, "key": "t"}],
+        "models": [
+            {
+                "concurrency": 4,
+                "native_windows": [None, 16],
+                "window": 8,
+                "kinds": [["softmax", None], ["linear_window", None]],
+                "rest_s": 0.001,
+                "attention_s": [0.0002, 0.0001],
+                "covariance": [[0.1, 0.0, 0.2], [0.0, 0.3, 0.0], [0.2, 0.0, 0.4]],
+                "scatter": 0.02,
+                "n_points": 8,
+            }
+        ],
+    },
     "lengths": [
         {
             "plan": "LN",
@@ -92,7 +107,25 @@ STATE: dict[str, Any] = {
             "survived": False,
         }
     ],
-    "estimates": [],
+    "units": {
+        "heal": [
+            {"kind": "heal", "keys": ["h"], "is_beside": False},
+            {"kind": "heal", "keys": ["h", "i"], "is_beside": True},
+        ]
+    },
+    "estimates": [
+        {
+            "stage": "heal",
+            "units": 2,
+            "recorded": 1,
+            "seconds": 9.5,
+            "tokens": 64,
+            "gpus": 2.0,
+            "memory_mib": 100.5,
+            "disk_mib": 0.0,
+            "n_open": 3,
+        }
+    ],
     "stage_s": {"heal": 0.1},
     "failures": [{"stage": "heal", "name": {"plan": "NS", "window": None}, "error": "no room\nat all"}],
 }

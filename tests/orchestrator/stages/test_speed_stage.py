@@ -95,7 +95,7 @@ def test_a_few_timings_predict_every_plan_and_are_not_repeated(inputs, machine, 
     plans = designed_plans(run)
     assert len(plans) == 8 and Plan.parse("SNL", 8) in plans
     assert [len(group) for group in machine.groups] == [8, 8] and machine.groups[0][0].plan is None
-    assert [model["concurrency"] for model in run.state.speed["models"]] == [1, 4]
+    assert [model.concurrency for model in run.state.speed.models] == [1, 4]
     for text in ("NNS", "LSW", "WWN", "LNN"):
         assert speedup(run, Plan.parse(text, 8)) == pytest.approx(10 / step_s(Plan.parse(text, 8)))
     assert layer_times(run)[Treatment.LINEAR_WINDOW] == pytest.approx(
@@ -120,7 +120,7 @@ def test_a_plan_of_the_same_counts_stands_in_for_one_of_the_design(inputs, machi
     run = context(inputs, monkeypatch)
     measure_speed(run)
     timed = [unit.plan for group in machine.groups for unit in group]
-    assert turned in timed and mixture not in timed and len(run.state.speed["measured"]) == 8
+    assert turned in timed and mixture not in timed and len(run.state.speed.measured) == 8
 
 
 def test_later_timings_stand_where_the_base_stood(inputs, machine, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_plan_that_cannot_be_timed_is_named_and_takes_no_other_with_it(inputs,
     machine.broken = {str(designed_plans(run)[-1])}
     measure_speed(run)
     assert [failure.name["plan"] for failure in run.state.failures] == list(machine.broken)
-    assert len(run.state.speed["measured"]) == 7 and len(run.state.speed["models"]) == 1
+    assert len(run.state.speed.measured) == 7 and len(run.state.speed.models) == 1
 
 
 def test_without_measurements_speed_is_predicted_from_bytes(inputs, machine, monkeypatch):
@@ -149,7 +149,7 @@ def test_without_measurements_speed_is_predicted_from_bytes(inputs, machine, mon
     failed = context(inputs, monkeypatch)
     machine.broken = {"None"}
     measure_speed(failed)
-    assert by_bytes.state.speed is None and failed.state.speed["models"] == []
+    assert by_bytes.state.speed is None and failed.state.speed.models == ()
     plan = Plan.parse("SNW", 8)
     for run in (by_bytes, failed):
         assert speedup(run, plan) == run.inputs.predicted_speedup(plan)
@@ -192,7 +192,7 @@ def test_with_vllm_a_server_is_timed_under_all_conditions_and_scaled_to_the_pare
     late = {throughput_unit(run, None, n, checkpoint="healed/x"): ({"plan": "NNS"}, "k") for n in (1, 4)}
     keys = time_models(run, "throughput", late, timing.measuring_hardware(run))
     assert [[unit.checkpoint for unit in group] for group in served.groups[8:]] == [[None] * 2, ["healed/x"] * 2]
-    base = run.folder.read_record("throughput", run.state.speed["measured"][0]["key"]).result
+    base = run.folder.read_record("throughput", run.state.speed.measured[0].key).result
     for unit, key in keys.items():
         record = run.folder.read_record("throughput", key)
         # The call started the machine's ninth and tenth server; the tenth's timing is scaled to the ninth's.
