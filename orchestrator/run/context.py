@@ -128,8 +128,9 @@ class RunContext:
             if (unit.kind.folder, unit.key) not in before
             or (took is None and not self.is_ahead)  # then an earlier stage failed with it
         ]
+        also = tuple(unit for unit in beside if (unit.kind.folder, unit.key) not in before)
         seconds = {unit.key: took for unit in kept if (took := looked[unit]) is not None}
-        listing = StageUnits(stage, tuple(kept), seconds, look, n_open, tuple(beside))
+        listing = StageUnits(stage, tuple(kept), seconds, look, n_open, also)
         if stage in PARTS_OF_STAGES:
             listed = listing.keys()
             if adds:
