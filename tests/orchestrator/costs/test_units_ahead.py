@@ -136,7 +136,7 @@ def finished(inputs, *overrides: str) -> tuple[RunContext, dict[str, tuple[int, 
     ended: list[dict] = []
     run.progress.listeners.append(lambda event: ended.append(event) if event["what"] == "end" else None)
     with run.folder.lock(), watching(run.folder, run.progress):
-        run.state.estimates = [stage.to_dict() for stage in estimate_stages(run, COSTS)]
+        run.state.estimates = estimate_stages(run, COSTS)
         for stage in (evaluate.evaluate, sensitivity.sensitivity, search.search, heal.heal, measure.measure):
             assert stage(run)
         run.save()
@@ -226,7 +226,7 @@ def write_foreign_records(folder: RunFolder) -> None:
 @pytest.mark.parametrize("until", ["nothing", "everything"])
 def test_records_of_other_runs_change_no_count(inputs, cluster, until):
     run = finished(inputs)[0] if until == "everything" else context(inputs)
-    run.state.estimates = run.state.estimates or [stage.to_dict() for stage in estimate_stages(run, COSTS)]
+    run.state.estimates = run.state.estimates or estimate_stages(run, COSTS)
 
     def counts():
         estimated = estimate_rows(run.folder, run.state)
@@ -242,7 +242,7 @@ def test_records_of_other_runs_change_no_count(inputs, cluster, until):
 
 def test_the_disk_needs_room_for_the_healings_that_are_left(inputs, cluster):
     run = context(inputs)
-    run.state.estimates = [stage.to_dict() for stage in estimate_stages(run, COSTS)]
+    run.state.estimates = estimate_stages(run, COSTS)
     whole = needed_mib(run)
     done, _ = finished(inputs)
     done.state.estimates = run.state.estimates
