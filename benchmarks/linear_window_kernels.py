@@ -1,7 +1,7 @@
 """Times the kernels of `linear_window` against its torch form, softmax attention and flash-linear-attention (CUDA).
 
-    python benchmarks/kernels.py --out kernels.csv
-    python benchmarks/kernels.py --tokens 2048 8192 --batch 16 64 --window 256
+    python benchmarks/linear_window_kernels.py --out kernels.csv
+    python benchmarks/linear_window_kernels.py --tokens 2048 8192 --batch 16 64 --window 256
 
 Prefill has one sequence, decode is one step of `batch` sequences; a form includes its feature map. `sdpa` is softmax
 over all tokens, `fla` is linear attention with as many features and no window (if flash-linear-attention is installed).
