@@ -105,12 +105,14 @@ def naive_attention(
     Returns:
         (B, H, T, D) in the dtype of `query`; zeros for `none`.
     """
-    if treatment is Treatment.NONE:
+    mechanism = treatment.mechanism
+    if mechanism.pairs is None:
         return torch.zeros_like(query)
-    assert treatment is Treatment.SOFTMAX or window is not None
-    inside, seen = _seen(query, key, None if treatment is Treatment.SOFTMAX else window, valid, segments)
-    older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
-    return dense_attention(query, key, value, inside, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
+    assert window is not None or not treatment.needs_window
+    inside, seen = seen_pairs(query, key, window if treatment.needs_window else None, valid, segments)
+    older = seen & ~inside if mechanism.sees_older else None
+    settings = {"scaling": scaling, "weights": feature_map, "softcap": softcap}
+    return mechanism.pairs(query, key, value, inside, older, **settings)
 
 
 def dense_attention(
@@ -169,22 +171,25 @@ def single_branch_attention(
     Arguments and result as in `naive_attention`. `zeroed` is `linear` (softmax inside the window is left) or `window`
     (each query's own key and everything older than the window are left).
     """
-    within, seen = _seen(query, key, window, valid, segments)
+    within, seen = seen_pairs(query, key, window, valid, segments)
     if zeroed == "linear":
         return dense_attention(query, key, value, within, None, scaling=scaling, softcap=softcap)
-    own, _ = _seen(query, key, 1, valid, segments)
+    own, _ = seen_pairs(query, key, 1, valid, segments)
     older = seen & ~within
     return dense_attention(query, key, value, own, older, scaling=scaling, feature_map=feature_map, softcap=softcap)
 
 
-def _seen(
+def seen_pairs(
     query: torch.Tensor,
     key: torch.Tensor,
     window: int | None,
     valid: torch.Tensor | None,
     segments: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, S) bool each: the keys inside the window of a query, and all that it may see."""
+    """(B, T, S) bool each: the keys inside the window of a query, and all that it may see.
+
+    Arguments as in `naive_attention`; without a window the two are the same.
+    """
     n_queries, n_keys = query.shape[2], key.shape[2]
     distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
         n_keys, device=query.device

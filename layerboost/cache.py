@@ -5,28 +5,81 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .plan import Plan, Treatment
+from .plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class WindowLayer(CacheLayerMixin):
-    """Keys and values of the last `window` tokens, (B, K, window, D): token t is kept at slot t modulo window.
+class StateLayer(CacheLayerMixin):
+    """Keeps tensors of constant size for a layer, whatever the number of tokens; the base of such layers.
 
-    A step writes one slot in place and costs the same at any length. Softmax does not ask for the order of its keys.
+    A subclass says in `tensors` which of its attributes it keeps, and in `update` takes in the new tokens' keys and
+    values, counts them in `seen_tokens`, and gives what the attention function is to see of keys and values.
     """
 
     is_sliding = False  # sized by the plan, not by the masks that the family makes for its own sliding layers
     supports_early_init = False
 
-    def __init__(self, window: int):
+    def __init__(self, window: int | None = None):
         super().__init__()
         self.window = window
         self.seen_tokens = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is kept, by attribute; the first dimension of each is the batch."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    def reset(self) -> None:
+        for name in self.tensors():
+            setattr(self, name, None)
+        self.seen_tokens = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "crop: a layer with a window has forgotten what a shorter text would need; "
+                "use a plan of softmax and none only where tokens are taken back (assisted generation)"
+            )
+
+
+class WindowLayer(StateLayer):
+    """Keys and values of the last `window` tokens, (B, K, window, D): token t is kept at slot t modulo window.
+
+    A step writes one slot in place and costs the same at any length. Softmax does not ask for the order of its keys.
+    """
+
+    window: int
+
+    def __init__(self, window: int):
+        super().__init__(window)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -80,42 +133,9 @@ class WindowLayer(CacheLayerMixin):
         newest, n_filled = self.seen_tokens - 1, min(self.seen_tokens, self.window)
         return newest - (newest - torch.arange(n_filled, device=self.device)) % self.window
 
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.window
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is kept, by attribute; the first dimension of each is the batch."""
         return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
-
-    def reset(self) -> None:
-        for name in self.tensors():
-            setattr(self, name, None)
-        self.seen_tokens = 0
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.index_select(0, indices.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError(
-                "crop: a layer with a window has forgotten what a shorter text would need; "
-                "use a plan of softmax and none only where tokens are taken back (assisted generation)"
-            )
 
 
 class LinearWindowLayer(WindowLayer):
@@ -198,8 +218,9 @@ class PreallocatedLayer(DynamicLayer):
 class PlanCache(Cache):
     """The cache of a converted model.
 
-    `softmax` layers have the cache layer that the family gives them, `window` and `linear_window` layers a constant
-    one, `none` layers nothing. The number of tokens seen is the cache's own, since no layer needs to know it.
+    Layers keep what the mechanisms of their treatments say: `softmax` layers what the family gives them, `window` and
+    `linear_window` layers tensors of constant size, `none` layers nothing. The number of tokens seen is the cache's
+    own, since no layer needs to know it.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -207,14 +228,8 @@ class PlanCache(Cache):
         plan = Plan.from_dict(config.layerboost)
         layers = list(DynamicCache(config=config).layers)
         for index, treatment in enumerate(plan.treatments):
-            if treatment is Treatment.NONE:
-                layers[index] = cache_utils.DummyLayer()  # looked up late: vLLM's older transformers has none
-            elif treatment is Treatment.WINDOW:
-                assert plan.window is not None
-                layers[index] = WindowLayer(plan.window)
-            elif treatment is Treatment.LINEAR_WINDOW:
-                assert plan.window is not None
-                layers[index] = LinearWindowLayer(plan.window)
+            if (make_layer := treatment.mechanism.cache) is not None:
+                layers[index] = make_layer(plan.window)
         super().__init__(layers=layers)
         self.treatments = plan.treatments
         self.seen_tokens = 0
@@ -223,7 +238,7 @@ class PlanCache(Cache):
         return self.seen_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if self.treatments[layer_idx] is Treatment.SOFTMAX:
+        if self.treatments[layer_idx].mechanism.native:
             return super().get_mask_sizes(query_length, layer_idx)
         return self.seen_tokens + query_length, 0  # treated layers make their own mask
 
@@ -243,7 +258,7 @@ def cache_tensors(cache: Cache) -> list[torch.Tensor]:
     """Every tensor that the layers of a cache keep for their tokens."""
     tensors: list[torch.Tensor | None] = []
     for layer in cache.layers:
-        if isinstance(layer, WindowLayer):
+        if isinstance(layer, StateLayer):
             tensors += layer.tensors().values()
         else:
             tensors += [getattr(layer, name, None) for name in ("keys", "values")]

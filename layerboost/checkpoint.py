@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .convert import plan_of
-from .plan import Treatment
+from .plan import TREATMENTS, Treatment
 from .storage.publish import local_folder
 
 
@@ -117,8 +117,8 @@ def model_card(model: PreTrainedModel, facts: dict) -> str:
             f"| parent revision | {record.get('parent_revision') or 'unknown'} |",
             *(f"| {label} | {value} |" for label, value in facts.items()),
             "",
-            "S: softmax attention as in the parent. L: softmax inside the window, linear attention before it.",
-            "W: softmax inside the window only. N: attention removed.",
+            *(f"{entry.letter}: {entry.name}, {entry.summary}." for entry in TREATMENTS if entry.letter in str(plan)),
+            *(f"Loading it needs the plug-in {name} {version}." for name, version in plan.plugins.items()),
             "",
         ]
     lines += [

@@ -57,6 +57,7 @@ def convert(
     config.layerboost = {
         **plan.to_dict(),
         "plan_id": plan.plan_id,
+        **({"plugins": plan.plugins} if plan.plugins else {}),
         "parent": parent or model.config._name_or_path or None,
         "parent_revision": revision or getattr(model.config, "_commit_hash", None),
         "parent_architecture": type(model).__name__,
@@ -118,7 +119,7 @@ def sharing_parameters(
                     slots[name] = tensors[full_name]
                 elif tensor is not None:
                     missing.append((full_name, module))
-    fresh = {module for name, module in missing if hasattr(module, "reset_parameters") and ".linear_window." in name}
+    fresh = {module for _, module in missing if getattr(module, "is_of_treatment", False)}
     lost = [name for name, module in missing if module not in fresh]
     if lost:
         raise ConversionError(f"parent_model: needed, as the plan removed {lost[0]} and {len(lost) - 1} more; give it")

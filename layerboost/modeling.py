@@ -20,20 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import (
-    LinearWindow,
-    add_to_state,
-    linear_window_attention,
-    linear_window_step,
-    single_branch_attention,
-    softmax_attention,
-    window_attention,
-)
-from .cache import PlanCache, WindowLayer
-from .families import CONVERTED_PREFIX, decoder_layers, family_of, head_dim, kv_heads, supported_families
+from .cache import PlanCache
+from .families import CONVERTED_PREFIX, decoder_layers, family_of, supported_families
 from .plan import Plan, Treatment
+from .treatments import AttentionCall, Mechanism
 
-CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py", "registry.py")
+CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py", "registry.py", "treatments.py")
 _CLASS_PREFIX = "LayerBoost"
 
 
@@ -51,115 +43,56 @@ class _Treated:
     """What a treated attention module knows of its treatment.
 
     Attributes:
+        treatment: which one it is.
+        mechanism: how it computes.
         window: what it sees now; healing shortens it for a while.
         full_window: what its plan says.
         zeroed: branch of linear_window that is left out, `linear` or `window`, to see what it is worth.
     """
 
-    window: int
-    full_window: int
+    treatment: Treatment
+    mechanism: Mechanism
+    window: int | None
+    full_window: int | None
     call: _Call = field(repr=False)
     zeroed: str | None = None
 
 
-class NoAttention(nn.Module):
-    """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
-        return hidden_states.new_zeros(()), None
-
-
-def _layer_cache(module: Any) -> Any:
-    """What the cache of the call at hand keeps for a layer; None where there is no cache."""
-    cache = module.layerboost.call.cache
-    return None if cache is None else cache.layers[module.layer_idx]
-
-
-def _visible(module: Any, layer_cache: WindowLayer) -> torch.Tensor | None:
-    """(B, 1, 1, slots) of what the newest token sees of its window's slots; None where that is all."""
-    valid = module.layerboost.call.valid
-    if valid is None:
-        return None
-    tokens = layer_cache.tokens_of_slots()
-    return (valid[:, tokens] | (tokens == layer_cache.seen_tokens - 1))[:, None, None]
-
-
-def _treated_arguments(module: Any, key: torch.Tensor) -> dict[str, Any]:
+def _treated_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of every treated module, as transformers calls it; the treatment's mechanism computes."""
     treated = module.layerboost
-    valid, segments = treated.call.valid, treated.call.segments
-    return {
-        "window": treated.window,
-        "valid": None if valid is None else valid[:, -key.shape[2] :],
-        "segments": segments,
-    }
-
-
-def _window_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    layer_cache = _layer_cache(module)
-    if layer_cache is not None and query.shape[2] == 1:
-        output = softmax_attention(query, key, value, _visible(module, layer_cache), scaling, softcap, dropout)
-    else:
-        output = window_attention(
-            query, key, value, scaling=scaling, softcap=softcap, dropout=dropout, **_treated_arguments(module, key)
-        )
-    return output.transpose(1, 2), None
-
-
-def _linear_window_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    layer_cache, feature_map = _layer_cache(module), module.linear_window
-    settings = {"scaling": scaling, "softcap": softcap, "feature_map": feature_map}
-    is_step = layer_cache is not None and query.shape[2] == 1
-    if module.layerboost.zeroed is not None:
-        if is_step:
-            raise ValueError("use_cache: a branch is zeroed in whole passes only; pass use_cache=False")
-        arguments = settings | _treated_arguments(module, key)
-        output = single_branch_attention(module.layerboost.zeroed, query, key, value, **arguments)
-    elif is_step:
-        visible = _visible(module, layer_cache)
-        output = linear_window_step(query, key, value, state=layer_cache.state, visible=visible, **settings)
-        if (leaving := layer_cache.leaving()) is not None:
-            token, key, value = leaving
-            valid = module.layerboost.call.valid
-            valid = None if valid is None else valid[:, token : token + 1]
-            layer_cache.state = add_to_state(layer_cache.state, feature_map.key_features(key), value, valid)
-    else:
-        output, state = linear_window_attention(
+    cache = treated.call.cache
+    output = treated.mechanism(
+        AttentionCall(
             query,
             key,
             value,
-            state=None if layer_cache is None else layer_cache.state,
-            return_state=layer_cache is not None,
-            **settings,
-            **_treated_arguments(module, key),
+            scaling,
+            window=treated.window,
+            weights=module._modules.get(treated.treatment.value),
+            cache=None if cache is None else cache.layers[module.layer_idx],
+            valid=treated.call.valid,
+            segments=treated.call.segments,
+            softcap=softcap,
+            dropout=dropout,
+            zeroed=treated.zeroed,
         )
-        if layer_cache is not None:
-            layer_cache.state = state
+    )
     return output.transpose(1, 2), None
 
 
-_ATTENTION_NAMES = {Treatment.WINDOW: "layerboost_window", Treatment.LINEAR_WINDOW: "layerboost_linear_window"}
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.WINDOW], _window_forward)
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAMES[Treatment.LINEAR_WINDOW], _linear_window_forward)
+_ATTENTION_NAME = "layerboost"
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _treated_forward)
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -183,8 +116,8 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
         )
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        if any(treatment.needs_window for treatment in Plan.from_dict(config.layerboost).treatments):
-            raise ValueError("attention_mask: layers with a window need the 2-dimensional padding mask (batch, tokens)")
+        if any(treatment.mechanism.attends for treatment in Plan.from_dict(config.layerboost).treatments):
+            raise ValueError("attention_mask: treated layers need the 2-dimensional padding mask (batch, tokens)")
         mask = None
     call.cache = cache
     call.valid = None if mask is None else mask.bool()
@@ -224,22 +157,24 @@ def install_plan(model: Any, plan: Plan) -> None:
     plan.check_length(len(layers))
     call = _Call()
     for layer, treatment in zip(layers, plan.treatments, strict=True):
-        attention = getattr(layer, family.attention)
-        if treatment is Treatment.NONE:
-            setattr(layer, family.attention, NoAttention())
-            for norm in family.attention_norms(config):
-                setattr(layer, norm, nn.Identity())
-        elif treatment.needs_window:
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation_internal = _ATTENTION_NAMES[treatment]
-            assert plan.window is not None
-            attention.layerboost = _Treated(plan.window, plan.window, call)
-        if treatment is Treatment.LINEAR_WINDOW:
-            weight = next(attention.parameters())
-            with torch.device(weight.device):
-                attention.linear_window = LinearWindow(
-                    config.num_attention_heads, kv_heads(config), head_dim(config), attention.scaling
-                ).to(weight.dtype)
+        attention, mechanism = getattr(layer, family.attention), treatment.mechanism
+        weight = next(attention.parameters())
+        with torch.device(weight.device):
+            if mechanism.replace is not None:
+                replacement = mechanism.replace(attention, config).to(weight.dtype)
+                setattr(layer, family.attention, replacement)
+                for norm in () if mechanism.keeps_norms else family.attention_norms(config):
+                    setattr(layer, norm, nn.Identity())
+            elif mechanism.attends:
+                attention.config = copy.copy(attention.config)
+                attention.config._attn_implementation_internal = _ATTENTION_NAME
+                window = plan.window if treatment.needs_window else None
+                attention.layerboost = _Treated(treatment, mechanism, window, window, call)
+                if mechanism.weights is not None:
+                    setattr(attention, treatment.value, mechanism.weights(attention, config).to(weight.dtype))
+        if treatment.has_weights:
+            # A fresh one is started by its own rule, and trained before the rest.
+            getattr(layer, family.attention).get_submodule(treatment.value).is_of_treatment = True
     decoder = model.base_model
     decoder.layerboost_call = call
     decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
@@ -276,7 +211,7 @@ class ConvertedModel(_AnyModel):
         install_plan(self, Plan.from_dict(config.layerboost))
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LinearWindow):
+        if getattr(module, "is_of_treatment", False):
             module.reset_parameters()
         else:
             super()._init_weights(module)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .registry import OpenName, Registry, resolved, used_plugins
+from .registry import OpenName, Registry, check_plugins, resolved, used_plugins
 
 
 class PlanError(ValueError):
@@ -200,6 +200,11 @@ class Plan:
         return self.treatments.count(treatment)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether any layer gets parameters of its own, which attention transfer fits."""
+        return any(treatment.has_weights for treatment in set(self.treatments))
+
+    @property
     def plugins(self) -> dict[str, str]:
         """Name and version of the plug-ins that its treatments come from."""
         return used_plugins((TREATMENTS, treatment.value) for treatment in dict.fromkeys(self.treatments))
@@ -209,6 +214,13 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
+        """The plan that `to_dict` wrote, or that a checkpoint's configuration holds.
+
+        Raises:
+            PlanError: not a plan; see `parse`.
+            ValueError: it names plug-ins (`plugins`: version by name) that are not there.
+        """
+        check_plugins(data.get("plugins") or {}, f"the plan {data['plan']}")
         return cls.parse(data["plan"], data.get("window"))
 
     @property

@@ -7,6 +7,7 @@ a worker or whatever loads a checkpoint. It should import nothing heavy: a descr
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import threading
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ def load_plugins() -> None:
             _is_loading = False
 
 
+@functools.cache
 def installed_plugins() -> dict[str, str]:
     """Name and version of every distribution that has an entry point in the group; loads none of them."""
     found = {_plugin(point) for point in importlib.metadata.entry_points(group=GROUP)}

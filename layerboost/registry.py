@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -197,12 +197,33 @@ def resolved(reference: Any, package: str | None = None) -> Any:
     return getattr(importlib.import_module(module, package), attribute)
 
 
+def check_plugins(required: Mapping[str, str], what: str) -> None:
+    """Raises a ValueError where plug-ins that `what` was made with, version by name, are not there.
+
+    A checkpoint that is loaded by its own copy of this file has no plug-ins: they need this package to be installed.
+    """
+    if not required:
+        return
+    if (plugins := _plugins()) is None:
+        needed = " and ".join(f"{name}=={version}" for name, version in required.items())
+        raise ValueError(
+            f"plug-in {next(iter(required))}: {what} needs layerboost and {needed}; "
+            "install them and `import layerboost` before the checkpoint is loaded"
+        )
+    plugins.check_required(required, what)
+
+
 def _load_plugins() -> None:
-    """Loads the plug-ins of this process; a copy of this file inside a checkpoint stands alone and has none."""
+    """Loads the plug-ins of this process, once."""
+    if (plugins := _plugins()) is not None:
+        plugins.load_plugins()
+
+
+def _plugins() -> Any:
+    """The module that knows plug-ins; None in a copy of this file inside a checkpoint, which stands alone."""
     try:
-        plugins = importlib.import_module(".plugins", __package__)
+        return importlib.import_module(".plugins", __package__)
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.plugins":
             raise
-        return
-    plugins.load_plugins()
+        return None

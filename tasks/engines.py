@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerboost.registry import Registry
+from layerboost.serving.families import SERVED_TREATMENTS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Engine:
         find_environment: takes the folder of a virtual environment, or None, and returns what the engine runs in. The
             value is hashable and has `versions` (part of a timing's identity) and `hardware`. An engine without this
             function runs in the worker's own Python.
+        treatments: names of the treatments that it can run; None for all.
         check_model: raises a ValueError, or a `ServingError`, for a `model_type` that the engine cannot run.
         prompt_slack_tokens: the most tokens by which its prompts may come out longer than asked for.
         start_s: seconds to start for each model, on the reference machine of the estimate.
@@ -41,6 +43,7 @@ class Engine:
     measurement: Any
     serves: bool = False
     find_environment: Any = None
+    treatments: tuple[str, ...] | None = None
     check_model: Any = None
     prompt_slack_tokens: int = 0
     start_s: float = 0.0
@@ -65,6 +68,7 @@ ENGINES: Registry[Engine] = Registry(
             "layerboost.speed.vllm_bench:ServingMeasurement",
             serves=True,
             find_environment="layerboost.speed.vllm_environment:find_environment",
+            treatments=SERVED_TREATMENTS,
             check_model="layerboost.speed.vllm_environment:check_served",
             prompt_slack_tokens=16,
             start_s=100.0,  # vLLM's imports, loading weights and compiling

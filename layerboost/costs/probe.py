@@ -170,7 +170,7 @@ def healing_costs(
     short = replace(spec, batch_sequences=batch, tokens=batch * spec.sequence_tokens * n_steps, stop_when_flat=None)
     step_s, transfer_step_s = {}, 0.0
     for treatment in (Treatment.SOFTMAX, Treatment.NONE, middle):
-        has_transfer = treatment is Treatment.LINEAR_WINDOW and spec.transfer_fraction > 0
+        has_transfer = treatment.has_weights and spec.transfer_fraction > 0
         of_plan = replace(short, transfer_fraction=0.5 if has_transfer else 0.0)
         if not has_transfer:
             of_plan = replace(of_plan, tokens=of_plan.tokens // 2)

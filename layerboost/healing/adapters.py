@@ -11,18 +11,28 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-FEATURE_MAP = "linear_window"
-"""Name of the submodule with the feature map in the attention of a linear_window layer."""
+from ..plan import Treatment
+
+
+def own_weight_names() -> frozenset[str]:
+    """Names of the submodules that hold the parameters of treatments, those of the treatments themselves."""
+    return frozenset(treatment.value for treatment in Treatment if treatment.has_weights)
 
 
 def feature_map_layers(model: nn.Module) -> list[str]:
-    """Returns the names of the attention modules that have a learned feature map, first layer first."""
-    return [name for name, module in model.named_modules() if isinstance(getattr(module, FEATURE_MAP, None), nn.Module)]
+    """Names of the attention modules whose treatment has parameters of its own, first layer first."""
+    owned = own_weight_names()
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(child in owned and getattr(part, "is_of_treatment", False) for child, part in module.named_children())
+    ]
 
 
 def feature_map_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Returns names and parameters of all feature maps of `model`."""
-    return ((name, p) for name, p in model.named_parameters() if FEATURE_MAP in name.split("."))
+    """Names and parameters of all treatments of `model` that have parameters of their own, such as feature maps."""
+    owned = own_weight_names()
+    return ((name, p) for name, p in model.named_parameters() if not owned.isdisjoint(name.split(".")))
 
 
 def freeze_all_but_feature_maps(model: nn.Module) -> None:
@@ -108,8 +118,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed
         if isinstance(module, LoraLayer):
             _shorten_forward(module)
     model.requires_grad_(False)
+    owned = own_weight_names()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name or FEATURE_MAP in name.split("."))
+        is_adapter = ".lora_A." in name or ".lora_B." in name
+        parameter.requires_grad_(is_adapter or not owned.isdisjoint(name.split(".")))
 
 
 class _LoraProduct(torch.autograd.Function):

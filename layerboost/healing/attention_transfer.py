@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..plan import Treatment
 from .adapters import feature_map_layers
 from .losses import relative_error
 from .spec import HealingSpec, window_dropout_at
@@ -123,8 +124,14 @@ def _tapped(
 
 
 def linear_window_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Returns the names of the attention modules that have a feature map, with their treatment's state."""
-    return [(name, getattr(model.get_submodule(name), "layerboost")) for name in feature_map_layers(model)]  # noqa: B009
+    """Returns the names of the attention modules of linear_window layers, with their treatment's state."""
+    return [(name, treated) for name, treated in treated_layers(model) if treated.treatment is Treatment.LINEAR_WINDOW]
+
+
+def treated_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Returns the names of the attention modules that own parameters and a window, with their treatment's state."""
+    named = ((name, getattr(model.get_submodule(name), "layerboost", None)) for name in feature_map_layers(model))
+    return [(name, treated) for name, treated in named if treated is not None and treated.full_window is not None]
 
 
 def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: bool = False) -> None:
@@ -134,7 +141,7 @@ def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: boo
     the random shortening.
     """
     probability = 0.0 if whole else window_dropout_at(spec, step)
-    for name, treated in linear_window_layers(student):
+    for name, treated in treated_layers(student):
         draw = random.Random(f"{spec.seed} {step} {name}")
         is_shortened = draw.random() < probability and treated.full_window > 1
         treated.window = draw.randrange(1, treated.full_window) if is_shortened else treated.full_window
@@ -142,14 +149,14 @@ def draw_windows(student: nn.Module, spec: HealingSpec, step: int, *, whole: boo
 
 def restore_windows(student: nn.Module) -> None:
     """Gives each linear_window layer its whole window back, permanently."""
-    for _, treated in linear_window_layers(student):
+    for _, treated in treated_layers(student):
         treated.window = treated.full_window
 
 
 @contextmanager
 def full_windows(student: nn.Module) -> Iterator[None]:
     """Gives every linear_window layer its whole window inside the block, whatever the step drew."""
-    drawn = [(treated, treated.window) for _, treated in linear_window_layers(student)]
+    drawn = [(treated, treated.window) for _, treated in treated_layers(student)]
     try:
         restore_windows(student)
         yield

@@ -24,7 +24,6 @@ KNOWN = (*UNIFORM, "interleaved_1/2", "interleaved_1/4", *SAME_BUDGET, "random:3
 
 _SHARE = re.compile(r"interleaved_([1-9]\d*)/([1-9]\d*)")
 _RANDOM = re.compile(r"random(?::([1-9]\d*))?")
-_MOST_TREATED_FIRST = (Treatment.NONE, Treatment.WINDOW, Treatment.LINEAR_WINDOW, Treatment.SOFTMAX)
 
 
 class BaselineError(ValueError):
@@ -122,6 +121,6 @@ def _interleaved(counts: Mapping[Treatment, int]) -> tuple[Treatment, ...]:
 
 def _dealt(order: Sequence[int], budget: Plan) -> Plan:
     """Deals out the budget's treatments along an order of layers, those that keep least of attention first."""
-    dealt = sorted(budget.treatments, key=_MOST_TREATED_FIRST.index)
+    dealt = sorted(budget.treatments, key=lambda treatment: -treatment.entry.depth)
     by_layer = dict(zip(order, dealt, strict=True))
     return Plan(tuple(by_layer[layer] for layer in range(len(budget))), budget.window)

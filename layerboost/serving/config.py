@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..families import CONVERTED_PREFIX
 from ..plan import Plan, Treatment
-from .families import SERVED_FAMILIES
+from .families import SERVED_FAMILIES, SERVED_TREATMENTS
 
 logger = init_logger(__name__)
 
@@ -85,6 +85,10 @@ def check_config(config: Any) -> Plan:
             )
     plan = Plan.from_dict(config.layerboost)
     plan.check_length(config.num_hidden_layers)
+    if unserved := sorted(set(plan.treatments) - set(SERVED_TREATMENTS)):
+        raise ValueError(
+            f"plan: {plan} has {', '.join(unserved)} layers, which vLLM cannot serve; use transformers for it"
+        )
     return plan
 
 

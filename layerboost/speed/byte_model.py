@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,31 +52,36 @@ class ByteModel:
         text_config = base.config.get_text_config()
         self._kv_values = 2 * kv_heads(text_config) * head_dim(text_config)
         self._native_windows = native_windows(base.config)
-        self._parameters: dict[Treatment, list[int]] = {}
-        self._states: list[int] = []
-        for treatment in Treatment:
-            # Any window does: it changes no parameter.
-            variant = (
-                base if treatment is Treatment.SOFTMAX else convert(base, Plan.uniform(treatment, self.n_layers, 16))
-            )
-            self._parameters[treatment] = [_n_parameters(layer) for layer in decoder_layers(variant)]
-            if treatment is Treatment.LINEAR_WINDOW:
-                self._states = [_state_values(attention_module(variant, i)) for i in range(self.n_layers)]
+        self._base = base
+        self._counted: dict[Treatment, tuple[list[int], list[int]]] = {}
         embedding = base.get_input_embeddings().weight
         head = base.get_output_embeddings()
         tied = head is not None and head.weight is embedding
         self._untied_embedding = 0 if tied else embedding.numel()
-        self._other_parameters = _n_parameters(base) - sum(self._parameters[Treatment.SOFTMAX]) - self._untied_embedding
+        self._other_parameters = _n_parameters(base) - sum(self._counts(Treatment.SOFTMAX)[0]) - self._untied_embedding
 
     def layer(self, index: int, treatment: Treatment, window: int | None = None) -> LayerBytes:
         """What layer `index` costs with a treatment; `window` in tokens where the treatment needs one."""
-        n_parameters = self._parameters[treatment][index]
-        if treatment is Treatment.NONE:
-            return LayerBytes(n_parameters, 0, 0, 0)
-        state = self._states[index] if treatment is Treatment.LINEAR_WINDOW else 0
+        parameters, states = self._counts(treatment)
+        if not treatment.mechanism.keeps_keys:
+            return LayerBytes(parameters[index], 0, 0, states[index])
         native = self._native_windows[index]
         kept = window if treatment.needs_window else None if native is None else native - 1  # as transformers keeps it
-        return LayerBytes(n_parameters, self._kv_values, kept, state)
+        return LayerBytes(parameters[index], self._kv_values, kept, states[index])
+
+    def _counts(self, treatment: Treatment) -> tuple[list[int], list[int]]:
+        """Parameters and state values of each layer; counted when a treatment is first asked for."""
+        if treatment not in self._counted:
+            mechanism, layers = treatment.mechanism, range(self.n_layers)
+            # Any window does: it changes no parameter.
+            variant = (
+                self._base if mechanism.native else convert(self._base, Plan.uniform(treatment, self.n_layers, 16))
+            )
+            self._counted[treatment] = (
+                [_n_parameters(layer) for layer in decoder_layers(variant)],
+                [mechanism.state_values(attention_module(variant, layer)) for layer in layers],
+            )
+        return self._counted[treatment]
 
     def weight_bytes(self, plan: Plan | None, *, concurrency: int, dtype_bytes: int) -> int:
         """Bytes of the weights that a step reads, the looked-up embedding rows among them."""
@@ -186,8 +190,3 @@ def _byte_model(config: PreTrainedConfig) -> ByteModel:
 
 def _n_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _state_values(attention: Any) -> int:
-    feature_map = attention.linear_window
-    return feature_map.n_kv_heads * feature_map.n_features * (feature_map.head_dim + 1)

@@ -25,10 +25,11 @@ from ..attention import MIN_CHUNK_TOKENS
 from ..convert import convert
 from ..families import decoder_layers, family_of
 from ..plan import Plan, Treatment
+from ..treatments import softmax_pairs
 from .request_tries import Forest
 from .trie_attention import (
     CAPPED_FOREST,
-    LINEAR_WINDOW_FOREST,
+    PAIRS_FOREST,
     SOFTMAX_FOREST,
     ForestMask,
     ForestMasks,
@@ -146,8 +147,8 @@ class LayerSweep:
         is_capped = self.model.config._attn_implementation != "sdpa"
         changes = [(self.model.config, CAPPED_FOREST if is_capped else SOFTMAX_FOREST)]
         for (treatment, _), layers in self._layers.items():
-            if treatment.needs_window:
-                name = LINEAR_WINDOW_FOREST if treatment is Treatment.LINEAR_WINDOW else CAPPED_FOREST
+            if treatment.mechanism.attends:
+                name = PAIRS_FOREST if _is_spelt_out(treatment) else CAPPED_FOREST
                 changes += [(getattr(layer, attention).config, name) for layer in layers]
         before = [(config, config._attn_implementation) for config, _ in changes]
         try:
@@ -195,7 +196,7 @@ class LayerSweep:
         needed = Counter(child[:layer] for child in children)
         after: dict[Path, torch.Tensor] = {}
         # Few paths fork off and most continue: handle the forks first, so that the others can be freed in groups.
-        for step in sorted({child[layer] for child in children}, key=lambda step: step[0] is Treatment.SOFTMAX):
+        for step in sorted({child[layer] for child in children}, key=lambda step: step[0].mechanism.native):
             going = [child for child in children if child[layer] == step]
             n_at_once = self._states_at_once(step, inputs)
             for start in range(0, len(going), n_at_once):
@@ -246,13 +247,18 @@ class LayerSweep:
         linear = n_tokens * (6 * config.hidden_size + 3 * mlp) * itemsize
         treatment, window = step
         if inputs.forest is not None:
-            n_pairs, is_spelt_out = n_tokens**2, treatment is Treatment.LINEAR_WINDOW
+            n_pairs, is_spelt_out = n_tokens**2, _is_spelt_out(treatment)
             linear += 5 * n_pairs
         elif window is not None:
             n_pairs, is_spelt_out = n_tokens * (2 * window + MIN_CHUNK_TOKENS), True
         else:
             n_pairs, is_spelt_out = n_tokens**2, config._attn_implementation == "eager"
         return linear + (24 * config.num_attention_heads * n_pairs if is_spelt_out else 0)
+
+
+def _is_spelt_out(treatment: Treatment) -> bool:
+    """Whether a forest's layer writes out every pair of tokens, since the treatment is no softmax over some keys."""
+    return treatment.mechanism.pairs is not softmax_pairs and not treatment.mechanism.native
 
 
 @dataclass
@@ -273,7 +279,7 @@ class _Inputs:
         return None if self.masks is None else self.masks.read_columns
 
     def arguments(self, layer: int, step: Step) -> dict[str, Any]:
-        if self.masks is None or step[0] is Treatment.NONE:
+        if self.masks is None or step[0].mechanism.replace is not None:
             return self.calls[layer]
         return {**self.calls[layer], "attention_mask": self.masks.mask(layer, step)}
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import dense_attention, softmax_attention
+from ..attention import softmax_attention
 from ..plan import Treatment
 from .request_tries import Forest
 
@@ -58,7 +58,7 @@ class ForestMasks:
 
     def mask(self, layer: int, step: Step) -> ForestMask:
         is_last = layer == len(self._family_masks) - 1
-        family_mask = None if step[0].needs_window else self._family_masks[layer]
+        family_mask = self._family_masks[layer] if step[0].mechanism.native else None
         key = (is_last, step, None if family_mask is None else layer)
         if key not in self._made:
             self._made[key] = self._make(step, family_mask, self.read_columns if is_last else None)
@@ -72,7 +72,7 @@ class ForestMasks:
         if treatment.needs_window:
             assert window is not None
             inside = seen & (query_depths[:, :, None] - depths[:, None] < window)
-            older = seen & ~inside if treatment is Treatment.LINEAR_WINDOW else None
+            older = seen & ~inside if treatment.mechanism.sees_older else None
             return ForestMask(inside, older, columns)
         if family_mask is not None:
             over_positions = family_mask[0, 0] if family_mask.dtype == torch.bool else family_mask[0, 0] == 0
@@ -156,7 +156,7 @@ def _attend_softmax(
     return torch.cat(outputs, dim=2)
 
 
-def _attend_linear_window(
+def _attend_by_pairs(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -165,10 +165,9 @@ def _attend_linear_window(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    feature_map = module.linear_window
-    return dense_attention(
-        query, key, value, mask.inside, mask.older, scaling=scaling, feature_map=feature_map, softcap=softcap
-    )
+    treated = module.layerboost
+    settings = {"scaling": scaling, "weights": module._modules.get(treated.treatment.value), "softcap": softcap}
+    return treated.mechanism.pairs(query, key, value, mask.inside, mask.older, **settings)
 
 
 def _attend_uncapped(
@@ -185,10 +184,10 @@ def _attend_uncapped(
 
 SOFTMAX_FOREST = "layerboost_softmax_forest"
 CAPPED_FOREST = "layerboost_capped_softmax_forest"
-LINEAR_WINDOW_FOREST = "layerboost_linear_window_forest"
+PAIRS_FOREST = "layerboost_pairs_forest"
 for _name, _attend in (
     (SOFTMAX_FOREST, _attend_uncapped),
     (CAPPED_FOREST, _attend_softmax),
-    (LINEAR_WINDOW_FOREST, _attend_linear_window),
+    (PAIRS_FOREST, _attend_by_pairs),
 ):
     ALL_ATTENTION_FUNCTIONS.register(_name, _forest_forward(_attend))

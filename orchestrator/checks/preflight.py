@@ -20,6 +20,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.model_facts import ModelFacts
 from tasks.cluster.connection import addable
+from tasks.engines import ENGINES
 
 if TYPE_CHECKING:
     pass
@@ -54,6 +55,7 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     _check_plans(recipe, facts)
     _check_constraints(recipe, facts)
     throughput = recipe.throughput
+    _check_treatments_of_engine(recipe, facts)
     check_engine(throughput.engine, throughput.environment, [facts], address, labels=recipe.placement.labels.time)
     tokenizer = check_tokenizer(facts, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     check_quality(recipe.quality, facts, tokenizer)
@@ -196,6 +198,19 @@ def _check_plans(recipe: Recipe, facts: ModelFacts) -> None:
             adaptive.model_dump(include={"removed", "middle"}),
             f"are more than the model's {facts.n_layers} layers together; make one smaller",
         )
+
+
+def _check_treatments_of_engine(recipe: Recipe, facts: ModelFacts) -> None:
+    from orchestrator.run.inputs import RunInputs
+
+    engine = ENGINES[recipe.throughput.engine]
+    for treatment in RunInputs(recipe, facts).treatments:
+        if engine.treatments is not None and treatment.value not in engine.treatments:
+            raise InputError(
+                "throughput.engine",
+                engine.name,
+                f"runs no layers of {treatment.value}, which the recipe names; use transformers, or leave them out",
+            )
 
 
 def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:

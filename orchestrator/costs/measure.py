@@ -11,7 +11,7 @@ import torch
 from layerboost.costs.costs import Costs
 from layerboost.costs.probe import decode_costs, evaluation_costs, healing_costs, sample_token_s, slowness, threads
 from layerboost.evaluation.shares import MIN_AUTO_SHARES
-from layerboost.plan import Treatment
+from layerboost.plan import TREATMENTS, Treatment
 from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.placement import find_nodes
 from orchestrator.run.context import RunContext
@@ -35,7 +35,8 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
     start = time.perf_counter()
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
     load_s = time.perf_counter() - start
-    every = tuple(dict.fromkeys((Treatment.SOFTMAX, Treatment.NONE, middle, *Treatment)))
+    built_in = (Treatment(entry.name) for entry in TREATMENTS.built_in())
+    every = tuple(dict.fromkeys((Treatment.SOFTMAX, Treatment.NONE, middle, *built_in, *inputs.treatments)))
     with threads(n_threads):
         evaluation = evaluation_costs(
             model,
@@ -101,6 +102,13 @@ def costs_of(run: RunContext, *, record: bool) -> Costs:
     return costs
 
 
+def _plugin_treatments(inputs: RunInputs) -> dict[str, Any]:
+    """The treatments of plug-ins that are timed, with the plug-ins; nothing where the recipe uses none."""
+    plugins = {treatment.value: TREATMENTS.plugin_of(treatment.value) for treatment in inputs.treatments}
+    found = {name: str(plugin) for name, plugin in plugins.items() if plugin is not None}
+    return {"treatments": found} if found else {}
+
+
 def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], hardware: str) -> dict[str, Any]:
     """What the costs depend on: the model, the machine, and the sizes that the recipe asks for."""
     recipe, spec = inputs.recipe, inputs.full_spec
@@ -112,6 +120,7 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
         "hardware": hardware,
         "workers": [evaluating.cpus, evaluating.gpus, healing.n_workers, healing.cpus, healing.gpus],
         "quality": inputs._fingerprint(spec),
+        **_plugin_treatments(inputs),
         "plans": [recipe.search.middle, recipe.search.window, list(recipe.sensitivity.treatments)],
         "shares": recipe.sensitivity.shares,
         "healing": inputs.healing_spec.to_dict() if recipe.healing.tokens else None,

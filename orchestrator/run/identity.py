@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from layerboost.plan import Plan
@@ -14,4 +15,9 @@ LINEAR_WINDOW_ONLY = ("transfer_fraction", "transfer_learning_rate", "window_dro
 
 
 def plan_identity(plan: Plan | None) -> dict[str, Any] | None:
-    return None if plan is None else plan.to_dict()
+    return None if plan is None else {**plan.to_dict(), **plugin_identity(plan.plugins)}
+
+
+def plugin_identity(plugins: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the part of an identity that names plug-ins, version by name; it is empty where there are none."""
+    return {"plugins": dict(plugins)} if plugins else {}

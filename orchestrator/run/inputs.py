@@ -15,9 +15,12 @@ from layerboost.checkpoint import ModelSource
 from layerboost.evaluation.evaluate import spec_fingerprint
 from layerboost.evaluation.scores import SCORES, QualitySpec
 from layerboost.evaluation.shares import Share
+from layerboost.healing.divergences import DIVERGENCES
 from layerboost.healing.spec import HealingSpec
-from layerboost.plan import Plan, Treatment
+from layerboost.plan import TREATMENTS, Plan, Treatment
+from layerboost.registry import Registry, used_plugins
 from layerboost.search.loop import SearchSpec
+from layerboost.search.methods import METHODS
 from layerboost.search.plan_space import Limit, PlanSpace
 from layerboost.sensitivity.drops import single_layer_plan
 from layerboost.speed.byte_model import kv_bytes_of_layers, predicted_speedup
@@ -27,8 +30,9 @@ from layerboost.version import __version__
 from orchestrator.recipe.healing import SAMPLED, HealingText
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.run.content import model_content, shipped
-from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity
+from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity, plugin_identity
 from orchestrator.run.model_facts import ModelFacts
+from tasks.engines import ENGINES
 from tasks.evaluation import EvaluationUnit
 from tasks.sampling import SampleUnit
 from tasks.timing import ThroughputUnit
@@ -267,7 +271,7 @@ class RunInputs:
             "model": self.model,
             "quality": self._fingerprint(spec),
             "share": [share.start, share.stop, share.seed],
-            "plans": [plan.to_dict() for plan in plans],
+            "plans": [plan_identity(plan) for plan in plans],
         }
 
     def search(
@@ -295,7 +299,25 @@ class RunInputs:
                 "keep_above": spec.keep_above and list(spec.keep_above),
                 "plans": [str(plan) for plan in spec.plans],
             },
+            **plugin_identity(self._plugins_of_search),
         }
+
+    @cached_property
+    def treatments(self) -> tuple[Treatment, ...]:
+        """Every treatment that the recipe names, beside softmax and none, which every search has."""
+        recipe = self.recipe
+        planned = (treatment for plan in self.search_spec.plans for treatment in plan.treatments)
+        named = (*recipe.sensitivity.treatments, recipe.search.middle, *recipe.constraints.pin.values(), *planned)
+        wanted = {Treatment.SOFTMAX, Treatment.NONE, *map(Treatment, named)}
+        return tuple(treatment for treatment in Treatment if treatment in wanted)
+
+    @property
+    def _plugins_of_search(self) -> dict[str, str]:
+        used: list[tuple[Registry[Any], str]] = [(TREATMENTS, treatment.value) for treatment in self.treatments]
+        used.append((METHODS, self.recipe.search.method))
+        if self.recipe.search.objective == "score":
+            used.append((SCORES, self.recipe.sensitivity.score))
+        return used_plugins(used)
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
@@ -322,7 +344,7 @@ class RunInputs:
         How many workers share the work, and what they hold at once, is no part of it.
         """
         # What only feature maps are trained by changes nothing for a plan without any.
-        left_out = MEMORY_ONLY if plan.count(Treatment.LINEAR_WINDOW) else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
+        left_out = MEMORY_ONLY if plan.has_weights else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
         settings = (spec or self.healing_spec).to_dict()
         return {
             "unit": "heal",
@@ -330,6 +352,7 @@ class RunInputs:
             "plan": plan_identity(plan),
             "spec": {name: value for name, value in settings.items() if name not in left_out},
             **self._healing,
+            **plugin_identity(used_plugins([(DIVERGENCES, settings["divergence"])])),
         }
 
     def sampled_text(self) -> dict[str, Any]:
@@ -352,6 +375,7 @@ class RunInputs:
             "prompt_tokens": unit.prompt_tokens,
             "new_tokens": unit.new_tokens,
             "repeats": unit.repeats,
+            **plugin_identity(used_plugins([(ENGINES, self.recipe.throughput.engine)])),
         }
 
     def _fingerprint(self, spec: QualitySpec) -> str:

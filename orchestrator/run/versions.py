@@ -10,6 +10,9 @@ from typing import Any
 import psutil
 import torch
 
+from layerboost.plugins import installed_plugins
+from orchestrator.run.identity import plugin_identity
+
 PACKAGES = ("layerboost", "torch", "transformers", "ray", "deepspeed", "lm-eval", "peft", "optuna", "datasets")
 
 
@@ -28,4 +31,5 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": versions,
+        **plugin_identity(installed_plugins()),
     }

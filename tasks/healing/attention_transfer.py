@@ -27,7 +27,7 @@ from layerboost.healing.training import (
     run_phase,
     split_held_out,
 )
-from layerboost.plan import Plan, Treatment
+from layerboost.plan import Plan
 from layerboost.storage.errors import DiskFullError, is_disk_full
 from layerboost.storage.publish import publish_tensors, read_tensors
 from layerboost.text.batches import GlobalBatches
@@ -104,8 +104,8 @@ def fit_layer(
 
 
 def linear_window_layers_of(plan: Plan) -> list[int]:
-    """Returns the indices, from 0, of the layers that a plan gives a feature map."""
-    return [layer for layer, treatment in enumerate(plan.treatments) if treatment is Treatment.LINEAR_WINDOW]
+    """Returns the indices, from 0, of the layers that a plan gives parameters of their own."""
+    return [layer for layer, treatment in enumerate(plan.treatments) if treatment.has_weights]
 
 
 def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProgress], None]) -> None:

@@ -1,0 +1,309 @@
+"""How a layer computes with each treatment: what `plan.TREATMENTS` refers to as its mechanism.
+
+A treatment attends in one of three ways. It may leave the family's own code as it is (`native`), exchange the function
+between the family's projections (`pairs`, `whole`, `step`), or put another module in the attention's place (`replace`).
+
+Shapes are those of `attention.py`: B batch, H query heads, K key/value heads, T query tokens, S key tokens (the last T
+of them are the queries' own), D head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import cache_utils
+
+from .attention import (
+    LinearWindow,
+    add_to_state,
+    dense_attention,
+    linear_window_attention,
+    linear_window_step,
+    seen_pairs,
+    single_branch_attention,
+    softmax_attention,
+    window_attention,
+)
+from .cache import LinearWindowLayer, WindowLayer
+from .families import head_dim, kv_heads
+
+
+@dataclass
+class AttentionCall:
+    """One treated attention module's part of a forward pass.
+
+    Attributes:
+        query: (B, H, T, D).
+        key, value: (B, K, S, D), what the layer's cache gave: for one token the slots that it keeps, in any order.
+        scaling: of the scores.
+        window: the window in tokens that the layer sees now; None where the treatment needs none.
+        weights: the module of the treatment's own parameters; None where it has none.
+        cache: the layer's part of the cache; None in passes without one.
+        valid: (B, all tokens so far) bool, False for padding; None where there is none.
+        segments: (B, T) integer; tokens of different segments do not see each other; None where all do.
+        softcap: as in `attention.naive_attention`.
+        dropout: probability of dropping an attention weight.
+        zeroed: branch of linear_window that is left out, `linear` or `window`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    window: int | None = None
+    weights: Any = None
+    cache: Any = None
+    valid: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    zeroed: str | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is one token behind those that the cache keeps."""
+        return self.cache is not None and self.query.shape[2] == 1
+
+    @property
+    def valid_keys(self) -> torch.Tensor | None:
+        """(B, S) bool of the keys of a whole pass."""
+        return None if self.valid is None else self.valid[:, -self.key.shape[2] :]
+
+    def visible_slots(self) -> torch.Tensor | None:
+        """(B, 1, 1, S) bool of what the newest token sees of the cache's slots; None where that is all."""
+        if self.valid is None:
+            return None
+        if isinstance(self.cache, WindowLayer):
+            tokens, newest = self.cache.tokens_of_slots(), self.cache.seen_tokens - 1
+        else:
+            tokens, newest = torch.arange(self.key.shape[2], device=self.key.device), self.key.shape[2] - 1
+        return (self.valid[:, tokens] | (tokens == newest))[:, None, None]
+
+
+class Pairs(Protocol):
+    """The definition of a treatment, with every pair of tokens written out."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inside: torch.Tensor,
+        older: torch.Tensor | None,
+        *,
+        scaling: float,
+        weights: Any = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attends.
+
+        Args:
+            query: (B, H, T, D).
+            key, value: (B, K, S, D).
+            inside: bool, broadcasts to (B, T, S): keys inside the query's window, or all that it may see where the
+                treatment has no window. Each query sees at least its own.
+            older: the same for the keys older than the window; None unless `sees_older`.
+            weights: the module of the treatment's own parameters.
+
+        Returns:
+            (B, H, T, D) in the dtype of `query`.
+        """
+
+
+Attend = Callable[[AttentionCall], torch.Tensor]
+"""Gives the output (B, H, T, D) of one call."""
+
+
+def _no_state(attention: Any) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """How a layer computes with a treatment.
+
+    Attributes:
+        pairs: its definition over pairs of tokens. It is the reference that faster forms are compared with, and what
+            sweeps over prompts that share their beginnings compute.
+        native: whether the layer keeps the family's own attention, which `pairs` then only describes.
+        whole: attends over a whole sequence, or over a prompt behind the tokens that a cache keeps; `pairs` if None.
+        step: attends for one token with a cache; `pairs` over the cache's slots if None.
+        cache: makes what the layer keeps between tokens, from the window; the family's own if None.
+        weights: makes the module of its own parameters, from the attention module and the model's config. The module
+            holds them itself and has `reset_parameters()`.
+        replace: makes the module that stands in the attention's place, from the same two. It takes `hidden_states` and
+            gives a pair: what is added to the residual, and None. Own parameters are in a submodule that is named as
+            the treatment, made as in `weights`.
+        keeps_norms: whether a replaced attention keeps the norms that only it used.
+        sees_older: whether tokens older than the window are seen too.
+        keeps_keys: whether the cache keeps keys and values: of the window where there is one, else of all tokens.
+        state_values: numbers in fp32 that the cache keeps for one sequence of any length, from the attention module.
+    """
+
+    pairs: Pairs | None = None
+    native: bool = False
+    whole: Attend | None = None
+    step: Attend | None = None
+    cache: Callable[[Any], Any] | None = None
+    weights: Callable[[Any, Any], nn.Module] | None = None
+    replace: Callable[[Any, Any], nn.Module] | None = None
+    keeps_norms: bool = False
+    sees_older: bool = False
+    keeps_keys: bool = True
+    state_values: Callable[[Any], int] = _no_state
+
+    def __post_init__(self) -> None:
+        if (self.pairs is None) == (self.replace is None):
+            raise ValueError("mechanism: give either pairs, which attends, or replace, which makes another module")
+
+    @property
+    def attends(self) -> bool:
+        """Whether it exchanges the function between the family's projections."""
+        return self.pairs is not None and not self.native
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        """The output (B, H, T, D) of one call, by the form that fits it."""
+        assert self.pairs is not None
+        if call.is_step:
+            return (self.step or functools.partial(_step_by_pairs, self.pairs))(call)
+        return (self.whole or functools.partial(_whole_by_pairs, self.pairs, self.sees_older))(call)
+
+
+def _whole_by_pairs(pairs: Pairs, sees_older: bool, call: AttentionCall) -> torch.Tensor:
+    inside, seen = seen_pairs(call.query, call.key, call.window, call.valid_keys, call.segments)
+    older = seen & ~inside if sees_older else None
+    settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
+    return pairs(call.query, call.key, call.value, inside, older, **settings)
+
+
+def _step_by_pairs(pairs: Pairs, call: AttentionCall) -> torch.Tensor:
+    visible = call.visible_slots()
+    every = torch.ones(call.query.shape[0], 1, call.key.shape[2], dtype=torch.bool, device=call.query.device)
+    settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
+    return pairs(call.query, call.key, call.value, every if visible is None else visible[:, 0], None, **settings)
+
+
+def softmax_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    inside: torch.Tensor,
+    older: torch.Tensor | None,
+    *,
+    scaling: float,
+    weights: Any = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax over the keys inside; see `Pairs`."""
+    return dense_attention(query, key, value, inside, None, scaling=scaling, softcap=softcap)
+
+
+def _linear_window_pairs(query, key, value, inside, older, *, scaling, weights=None, softcap=None):
+    settings = {"scaling": scaling, "feature_map": weights, "softcap": softcap}
+    return dense_attention(query, key, value, inside, older, **settings)
+
+
+def _window_whole(call: AttentionCall) -> torch.Tensor:
+    assert call.window is not None
+    return window_attention(
+        call.query,
+        call.key,
+        call.value,
+        scaling=call.scaling,
+        window=call.window,
+        valid=call.valid_keys,
+        segments=call.segments,
+        softcap=call.softcap,
+        dropout=call.dropout,
+    )
+
+
+def _window_step(call: AttentionCall) -> torch.Tensor:
+    visible = call.visible_slots()
+    return softmax_attention(call.query, call.key, call.value, visible, call.scaling, call.softcap, call.dropout)
+
+
+def _linear_window_whole(call: AttentionCall) -> torch.Tensor:
+    settings = {
+        "scaling": call.scaling,
+        "window": call.window,
+        "feature_map": call.weights,
+        "valid": call.valid_keys,
+        "segments": call.segments,
+        "softcap": call.softcap,
+    }
+    if call.zeroed is not None:
+        return single_branch_attention(call.zeroed, call.query, call.key, call.value, **settings)
+    keeps = call.cache is not None
+    output, state = linear_window_attention(
+        call.query,
+        call.key,
+        call.value,
+        state=call.cache.state if keeps else None,
+        return_state=keeps,
+        **settings,
+    )
+    if keeps:
+        call.cache.state = state
+    return output
+
+
+def _linear_window_step(call: AttentionCall) -> torch.Tensor:
+    if call.zeroed is not None:
+        raise ValueError("use_cache: a branch is zeroed in whole passes only; pass use_cache=False")
+    cache, feature_map = call.cache, call.weights
+    output = linear_window_step(
+        call.query,
+        call.key,
+        call.value,
+        scaling=call.scaling,
+        feature_map=feature_map,
+        state=cache.state,
+        visible=call.visible_slots(),
+        softcap=call.softcap,
+    )
+    if (leaving := cache.leaving()) is not None:
+        token, key, value = leaving
+        valid = None if call.valid is None else call.valid[:, token : token + 1]
+        cache.state = add_to_state(cache.state, feature_map.key_features(key), value, valid)
+    return output
+
+
+def _feature_map(attention: Any, config: Any) -> LinearWindow:
+    return LinearWindow(config.num_attention_heads, kv_heads(config), head_dim(config), attention.scaling)
+
+
+def _feature_state_values(attention: Any) -> int:
+    feature_map = attention.linear_window
+    return feature_map.n_kv_heads * feature_map.n_features * (feature_map.head_dim + 1)
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+def no_cache(window: int | None) -> Any:
+    """What a layer keeps that keeps nothing."""
+    return cache_utils.DummyLayer()  # looked up late: vLLM's older transformers has none
+
+
+SOFTMAX = Mechanism(softmax_pairs, native=True)
+LINEAR_WINDOW = Mechanism(
+    _linear_window_pairs,
+    whole=_linear_window_whole,
+    step=_linear_window_step,
+    cache=LinearWindowLayer,
+    weights=_feature_map,
+    sees_older=True,
+    state_values=_feature_state_values,
+)
+WINDOW = Mechanism(softmax_pairs, whole=_window_whole, step=_window_step, cache=WindowLayer)
+NONE = Mechanism(replace=lambda attention, config: NoAttention(), cache=no_cache, keeps_keys=False)
