@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .plan import Plan
+from .plan import Plan, Treatment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -215,6 +215,16 @@ class PreallocatedLayer(DynamicLayer):
         self.cumulative_length -= abs(tokens_to_remove)
 
 
+def _layer_of(treatment: Treatment, window: int | None) -> CacheLayerMixin:
+    """What a treated layer keeps: what its mechanism says, else the window's keys and values, else all tokens'."""
+    if (make_layer := treatment.mechanism.cache) is not None:
+        return make_layer(window)
+    if not treatment.needs_window:
+        return DynamicLayer()
+    assert window is not None
+    return WindowLayer(window)
+
+
 class PlanCache(Cache):
     """The cache of a converted model.
 
@@ -228,8 +238,8 @@ class PlanCache(Cache):
         plan = Plan.from_dict(config.layerboost)
         layers = list(DynamicCache(config=config).layers)
         for index, treatment in enumerate(plan.treatments):
-            if (make_layer := treatment.mechanism.cache) is not None:
-                layers[index] = make_layer(plan.window)
+            if not treatment.mechanism.native:
+                layers[index] = _layer_of(treatment, plan.window)
         super().__init__(layers=layers)
         self.treatments = plan.treatments
         self.seen_tokens = 0

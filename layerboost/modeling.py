@@ -210,7 +210,7 @@ class ConvertedModel(_AnyModel):
         super().__init__(config, *args, **kwargs)
         install_plan(self, Plan.from_dict(config.layerboost))
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if getattr(module, "is_of_treatment", False):
             module.reset_parameters()
         else:

@@ -22,6 +22,10 @@ class DuplicateEntryError(ValueError):
     """An entry whose name, or another property that must be unique, is taken; the message says by whom."""
 
 
+class EntryReferenceError(ValueError):
+    """A description that refers to code which cannot be loaded; the message names the code and the remedy."""
+
+
 @dataclass(frozen=True)
 class Plugin:
     """The installed distribution that a plug-in comes from."""
@@ -71,7 +75,7 @@ class Registry(Generic[Entry]):
         self._entries: dict[str, Entry] = {}
         self._plugins: dict[str, Plugin] = {}
         for entry in entries:
-            self.add(entry)
+            self._insert(entry, None)  # built in, even where a plug-in is the first to import the module
 
     def add(self, entry: Entry) -> Entry:
         """Adds an entry and gives it back.
@@ -79,6 +83,9 @@ class Registry(Generic[Entry]):
         Raises:
             DuplicateEntryError: another entry has its name, or shares what must be unique.
         """
+        return self._insert(entry, _ADDING.get())
+
+    def _insert(self, entry: Entry, plugin: Plugin | None) -> Entry:
         for other in self._entries.values():
             for attribute in self._unique:
                 if getattr(other, attribute) == getattr(entry, attribute):
@@ -88,7 +95,7 @@ class Registry(Generic[Entry]):
                         f"{'layerboost itself' if owner is None else f'the plug-in {owner}'} ('{other.name}'); "
                         "choose another one"
                     )
-        if (plugin := _ADDING.get()) is not None:
+        if plugin is not None:
             self._plugins[entry.name] = plugin
         self._entries[entry.name] = entry
         return entry
@@ -190,11 +197,22 @@ def resolved(reference: Any, package: str | None = None) -> Any:
     Args:
         reference: such as `my_package.attention:MEAN`, or `.treatments:WINDOW` relative to `package`.
         package: that relative references start from.
+
+    Raises:
+        EntryReferenceError: what a plug-in refers to cannot be loaded; the message names it.
     """
     if not isinstance(reference, str):
         return reference
     module, _, attribute = reference.partition(":")
-    return getattr(importlib.import_module(module, package), attribute)
+    try:
+        return getattr(importlib.import_module(module, package), attribute)
+    except (ImportError, AttributeError) as error:
+        if reference.startswith("."):
+            raise
+        raise EntryReferenceError(
+            f"'{reference}': a plug-in refers to it and it cannot be loaded ({type(error).__name__}: {error}); "
+            "repair the plug-in, or uninstall it"
+        ) from error
 
 
 def check_plugins(required: Mapping[str, str], what: str) -> None:

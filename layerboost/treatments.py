@@ -9,7 +9,6 @@ of them are the queries' own), D head dimension.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -133,7 +132,8 @@ class Mechanism:
         native: whether the layer keeps the family's own attention, which `pairs` then only describes.
         whole: attends over a whole sequence, or over a prompt behind the tokens that a cache keeps; `pairs` if None.
         step: attends for one token with a cache; `pairs` over the cache's slots if None.
-        cache: makes what the layer keeps between tokens, from the window; the family's own if None.
+        cache: makes what the layer keeps between tokens, from the window. If None, keys and values are kept: of the
+            window where the treatment needs one, else of all tokens.
         weights: makes the module of its own parameters, from the attention module and the model's config. The module
             holds them itself and has `reset_parameters()`.
         replace: makes the module that stands in the attention's place, from the same two. It takes `hidden_states` and
@@ -170,18 +170,20 @@ class Mechanism:
         """The output (B, H, T, D) of one call, by the form that fits it."""
         assert self.pairs is not None
         if call.is_step:
-            return (self.step or functools.partial(_step_by_pairs, self.pairs))(call)
-        return (self.whole or functools.partial(_whole_by_pairs, self.pairs, self.sees_older))(call)
+            return self.step(call) if self.step else step_by_pairs(self.pairs, call)
+        return self.whole(call) if self.whole else whole_by_pairs(self.pairs, call, sees_older=self.sees_older)
 
 
-def _whole_by_pairs(pairs: Pairs, sees_older: bool, call: AttentionCall) -> torch.Tensor:
+def whole_by_pairs(pairs: Pairs, call: AttentionCall, *, sees_older: bool = False) -> torch.Tensor:
+    """Attends over a whole sequence, or behind the window that a cache keeps, with every pair of tokens written out."""
     inside, seen = seen_pairs(call.query, call.key, call.window, call.valid_keys, call.segments)
     older = seen & ~inside if sees_older else None
     settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
     return pairs(call.query, call.key, call.value, inside, older, **settings)
 
 
-def _step_by_pairs(pairs: Pairs, call: AttentionCall) -> torch.Tensor:
+def step_by_pairs(pairs: Pairs, call: AttentionCall) -> torch.Tensor:
+    """Attends for one token over all keys that the cache keeps."""
     visible = call.visible_slots()
     every = torch.ones(call.query.shape[0], 1, call.key.shape[2], dtype=torch.bool, device=call.query.device)
     settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
@@ -203,9 +205,19 @@ def softmax_pairs(
     return dense_attention(query, key, value, inside, None, scaling=scaling, softcap=softcap)
 
 
-def _linear_window_pairs(query, key, value, inside, older, *, scaling, weights=None, softcap=None):
-    settings = {"scaling": scaling, "feature_map": weights, "softcap": softcap}
-    return dense_attention(query, key, value, inside, older, **settings)
+def _linear_window_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    inside: torch.Tensor,
+    older: torch.Tensor | None,
+    *,
+    scaling: float,
+    weights: Any = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax over the keys inside, linear attention over the older ones; see `Pairs`."""
+    return dense_attention(query, key, value, inside, older, scaling=scaling, feature_map=weights, softcap=softcap)
 
 
 def _window_whole(call: AttentionCall) -> torch.Tensor:
@@ -286,7 +298,7 @@ def _feature_state_values(attention: Any) -> int:
 class NoAttention(nn.Module):
     """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
@@ -305,5 +317,5 @@ LINEAR_WINDOW = Mechanism(
     sees_older=True,
     state_values=_feature_state_values,
 )
-WINDOW = Mechanism(softmax_pairs, whole=_window_whole, step=_window_step, cache=WindowLayer)
+WINDOW = Mechanism(softmax_pairs, whole=_window_whole, step=_window_step)
 NONE = Mechanism(replace=lambda attention, config: NoAttention(), cache=no_cache, keeps_keys=False)

@@ -65,7 +65,7 @@ class ByteModel:
         parameters, states = self._counts(treatment)
         if not treatment.mechanism.keeps_keys:
             return LayerBytes(parameters[index], 0, 0, states[index])
-        native = self._native_windows[index]
+        native = self._native_windows[index] if treatment.mechanism.native else None
         kept = window if treatment.needs_window else None if native is None else native - 1  # as transformers keeps it
         return LayerBytes(parameters[index], self._kv_values, kept, states[index])
 

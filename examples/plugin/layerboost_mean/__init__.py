@@ -1,0 +1,21 @@
+"""A complete plug-in: the treatment `mean`, in which each token takes the mean of the values in its window.
+
+pip install ./examples/plugin && layerboost convert MODEL --plan SMMS --window 16 --out converted
+"""
+
+from layerboost.plan import TREATMENTS, TreatmentEntry
+
+
+def register() -> None:
+    """Is called by LayerBoost once in each process; torch is not imported before a layer computes."""
+    TREATMENTS.add(
+        TreatmentEntry(
+            name="mean",
+            letter="M",
+            summary="the mean of the values inside the window",
+            mechanism="layerboost_mean.mechanism:MEAN",
+            fill="#cc79a7",
+            needs_window=True,
+            depth=0.7,
+        )
+    )
