@@ -134,7 +134,8 @@ def test_the_example_is_installed_by_pip_and_converts(tmp_path):
     )
     done = python("-c", script, path=site)
     assert done.stdout.splitlines() == ["{'layerboost-mean': '0.1.0'}", "5"], done.stderr
-    lines = [line for path in source.rglob("*.py") for line in path.read_text().splitlines() if line.strip()]
+    package = PROJECT / "examples" / "plugin" / "layerboost_mean"
+    lines = [line for path in package.glob("*.py") for line in path.read_text().splitlines() if line.strip()]
     assert len(lines) <= 40
 
 
