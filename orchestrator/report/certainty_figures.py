@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from orchestrator.report.canvas import BLUE, FAINT, GRID, ORANGE, STYLE, VERMILION, Picture, new_figure, saved
 from orchestrator.report.certainty import by_score, view_order
-from orchestrator.report.labels import place_labels
+from orchestrator.report.label_placement import place_labels
 
 HEAT_METHOD = "spearman"
 """The heat map shows this correlation; the table holds the others too."""

@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """Holds everything that depends on the serving condition."""
+    """Holds what the comparison of several runs shows of one serving condition."""
 
     label: str
     headlines: list[tuple[str, Headline | None]]

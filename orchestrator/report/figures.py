@@ -26,7 +26,7 @@ from orchestrator.report.canvas import (
     treatment_colour,
 )
 from orchestrator.report.front import letter_counts
-from orchestrator.report.labels import place_labels
+from orchestrator.report.label_placement import place_labels
 
 
 def pareto_picture(rows: pd.DataFrame) -> Picture | None:

@@ -49,7 +49,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class FrontView:
-    """Holds everything that depends on the serving condition."""
+    """Holds what the front page shows of one serving condition."""
 
     condition: Condition
     label: str
