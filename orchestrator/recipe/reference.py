@@ -54,8 +54,8 @@ Some rules hold everywhere. An unknown key is an error that names the nearest kn
 the recipe first, then in the current directory. Where a field takes a hub name or a path, what exists on this machine
 is taken for a path, and so is all that begins with `./`, `../`, `/` or `~`. Numbers may be written as `10_000_000` or
 `1e7`. `layerboost run RECIPE --set section.field=value` overrides a field for one run. Everything in a recipe can
-change results and is therefore part of what identifies a unit of work, except `placement`, `throughput.environment`
-and the fields of `healing` that only memory depends on.
+change results and is therefore part of what identifies a unit of work, except `placement`, `model.device`,
+`throughput.environment` and the fields of `healing` that only memory depends on.
 """
 
 
