@@ -1,6 +1,7 @@
-"""The sensitivity stage with items only where they matter: layers whose tier is certain stop early.
+"""Runs the sensitivity stage adaptively: a layer whose tier is certain gets no further items.
 
-Rounds follow from the records of earlier ones alone (`AdaptiveTiers`), so that the same command goes on in mid-round.
+Each round follows only from the records of earlier rounds (`AdaptiveTiers`), so that an interrupted command resumes in
+the middle of a round.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from tasks.pool.finished import Finished
 from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
 
 _ITEMS_OF_A_SHARE = 8
-"""A round is cut into shares of about so many items, unless the recipe wants fewer shares."""
+"""A round is cut into shares of about this many items, unless the recipe asks for fewer shares."""
 
 
 def adaptive_units(run: RunContext) -> None:
-    """Lists the shares of the rounds so far; later ones are open, as many as if no layer stopped early.
+    """Lists the shares of the rounds so far; the shares of later rounds are open, counted as if no layer stopped early.
 
-    Puts the scores into the run's state where the tiers are certain.
+    Puts the scores into the run's state once the tiers are certain.
     """
     rounds = Rounds(run)
     is_finished = not rounds.next_units()
@@ -43,7 +44,7 @@ def adaptive_units(run: RunContext) -> None:
 
 
 def adaptive_sensitivity(run: RunContext) -> bool:
-    """Scores layers until their tiers are certain. Returns whether the next stage can follow."""
+    """Scores layers until their tiers are certain; returns whether the next stage can follow."""
     rounds = Rounds(run)
     todo = rounds.next_units()
     workers = run.workers() if todo else None
@@ -77,7 +78,7 @@ def adaptive_sensitivity(run: RunContext) -> bool:
 
 
 class Rounds:
-    """The rounds of an adaptive sweep, replayed from the records each time it is asked what comes next."""
+    """Holds the rounds of an adaptive sweep, which are replayed from the records to find the next units."""
 
     def __init__(self, run: RunContext):
         self._run, self.source = run, run.inputs.sweep_sources[0]
@@ -96,19 +97,19 @@ class Rounds:
         self._scored: dict[str, Unit] = {}
 
     def next_units(self) -> list[SweepWork]:
-        """What the records so far ask for, but for what was handed out already."""
+        """Returns the units that the records so far ask for, without those that were already handed out."""
         fresh = [unit for unit in self._replay() if unit not in self._handed_out]
         self._handed_out |= set(fresh)
         return fresh
 
     def more_units(self) -> list[SweepWork]:
-        """The next units of the stage that is under way: which rounds there are follows from the earlier ones."""
+        """Returns the next units while the stage runs, because earlier rounds decide on the later ones."""
         units = self.next_units()
         self._run.progress.set_total(self.list_units().n_expected)
         return units
 
     def list_units(self) -> StageUnits:
-        """Lists what the last replay met; scores and the count of the items are work beside the units."""
+        """Lists the units of the last replay; scores and the item count are additional work that is no unit."""
         counted = Unit(SHARES, (self._run.inputs.count(self.source.spec),), {"source": self.source.name})
         beside = [counted, *self._scored.values()]
         return self._run.list_units(
@@ -119,7 +120,7 @@ class Rounds:
         return [self._seconds.get(unit.key) for unit in units]
 
     def _n_open(self) -> int:
-        """Shares of the rounds that the last replay did not come to, as if no layer stopped before the last item."""
+        """Counts the shares of rounds that the last replay did not reach, as if no layer stopped early."""
         if self.tiers is None:
             n_shares = self._run.inputs.recipe.sensitivity.shares
             n_items = 0 if self.source.spec.tasks else self.source.spec.n_sequences or 0
@@ -138,7 +139,8 @@ class Rounds:
             raise InputError(
                 "sensitivity.adaptive",
                 ", ".join(counted["generating"]),
-                "has the model generate, which gives no likelihood to rank by item; leave adaptive or the task out",
+                "has the model generate text, which gives no likelihood per item to rank by; "
+                "remove sensitivity.adaptive or the task",
             )
         tasks = mixed_tasks(counted["tasks"])
         weights = [len(tasks) / (len(counted["tasks"]) * counted["tasks"][task]) for task in tasks]
@@ -180,7 +182,7 @@ class Rounds:
         return self._finish()
 
     def _finish(self) -> list[SweepWork]:
-        """The scores of each layer over all the items that it was given, and of the base over the same."""
+        """Returns the missing scores of each layer over all items it was given, and of the base over the same items."""
         assert self.tiers is not None
         units: list[SweepWork] = []
         self.entries = []
@@ -195,11 +197,11 @@ class Rounds:
         return list(dict.fromkeys(units))
 
     def _plans(self, layers: Sequence[int]) -> tuple[Plan, ...]:
-        """What a round sweeps: the base, and its layers."""
+        """Returns the plans that a round sweeps: the base and the plans of its layers."""
         return (self._base, *(self._layers[layer] for layer in layers))
 
     def _cut(self, start: int, stop: int) -> list[Share]:
-        """Items `start` to `stop` as the shares that the rounds up to there took."""
+        """Returns items `start` to `stop` as the shares into which the rounds cut them."""
         assert self.tiers is not None
         ends = [0, *self.tiers.looks]
         found: list[Share] = []
@@ -215,17 +217,17 @@ class Rounds:
     # Records
 
     def _identity(self, plan: Plan, cut: Sequence[Share]) -> Identity:
-        """Of a plan's scores over some shares."""
+        """Returns the identity of a plan's scores over some shares."""
         identity = self._run.inputs.plan_scores(plan, self.source.spec)
         return {**identity, "sample": [cut[0].start, cut[-1].stop, self._settings.seed]}
 
     def _said(self, swept: Sequence[tuple[Share, Sequence[Plan]]]) -> list[dict[str, Any] | None]:
-        """What some plans said to each share; None where they were not asked yet."""
+        """Reads the plans' recorded answers for each share; None for a share that is not recorded yet."""
         identities = [self._run.inputs.sweep(self.source.spec, share, plans) for share, plans in swept]
         return self._run.all_recorded(identities, SHARES)
 
     def _answers(self, plan: Plan, cut: Sequence[Share], *names: str) -> tuple:
-        """What a plan said to each share, in whichever round that was."""
+        """Returns a plan's answers for each share, looked up in the round that swept the share."""
         swept = []
         for share in cut:
             layers = next(layers for layers, start, stop in self._rounds if start <= share.start < stop)
@@ -242,7 +244,7 @@ class Rounds:
         recorded = self._run.all_recorded([unit.identity for unit in scores])
         missing = [plan for plan, found in zip(plans, recorded, strict=True) if found is None]
         if self._run.is_ahead:
-            # Nothing is written ahead of the run; the units end the replay.
+            # Nothing may be written ahead of a run, so these units end the replay.
             return [ScoreUnit(self.source.spec, plan, tuple(cut), ()) for plan in missing]
         if self.source.name == TASKS_SOURCE:
             spec = self.source.spec
@@ -258,13 +260,16 @@ class Rounds:
         return Scores.from_dict(recorded["scores"])
 
     def _drops(self, base: Scores, plan: Plan, cut: Sequence[Share], tasks: Sequence[str]) -> np.ndarray:
-        """(n_items,) drops, task by task as in the rounds. Within a task any order does that all plans share."""
+        """Returns (n_items,) drops with the tasks in the order of the rounds.
+
+        Within a task any order works, as long as it is the same for all plans.
+        """
         by_task = item_drops(base, self._scores(plan, cut), self._run.inputs.recipe.sensitivity.score)
         iterators = {task: iter(values) for task, values in by_task.items()}
         return np.array([next(iterators[task]) for task in tasks])
 
     def record(self, done: Finished[SweepWork, dict[str, Any]]) -> None:
-        """Records what a worker gave."""
+        """Records the result of a worker."""
         run, unit, result = self._run, done.unit, {**done.result, **time_and_worker(done)}
         if isinstance(unit, CountUnit):
             run.record(SWEEP, run.inputs.count(unit.spec), result)
@@ -275,7 +280,7 @@ class Rounds:
             run.progress.finish_unit(done.seconds, **self.name(unit))
 
     def name(self, unit: SweepWork) -> dict[str, Any]:
-        """What a unit is called."""
+        """Returns the name of a unit for progress and failures."""
         name: dict[str, Any] = {"source": self.source.name}
         if isinstance(unit, SweepUnit):
             name |= {"items": f"{unit.share.start}-{unit.share.stop}", "plans": len(unit.plans)}

@@ -1,4 +1,7 @@
-"""Plans that stage `heal` compares its candidates with: other rules, healed on the same tokens by the same spec."""
+"""Makes the plans that stage `heal` compares its candidates with.
+
+They come from other rules, and are healed on the same tokens by the same spec.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ COSINE = "cosine"
 
 
 def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
-    """The recipe's baselines and their names; those of the same attention budget are made for every candidate.
+    """Returns the recipe's baselines with their names; rules of the same attention budget give one for each candidate.
 
-    A plan that is a candidate, or another baseline that stands before it, is left out.
+    A plan is left out if it is a candidate itself, or if an earlier baseline already gave it.
     """
     healing, search = run.inputs.recipe.healing, run.inputs.recipe.search
     names = list(healing.baselines)
@@ -42,7 +45,7 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
 
 
 def n_open_baselines(run: RunContext, candidates: Sequence[Plan] | None) -> int:
-    """How many plans `baselines` does not know ahead of a run: of candidates that are not known, or lack the cosine."""
+    """Counts the baselines that are not known yet, because the candidates or the cosine distances are not."""
     healing = run.inputs.recipe.healing
     names = [name for name in healing.baselines if is_of_same_budget(name)]
     if candidates is None:
@@ -51,9 +54,9 @@ def n_open_baselines(run: RunContext, candidates: Sequence[Plan] | None) -> int:
 
 
 def _cosine(run: RunContext) -> list[float] | None:
-    """The cosine distance of each layer, measured here where the sweep did not; None where that failed.
+    """Returns the cosine distance of each layer, and measures it if the sweep did not; None if that failed.
 
-    Ahead of a run nothing is measured, and it is None where it is not recorded.
+    Ahead of a run nothing is measured: the result is None unless the distances are recorded.
     """
     unit, spec = cosine_unit(), run.inputs.text_spec
     identity = run.inputs.scores(unit, spec)

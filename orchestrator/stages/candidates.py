@@ -1,4 +1,4 @@
-"""Which of the searched plans are healed."""
+"""Chooses the searched plans that are healed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orchestrator.run.state import CANDIDATE_ORIGINS
 
 
 def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
-    """The searched and given plans to heal: the most promising that hold the recipe's pins and limits.
+    """Returns the plans to heal: the most promising searched and given ones that hold the recipe's pins and limits.
 
     Args:
-        n: how many at most; the recipe's number if None.
+        n: Maximum number of plans; None means the recipe's number.
     """
     trials = {plan: trial for plan, trial in _faster_plans(run).items() if run.inputs.plan_space.holds(plan)}
     n = run.inputs.recipe.healing.candidates if n is None else n
@@ -26,7 +26,7 @@ def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
 
 
 def _faster_plans(run: RunContext) -> dict[Plan, Trial]:
-    """The trials of the plans that are faster than the base, slowest first."""
+    """Returns the trials of the plans that are faster than the base, slowest first."""
     trials = [trial for trial in run.state.trials if trial.quality is not None]
     distinct = {trial.plan: trial for trial in reversed(trials)}
     found = [trial for trial in distinct.values() if trial.origin in CANDIDATE_ORIGINS and _speedup(trial) > 1]
@@ -34,7 +34,7 @@ def _faster_plans(run: RunContext) -> dict[Plan, Trial]:
 
 
 def _speedup(entry: Trial | HalvingEntry) -> float:
-    assert entry.speedup is not None  # what has a quality has a predicted speed too
+    assert entry.speedup is not None  # an entry with a quality has a predicted speed too
     return entry.speedup
 
 
@@ -47,26 +47,26 @@ def say_that_none_is_allowed(run: RunContext) -> None:
 
 
 _LEFT = 0.2
-"""Of what a plan loses, the share that healing leaves: 0.15 to 0.2 at losses worth serving (docs/method.md)."""
+"""Share of a plan's loss that remains after healing: 0.15 to 0.2 at losses worth serving (docs/method.md)."""
 
 
 _TARGET = 0.99
-"""Share of the quality that candidates are aimed at where the recipe asks for none; as the report's headline."""
+"""Share of the quality that candidates aim at if the recipe sets none; the report's headline uses the same share."""
 
 
 def most_promising(run: RunContext, entries: Sequence[Trial | HalvingEntry], n: int) -> list[int]:
-    """The plans that spread best over expected quality and predicted speed, counted from a floor below the target.
+    """Chooses the plans that spread best over expected quality and predicted speed, measured from a quality floor.
 
-    From a far corner the fastest plans would come first however bad they are. What lies below the floor comes last, the
-    slowest first. The floor is twice as far below 1 as the target: healing may do better than is expected.
+    Without a floor the fastest plans would come first however bad they are. Plans below the floor come last, the
+    slowest first. The floor is twice as far below 1 as the target, because healing may do better than expected.
 
     Args:
-        run: the run.
-        entries: `objective` and `speedup` of each plan; those without an objective are never chosen.
-        n: how many to choose at most.
+        run: The run.
+        entries: Plans with their `objective` and `speedup`; plans without an objective are never chosen.
+        n: Maximum number of plans to choose.
 
     Returns:
-        Indices, the best first.
+        Indices into `entries`, the best first.
     """
     target = run.inputs.recipe.constraints.at_least.get("quality_retained", _TARGET)
     kept = [_kept(run, entry.objective) for entry in entries]
@@ -76,7 +76,7 @@ def most_promising(run: RunContext, entries: Sequence[Trial | HalvingEntry], n: 
 
 
 def _kept(run: RunContext, objective: float | None) -> float:
-    """The share of the base's quality, or likelihood, that a value of the search's objective stands for."""
+    """Converts a value of the search's objective into the share of the base's quality, or likelihood, that is kept."""
     if objective is None:
         return math.nan
     recipe = run.inputs.recipe

@@ -1,6 +1,6 @@
-"""The quality curve of stage `heal`: what each healed plan was worth before healing and at shares of its budget.
+"""Measures the quality curve of stage `heal`: each healed plan's quality before healing and at shares of its budget.
 
-Healing leaves the parameters that it trains in `snapshots/<key>/` at those shares; they are deleted when judged.
+At those shares healing writes the parameters that it trains to `snapshots/<key>/`; they are deleted once judged.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ _SNAPSHOTS = "snapshots"
 
 
 def snapshot_folder(key: str) -> str:
-    """Where a healing leaves its snapshots, in the run folder."""
+    """Returns the folder inside the run folder into which a healing writes its snapshots."""
     return f"{_SNAPSHOTS}/{key}"
 
 
 def snapshot_name(key: str, step: int) -> str:
-    """The file that healing leaves after a step, in the run folder."""
+    """Returns the file inside the run folder that a healing writes after a step."""
     return f"{snapshot_folder(key)}/{step}.safetensors"
 
 
 def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed: Sequence[Plan] = ()) -> None:
-    """Judges plans before healing and their snapshots, then deletes these. Failed ones are named and kept.
+    """Judges plans before healing, and their snapshots, which are then deleted; failed snapshots are reported and kept.
 
     Args:
-        healed: plans with the keys of their healing.
-        unhealed: further plans, judged as they are before healing alone.
+        run: The run.
+        healed: Plans with the keys of their healing.
+        unhealed: Further plans, which are judged only before healing.
     """
     kept = {plan: _kept_points(run, plan, key) for plan, key in healed}
     for plan, key in healed:
@@ -49,13 +50,13 @@ def measure_curves(run: RunContext, healed: Sequence[tuple[Plan, str]], unhealed
 
 
 def curve_units(run: RunContext, to_heal: Sequence[tuple[Plan, str]], unhealed: Sequence[Plan], *, n_open: int) -> None:
-    """Lists the points that `measure_curves` judges, of what is not healed yet those that the recipe asks for.
+    """Lists the points that `measure_curves` judges; a plan that is not healed yet has the points of the recipe.
 
     Args:
-        run: the run.
-        to_heal: plans with the keys of their healing, whether it is recorded or not.
-        unhealed: further plans that are judged before healing alone.
-        n_open: points of plans that are not known yet.
+        run: The run.
+        to_heal: Plans with the keys of their healing, whether it is recorded or not.
+        unhealed: Further plans, which are judged only before healing.
+        n_open: Number of points of plans that are not known yet.
     """
     marks = [
         {"step": step, "share": share}
@@ -74,7 +75,7 @@ def _points(
     unhealed: Sequence[Plan],
     points: Mapping[Plan, Sequence[dict[str, Any]]],
 ) -> tuple[dict[EvaluationUnit, dict[str, Any]], dict[EvaluationUnit, str]]:
-    """What judges plans before healing and at some points, each with its name; and what identifies the latter."""
+    """Returns the units that judge plans before healing and at some points, with names, and the points' state keys."""
     units: dict[EvaluationUnit, dict[str, Any]] = {
         EvaluationUnit(plan=plan): {"plan": str(plan), "share": 0} for plan in unhealed
     }
@@ -89,7 +90,7 @@ def _points(
 
 
 def curve_entries(run: RunContext, plan: Plan, key: str) -> list[CurvePoint]:
-    """What `run.json` lists of a healed plan's curve: each point, the share 0 first."""
+    """Returns the points of a healed plan's curve that `run.json` lists; share 0 comes first."""
     spec, inputs = run.inputs.healing_spec, run.inputs
     entries = [CurvePoint(0.0, 0, unit_key(inputs.plan_scores(plan, inputs.full_spec)))]
     for point in _recorded_points(run, key):
@@ -99,7 +100,7 @@ def curve_entries(run: RunContext, plan: Plan, key: str) -> list[CurvePoint]:
 
 
 def state_key(key: str, step: int) -> str:
-    """What identifies the parameters after a step of a healing."""
+    """Returns the key that identifies the parameters after a step of a healing."""
     return f"{key}@{step}"
 
 
@@ -109,7 +110,7 @@ def _recorded_points(run: RunContext, key: str) -> list[dict[str, Any]]:
 
 
 def _kept_points(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
-    """Points that are judged already or whose snapshot is there still."""
+    """Returns the points that are already judged or whose snapshot still exists."""
     return [
         point
         for point in _recorded_points(run, key)
@@ -118,7 +119,7 @@ def _kept_points(run: RunContext, plan: Plan, key: str) -> list[dict[str, Any]]:
 
 
 def _say_what_is_missing(run: RunContext, plan: Plan, key: str, kept: Sequence[dict[str, Any]]) -> None:
-    """Says which of the recipe's points a healed plan lacks."""
+    """Reports which of the recipe's points a healed plan lacks."""
     spec, recorded = run.inputs.healing_spec, find_record(run.folder, key, HEALINGS)
     assert recorded is not None
     steps, n_steps = {point["step"] for point in kept}, recorded["tokens"] // spec.tokens_per_step
@@ -132,7 +133,7 @@ def _is_judged(run: RunContext, plan: Plan, key: str, point: dict[str, Any]) -> 
 
 
 def snapshot_unit(run: RunContext, plan: Plan, key: str, step: int, spec: HealingSpec) -> EvaluationUnit:
-    """What judges a plan as it was after a step of a healing by `spec`."""
+    """Returns the unit that judges a plan with its parameters after a step of a healing by `spec`."""
     return EvaluationUnit(plan=plan, trained=run.folder.place(snapshot_name(key, step)), healing=spec)
 
 

@@ -1,6 +1,6 @@
-"""The start of stage `heal`: many plans healed on few tokens, and the most promising of them on more.
+"""Runs the start of stage `heal`: it heals many plans on few tokens, and the most promising of them on more.
 
-A rung's healings leave the parameters that they trained in `snapshots/<key>/`; they are deleted when judged.
+The healings of a rung write the parameters that they trained to `snapshots/<key>/`; they are deleted once judged.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from tasks.pool.watch import Watch
 
 
 def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
-    """Heals plans rung by rung; lists what came of each in the run's state.
+    """Heals plans rung by rung, and lists the outcome of each in the run's state.
 
     Args:
-        plans: those of the first rung; fewer than the recipe wants where the search has no more.
+        run: The run.
+        plans: Plans of the first rung; fewer than the recipe asks for if the search found no more.
 
     Returns:
         The plans to heal on the whole budget.
@@ -54,21 +55,21 @@ def halve(run: RunContext, plans: Sequence[Plan]) -> list[Plan]:
         spec = run.inputs.healing_spec_at(rung.share)
         _heal_rung(run, number, units.add(number, left), spec)
         _judge_rung(run, number, left, spec)
-        units.add(number, left)  # with the scores, which are known by the healings
+        units.add(number, left)  # lists the scores too, whose keys depend on the healings that are recorded now
         left = _survivors(run, ladder, number, left)
         run.save()
     return left
 
 
 def halving_units(run: RunContext, plans: Sequence[Plan] | None) -> list[Plan] | None:
-    """Lists the healings of the rungs whose plans are known by now; those of later rungs are open.
+    """Lists the healings of the rungs whose plans are known by now; the healings of later rungs are open.
 
     Args:
-        run: the run.
-        plans: those of the first rung; None where they are not known.
+        run: The run.
+        plans: Plans of the first rung; None if they are not known yet.
 
     Returns:
-        The plans to heal on the whole budget; None where the records do not say yet.
+        The plans to heal on the whole budget; None if the records do not determine them yet.
     """
     settings = run.inputs.recipe.healing.halving
     assert settings is not None
@@ -89,7 +90,7 @@ def halving_units(run: RunContext, plans: Sequence[Plan] | None) -> list[Plan] |
 
 
 def ladder_for(run: RunContext, n_plans: int) -> list[Rung]:
-    """The rungs for so many plans; none where all of them can be healed on the whole budget."""
+    """Returns the rungs for a number of plans; there are none if all plans can be healed on the whole budget."""
     healing, settings = run.inputs.recipe.healing, run.inputs.recipe.healing.halving
     assert settings is not None
     if n_plans <= healing.candidates:
@@ -98,7 +99,7 @@ def ladder_for(run: RunContext, n_plans: int) -> list[Rung]:
 
 
 class _RungUnits:
-    """The healings of the rungs so far, listed as one stage."""
+    """Holds the healings of the rungs so far, and lists them as one stage."""
 
     def __init__(self, run: RunContext, ladder: Sequence[Rung]):
         self._run, self._ladder = run, ladder
@@ -115,7 +116,7 @@ class _RungUnits:
         return {plan: plan in todo for plan in plans}
 
     def tell(self) -> StageUnits:
-        """Lists everything that is known; the scores of what is healed are work beside the units."""
+        """Lists all known healings; the scores of healed plans are additional work that is no unit."""
         run = self._run
         units = [unit for of_rung in self._of_rung.values() for unit in of_rung]
         beside = [
@@ -127,7 +128,7 @@ class _RungUnits:
         return run.list_units(HALVING, units, n_open=n_open, beside=beside, look=self._took)
 
     def _took(self, units: Sequence[Unit]) -> list[float | None]:
-        """Seconds of the healings whose plan is judged or waits to be; others are to be done again."""
+        """Returns the seconds of healings whose plan is judged or waits for it; None means that a healing must run."""
         run = self._run
         is_done = [_is_judged(run, *unit.work) or _waits(run, *unit.work) for unit in units]
         seconds = recorded_seconds(run.folder, units)
@@ -135,7 +136,7 @@ class _RungUnits:
 
 
 def _survivors(run: RunContext, ladder: Sequence[Rung], number: int, plans: Sequence[Plan]) -> list[Plan]:
-    """The plans that go on after a rung, by the records; lists what came of each in the run's state."""
+    """Returns the plans that survive a rung by the records, and lists the outcome of each plan in the run's state."""
     rung, spec = ladder[number - 1], run.inputs.healing_spec_at(ladder[number - 1].share)
     n_left = ladder[number].n_plans if number < len(ladder) else run.inputs.recipe.healing.candidates
     trials = {trial.plan: trial for trial in reversed(run.state.trials)}
@@ -154,7 +155,7 @@ def _tokens_at(run: RunContext, share: float) -> int:
 
 
 def _heal_rung(run: RunContext, number: int, is_to_do: Mapping[Plan, bool], spec: HealingSpec) -> None:
-    """Heals what is neither judged nor waits to be. Failed ones are named; the rest goes on."""
+    """Heals the plans that are neither judged nor wait for it; a failure is reported and the other plans continue."""
     from tasks.cluster import connection
     from tasks.cluster.resources import jobs_at_once
     from tasks.healing.rungs import heal_all
@@ -190,7 +191,7 @@ def _heal_rung(run: RunContext, number: int, is_to_do: Mapping[Plan, bool], spec
 
 
 def _judge_rung(run: RunContext, number: int, plans: Sequence[Plan], spec: HealingSpec) -> None:
-    """Judges what is healed as the search judges plans, then deletes what it was judged by."""
+    """Judges healed plans as the search judges plans, then deletes their snapshots."""
     healed = [plan for plan in plans if _is_judged(run, plan, spec) or _waits(run, plan, spec)]
     states = {plan: _state(run, plan, spec) for plan in healed}
     units = {plan: snapshot_unit(run, plan, *states[plan], spec) for plan in healed}
@@ -204,7 +205,7 @@ def _judge_rung(run: RunContext, number: int, plans: Sequence[Plan], spec: Heali
 
 
 def _state(run: RunContext, plan: Plan, spec: HealingSpec) -> tuple[str, int]:
-    """Key of a recorded healing, and its last step."""
+    """Returns the key of a recorded healing and its last step."""
     key = unit_key(run.inputs.healing(plan, spec))
     recorded = find_record(run.folder, key, RUNGS)
     assert recorded is not None
@@ -216,7 +217,7 @@ def _is_healed(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
 
 
 def _waits(run: RunContext, plan: Plan, spec: HealingSpec) -> bool:
-    """Whether a plan is healed and what it can be judged by is there."""
+    """Returns whether a plan is healed and its snapshot exists, so that it can be judged."""
     return _is_healed(run, plan, spec) and run.folder.exists(snapshot_name(*_state(run, plan, spec)))
 
 
@@ -231,7 +232,7 @@ def _scores_identity(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str
 
 
 def _outcome(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str, Any]:
-    """`key`, `tokens`, `quality_key` and `objective` of a plan in a rung; None for what failed."""
+    """Returns `key`, `tokens`, `quality_key` and `objective` of a plan in a rung; a failed step leaves None."""
     found: dict[str, Any] = {"key": unit_key(run.inputs.healing(plan, spec))}
     found |= dict.fromkeys(("tokens", "quality_key", "objective"))
     if _is_healed(run, plan, spec):
@@ -245,7 +246,7 @@ def _outcome(run: RunContext, plan: Plan, spec: HealingSpec) -> dict[str, Any]:
 
 
 def _objective(run: RunContext, scores: Scores) -> float:
-    """The search's objective, of scores after a healing."""
+    """Computes the search's objective from the scores after a healing."""
     untouched = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
     base = run.recorded(run.inputs.plan_scores(untouched, run.inputs.search_quality_spec))
     assert base is not None

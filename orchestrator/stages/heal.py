@@ -1,4 +1,4 @@
-"""Stage `heal`: the most promising plans and their baselines distilled from their parent, one job each."""
+"""Runs stage `heal`: one job each distils the most promising plans and their baselines from their parent."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _PROGRESS_LINES = 10
 
 
 def units(run: RunContext) -> None:
-    """Lists the documents, the healings of rungs, the healings and the points of their curves.
+    """Lists the documents, the healings of rungs, the full healings and the points of their curves.
 
-    Candidates, and the baselines that have their budgets, are open while the search or the rungs do not say which they
-    are. Puts what will be healed into the run's state, with the keys of its healing.
+    Candidates, and the baselines with the same budgets, are open until the search and the rungs have determined them.
+    Puts the plans that will be healed into the run's state, with the keys of their healing.
     """
     healing = run.inputs.recipe.healing
     if not healing.tokens:
@@ -67,7 +67,7 @@ def units(run: RunContext) -> None:
 
 
 def _list_healings(run: RunContext, origins: Mapping[Plan, str], *, n_open: int = 0) -> StageUnits:
-    """Lists the healings of some plans; those whose checkpoint is not in its folder are to be done again."""
+    """Lists the healings of some plans; a healing whose checkpoint is not in its folder has to run again."""
 
     def took(units: Sequence[Unit]) -> list[float | None]:
         seconds = recorded_seconds(run.folder, units)
@@ -84,7 +84,7 @@ def _list_healings(run: RunContext, origins: Mapping[Plan, str], *, n_open: int 
 
 
 def heal(run: RunContext) -> bool:
-    """Heals the plans that are not healed yet. Failed ones are named; the rest goes on."""
+    """Heals the plans that are not healed yet; a failure is reported and the other plans continue."""
     if not run.inputs.recipe.healing.tokens:
         return True
     origins = plans_to_heal(run)
@@ -94,7 +94,7 @@ def heal(run: RunContext) -> bool:
     if run.inputs.sampling is not None:
         list_documents(run, needed=bool(todo))
     if todo and not sample_text(run):
-        todo = []  # what is healed already is measured all the same
+        todo = []  # without text nothing can be healed, but plans healed earlier are still measured
     run.begin(listing)
     with finish_on_interrupt() as interrupt, freeing_groups_of_the_dead():
         for plan in todo:
@@ -104,7 +104,7 @@ def heal(run: RunContext) -> bool:
     run.progress.end_stage()
     keys = {plan: unit_key(identity) for plan, identity in identities.items() if is_healed(run, plan, identity)}
     _judge_curves(run, keys)
-    for key in keys.values():  # a killed run may have left them
+    for key in keys.values():  # a killed run may have left checkpoints and snapshots
         run.folder.remove(f"{CHECKPOINTS}/{key}")
         if not run.inputs.recipe.healing.curve:
             run.folder.remove(snapshot_folder(key))
@@ -113,7 +113,7 @@ def heal(run: RunContext) -> bool:
 
 
 def plans_to_heal(run: RunContext) -> dict[Plan, str]:
-    """The candidates, then the baselines, each with its origin. Lists the baselines in the run's state."""
+    """Returns the candidates, then the baselines, each with its origin; lists the baselines in the run's state."""
     halving = run.inputs.recipe.healing.halving
     chosen = candidates(run, None if halving is None else halving.plans)
     if not chosen:
@@ -124,7 +124,7 @@ def plans_to_heal(run: RunContext) -> dict[Plan, str]:
 
 
 def _origins(run: RunContext, chosen: Sequence[Plan]) -> dict[Plan, str]:
-    """Candidates and their baselines, each with its origin. Lists the baselines in the run's state."""
+    """Returns candidates and their baselines, each with its origin; lists the baselines in the run's state."""
     searched = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     others = baselines(run, chosen)
     run.state.baselines = [
@@ -135,7 +135,7 @@ def _origins(run: RunContext, chosen: Sequence[Plan]) -> dict[Plan, str]:
 
 
 def _judge_curves(run: RunContext, keys: dict[Plan, str]) -> None:
-    """Quality of the baselines, which no search has judged, before healing; then the curve of what is healed."""
+    """Judges the baselines before healing, because no search has judged them, and the curves of the healed plans."""
     healed = list(keys.items()) if run.inputs.recipe.healing.curve else []
     measure_curves(run, healed, _baseline_plans(run))
 
@@ -145,14 +145,14 @@ def _baseline_plans(run: RunContext) -> list[Plan]:
 
 
 def healed_entry(run: RunContext, plan: Plan, origin: str, key: str) -> HealedEntry:
-    """What `run.json` lists of a healed plan."""
+    """Returns the entry of `run.json` for a healed plan."""
     quality_key = unit_key(run.inputs.scores(healed_unit(run, plan), run.inputs.full_spec, key))
     curve = curve_entries(run, plan, key) if run.inputs.recipe.healing.curve else []
     return HealedEntry(plan, origin, key, quality_key, tuple(curve))
 
 
 def is_healed(run: RunContext, plan: Plan, identity: dict[str, Any]) -> bool:
-    """Whether the healing is recorded, and the checkpoint in its folder is the recorded one."""
+    """Returns whether the healing is recorded and the checkpoint in its folder is the recorded one."""
     marker, key = f"{healed_name(plan)}/{_MARKER}", unit_key(identity)
     if find_record(run.folder, key, HEALINGS) is None or not run.folder.exists(marker):
         return False
@@ -178,7 +178,7 @@ def _heal(run: RunContext, plan: Plan, origin: str, identity: dict[str, Any]) ->
     run.progress.unit_event(UnitEvent("started", plan), name)
     try:
         result = heal_on_cluster(job, on_progress=on_progress)
-    except Exception as error:  # whatever stopped it, the other plans can still be healed
+    except Exception as error:  # whatever stopped this plan, the other plans can still be healed
         run.progress.unit_event(UnitEvent("failed", plan, seconds=time.monotonic() - start), name)
         run.failed("heal", {**plan.to_dict(), "origin": origin}, f"{type(error).__name__}: {error}")
         return

@@ -1,4 +1,4 @@
-"""The jobs of stage `heal`: what heals a plan of this run, on what part of the cluster, and what is recorded of it."""
+"""Makes the jobs of stage `heal`: how and with which workers a plan of this run is healed, and what is recorded."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tasks.healing.run import HealingResult
 from tasks.pool.finished import SHRUNK
 
 CHECKPOINTS = "healing"
-"""Where the checkpoints of healing that is under way are kept, in the run folder."""
+"""Folder inside the run folder that holds the checkpoints of running healings."""
 
 
 def healed_name(plan: Plan) -> str:
-    """Name of a healed checkpoint in the run folder."""
+    """Returns the name of a healed checkpoint in the run folder."""
     return f"healed/{plan.plan_id}"
 
 
 def healed_folder(run: RunContext, plan: Plan) -> str:
-    """Path or URL of a healed checkpoint."""
+    """Returns the path or URL of a healed checkpoint."""
     return run.folder.place(healed_name(plan))
 
 
 def healing_result(job: HealingJob, result: HealingResult, duration_s: float) -> dict[str, Any]:
-    """What is recorded of a healing."""
+    """Returns the result of a healing that is recorded."""
     shares = mark_steps(job.spec, job.snapshots.shares)
     return {
         "tokens": result.tokens,
@@ -53,7 +53,7 @@ def healing_result(job: HealingJob, result: HealingResult, duration_s: float) ->
 
 
 def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources) -> HealingJob:
-    """The job that heals a plan; its name is the unit's key, so that it resumes from its own checkpoints."""
+    """Returns the job that heals a plan; its name is the unit's key, so that it resumes from its own checkpoints."""
     inputs, folder = run.inputs, run.folder
     healing, spec, teacher = inputs.recipe.healing, inputs.healing_spec, inputs.facts.teacher
     return HealingJob(
@@ -70,7 +70,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
         snapshots=Snapshots(folder.place(snapshot_folder(key)), healing.curve),
         workers=workers,
         zero=ZeroSettings(healing.zero_stage, healing.offload_optimizer),
-        # As if a step took as long as all that lie between two checkpoints, one of which it may have to write.
+        # A step counts as long as all steps between two checkpoints, because it may have to write a checkpoint.
         survival=Survival(
             healing.max_failures,
             run.unit_timeout_s("heal", of_each=min(1.0, healing.checkpoint_every_steps / spec.steps)),
@@ -80,13 +80,13 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
 
 
 def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: WorkerResources) -> HealingJob:
-    """The job that heals a plan by another spec, and keeps what it trained instead of a checkpoint."""
+    """Returns the job that heals a plan by another spec, and keeps the trained parameters instead of a checkpoint."""
     job = healing_job(run, plan, key, workers)
     return replace(job, spec=spec, output=None, snapshots=replace(job.snapshots, shares=()))
 
 
 def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
-    """The recipe's texts as healing reads them; sampled text is where `sample_text` has left it."""
+    """Returns the recipe's texts as healing reads them; sampled text lies in the folder that `sample_text` wrote."""
     return tuple(
         TextSource(sampled_folder(run), weight=text.weight or 1.0, format="tokens")
         if text.format == SAMPLED
@@ -96,5 +96,5 @@ def healing_sources(run: RunContext) -> tuple[TextSource, ...]:
 
 
 def healed_unit(run: RunContext, plan: Plan) -> EvaluationUnit:
-    """What judges a healed checkpoint."""
+    """Returns the unit that judges a healed checkpoint."""
     return EvaluationUnit(checkpoint=healed_folder(run, plan))

@@ -1,4 +1,4 @@
-"""Stage `report`: the finalists judged by everything and timed under every serving condition."""
+"""Runs stage `report`: it judges the finalists by everything and times them under every serving condition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tasks.timing import ThroughputUnit
 
 
 def measure(run: RunContext) -> bool:
-    """Judges, then times. Failed finalists stay as rows; the rest goes on."""
+    """Judges the finalists, then times them; a failed finalist stays as a row and the others continue."""
     found, spec = finalists(run), run.inputs.full_spec
     run.state.finalists = [
         FinalistEntry(finalist, unit_key(run.inputs.scores(evaluation_unit(run, finalist), spec, finalist.healed_key)))
@@ -35,10 +35,10 @@ def measure(run: RunContext) -> bool:
 
 
 def units(run: RunContext) -> None:
-    """Lists what judges the finalists, then their timings; those of plans that are not known yet are open."""
+    """Lists the evaluations of the finalists, then their timings; those of plans that are not known yet are open."""
     found, spec = finalists(run), run.inputs.full_spec
     n_open_plans = run.listings["heal"].n_open if "heal" in run.listings else 0
-    # About half of the plans have a layer with branches.
+    # The estimate assumes that half of the plans have a layer with branches.
     n_open_branches = 0 if spec.text is None else round(n_open_plans / 2)
     run.list_scores("measure", spec, *_judged(run, found), n_open=n_open_plans + n_open_branches)
     hardware = measuring_hardware(run)
@@ -50,7 +50,7 @@ def units(run: RunContext) -> None:
 def _judged(
     run: RunContext, found: Sequence[Finalist]
 ) -> tuple[dict[EvaluationUnit, dict[str, Any]], dict[EvaluationUnit, str]]:
-    """What judges the finalists and their branches, each with its name; and the keys of healings."""
+    """Returns the units that judge the finalists and their branches, with their names and the keys of healings."""
     asked: list[tuple[EvaluationUnit, Finalist, dict[str, str]]]
     asked = [(evaluation_unit(run, finalist), finalist, {}) for finalist in found]
     asked += [(unit, finalist, {"kind": "branches"}) for unit, finalist in branch_units(run).items()]
@@ -59,7 +59,7 @@ def _judged(
 
 
 def finalists(run: RunContext) -> list[Finalist]:
-    """The rows of pareto.csv: the base, the fixed points of the search, the healed candidates."""
+    """Returns the rows of pareto.csv: the base, the fixed points of the search, the healed plans."""
     origins = {trial.plan: trial.origin for trial in reversed(run.state.trials)}
     unhealed = [Finalist(plan, origin) for plan, origin in origins.items() if origin not in ("search", REFINED)]
     order = [trial.origin for trial in run.state.trials]
@@ -68,12 +68,12 @@ def finalists(run: RunContext) -> list[Finalist]:
 
 
 def branch_units(run: RunContext) -> dict[EvaluationUnit, Finalist]:
-    """What asks healed plans for the worth of their branches, where a text reaches the linear one."""
+    """Returns the units that measure the branches of healed plans, if the text is long enough to use the linear one."""
     spec = run.inputs.full_spec
     return {
         EvaluationUnit("branches", checkpoint=healed_folder(run, finalist.plan)): finalist
         for finalist in _healed(run)
-        # Sequences that a window covers never reach the linear branch.
+        # Sequences that fit into the window never reach the linear branch.
         if finalist.plan.count(Treatment.LINEAR_WINDOW)
         and spec.text is not None
         and spec.sequence_tokens > (finalist.plan.window or 0)
@@ -85,7 +85,7 @@ def _healed(run: RunContext) -> list[Finalist]:
 
 
 def evaluation_unit(run: RunContext, finalist: Finalist) -> EvaluationUnit:
-    """What judges a finalist."""
+    """Returns the unit that judges a finalist."""
     if finalist.healed_key is not None:
         return healed_unit(run, finalist.plan)
     return base_unit() if finalist.origin == "base" else EvaluationUnit(plan=finalist.plan)
@@ -96,7 +96,7 @@ def _name(finalist: Finalist) -> dict[str, str]:
 
 
 def _time(run: RunContext, found: list[Finalist]) -> None:
-    """Times the finalists under every serving condition, then over lengths."""
+    """Times the finalists under every serving condition, then over prompt lengths."""
     conditions, hardware = _conditions(run), measuring_hardware(run)
     run.state.throughput = _timings(run, THROUGHPUT, found, conditions[THROUGHPUT], hardware)
     if LENGTHS in conditions:
@@ -104,7 +104,7 @@ def _time(run: RunContext, found: list[Finalist]) -> None:
 
 
 def _conditions(run: RunContext) -> dict[str, list[tuple[int, int]]]:
-    """Pairs of concurrency and prompt tokens of each stage that times finalists."""
+    """Returns the pairs of concurrency and prompt tokens for each stage that times finalists."""
     recipe = run.inputs.recipe.throughput
     conditions = {THROUGHPUT: [(concurrency, recipe.prompt_tokens) for concurrency in recipe.concurrency]}
     if recipe.lengths is not None:
@@ -115,7 +115,7 @@ def _conditions(run: RunContext) -> dict[str, list[tuple[int, int]]]:
 def _timed(
     run: RunContext, found: Sequence[Finalist], conditions: Sequence[tuple[int, int]]
 ) -> dict[ThroughputUnit, Finalist]:
-    """What times finalists under some conditions."""
+    """Returns the units that time the finalists under some conditions."""
     units = {}
     for finalist in found:
         judged = evaluation_unit(run, finalist)
@@ -134,7 +134,7 @@ def _named(units: Mapping[ThroughputUnit, Finalist]) -> dict[ThroughputUnit, tup
 def _timings(
     run: RunContext, stage: str, found: list[Finalist], conditions: list[tuple[int, int]], hardware: str
 ) -> list[TimingEntry]:
-    """What `run.json` lists of the timings of finalists under pairs of concurrency and prompt tokens."""
+    """Times finalists under pairs of concurrency and prompt tokens, and returns the entries of `run.json`."""
     units = _timed(run, found, conditions)
     keys = time_models(run, stage, _named(units), hardware)
     return [

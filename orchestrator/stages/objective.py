@@ -1,4 +1,4 @@
-"""What the search maximises, and which plans are worth healing by what they may be expected to keep after it."""
+"""Computes the objective of the search, by which plans for healing are chosen too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from orchestrator.run.context import RunContext
 
 
 def objective(run: RunContext, base: Scores, scores: Scores) -> float:
-    """What the search maximises beside speed: the quality, or minus the drop of the recipe's sensitivity score."""
+    """Returns what the search maximises besides speed: quality, or minus the drop of the recipe's sensitivity score."""
     recipe = run.inputs.recipe
     if recipe.search.objective == "quality":
         return quality(scores)[0]

@@ -1,4 +1,4 @@
-"""The end of stage `search`: the plans to be healed improved at the same speed, since layers are not independent."""
+"""Runs the end of stage `search`: it improves the plans to heal at the same speed, since layers are not independent."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tasks.pool.finished import Finished
 from tasks.sweep import PlansUnit, SweepWork, sweep_units
 
 _PLANS_OF_A_UNIT = 8
-"""Plans that one worker evaluates together: enough to share most of their layers."""
+"""Number of plans that one worker evaluates together: enough for them to share most of their layers."""
 
 
 def refine(run: RunContext) -> list[Trial]:
-    """Points of the search that refinement adds: the improved plans of those that would be healed.
+    """Improves the plans that would be healed, and returns the improved ones as points of the search.
 
-    Plans are compared by the chosen score, over the items that the single layers were scored on.
+    Plans are compared by the chosen score, over the items on which the single layers were scored.
     """
     if run.inputs.recipe.search.refine is None:
         return []
@@ -59,11 +59,11 @@ def refine_units(run: RunContext, *, known: bool) -> list[Trial]:
     """Lists the plans that refinement has asked for by now; the rest of its budget is open.
 
     Args:
-        run: the run.
-        known: whether the searched plans are, which refinement begins with.
+        run: The run.
+        known: Whether the searched plans, with which refinement begins, are known.
 
     Returns:
-        What `refine` does, where all of it is recorded; else nothing.
+        The points that `refine` returns, if all of its plans are recorded; else an empty list.
     """
     settings = run.inputs.recipe.search.refine
     if settings is None:
@@ -82,7 +82,7 @@ def _name(unit: SweepWork) -> dict[str, Any]:
 
 
 class _Rounds:
-    """The rounds of all refiners together, replayed from the records."""
+    """Holds the rounds of all refiners, which are replayed from the records."""
 
     def __init__(self, run: RunContext, starts: list[Plan]):
         self._run, settings = run, run.inputs.recipe.search.refine
@@ -101,7 +101,7 @@ class _Rounds:
         self._asked: dict[tuple[Plan, QualitySpec], None] = {}
 
     def list_units(self) -> StageUnits:
-        """Lists the plans that were asked for so far."""
+        """Lists the plans that the refiners have asked for so far."""
         identify = self._run.inputs.plan_scores
         units = [Unit(SCORES, (identify(plan, spec),), {"plan": str(plan)}, plan) for plan, spec in self._asked]
         n_open = 0
@@ -111,25 +111,25 @@ class _Rounds:
         return self._run.list_units(REFINE, units, n_open=n_open)
 
     def improved(self) -> list[Trial]:
-        """The plans that are better than those they began as, as points of the search."""
+        """Returns the plans that are better than their starting plans, as points of the search."""
         found = dict.fromkeys(refiner.best[0] for refiner in self.refiners if refiner.best[0] != refiner.start)
         return [Trial(plan, REFINED) for plan in found]
 
     def more_units(self) -> list[PlansUnit]:
-        """The next units of the stage that is under way."""
+        """Returns the next units while the stage runs, and updates the expected total."""
         units = self.next_units()
         self._run.progress.set_total(self.list_units().n_expected)
         return units
 
     def next_units(self) -> list[PlansUnit]:
-        """Plans that no record has, as units; takes in what the records have until there are some."""
+        """Replays the records until a refiner asks for plans that are not recorded, and returns those as units."""
         while True:
             proposed = {refiner: refiner.propose() for refiner in self.refiners}
             wanted = list(dict.fromkeys(plan for plans in proposed.values() for plan in plans))
             if not wanted:
                 return self._finish()
             self._asked |= dict.fromkeys((plan, self.spec) for plan in wanted)
-            # What was handed out and is not there has failed.
+            # A plan that was handed out and is not recorded has failed, so it is not tried again.
             missing = [plan for plan in wanted if self._drop(plan) is None and plan not in self._handed_out]
             if missing:
                 self._handed_out |= set(missing)
@@ -140,7 +140,7 @@ class _Rounds:
                     refiner.observe(drops)
 
     def _finish(self) -> list[PlansUnit]:
-        """The search's own judgement of what was found."""
+        """Returns the units that judge the best plans as the search judges plans."""
         spec, recorded = self._run.inputs.search_quality_spec, self._run.recorded
         found = dict.fromkeys(refiner.best[0] for refiner in self.refiners)
         identify = self._run.inputs.plan_scores
@@ -150,7 +150,7 @@ class _Rounds:
         return self._units(missing, spec)
 
     def _units(self, plans: list[Plan], spec: QualitySpec) -> list[PlansUnit]:
-        # Plans that begin alike are evaluated together.
+        # Plans with the same first layers are evaluated together, because they share the results of those layers.
         plans = sorted(plans, key=str)
         return [
             PlansUnit(spec, tuple(plans[first : first + _PLANS_OF_A_UNIT]))
@@ -158,7 +158,7 @@ class _Rounds:
         ]
 
     def _drop(self, plan: Plan) -> float | None:
-        """What a plan loses by the chosen score; None where it is not recorded."""
+        """Returns a plan's loss by the chosen score; None if it is not recorded."""
         identify, recorded = self._run.inputs.plan_scores, self._run.recorded
         base, found = recorded(identify(self._base, self.spec)), recorded(identify(plan, self.spec))
         if base is None or found is None:

@@ -1,4 +1,4 @@
-"""Text that the parent writes itself, for stage `heal`: documents sampled on the cluster, files in the run folder."""
+"""Samples text from the parent for stage `heal`: workers of the cluster write documents, kept in the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DOCUMENTS_OF_A_UNIT = 32
 
 
 def sample_text(run: RunContext) -> bool:
-    """Samples what the recipe's share of sampled text needs and no record has. Returns whether all of it is there."""
+    """Samples the documents that the recipe's share of sampled text still lacks; returns whether all of them exist."""
     if run.inputs.sampling is None:
         return True
     while not (listing := list_documents(run)).is_complete:
@@ -43,7 +43,7 @@ def sample_text(run: RunContext) -> bool:
 
 
 def list_documents(run: RunContext, *, needed: bool = True) -> StageUnits:
-    """Lists the documents that there are and, where something is to be healed on them, those that are missing next."""
+    """Lists the existing documents and, if they are `needed` for a healing, those to sample next."""
     every, missing = _units(run)
     wanted = [unit for unit in every if needed or unit not in missing]
     named = [Unit(DOCUMENTS, (run.inputs.sample(unit),), _name(unit), unit) for unit in wanted]
@@ -51,7 +51,7 @@ def list_documents(run: RunContext, *, needed: bool = True) -> StageUnits:
 
 
 def _took(run: RunContext, unit: Unit) -> float | None:
-    """Seconds of the sampling of documents whose file is there."""
+    """Returns the seconds that sampling a unit's documents took; None if their file does not exist."""
     if _recorded_tokens(run, unit.work) is None:
         return None
     (seconds,) = recorded_seconds(run.folder, [unit])
@@ -63,26 +63,26 @@ def _name(unit: SampleUnit) -> dict[str, str]:
 
 
 def sampled_folder(run: RunContext) -> str:
-    """Path or URL of the files of sampled text."""
+    """Returns the path or URL of the folder with the sampled text."""
     return run.folder.place(_folder_name(run))
 
 
 def n_sample_units(run: RunContext) -> int:
-    """Units that the recorded ones, and those that are missing after them, are together."""
+    """Returns the number of units: the recorded ones and those that are sampled next."""
     return len(_units(run)[0])
 
 
 def missing_units(run: RunContext) -> list[SampleUnit]:
-    """What is to be sampled next; nothing where the documents there are fill their share of the budget.
+    """Returns the units to sample next; an empty list once the existing documents fill their share of the budget.
 
-    Documents end where the model ends them, so that only what came back says how many are needed. That is a function of
-    the documents alone, whatever interrupted the run.
+    The model decides where a document ends, so the number of documents needed is known only from those sampled so far.
+    It depends on the documents alone, however often the run was interrupted.
     """
     return _units(run)[1]
 
 
 def _units(run: RunContext) -> tuple[list[SampleUnit], list[SampleUnit]]:
-    """All units up to the next that are missing, and those."""
+    """Returns all units up to the next missing ones, and the missing ones."""
     sampling, wanted = run.inputs.sampling, run.inputs.sampled_tokens
     assert sampling is not None
     n_units = math.ceil(wanted / (sampling.max_tokens * _DOCUMENTS_OF_A_UNIT))

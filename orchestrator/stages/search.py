@@ -1,4 +1,4 @@
-"""Stage `search`: plans by the recipe's method, what they keep against predicted speed."""
+"""Runs stage `search`: it proposes plans by the recipe's method, and judges their quality against predicted speed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tasks.search import run_search
 def units(run: RunContext) -> None:
     """Lists the timings for speed, the plans that the search has proposed by now, and the refined ones.
 
-    Proposed plans follow from the records, since a search that is repeated proposes the same: later ones are open, and
-    all but the fixed points while the sweep or the timings are not there. Puts the trials into the run's state; without
-    a whole search these are the fixed points, of which no more is known.
+    Proposed plans follow from the records, because a repeated search proposes the same plans. Later plans are open; all
+    plans but the fixed points are, as long as the sweep or the timings are missing. Puts the trials into the run's
+    state; until the search is complete these are the fixed points, without qualities.
     """
     speed_units(run)
     trials = None
@@ -54,7 +54,7 @@ def units(run: RunContext) -> None:
 
 
 def search(run: RunContext) -> bool:
-    """Evaluates the fixed points and the searched plans. Failed ones are named; the rest goes on."""
+    """Evaluates the fixed points and the searched plans; a failure is reported and the other plans continue."""
     measure_speed(run)
     trials = _Trials(run).searched()
     judged: dict[Plan, dict[str, Any]] = {}
@@ -65,13 +65,13 @@ def search(run: RunContext) -> bool:
 
 
 def _is_scored(run: RunContext) -> bool:
-    """Whether everything that layers are ranked by is recorded."""
+    """Returns whether all scores by which layers are ranked are recorded."""
     keys = {key for entry in run.state.sensitivity for key in (entry.key, entry.base_key) if key is not None}
     return bool(keys) and None not in find_records(run.folder, sorted(keys))
 
 
 def _list_plans(run: RunContext, plans: Sequence[Plan], n_open: int) -> StageUnits:
-    """Lists plans that the search judges; the plan of softmax in every layer is the untouched model."""
+    """Lists plans that the search judges; the plan with softmax in every layer is the untouched model."""
     spec = run.inputs.search_quality_spec
     distinct = dict.fromkeys(plans)
     units = [Unit(SCORES, (run.inputs.plan_scores(plan, spec),), {"plan": str(plan)}, plan) for plan in distinct]
@@ -79,17 +79,17 @@ def _list_plans(run: RunContext, plans: Sequence[Plan], n_open: int) -> StageUni
 
 
 def _n_distinct(spec: SearchSpec) -> int:
-    """Plans that the trials of a search are expected to give."""
+    """Returns the expected number of distinct plans among the trials of a search."""
     if not METHODS[spec.method].counts_repeats:
         return spec.trials
-    # Drawn evenly, so that many of the pairs of thresholds give a plan that others have given.
+    # Such a method draws pairs of thresholds evenly, so that many pairs give a plan that an earlier pair already gave.
     n_layers = spec.space.n_layers
     n_pairs = (n_layers + 1) * (n_layers + 2) // 2
     return round(n_pairs * (1 - (1 - 1 / n_pairs) ** spec.trials))
 
 
 class _Trials:
-    """The trials of the run's search: from their record, or proposed again as far as their plans are recorded."""
+    """Gives the trials of the run's search, from their record or by repeating the search on the recorded plans."""
 
     def __init__(self, run: RunContext):
         self._run, inputs = run, run.inputs
@@ -102,7 +102,7 @@ class _Trials:
         return known_plans(self._run)
 
     def replayed(self) -> list[Trial] | None:
-        """Lists the plans that are met; the trials where all of them are recorded, else None."""
+        """Lists the plans that are proposed by now; returns the trials if all of them are recorded, else None."""
         trials, listing = self._recorded()
         if trials is None or listing.todo:
             state, listing = self._replay()
@@ -110,7 +110,7 @@ class _Trials:
         return trials if listing.is_complete else None
 
     def searched(self) -> list[Trial]:
-        """The trials, those that no record has made now."""
+        """Returns the trials, after evaluating those that are not recorded."""
         run = self._run
         trials, listing = self._recorded()
         if trials is not None and not listing.todo:
@@ -144,14 +144,14 @@ class _Trials:
         return SearchState(spec, proposer, lambda *judged: objectives(run, *judged), self._known)
 
     def _replay(self) -> tuple[SearchState, StageUnits]:
-        """The search as far as its plans are recorded; those that come next are listed too."""
+        """Repeats the search as far as its plans are recorded; lists the plans that come next too."""
         state = self._state()
         while state.next_plan() is not None:
-            pass  # is listed with all points, and is to do
+            pass  # the state adds the plan to its points, which are listed below
         met = [point.plan for point in state.points]
         n_searched = len({point.plan for point in state.points if point.origin == "search"})
         n_open = min(state.n_left, max(0, _n_distinct(state.spec) - n_searched))
-        # At least one trial is left where any is, however many plans were expected.
+        # If any trial is left, at least one plan is open, even if the expected number of plans was exceeded.
         return state, _list_plans(self._run, met, max(n_open, min(1, state.n_left)))
 
     def _search(self, listing: StageUnits) -> tuple[list[TrialResult], list[UnitFailure[Plan]]]:
@@ -172,19 +172,19 @@ class _Trials:
 
 
 def objectives(run: RunContext, plan: Plan, values: Values, base: Values) -> Outcome:
-    """What the search maximises: the recipe's objective, of the scores of plan and base, and predicted speed."""
+    """Returns what the search maximises: the objective from the scores of plan and base, and the predicted speed."""
     before, after = (Scores.from_dict(of["scores"]) for of in (base, values))
     return objective(run, before, after), speedup(run, plan)
 
 
 def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[str, Any]]) -> None:
-    """Puts points into the run's state, with what is known of their plans.
+    """Puts points into the run's state, with the recorded values of their plans.
 
     Args:
-        run: the run.
-        trials: the points.
-        judged: qualities and objectives of plans; those that are missing are read and added, so that the scores of a
-            plan are read once, however often points are put into the state.
+        run: The run.
+        trials: The points.
+        judged: Qualities and objectives of plans. Missing ones are read and added to it, so that the scores of a plan
+            are read only once, however often points are put into the state.
     """
     untouched, spec = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers), run.inputs.search_quality_spec
     keys = {plan: unit_key(run.inputs.plan_scores(plan, spec)) for plan in {trial.plan: None for trial in trials}}
@@ -204,14 +204,14 @@ def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[st
 
 
 def _judged(run: RunContext, plan: Plan, values: Values, base: Values) -> dict[str, Any]:
-    """What the state says of a plan, by its recorded scores and the base's."""
+    """Returns the values that the state holds for a plan, computed from its recorded scores and the base's."""
     value, stderr = quality(Scores.from_dict(values["scores"]))
     kept, speed = objectives(run, plan, values, base)
     return {"quality": value, "quality_stderr": stderr, "objective": kept, "speedup": speed}
 
 
 def _rest_time(run: RunContext, times: dict[Treatment, list[float]]) -> float:
-    """What a decode step takes beside the layers' times, which count from `none` in every layer."""
+    """Returns the time of a decode step outside the layers' attention, in the unit of `times`."""
     removed = speedup(run, Plan.uniform(Treatment.NONE, run.inputs.n_layers))
     return sum(times[Treatment.SOFTMAX]) / (removed - 1) if removed > 1 else 1.0
 
@@ -222,7 +222,7 @@ def _trial(point: TrialResult) -> Trial:
 
 
 def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
-    """`quality`, `quality_stderr` and `scores` of every plan that is recorded, by plan_id."""
+    """Returns `quality`, `quality_stderr` and `scores` of every recorded plan, by plan_id."""
     wanted = run.inputs.scores(EvaluationUnit(), run.inputs.search_quality_spec)
     known: dict[str, dict[str, Any]] = {}
     for record in all_records(run.folder, SCORES):

@@ -1,8 +1,8 @@
-"""Stage `sensitivity`: every layer treated alone, all of them swept together over shares of the items.
+"""Runs stage `sensitivity`: it treats one layer at a time, and sweeps all these plans together over shares of items.
 
-For each source of items (the tasks, the text, further texts and lengths) the shares are swept first; when all shares
-of a source are recorded they become the scores of each plan, which later stages read. The order of work follows from
-what is recorded alone, so that a run that was interrupted goes on where it stood.
+For each source of items (the tasks, the text, further texts and lengths) the shares are swept first. When all shares of
+a source are recorded, they are joined to the scores of each plan, which later stages read. The order of work depends
+only on the records, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_
 
 
 def units(run: RunContext) -> None:
-    """Lists the shares of every source, open where its items are not counted; puts what is scored into the state."""
+    """Lists the shares of every source, open if its items are not counted; puts the ablations into the state."""
     if run.inputs.recipe.sensitivity.adaptive is not None:
         adaptive_units(run)
         return
@@ -37,7 +37,7 @@ def units(run: RunContext) -> None:
 
 
 def sensitivity(run: RunContext) -> bool:
-    """Judges every variant. Returns whether the next stage can follow: the search needs every layer's drop."""
+    """Judges every variant; returns whether the next stage can follow, because the search needs every layer's drop."""
     if run.inputs.recipe.sensitivity.adaptive is not None:
         return adaptive_sensitivity(run)
     sweep = Sweep(run, run.inputs.sweep_sources)
@@ -46,7 +46,7 @@ def sensitivity(run: RunContext) -> bool:
 
 
 class Sweep:
-    """The sweep of a run over some sources of items: what is recorded, and what is to be done next."""
+    """Sweeps some sources of items: it finds the units that are not recorded, runs them and records their results."""
 
     def __init__(self, run: RunContext, sources: Sequence[SweepSource]):
         self._run, self._sources = run, sources
@@ -66,7 +66,7 @@ class Sweep:
         return recipe.compare or recipe.score == "cosine"
 
     def entries(self) -> Iterator[AblationEntry]:
-        """What `run.json` lists: the record of each plan under each source, with that of the base it is compared to."""
+        """Yields the entries of `run.json`: each plan's record under each source, with the record of its base."""
         inputs = self._run.inputs
         for source in self._sources:
             base_key = unit_key(inputs.plan_scores(self._plans[Treatment.SOFTMAX.value][0], source.spec))
@@ -82,7 +82,7 @@ class Sweep:
             yield AblationEntry(TEXT_SOURCE, tokens, None, Treatment.NONE.value, key, None)
 
     def run(self) -> bool:
-        """Does what is not recorded. Returns whether all of it is recorded now."""
+        """Runs the units that are not recorded; returns whether all of them are recorded now."""
         run, listing = self._run, self.list_units()
         todo = self._next_units()
         workers = run.workers() if todo else None
@@ -112,13 +112,13 @@ class Sweep:
     def _text_source(self) -> SweepSource:
         return next(source for source in self._sources if source.name == TEXT_SOURCE)
 
-    # What is there
+    # Recorded units
 
     def list_units(self) -> StageUnits:
         """Lists the shares of all sources, and the cosine distances.
 
-        Shares of a source whose items are not counted are open; none are where all of its plans are scored. The scores
-        that shares are joined to, and the counts, are work beside the units.
+        Shares of a source whose items are not counted are open, unless all of its plans are scored. The counts, and the
+        scores into which shares are joined, are additional work that is no unit.
         """
         inputs, units, beside, n_open = self._run.inputs, [], [], 0
         for source in self._sources:
@@ -136,7 +136,7 @@ class Sweep:
         return self._run.list_units(SENSITIVITY, units, n_open=n_open, beside=beside, look=self._took)
 
     def _unit(self, source: SweepSource, share: Share) -> Unit:
-        """A share under all plans, which are recorded treatment by treatment."""
+        """Returns the unit of a share under all plans; it has one record for each treatment."""
         if (source, share) not in self._units:
             identities = tuple(self._run.inputs.sweep(source.spec, share, plans) for plans in self._plans.values())
             every = tuple(plan for plans in self._plans.values() for plan in plans)
@@ -145,7 +145,7 @@ class Sweep:
         return self._units[source, share]
 
     def _took(self, units: Sequence[Unit]) -> list[float | None]:
-        """Seconds of each share that need not be swept any more, and of the cosine distances."""
+        """Returns the seconds of each share that is complete, and of the cosine distances; None for the others."""
         missing: dict[tuple[SweepSource, Share], list[str]] = {}
         for source in self._sources:
             cut = [unit.work[1] for unit in units if unit.kind == SHARES and unit.work[0] == source]
@@ -163,7 +163,7 @@ class Sweep:
         return seconds
 
     def _shares(self, source: SweepSource) -> list[Share] | None:
-        """How the items are cut; None where they are not counted yet."""
+        """Returns the shares into which the items are cut; None if the items are not counted yet."""
         n_shares = self._run.inputs.recipe.sensitivity.shares
         counted = self._run.recorded(self._run.inputs.count(source.spec), SHARES)
         if counted is None:
@@ -172,9 +172,9 @@ class Sweep:
         return shares(costs, auto_shares(costs) if isinstance(n_shares, str) else n_shares)
 
     def _expected_shares(self, source: SweepSource) -> int:
-        """Into how many shares the items are cut by what the recipe says of them, before they are counted."""
+        """Returns the number of shares that the recipe suggests, before the items are counted."""
         n_shares, spec = self._run.inputs.recipe.sensitivity.shares, source.spec
-        # Nothing says how many items tasks have; a text has at most so many sequences, all of one length.
+        # The number of task items is unknown here; a text has at most `n_sequences` sequences, all of one length.
         sequences = [] if spec.tasks else [spec.sequence_tokens] * (spec.n_sequences or 0)
         n_expected = auto_shares(sequences) if isinstance(n_shares, str) else n_shares
         return min(n_expected, len(sequences) or n_expected)
@@ -188,7 +188,7 @@ class Sweep:
         return [plan for plan, scores in zip(plans, recorded, strict=True) if scores is None]
 
     def _missing(self, source: SweepSource, cut: Sequence[Share]) -> dict[Share, list[str]]:
-        """For each share, the treatments whose plans have said nothing to it yet."""
+        """Returns for each share the treatments whose answers are not recorded yet."""
         wanted = [(share, treatment) for share in cut for treatment in self._plans]
         unread = [each for each in wanted if (source, *each) not in self._answers_read]
         identities = [self._run.inputs.sweep(source.spec, share, self._plans[name]) for share, name in unread]
@@ -204,17 +204,17 @@ class Sweep:
     def _recorded_cosine(self) -> dict[str, Any] | None:
         return self._run.recorded(self._run.inputs.scores(cosine_unit(), self._text_source.spec))
 
-    # What comes next
+    # Next units
 
     def _more_units(self) -> list[SweepWork]:
-        """What follows from the records by now; how many shares there are is known when the items are counted."""
+        """Returns the next units while the stage runs; the number of shares is known once the items are counted."""
         units = self._next_units()
         if any(isinstance(unit, SweepUnit) for unit in units):  # the items of a source are counted by now
             self._run.progress.set_total(self.list_units().n_expected)
         return units
 
     def _next_units(self) -> list[SweepWork]:
-        """Everything that can be done now and was not handed out before."""
+        """Returns all units that can run now and were not handed out before."""
         units = [unit for source in self._sources for unit in self._units_of(source)]
         if self._has_cosine and self._recorded_cosine() is None:
             units.append(cosine_unit())
@@ -248,16 +248,16 @@ class Sweep:
         return []
 
     def _answers(self, source: SweepSource, cut: Sequence[Share], plan: Plan, *names: str) -> tuple:
-        """For each share, what a plan said: a tuple for each name."""
+        """Returns a plan's answers for each share: one tuple for each name."""
         treatment = next(name for name, plans in self._plans.items() if plan in plans)
         index = self._plans[treatment].index(plan)
         said = [self._answers_read[source, share, treatment] for share in cut]
         return tuple(tuple(tuple(of_share[name][index]) for name in names) for of_share in said)
 
-    # What came back
+    # Results
 
     def _take(self, done: Finished[SweepWork, dict[str, Any]]) -> None:
-        """Records what a worker gave; shares are kept for `_record_shares`."""
+        """Records the result of a worker; shares are kept back for `_record_shares`."""
         run, inputs, unit = self._run, self._run.inputs, done.unit
         result = {**done.result, **time_and_worker(done)}
         if isinstance(unit, CountUnit):
@@ -271,7 +271,7 @@ class Sweep:
             self._unrecorded.append((unit, done.seconds, self._by_treatment(unit, done)))
 
     def _record_shares(self) -> None:
-        """Records the shares taken since the last time, side by side: with many workers several come at once."""
+        """Records the shares kept back since the last call in parallel: with many workers several arrive at once."""
         taken, self._unrecorded = self._unrecorded, []
         self._run.record_all(SWEEP, [result for _, _, results in taken for result in results])
         for unit, duration_s, _ in taken:
@@ -280,7 +280,7 @@ class Sweep:
     def _by_treatment(
         self, unit: SweepUnit, done: Finished[SweepWork, dict[str, Any]]
     ) -> list[tuple[Identity, dict[str, Any]]]:
-        """A share as one record for each treatment, so that a treatment that joins later needs no other anew."""
+        """Splits a share into one record for each treatment, so that a treatment added later needs no other again."""
         each_s, results = done.seconds / len(unit.plans), []
         for plans in self._plans.values():
             if plans[0] not in unit.plans:

@@ -26,7 +26,7 @@ from tasks.timing import ThroughputUnit
 def measure_speed(run: RunContext) -> None:
     """Times the designed plans and fits a model for each concurrency, in `run.state.speed`.
 
-    With `search.speed: bytes` nothing is measured. A failed timing is named, and the fit does without it.
+    With `search.speed: bytes` nothing is measured. A failed timing is reported, and the fit omits it.
     """
     if run.inputs.recipe.search.speed == "bytes":
         run.state.speed = None
@@ -37,7 +37,7 @@ def measure_speed(run: RunContext) -> None:
 
 
 def speed_units(run: RunContext) -> None:
-    """Lists the timings that `measure_speed` wants; fits the models, in the run's state, where all are recorded."""
+    """Lists the timings of `measure_speed`; fits the models in the run's state if all timings are recorded."""
     run.state.speed = None
     if run.inputs.recipe.search.speed == "bytes":
         return
@@ -49,7 +49,7 @@ def speed_units(run: RunContext) -> None:
 
 
 def _timed_plans(run: RunContext, hardware: str) -> dict[ThroughputUnit, Plan]:
-    """The designed plans under each condition; in the place of some, recorded ones that are as fast."""
+    """Returns the designed plans under each condition; a recorded plan of equal speed replaces an unrecorded one."""
     native = native_windows(run.inputs.facts.config)
     plans: dict[ThroughputUnit, Plan] = {}
     for concurrency in run.inputs.recipe.throughput.concurrency:
@@ -68,7 +68,7 @@ def _named(plans: Mapping[ThroughputUnit, Plan]) -> dict[ThroughputUnit, tuple[d
 
 
 def _fit(run: RunContext, plans: Mapping[ThroughputUnit, Plan], keys: Mapping[ThroughputUnit, str]) -> None:
-    """Fits a model for each concurrency to the timings that are recorded, in `run.state.speed`."""
+    """Fits a model for each concurrency to the recorded timings, in `run.state.speed`."""
     native = native_windows(run.inputs.facts.config)
     measured, models = [], []
     for concurrency in run.inputs.recipe.throughput.concurrency:
@@ -85,7 +85,7 @@ def _fit(run: RunContext, plans: Mapping[ThroughputUnit, Plan], keys: Mapping[Th
 
 
 def designed_plans(run: RunContext) -> list[Plan]:
-    """The plans to measure: the fixed points of the search, which are finalists in any case, and mixtures."""
+    """Returns the plans to measure: the fixed points of the search, which are finalists anyway, and mixtures."""
     search, n_layers = run.inputs.recipe.search, run.inputs.n_layers
     return design_plans(
         n_layers,
@@ -98,9 +98,9 @@ def designed_plans(run: RunContext) -> list[Plan]:
 
 
 def speedup(run: RunContext, plan: Plan) -> float:
-    """Predicted throughput of a plan over the base's at `run.inputs.condition`.
+    """Returns the predicted throughput of a plan divided by the base's at `run.inputs.condition`.
 
-    By bytes where no model was fitted, and for a window that none was fitted to.
+    The prediction uses bytes if no model was fitted, or none for the plan's window.
     """
     model = _model(run)
     predicted = None if model is None else model.predict(plan)
@@ -112,9 +112,10 @@ def speedup(run: RunContext, plan: Plan) -> float:
 
 
 def layer_times(run: RunContext) -> dict[Treatment, list[float]]:
-    """What each layer's attention adds to a decode step at `run.inputs.condition`, first layer first, by treatment.
+    """Returns the time that each layer's attention adds to a decode step at `run.inputs.condition`, by treatment.
 
-    In seconds; in steps of the base where no model was fitted, by bytes.
+    Layers are listed first to last. The unit is seconds if a model was fitted; otherwise the times are predicted from
+    bytes, in units of a decode step of the base.
     """
     model = _model(run)
     if model is not None:
@@ -136,7 +137,7 @@ def layer_times(run: RunContext) -> dict[Treatment, list[float]]:
 
 
 def _model(run: RunContext) -> SpeedModel | None:
-    """The model of the condition that the search predicts speed for."""
+    """Returns the model for the condition at which the search predicts speed."""
     models = (run.state.speed or SpeedFit()).models
     return next((model for model in models if model.concurrency == run.inputs.condition.concurrency), None)
 
@@ -149,7 +150,7 @@ def _unit(run: RunContext, plan: Plan, concurrency: int) -> ThroughputUnit:
 def _recorded_alike(
     run: RunContext, concurrency: int, hardware: str, native: Sequence[int | None]
 ) -> dict[tuple, Plan]:
-    """An unhealed plan that is recorded under this condition, by what decides its speed."""
+    """Returns the recorded unhealed plans under this condition, one for each layer counts and window."""
     wanted = canonical_json(run.inputs.throughput(throughput_unit(run, None, concurrency), hardware, None))
     found: dict[tuple, Plan] = {}
     for record in all_records(run.folder, TIMINGS):
@@ -160,7 +161,7 @@ def _recorded_alike(
 
 
 def _step_s(record: dict[str, Any]) -> tuple[float, float]:
-    """Seconds of a decode step and their standard error."""
+    """Returns the seconds of a decode step and their standard error."""
     throughput = record["output_throughput_tok_per_s"]
     seconds = record["concurrency"] / throughput
     return seconds, seconds * record["output_throughput_stderr"] / throughput

@@ -1,9 +1,9 @@
-"""What every stage that times models shares: one condition after the other, with the untouched parent beside.
+"""Times models for every stage that needs it: one condition after the other, each time with the untouched parent.
 
-The speed of a machine drifts. So models are timed in groups that begin with the parent, and the times of a group are
-scaled to where the parent stood when it was first recorded: all speeds of a run compare, whenever they were measured.
-With an engine that serves (vLLM), whose server takes a minute to start, a group is one model under all conditions, and
-the parent comes first.
+The speed of a machine drifts. Therefore models are timed in groups that begin with the parent, and the times of a group
+are scaled to the speed of the parent when it was first recorded. All speeds of a run are comparable, whenever they were
+measured. The server of a serving engine (vLLM) takes a minute to start. With such an engine a group is one model under
+all conditions, and the parent's group comes first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def list_timings(
     *,
     n_open: int = 0,
 ) -> StageUnits:
-    """Lists what `time_models` times for a stage; `n_open` timings more are of models that are not known yet."""
+    """Lists the timings of `time_models` for a stage; `n_open` counts further ones of models that are not known yet."""
     named = [
         Unit(TIMINGS, (run.inputs.throughput(unit, hardware, healed),), name | _condition(unit), unit)
         for unit, (name, healed) in units.items()
@@ -53,16 +53,16 @@ def time_models(
     units: Mapping[ThroughputUnit, tuple[dict[str, Any], str | None]],
     hardware: str,
 ) -> dict[ThroughputUnit, str]:
-    """Times what is not recorded; failures are named, the rest goes on.
+    """Times the models that are not recorded; a failure is reported and the other models continue.
 
     Args:
-        run: the run.
-        stage: what progress and failures call this.
-        units: what is to be timed: its name, and the key of its healing. Of one condition beside each other.
-        hardware: as `measuring_hardware` gives it.
+        run: The run.
+        stage: Name of the stage for progress and failures.
+        units: The models to time, each with its name and the key of its healing.
+        hardware: Result of `measuring_hardware`.
 
     Returns:
-        The key of each unit's record, whether it is there or not.
+        The key of each unit's record, whether the record exists or not.
     """
     identities = {unit: run.inputs.throughput(unit, hardware, healed) for unit, (_, healed) in units.items()}
     listing = list_timings(run, stage, units, hardware)
@@ -75,7 +75,7 @@ def time_models(
         group = done.unit
         measured = dict(zip(group, done.result, strict=True))
         if not serves:
-            parents.clear()  # only who was timed beside the parent drifted with it
+            parents.clear()  # only models timed in the parent's group share its drift
         parents.update({unit: result for unit, result in measured.items() if unit == parent_of(unit)})
         n_here = max(1, len(set(group) & set(todo)))
         for unit, result in measured.items():
@@ -98,7 +98,7 @@ def time_models(
         watch = run.watch(stage, _group_name, of_each=max(map(len, in_groups)))
         where = run.inputs.recipe.placement.labels.time
         failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch, labels=where)
-        # One model that cannot be timed must not take with it those beside it.
+        # A model that cannot be timed must not fail the others of its group, so each is timed again in its own pair.
         if not serves and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
             failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch, labels=where)
@@ -110,10 +110,10 @@ def time_models(
 
 
 def groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Group]:
-    """What is timed side by side: the parent and all plans of a condition, then the parent and each checkpoint.
+    """Groups what is timed together: the parent with all plans of a condition, then the parent with each checkpoint.
 
-    A checkpoint on a GPU is timed alone: there may be no room for the parent's weights beside it, and a GPU's speed
-    does not drift as that of a shared CPU does.
+    A checkpoint on a GPU is timed alone: there may be no room for the parent's weights as well, and the speed of a GPU
+    does not drift like that of a shared CPU.
     """
     found: list[Group] = []
     in_order = sorted(units, key=lambda unit: tuple(unit.condition.values()))
@@ -129,9 +129,9 @@ def groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Group]:
 
 
 def server_groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Group]:
-    """What one server each is timed for: the parent under all conditions, then each model under its own.
+    """Groups the units by model, one server each: the parent under all conditions, then each model under its own.
 
-    On a GPU, whose speed does not drift, the parent is left out where nothing is wanted of it.
+    On a GPU, whose speed does not drift, the parent is left out unless its own timing was asked for.
     """
     of_model: dict[tuple[Plan | None, str | None], list[ThroughputUnit]] = {(None, None): []}
     for unit in units:
@@ -144,7 +144,7 @@ def server_groups(units: Sequence[ThroughputUnit], *, on_gpu: bool) -> list[Grou
 
 
 def parent_of(unit: ThroughputUnit) -> ThroughputUnit:
-    """The untouched parent under a unit's condition."""
+    """Returns the unit of the untouched parent under the same condition."""
     return replace(unit, plan=None, checkpoint=None)
 
 
@@ -156,7 +156,7 @@ def throughput_unit(
     prompt_tokens: int | None = None,
     checkpoint: str | None = None,
 ) -> ThroughputUnit:
-    """A model under one of the recipe's conditions, or with prompts of another length."""
+    """Returns the unit that times a model under one of the recipe's conditions, or with another prompt length."""
     recipe = run.inputs.recipe.throughput
     return ThroughputUnit(
         concurrency=concurrency,
@@ -171,7 +171,7 @@ def throughput_unit(
 
 
 def measuring_hardware(run: RunContext) -> str:
-    """What the measuring worker runs on: this machine, or what a cluster says, or the engine's environment."""
+    """Returns the measuring worker's hardware: that of the engine's environment, this machine or a cluster node."""
     if (environment := _environment(run)) is not None:
         return environment.hardware
     if run.address is None:
@@ -194,7 +194,7 @@ def _engine(run: RunContext) -> Engine:
 def _at_recorded_speed(
     run: RunContext, unit: ThroughputUnit, result: dict, parent_now: dict, hardware: str
 ) -> dict[str, Any]:
-    """The result as it would have been when the parent was recorded; as it is where the parent was not timed again."""
+    """Scales a result to the speed at which the parent was recorded; unchanged if the parent was not timed again."""
     speed = "output_throughput_tok_per_s"
     recorded = run.recorded(run.inputs.throughput(parent_of(unit), hardware, None), TIMINGS)
     if recorded is None or speed not in parent_now:
@@ -205,14 +205,14 @@ def _at_recorded_speed(
 
 
 def _pairs(group: Group) -> list[Group]:
-    """A group's models one by one, each beside the parent; nothing for a group that is no larger."""
+    """Splits a group into pairs of the parent and one model; returns an empty list for a group of at most two."""
     return [(group[0], unit) for unit in group[1:]] if len(group) > 2 else []
 
 
 def _failed_units(
     failures: Sequence[UnitFailure[Group]], todo: Sequence[ThroughputUnit]
 ) -> list[tuple[ThroughputUnit, str]]:
-    """Each unit that was to be timed and failed with a group, once."""
+    """Returns each unit of `todo` whose group failed, once, with the error."""
     errors = {unit: failure.error for failure in failures for unit in failure.unit if unit in todo}
     return list(errors.items())
 
