@@ -1,1 +1,1 @@
-"""What a run will cost: measured by a short calibration, then estimated stage by stage."""
+"""Estimates what a run will cost: a short calibration measures the machine, then each stage is estimated."""

@@ -1,4 +1,4 @@
-"""The units of every stage before a run: each stage is asked for its own, in the order of a run."""
+"""Lists the units of every stage before a run, by asking each stage in the order of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from orchestrator.stages import evaluate, heal, measure, search, sensitivity
 
 
 def units_ahead(run: RunContext) -> dict[str, StageUnits]:
-    """What each stage of a run has to do, by the names of `PARTS_OF_STAGES`, in their order.
+    """Returns the units of each stage, by the names of `PARTS_OF_STAGES` and in their order.
 
-    A stage names what follows from the records; what will follow from units that are to do is open. The run's own state
-    stays as it is, and nothing is started or written.
+    A stage names the units that follow from the records; units that depend on results still missing are open. The run's
+    own state stays unchanged, and nothing is started or written.
     """
     state = RunState(run.state.model, run.inputs.n_layers, run.state.score, run.state.environment)
     ahead = RunContext(run.inputs, run.folder, state, Progress(io.StringIO()), run.address, is_ahead=True)

@@ -1,8 +1,8 @@
-"""What a run will cost, before it: units, seconds, tokens and memory of each stage, from a calibration of its steps.
+"""Estimates the cost of a run before it starts: units, seconds, tokens and memory of each stage, from a calibration.
 
-The units are those that the stages list (`orchestrator.costs.ahead`), by the names of progress: `search` stands for its
-plans, `refine`, `curve` and the like for themselves. What is recorded costs nothing more; what it took, beside what was
-expected of it, corrects the expectation of the units of its stage that are left.
+The units are those that the stages list (`orchestrator.costs.ahead`), under the names that progress uses: `search`
+counts its plans, while `refine`, `curve` and the like are listed separately. Recorded units cost nothing more. The
+ratio of their actual to their expected time corrects the expectation for the remaining units of the stage.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from tasks.timing import ThroughputUnit
 
 
 def estimate_stages(run: RunContext, costs: Costs) -> list[StageEstimate]:
-    """The estimate of every stage that the recipe asks for.
+    """Estimates every stage that the recipe asks for.
 
-    Units that cannot be named yet count as many as are expected: baselines as if all were distinct, adaptive sweeps as
-    if no layer stopped early, healing as if none was flat, sampled documents as if all were of full length.
+    Units that cannot be named yet are counted by their expected number. It assumes that all baselines are distinct,
+    that no layer of an adaptive sweep and no healing stops early, and that all sampled documents have full length.
     """
     return _Estimator(run, costs).stages()
 
 
 def estimate_table(stages: Sequence[StageEstimate], device_mib: float | None) -> str:
-    """The estimate as text: a line for each stage, the total, and what will not fit into memory.
+    """Formats the estimate as text: a line for each stage, the total, and the stages that will not fit into memory.
 
-    Of the units those that are `open` follow from others that are to do, so that there may be fewer or more of them.
+    The column `open` counts units that depend on results still missing; there may be fewer or more of them.
     """
     columns = ["stage", "units", "recorded", "open", "seconds left", "GPU hours", "healing tokens", "MiB of a worker"]
     rows: list[list[Any]] = [
@@ -85,7 +85,7 @@ _REMEDY = {
 
 
 def expected_line(stages: Sequence[StageEstimate]) -> str:
-    """`5 min 10 s in all; heal 2 min 3 s, search 40 s, ...`: the stages that take longest."""
+    """Writes a line such as `expected: 5 min 10 s in all; heal 2 min 3 s, search 40 s` with the longest stages."""
     longest = sorted((s for s in stages if s.seconds >= 1), key=lambda s: -s.seconds)[:4]
     parts = ", ".join(f"{s.stage} {duration(s.seconds)}" for s in longest)
     return f"expected: {duration(sum(s.seconds for s in stages))} in all" + (f"; {parts}" if parts else "")
@@ -133,7 +133,7 @@ class _Estimator:
         of_source: dict[tuple[Any, Any], list[Unit]] = {}
         for unit in listing.units:
             of_source.setdefault((unit.name.get("source"), unit.name.get("context_tokens")), []).append(unit)
-        unit_s: dict[str, float] = {}  # the cosine distances are one pass beside the many of a sweep
+        unit_s: dict[str, float] = {}  # cosine distances count as 0: one pass is negligible beside those of a sweep
         uncounted_s = 0.0
         for source in sources:
             of_this = of_source.get((source.name, source.context_tokens), [])
@@ -152,7 +152,7 @@ class _Estimator:
         )
 
     def _swept_s(self, source: SweepSource) -> float:
-        """Worker seconds of the sweep of all items of a source."""
+        """Returns the worker seconds of sweeping all items of a source."""
         costs, spec = self.costs.evaluation, self.inputs.full_spec
         if source.name == TASKS_SOURCE:
             return costs.sweep_s["tasks"] + sum(map(len, self.inputs.sweep_plans.values())) * costs.score_s
@@ -184,7 +184,7 @@ class _Estimator:
         return self._judging(listing, sampled_s, has_tasks=False)
 
     def _halving(self, listing: StageUnits) -> StageEstimate:
-        """All rungs before the whole budget; judging what each has healed is part of it."""
+        """Estimates all rungs, including the judging of their healed plans."""
         settings = self.inputs.recipe.healing.halving
         assert settings is not None
         n_first = sum(unit.name["rung"] == 1 for unit in listing.units)
@@ -194,7 +194,7 @@ class _Estimator:
         n_at_once = max(1, min(most, int(sum(node.cpus for node in self.nodes) // (each.n_workers * each.cpus))))
         if each.gpus:
             n_at_once = max(1, int(sum(node.gpus for node in self.nodes) // (each.n_workers * each.gpus)))
-        # Threads that a job has fewer of than a healing of its own: not all of their time is lost.
+        # Jobs side by side have fewer threads each than a healing alone; a step slows down by only part of that factor.
         slower = max(1.0, THREADS_USED * self.healers.threads / each.threads)
         ratio = self._ratio(listing, lambda unit: self.seconds.healed_s(unit.work[1], None, slower)) or 1.0
         named = {unit.name["rung"] for unit in listing.units}
@@ -254,7 +254,7 @@ class _Estimator:
         return self._judging(listing, measured_s, open_s, copies=2)
 
     def _timing(self, listing: StageUnits) -> StageEstimate:
-        """Timings one after the other on a worker of their own."""
+        """Estimates timings, which run one after the other on an exclusive worker."""
         recipe = self.inputs.recipe.throughput
         conditions = [(concurrency, recipe.prompt_tokens) for concurrency in recipe.concurrency]
         if listing.stage == LENGTHS:
@@ -270,7 +270,7 @@ class _Estimator:
         if ratio is None and listing.stage == THROUGHPUT and SPEED in self.listed:  # timed under the same conditions
             ratio = self._ratio(self.listed[SPEED], lambda unit: seconds.timed_s(unit.work))
         if n_left and ENGINES[recipe.engine].serves:
-            # Each model has a server, and the parent one more, for the machine drifts.
+            # Each model has a server, and the parent has one more, because the speed of the machine drifts.
             expected_s += (len(models) + listing.n_open / len(conditions) + 1) * seconds.server_s()
             base = [self._timed(tokens, concurrency) for concurrency, tokens in conditions]
             expected_s += sum(map(seconds.timed_s, base))
@@ -297,15 +297,15 @@ class _Estimator:
         start_s: float = 0.0,
         copies: int = 1,
     ) -> StageEstimate:
-        """A stage of actors: each loads the model and learns what the tasks ask, then all share the units.
+        """Estimates a stage of actors: each loads the model and prepares the tasks, then all share the units.
 
         Args:
-            listing: its units.
-            unit_s: worker seconds of a unit that is named.
-            open_s: those of one that is not.
-            has_tasks: whether tasks are asked; by the quality if None.
-            start_s: what starting the stage takes beside its workers, on the reference machine.
-            copies: of the weights that a worker holds.
+            listing: Units of the stage.
+            unit_s: Returns the worker seconds of a unit that is named.
+            open_s: Worker seconds of an open unit.
+            has_tasks: Whether tasks are asked; None follows the recipe's quality.
+            start_s: Seconds to start the stage, without its workers, on the reference machine.
+            copies: Number of copies of the weights that a worker holds.
         """
         n_left = len(listing.todo) + listing.n_open
         expected_s = sum(map(unit_s, listing.todo)) + listing.n_open * open_s
@@ -329,13 +329,13 @@ class _Estimator:
         has_tasks: bool | None = None,
         start_s: float = 0.0,
     ) -> float:
-        """Seconds of units that the workers that judge share, with their start.
+        """Returns the seconds in which the judging workers start and share some units.
 
         Args:
-            n_units: how many.
-            total_s: worker seconds of all of them, one alone at a time.
-            ratio: what such units took over what was expected of them; None where none is recorded.
-            has_tasks, start_s: as in `_judging`.
+            n_units: Number of units.
+            total_s: Worker seconds of all units, if only one ran at a time.
+            ratio: Actual over expected seconds of recorded units; None if none is recorded.
+            has_tasks, start_s: As in `_judging`.
         """
         if not n_units:
             return 0.0
@@ -346,25 +346,25 @@ class _Estimator:
         started_s = (start_s + WORKER_START_S + (HARNESS_IMPORT_S if has_tasks else 0.0)) * costs.slowness
         loaded_s = (costs.load_s + (costs.evaluation.prepare_s if has_tasks else 0.0)) * beside
         each_s = (beside if ratio is None else ratio) * total_s / n_units
-        # Some worker has half a unit more than its share, and the others wait for it.
+        # On average one worker has half a unit more than its share, and the others wait for it.
         shared_s = each_s * (n_units / n_workers + (0.5 if n_units > n_workers > 1 else 0.0))
         return started_s + loaded_s + max(each_s, shared_s)
 
     def _ratio(self, listing: StageUnits, unit_s: Callable[[Unit], float]) -> float | None:
-        """What the recorded units of a stage took over what was expected of them; None where that says nothing."""
+        """Returns actual over expected seconds of a stage's recorded units; None if there are none to compare."""
         taken = [(listing.seconds[unit.key], unit_s(unit)) for unit in listing.recorded if listing.seconds[unit.key]]
         expected_s = sum(expected for _, expected in taken)
         return sum(took for took, _ in taken) / expected_s if expected_s else None
 
     def _timed(self, prompt_tokens: int, concurrency: int, *, is_healed: bool = False) -> ThroughputUnit:
-        """The untouched parent under a condition, or a healed model that is not known yet."""
+        """Returns the timing of the untouched parent under a condition, or of a healed model that is not known yet."""
         recipe = self.inputs.recipe.throughput
         checkpoint = "healed" if is_healed else None
         return ThroughputUnit(concurrency, prompt_tokens, recipe.new_tokens, checkpoint=checkpoint)
 
 
 def device_mib() -> float:
-    """Memory of this machine's first GPU, or of the machine where there is none."""
+    """Returns the memory of this machine's first GPU in MiB, or of the machine if it has no GPU."""
     import psutil
     import torch
 

@@ -1,4 +1,4 @@
-"""What the units of a run cost where it runs: a few seconds of timing before the run, kept as one record."""
+"""Measures the cost of a run's units on its machine: a short timing before the run, kept as one record."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tasks.timing import measuring_threads
 
 
 def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
-    """Measures in this process, with as many threads as each kind of worker has. Loads the model and lets it go."""
+    """Loads the model and measures the costs in this process, with as many threads as each kind of worker has."""
 
     recipe, spec, middle = inputs.recipe, inputs.full_spec, Treatment(inputs.recipe.search.middle)
     shares = recipe.sensitivity.shares
     window = recipe.search.window
     placement = Placement(recipe, nodes)
     n_threads, healing = placement.evaluating().threads, healing_workers(placement)
-    inputs.source.load()  # from the disk, so that the next one is timed as workers that start later find it
+    inputs.source.load()  # warms the disk cache, so that the timed load below is as fast as that of later workers
     start = time.perf_counter()
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
     load_s = time.perf_counter() - start
@@ -70,7 +70,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
 
 
 def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
-    """The nodes that there are, and those that an idle cluster will start for the run."""
+    """Returns the existing nodes, and those that an autoscaler will add for the labels of the run's placement."""
     nodes = find_nodes(run.address)
     growth = () if run.address is None else addable()
     for _, labels in run.inputs.recipe.placement.labels:
@@ -79,7 +79,12 @@ def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
 
 
 def costs_of(run: RunContext, *, record: bool) -> Costs:
-    """The recorded costs; else measured now: in this process, or to be recorded, by a worker of the run's cluster."""
+    """Returns the recorded costs, or measures them now.
+
+    Args:
+        run: The run.
+        record: Whether a worker of the run's cluster measures and the result is recorded; otherwise this process does.
+    """
     nodes = nodes_of(run)
     recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), COSTS)
     run.progress.start_stage(CALIBRATION, 1, recorded=int(recorded is not None))
@@ -103,14 +108,14 @@ def costs_of(run: RunContext, *, record: bool) -> Costs:
 
 
 def _plugin_treatments(inputs: RunInputs) -> dict[str, Any]:
-    """The treatments of plug-ins that are timed, with the plug-ins; nothing where the recipe uses none."""
+    """Returns the plug-in of each timed treatment that comes from one; it is empty if the recipe uses none."""
     plugins = {treatment.value: TREATMENTS.plugin_of(treatment.value) for treatment in inputs.treatments}
     found = {name: str(plugin) for name, plugin in plugins.items() if plugin is not None}
     return {"treatments": found} if found else {}
 
 
 def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], hardware: str) -> dict[str, Any]:
-    """What the costs depend on: the model, the machine, and the sizes that the recipe asks for."""
+    """Returns everything that the costs depend on: the model, the machine, and the sizes in the recipe."""
     recipe, spec = inputs.recipe, inputs.full_spec
     placement = Placement(recipe, nodes)
     healing, evaluating = healing_workers(placement), placement.evaluating()
@@ -131,12 +136,12 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
 
 
 def healing_workers(placement: Placement, n_jobs: int = 1) -> WorkerResources:
-    """Returns the workers that heal one of `n_jobs` plans side by side; where nothing is healed, those that judge."""
+    """Returns the workers that heal one of `n_jobs` plans side by side; the judging workers if nothing is healed."""
     return placement.healing(n_jobs) if placement.recipe.healing.tokens else placement.evaluating()
 
 
 def _conditions(inputs: RunInputs) -> list[tuple[int, int]]:
-    """Pairs of concurrency and prompt tokens: the ends of the serving conditions, and the longest prompts."""
+    """Returns pairs of concurrency and prompt tokens: the lowest and highest concurrency, and the longest prompts."""
     recipe = inputs.recipe.throughput
     found = [(n, recipe.prompt_tokens) for n in (min(recipe.concurrency), max(recipe.concurrency))]
     if recipe.lengths is not None:

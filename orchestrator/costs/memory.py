@@ -1,4 +1,4 @@
-"""Memory of workers and room on the disk that the stages of a run need."""
+"""Estimates the memory of workers and the disk space that the stages of a run need."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
 from orchestrator.run.inputs import RunInputs
 
 _ACTIVATION_VALUES = 34
-"""Numbers that a layer keeps for the backward pass, for each of a token's hidden ones (Korthikanti et al. 2022)."""
+"""Values that a layer keeps for the backward pass, per token and hidden dimension (Korthikanti et al. 2022)."""
 
 MIB = 2**20
 
 
 class Room:
-    """What the stages of a run hold, in MiB.
+    """Computes the memory and disk space that the stages of a run occupy, in MiB.
 
     Args:
-        inputs: of the run.
-        costs: of its model.
-        n_healers: workers that heal one plan together.
+        inputs: Inputs of the run.
+        costs: Measured costs of its model.
+        n_healers: Number of workers that heal one plan together.
     """
 
     def __init__(self, inputs: RunInputs, costs: Costs, n_healers: int):
@@ -28,13 +28,13 @@ class Room:
         self.weights_mib = costs.n_parameters * costs.dtype_bytes / MIB
 
     def judging_mib(self, copies: int = 1) -> float:
-        """A worker that judges: the weights, so many times, and the activations of a pass."""
+        """Returns the memory of a judging worker: `copies` of the weights, and the activations of a pass."""
         activations = self._inputs.recipe.placement.activations_gib
         budget_bytes = activations * 2**30 if isinstance(activations, float) else DEFAULT_BUDGET_BYTES
         return copies * self.weights_mib + budget_bytes / MIB
 
     def timing_mib(self, conditions: list[tuple[int, int]]) -> float:
-        """A worker that times, under the largest of some pairs of concurrency and prompt tokens."""
+        """Returns the memory of a timing worker under the largest of some pairs of concurrency and prompt tokens."""
         held = (
             decode_bytes(
                 self._inputs.facts.config,
@@ -48,7 +48,11 @@ class Room:
         return max(held) / MIB
 
     def healing_mib(self, spec: HealingSpec) -> float:
-        """Weights, what the optimizer holds of what is trained (by ZeRO stage), and activations of one pass."""
+        """Returns the memory of a healing worker.
+
+        It holds the weights, the gradients and optimizer state of trained parameters (partitioned by the ZeRO stage),
+        and the activations of one pass.
+        """
         costs, healing, n_workers = self._costs, self._inputs.recipe.healing, self._n_healers
         n_trained = 0 if costs.healing is None else costs.healing.n_trained
         stage = max(1, healing.zero_stage)
@@ -66,7 +70,7 @@ class Room:
         return (weights + trained + gradients + optimizer + values * kept * costs.dtype_bytes) / MIB
 
     def trained_mib(self) -> float:
-        """What a snapshot of the trained parameters takes."""
+        """Returns the size of a snapshot of the trained parameters."""
         costs = self._costs
         return 0.0 if costs.healing is None else costs.healing.n_trained * costs.dtype_bytes / MIB
 
@@ -74,6 +78,9 @@ class Room:
         return len(mark_steps(spec, self._inputs.recipe.healing.curve)) * self.trained_mib()
 
     def checkpoints_mib(self) -> float:
-        """Masters and two moments in fp32: two checkpoints are kept while a third one is written."""
+        """Returns the size of three checkpoints, because two are kept while a third one is written.
+
+        Each holds the master weights and two moments of the trained parameters in fp32.
+        """
         costs = self._costs.healing
         return 0.0 if costs is None else 3 * 12 * costs.n_trained / MIB

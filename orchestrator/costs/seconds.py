@@ -1,4 +1,4 @@
-"""The seconds that units of work take, from what a calibration has measured."""
+"""Computes the seconds that units of work take, from the measurements of a calibration."""
 
 from __future__ import annotations
 
@@ -12,44 +12,48 @@ from orchestrator.run.inputs import RunInputs
 from tasks.engines import ENGINES
 from tasks.timing import ThroughputUnit
 
-# Seconds that no model changes, on the machine that `layerboost.costs.probe` calls the reference; times `slowness`.
-WORKER_START_S = 6.0  # a process, its imports, what only its first unit does
+# Seconds that do not depend on the model, on the reference machine of `layerboost.costs.probe`. They are multiplied by
+# the `slowness` of the machine at hand.
+WORKER_START_S = 6.0  # a process, its imports, and the extra time of its first unit
 HARNESS_IMPORT_S = 3.0  # lm-eval, in each worker that asks tasks
 TUNE_S = 4.0
-_CHECKPOINT_S = 2.0  # a healed model, loaded for each condition that it is timed under
+_CHECKPOINT_S = 2.0  # loading a healed model, once for each condition under which it is timed
 _HEALING_JOB_S = 7.0  # the Train job and its process, the text, the checkpoints, the healed model's folder
-_HEALING_PHASE_S = 1.5  # an engine and what it compiles
+_HEALING_PHASE_S = 1.5  # starting an engine and compiling for it
 _STEP_S = 0.01  # DeepSpeed's part of a step
 
 BESIDE_OTHERS = 1.15
-"""How much longer a unit takes while other workers share the caches, the memory and the cores with the driver."""
+"""Factor by which a unit takes longer while other workers and the driver share caches, memory and cores with it."""
 
 THREADS_USED = 0.7
-"""Of what more threads could save of a healing step, the share that they do save."""
+"""Share of the ideal speedup by more threads that a healing step reaches."""
 
 SHARED_LAYERS = 0.7
-"""What one more plan costs of a pass of its own, among plans that are judged together."""
+"""Cost of one more plan among plans that are judged together, as a share of judging it alone."""
 
 
 class UnitSeconds:
-    """What single units of a run take on one worker."""
+    """Computes the seconds of single units of a run on one worker."""
 
     def __init__(self, inputs: RunInputs, costs: Costs):
         self._inputs, self._costs = inputs, costs
         self._base = Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
 
     def judged_s(self, plan: Plan | None, *, with_text: bool = True) -> float:
-        """Judging a plan on the parent's weights; an average one if None."""
+        """Returns the seconds of judging a plan on the parent's weights; None stands for an average plan."""
         costs = self._costs.evaluation
         text_s = mixed(costs.text_s, plan) if with_text else 0.0
         return mixed(costs.tasks_s, plan) + text_s + (costs.score_s if self._inputs.full_spec.tasks else 0.0)
 
     def branches_s(self) -> float:
-        """Judging a healed plan's branches: with both, and with either zeroed."""
+        """Returns the seconds of judging a healed plan's branches: with both, and with each of them zeroed."""
         return 3 * mixed(self._costs.evaluation.text_s, None)
 
     def healed_s(self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0) -> float:
-        """Healing a plan, an average one if None; its steps take `slower` times as long as with all threads."""
+        """Returns the seconds of healing a plan; None stands for an average plan.
+
+        Steps take `slower` times as long as with all threads.
+        """
         costs = self._costs.healing
         assert costs is not None
         transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s else 0
@@ -59,7 +63,7 @@ class UnitSeconds:
         return overhead_s + slower * (transfer * costs.transfer_step_s + (spec.steps - transfer) * step_s)
 
     def timed_s(self, unit: ThroughputUnit) -> float:
-        """Timing a model; a healed checkpoint has an average plan, and its parent beside it."""
+        """Returns the seconds of timing a model; a healed checkpoint counts as an average plan beside its parent."""
         at = unit.concurrency, unit.prompt_tokens
         plan = None if unit.checkpoint is not None else unit.plan or self._base
         if ENGINES[self._inputs.recipe.throughput.engine].serves:
@@ -70,11 +74,11 @@ class UnitSeconds:
         return self._decoded_s(None, *at) + self._decoded_s(self._base, *at) + loaded_s
 
     def server_s(self) -> float:
-        """Starting a server, which every model has one of where the engine serves."""
+        """Returns the seconds of starting a server; with a serving engine every model has one."""
         return ENGINES[self._inputs.recipe.throughput.engine].start_s * self._costs.slowness
 
     def _served_s(self, plan: Plan | None, concurrency: int, prompt_tokens: int) -> float:
-        """What the client asks of a server in waves; it decodes as fast as the transformers engine."""
+        """Returns the seconds of a server's waves of requests, as if it decoded as fast as the transformers engine."""
         recipe = self._inputs.recipe.throughput
         asked = ServingCondition(concurrency, prompt_tokens, recipe.new_tokens)
         waves = 1 + recipe.repeats * asked.n_requests / concurrency
@@ -89,7 +93,7 @@ class UnitSeconds:
 def decode_s(
     costs: Sequence[DecodeCosts], plan: Plan | None, concurrency: int, prompt_tokens: int
 ) -> tuple[float, float]:
-    """Seconds of a prefill and of a step of a plan, between and beyond the conditions that were timed."""
+    """Returns the seconds of a plan's prefill and decode step, inter- or extrapolated from the timed conditions."""
 
     def at(values: ByTreatment) -> float:
         return mixed(values, plan)

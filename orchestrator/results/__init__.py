@@ -1,1 +1,1 @@
-"""Rows of the report's tables, made from the records of a run."""
+"""Makes the rows of the report's tables from the records of a run."""

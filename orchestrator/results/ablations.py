@@ -1,4 +1,4 @@
-"""What single layers cost, read from the records of the sensitivity stage in one pass."""
+"""Reads the costs of single layers from the records of the sensitivity stage, in one pass."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Place = tuple[Treatment, int | None, str]
 
 @dataclass(frozen=True)
 class Ablation:
-    """A treated layer with the base that it is compared with, or the cosine distances of all layers.
+    """Holds a treated layer and the base that it is compared with, or the cosine distances of all layers.
 
     Attributes:
-        entry: what `run.json` lists of it.
-        variant: scores of the treated model; None for cosine distances.
-        base: scores of the base over the same items; None for cosine distances.
-        cosine: distances of each layer, one for each sequence; None for scores.
+        entry: Entry of `run.json`.
+        variant: Scores of the treated model; None for cosine distances.
+        base: Scores of the base over the same items; None for cosine distances.
+        cosine: Distances of each layer, one for each sequence; None for scores.
     """
 
     entry: AblationEntry
@@ -49,24 +49,24 @@ class Ablation:
 
 @dataclass(frozen=True)
 class SingleLayer:
-    """What one treated layer costs by one score: its drop, and that of each item by task if the score has items."""
+    """Holds the cost of one treated layer by one score: its drop, and the items' drops by task if there are any."""
 
     drop: float
     items: dict[str, np.ndarray] | None
 
 
 class Ablations:
-    """What the tables need of all single layers; of the records themselves nothing is kept.
+    """Holds what the tables need from all single layers; the records themselves are not kept.
 
     Args:
-        records: read once, one after the other.
-        state: the run's.
-        bases: keys of the scores that single layers are compared with for the interactions of plans.
+        records: Reader of the records, each of which is read once.
+        state: State of the run.
+        bases: Keys of the base scores that single layers are compared with for the interactions of plans.
 
     Attributes:
-        rows: rows of sensitivity.csv.
-        layers: drops of each item, as a list of layers of tasks, by source and treatment, then by score.
-        cosine: distances of each layer, (n_layers, n_sequences), by source and treatment.
+        rows: Rows of sensitivity.csv.
+        layers: By source and treatment, then by score: a list over layers of the items' drops by task.
+        cosine: By source and treatment: distances of each layer, (n_layers, n_sequences).
     """
 
     def __init__(self, records: RecordReader, state: RunState, bases: tuple[str | None, ...] = ()):
@@ -84,7 +84,7 @@ class Ablations:
                 _add_singles(self._singles.setdefault(key, {}), ablation, base)
 
     def singles(self, base_key: str) -> dict[Place, SingleLayer]:
-        """The single layers by treatment, layer and score, against a base that they share all items with."""
+        """Returns the single layers by treatment, layer and score, compared with a base over the same items."""
         return self._singles.get(base_key, {})
 
     def _take(self, ablation: Ablation) -> None:
@@ -98,7 +98,7 @@ class Ablations:
 
 
 def each_ablation(records: RecordReader, state: RunState) -> Iterator[Ablation]:
-    """Reads what is recorded of the sensitivity stage one by one, in the order of `run.json`."""
+    """Reads the records of the sensitivity stage one by one, in the order of `run.json`."""
     keys = (entry.key for entry in state.sensitivity)
     for entry, record in zip(state.sensitivity, records.each_result(keys), strict=True):
         if record is None:
@@ -112,7 +112,7 @@ def each_ablation(records: RecordReader, state: RunState) -> Iterator[Ablation]:
 def rows_of(ablation: Ablation, state: RunState, *, intervals: bool = True) -> Iterator[dict[str, Any]]:
     """Yields the rows of sensitivity.csv of one ablation: one for each score and task.
 
-    Only the chosen score has rows with the task `mean`. Further texts and lengths are tasks of their own.
+    Only the chosen score has rows with the task `mean`. Further texts and lengths count as separate tasks.
     """
     entry, is_chosen = ablation.entry, source_of(ablation.entry) == source_of(state.sensitivity[0])
     found: list[tuple[int | None, DropRow]] = []
@@ -143,18 +143,18 @@ def source_of(entry: AblationEntry) -> Source:
 
 
 def source_label(entry: AblationEntry) -> str:
-    """What a source of items is called: the text's name and the tokens of its sequences."""
+    """Returns the name of a source of items: for a text, its name and the tokens of its sequences."""
     tokens = entry.context_tokens
     return entry.source if tokens is None else f"{entry.source} {tokens}"
 
 
 def measured_scores(scores: Scores) -> list[str]:
-    """The scores that were measured of a variant."""
+    """Returns the names of the scores that were measured for a variant."""
     return [score.name for score in SCORES if score.is_measured(scores)]
 
 
 def item_drops_if_any(base: Scores, variant: Scores, score: str) -> dict[str, np.ndarray] | None:
-    """As `item_drops`; None for a score that is no mean of items, such as a perplexity by words."""
+    """Returns the result of `item_drops`; None for a score that is no mean over items, such as a word perplexity."""
     try:
         return item_drops(base, variant, score)
     except QualityError:
@@ -165,7 +165,7 @@ def _add_singles(found: dict[Place, SingleLayer], ablation: Ablation, base: Scor
     """Adds a layer's costs for each score, if the base has that score over the same items."""
     variant = ablation.variant
     of_base = {(score.task, score.metric): score.n_items for score in base.metrics}
-    # A base has no divergence from itself where nobody asked for it.
+    # The base's divergence from itself ("kl") may not have been measured, so it is not compared.
     if variant is None or any(
         of_base.get((s.task, s.metric)) != s.n_items for s in variant.metrics if s.metric != "kl"
     ):

@@ -1,4 +1,4 @@
-"""Which measured plan to serve under the recipe's constraints, or which of them to loosen, in words."""
+"""Says which measured plan to serve under the recipe's constraints, or which constraint to loosen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _QUALITIES = ("quality", "quality_retained")
 
 
 def verdict(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[str]:
-    """One sentence for each serving condition: the best plan under the constraints, or which of them to loosen.
+    """Writes one sentence per serving condition: the best plan under the constraints, or which of them to loosen.
 
     Args:
-        pareto: pareto.csv with its column `feasible`.
-        constraints: the recipe's; without any there is nothing to say.
+        pareto: Table of pareto.csv with its column `feasible`.
+        constraints: Constraints of the recipe; without any, the result is empty.
     """
     if not constraints.bounds():
         return []
@@ -23,7 +23,7 @@ def verdict(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[str]:
 
 
 def best_rows(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[int]:
-    """Index labels of the rows that are best under the constraints, at most one for each serving condition."""
+    """Returns the index labels of the best rows under the constraints, at most one for each serving condition."""
     if not constraints.bounds():
         return []
     found = [best_row(under(pareto, condition), constraints) for condition in conditions(pareto)]
@@ -53,7 +53,7 @@ def _to(bound: Bound, row: pd.Series) -> str:
 
 
 def feasible(pareto: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series:
-    """Which rows of pareto.csv hold all constraints; missing everywhere where there are none, and for failed rows."""
+    """Returns whether each row of pareto.csv holds all constraints; missing for failed rows or without constraints."""
     bounds = constraints.bounds()
     held = [
         all(bound.holds(row) for bound in bounds) if bounds and row["status"] == "ok" else None
@@ -63,9 +63,10 @@ def feasible(pareto: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series
 
 
 def best_row(rows: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series | None:
-    """The row of one serving condition to serve: the fastest that holds a bound of quality, else the best in quality.
+    """Chooses the row of one serving condition to serve, among those that hold all constraints.
 
-    None where no row that succeeded holds all constraints.
+    It is the fastest row if a constraint bounds quality, else the row with the best quality; None if no successful row
+    holds all constraints.
     """
     allowed = rows[rows["feasible"].fillna(False).astype(bool)]
     if allowed.empty:
@@ -76,9 +77,9 @@ def best_row(rows: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series |
 
 
 def loosenings(rows: pd.DataFrame, constraints: ConstraintsSection) -> list[tuple[Bound, pd.Series]]:
-    """Where no row holds all constraints: those that alone stand in the way, each with the row that would do.
+    """Returns the constraints that are each the only obstacle to some row, with the row that would become feasible.
 
-    The row is the one that misses the bound by least; the bound missed by the smallest part of itself comes first.
+    The row is the one that misses the bound by least. The bound with the smallest relative shortfall comes first.
     """
     bounds, found = constraints.bounds(), []
     ok = rows[rows["status"] == "ok"]
@@ -90,7 +91,7 @@ def loosenings(rows: pd.DataFrame, constraints: ConstraintsSection) -> list[tupl
 
 
 def nearest_row(rows: pd.DataFrame, constraints: ConstraintsSection) -> tuple[pd.Series, list[Bound]] | None:
-    """The row that misses the constraints by least in all, and which it misses; None without a row that succeeded."""
+    """Returns the row with the smallest total shortfall and the bounds it misses; None without a successful row."""
     bounds = constraints.bounds()
     ok = [row for _, row in rows[rows["status"] == "ok"].iterrows()]
     if not ok:

@@ -1,4 +1,4 @@
-"""What each stage took: units, worker seconds, healing tokens."""
+"""Sums up what each stage took: units, worker seconds, healing tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from orchestrator.run.state import RunState
 from orchestrator.run.units import listed_keys
 
 _COUNTED_WITH = {SPEED: THROUGHPUT, LENGTHS: THROUGHPUT}
-"""Stages that have no row of their own: all timings are one."""
+"""Stages without a separate row: all timings share one row."""
 
 
 def cost_table(records: RecordReader, state: RunState) -> pd.DataFrame:
-    """What each stage took: the units that the run lists for it and are recorded, worker seconds, healing tokens.
+    """Returns for each stage the number of its listed and recorded units, their worker seconds and healing tokens.
 
-    Work beside the units, such as making scores from shares, counts by its seconds alone.
+    Additional work that is no unit, such as making scores from shares, adds only its seconds.
     """
     rows: dict[str, dict[str, Any]] = {}
     counted: set[tuple[str, str]] = set()

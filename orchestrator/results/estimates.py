@@ -1,4 +1,4 @@
-"""What each stage was expected to take, beside what it took."""
+"""Compares what each stage was expected to take with what it took."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from orchestrator.run.units import listed_keys
 
 
 def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
-    """Rows of estimates.csv: what each stage was expected to take beside what it took, None where it is not known.
+    """Returns the rows of estimates.csv: what each stage was expected to take and what it took; None if unknown.
 
-    `ratio` is actual over expected seconds. A stage that nothing was expected of has no ratio.
+    `ratio` is actual over expected seconds. A stage without an estimate has no ratio.
     """
     healed = {stage: _tokens(folder, state, stage) for stage in ("heal", HALVING)}
     expected = {entry.stage: entry.to_dict() for entry in state.estimates}
     spent: dict[str, float] = {}
     for name, seconds in state.stage_s.items():
-        stage = HALVING if name.startswith(HALVING) else name  # each rung is a stage of its own to progress
+        stage = HALVING if name.startswith(HALVING) else name  # progress counts each rung as a separate stage
         spent[stage] = spent.get(stage, 0.0) + seconds
     rows = []
     for stage in [*expected, *(stage for stage in spent if stage not in expected)]:
@@ -44,6 +44,6 @@ def estimate_rows(folder: RunFolder, state: RunState) -> list[dict[str, Any]]:
 
 
 def _tokens(folder: RunFolder, state: RunState, stage: str) -> int:
-    """Tokens of the recorded healings that the run lists for a stage."""
+    """Returns the tokens of the recorded healings that the run lists for a stage."""
     keys = [key for unit in listed_keys(state, stage) if not unit.is_beside for key in unit.keys]
     return sum(found["tokens"] for found in find_records(folder, keys, kind_made_by(stage)) if found is not None)

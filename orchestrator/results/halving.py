@@ -1,4 +1,4 @@
-"""From records to tables, for halving: what each plan was worth after each rung, and what early ranks told of later."""
+"""Makes the rows of halving tables: plans' quality after each rung, and how well early ranks predict later ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _VALUES = ("quality", "quality_stderr", "quality_retained", "quality_retained_st
 
 
 def halving_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of halving.csv: each plan in each rung; what failed has no quality.
+    """Yields the rows of halving.csv: each plan in each rung; a failed plan has no quality.
 
-    Qualities are by what the search judges by; `final_quality` is that of pareto.csv, of plans that healed fully.
+    Qualities are measured as the search measures them; `final_quality` is that of pareto.csv, for fully healed plans.
     """
     base = records.scores(next((trial.key for trial in state.trials if trial.origin == "base"), None))
     final = _final_qualities(records, state)
@@ -36,11 +36,11 @@ def halving_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, A
 
 
 def fidelity_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of fidelity.csv: how well the order of plans at one share of the budget tells that at the next one.
+    """Yields the rows of fidelity.csv: how well the order of plans at one share of the budget predicts the next order.
 
-    Rung 0 is before healing. The plans are those that both have: from the second rung on, survivors alone, which lie
-    closer together than all plans do, so that correlations are lower than theirs would be. The whole budget follows the
-    last rung, by quality alone.
+    Rung 0 is before healing. Only plans measured at both shares are compared. From the second rung on these are the
+    survivors, which lie closer together than all plans do, so their correlations are lower. The whole budget follows
+    the last rung, and is compared by quality only.
     """
     if not state.halving:
         return
@@ -81,7 +81,7 @@ def _note(values: dict[str, dict[int, dict[Plan, float]]], rung: int, plan: Plan
 
 
 def _final_qualities(records: RecordReader, state: RunState) -> dict[Plan, float]:
-    """Quality after the whole budget of the plans of the rungs."""
+    """Returns the quality after the whole budget for those plans of the rungs that were healed on it."""
     halved = {entry.plan for entry in state.halving}
     healed = {entry.plan: records.scores(entry.quality_key) for entry in state.healed}
     return {plan: quality(scores)[0] for plan, scores in healed.items() if plan in halved and scores is not None}

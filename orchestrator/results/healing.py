@@ -1,4 +1,4 @@
-"""From records to tables, for healing: losses, the quality curve, baselines beside candidates, branches."""
+"""Makes the rows of healing tables: losses, quality curves, baselines compared with candidates, branches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from orchestrator.run.state import CANDIDATE_ORIGINS, RunState
 
 
 def healing_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of healing_curves.csv: every step of every healed plan, with what was measured on held-out text after it.
+    """Yields the rows of healing_curves.csv: every step of every healed plan, with the held-out divergence after it.
 
-    Text may be measured before the first step, which is then step 0 and has no loss.
+    A divergence that was measured before the first step becomes step 0, which has no loss.
     """
     for entry in state.healed:
         plan_id, record = entry.plan.plan_id, records.healing(entry.key)
@@ -39,7 +39,7 @@ def healing_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, A
 
 
 def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
-    """The healed plans whose budget was not spent, with the tokens that were and the budget."""
+    """Returns the healed plans that stopped early, with the tokens that they used and the budget."""
     found = []
     for entry in state.healed:
         record = records.healing(entry.key)
@@ -50,7 +50,7 @@ def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
 
 
 def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of healing_quality.csv: each healed plan before healing, at shares of the budget, and as it was saved."""
+    """Yields the rows of healing_quality.csv: each healed plan before healing, at shares of its budget and as saved."""
     base = records.scores(state.base_key)
     for entry in state.healed:
         if not entry.curve:
@@ -69,7 +69,7 @@ def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[
 
 
 def baseline_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of baselines.csv: each healed baseline beside each healed candidate of the same attention budget.
+    """Yields the rows of baselines.csv: each healed baseline with each healed candidate of the same attention budget.
 
     The errors of ratio and gain are paired over the items.
     """
@@ -95,7 +95,7 @@ def baseline_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, 
 
 
 def branch_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of branches.csv: the loss of the text with both branches of linear_window layers, and with one zeroed."""
+    """Yields the rows of branches.csv: the text's loss with both branches of linear_window layers, and with one."""
     for entry in state.branches:
         record, plan = records.result(entry.key), entry.finalist.plan
         for row in [] if record is None else record["branches"]:
@@ -107,12 +107,12 @@ _BRANCH_VALUES = ("nll", "nll_loss", "nll_loss_stderr", "n_items")
 
 
 def _budget(plan: Plan) -> tuple[str, int | None]:
-    """What decides a plan's speed: its number of layers of each treatment, and its window."""
+    """Returns what determines a plan's speed: its number of layers of each treatment, and its window."""
     return "".join(sorted(str(plan))), plan.window
 
 
 def _nll_gain(candidate: Scores, other: Scores) -> dict[str, float | None]:
-    """How much less a text costs the other one, where both read one."""
+    """Returns by how much the candidate's NLL on the text lies below the other's; empty if no text was measured."""
     if "nll" not in measured_scores(other):
         return {}
     drop = mean_drop(candidate, other, "nll", intervals=False)

@@ -1,4 +1,4 @@
-"""From records to tables: what `run.json` lists, read back as the rows that users see. Computes no model."""
+"""Makes the rows of candidates.csv and pareto.csv from records that `run.json` lists, without running any model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
 Predictor = Callable[[Plan, int], tuple[float, float] | None]
-"""Output throughput (tok/s) of a plan at a concurrency, and its standard error; None where nothing predicts it."""
+"""Predicts a plan's output throughput (tok/s) at a concurrency and its standard error; None without a prediction."""
 
 
 def search_base_key(state: RunState) -> str | None:
-    """Key of the base's scores by what the search judges by; None where it has none."""
+    """Returns the key of the base's scores as the search measures them; None if the search lists no base."""
     return next((trial.key for trial in state.trials if trial.origin == "base"), None)
 
 
 def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
-    """Rows of candidates.csv: the first trial of each plan, and the baselines that are none.
+    """Returns the rows of candidates.csv: the first trial of each plan, and the baselines that are no trials.
 
-    Throughput is that at the highest concurrency; where no plan's speed was fitted, it is predicted as the base's times
-    the plan's gain in bytes. `on_front` is of quality and predicted speed.
+    Throughput is given at the highest concurrency. If no model predicts a plan's throughput, it is the base's measured
+    throughput times the plan's predicted speedup. `on_front` refers to quality and predicted speed.
     """
     trials = list({trial.plan: trial for trial in reversed(state.trials)}.values())[::-1]
     searched = {trial.plan for trial in trials}
@@ -73,7 +73,7 @@ _TRIAL_COLUMNS = ("origin", "remove_below", "keep_above", "status", "quality", "
 
 
 def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | None) -> Trial:
-    """A baseline as if the search had met it: judged by the tasks that the search judges by, as `base` was."""
+    """Turns a baseline into a trial, with the scores restricted to the metrics by which `base` was judged."""
     scores = records.scores(entry.key)
     if scores is not None and base is not None:
         judged_by = {(metric.task, metric.metric) for metric in base.primary()}
@@ -91,7 +91,7 @@ def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | 
 
 
 def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
-    """Rows of pareto.csv: each finalist under each condition; what failed stays, with its error."""
+    """Returns the rows of pareto.csv: each finalist under each condition; a failed one stays, with its error."""
     base = records.scores(state.base_key)
     timings = {(unit.finalist, unit.concurrency): unit.key for unit in state.throughput}
     concurrencies = list(dict.fromkeys(unit.concurrency for unit in state.throughput))
@@ -150,7 +150,7 @@ _TIMING_COLUMNS = (
 
 
 def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
-    """Scores, quality and quality retained of a row, with their errors; nothing where they are not recorded."""
+    """Returns a row's scores, quality and quality retained, with standard errors; empty if they are not recorded."""
     if base is None or scores is None:
         return {}
     value, stderr = quality(scores)
@@ -165,7 +165,7 @@ def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
 
 
 def _flags(base: Scores | None, scores: Scores | None) -> str | None:
-    """What a model lost although its accuracy held; None where nothing is lost or known."""
+    """Names the losses that a model's accuracy does not show; None if there are none or nothing is recorded."""
     return None if base is None or scores is None else flag_text(flags(base, scores)) or None
 
 

@@ -1,4 +1,4 @@
-"""How sure the ranking of layers is, from the records of a run: rows of the report's tables. Computes no model."""
+"""Makes the tables that tell how certain the ranking of layers is, from a run's records and without running models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METHODS: tuple[Method, ...] = ("spearman", "kendall")
 
 @dataclass(frozen=True)
 class View:
-    """One ranking of layers: by a score over the items of a source."""
+    """Holds one ranking of layers, by one score over the items of one source."""
 
     treatment: str
     score: str
@@ -55,10 +55,11 @@ class View:
 
 
 def views(ablations: Ablations, state: RunState) -> list[View]:
-    """Every ranking that the records hold, the chosen score's first.
+    """Returns every ranking in the records; the one by the chosen score comes first.
 
-    A score over several tasks gives a ranking for each and one over all of them. Texts and lengths beside the quality's
-    own are ranked by NLL alone. An adaptive sweep gives none: its layers have not seen the same items.
+    A score over several tasks gives a ranking for each task and one over all of them. Further texts and lengths are
+    ranked only by scores that rank texts. An adaptive sweep gives no rankings, because its layers have not seen the
+    same items.
     """
     if not state.sensitivity or state.adaptive is not None:
         return []
@@ -82,7 +83,7 @@ def views(ablations: Ablations, state: RunState) -> list[View]:
 
 
 def ranking_rows(found: list[View]) -> Iterator[dict[str, Any]]:
-    """Rows of rankings.csv."""
+    """Yields the rows of rankings.csv."""
     for view in found:
         order = np.argsort(view.matrix.sensitivity(), kind="stable")
         row: dict[str, Any] = {
@@ -108,7 +109,7 @@ def ranking_rows(found: list[View]) -> Iterator[dict[str, Any]]:
 
 
 def correlation_rows(found: list[View]) -> Iterator[dict[str, Any]]:
-    """Rows of rank_correlations.csv: each pair of rankings of the same treatment."""
+    """Yields the rows of rank_correlations.csv: each pair of rankings of the same treatment."""
     for a, b in combinations(found, 2):
         if a.treatment != b.treatment or a.matrix.n_layers < 2:
             continue
@@ -128,17 +129,17 @@ def correlation_rows(found: list[View]) -> Iterator[dict[str, Any]]:
 
 
 def interaction_rows(records: RecordReader, state: RunState, ablations: Ablations) -> Iterator[dict[str, Any]]:
-    """Rows of interactions.csv: each plan that was tried and whose treatments were all measured layer by layer.
+    """Yields the rows of interactions.csv: each tried plan whose treated layers were all measured one by one.
 
-    Plans of the search are compared by what the search judges by, the finalists that are not healed by everything.
-    Plan, base and single layers are compared over the same items, so that the interaction is paired as well. What a
-    single layer costs is worked out once, and the scores of the plans are read one after the other: a search may have
-    tried thousands.
+    Plans of the search are compared by the scores of the search, finalists without healing by all scores. Plan, base
+    and single layers are compared over the same items, so that the interaction is paired too. The cost of a single
+    layer is computed once, and the scores of the plans are read one after the other, because a search may try thousands
+    of plans.
 
     Args:
-        records: where the scores of the plans are read.
-        state: the run's.
-        ablations: single layers, compared with the base scores of `interaction_bases`.
+        records: Reader of the plans' scores.
+        state: State of the run.
+        ablations: Single layers, compared with the base scores of `interaction_bases`.
     """
     seen: set[tuple[Plan, str]] = set()
     for base, tried in zip(interaction_bases(state), (_trials(state), _unhealed(state)), strict=True):
@@ -166,7 +167,7 @@ def interaction_rows(records: RecordReader, state: RunState, ablations: Ablation
 
 
 def interaction_bases(state: RunState) -> tuple[str | None, str | None]:
-    """Keys of the base's scores that the plans of the search and the finalists are compared with."""
+    """Returns the keys of the base's scores with which the plans of the search and the finalists are compared."""
     return search_base_key(state), state.base_key
 
 
@@ -184,7 +185,7 @@ def _unhealed(state: RunState) -> Tried:
 
 
 def _treated(tried: Iterable[tuple[Plan, str | None, str]]) -> Tried:
-    """The first origin of each plan that treats a layer and whose scores have a key."""
+    """Returns the first origin of each plan that treats a layer and whose scores have a key."""
     found: Tried = {}
     for plan, key, origin in tried:
         if key is not None and plan.count(Treatment.SOFTMAX) < len(plan):
@@ -193,11 +194,11 @@ def _treated(tried: Iterable[tuple[Plan, str | None, str]]) -> Tried:
 
 
 def tier_rows(sensitivity: list[dict[str, Any]], state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of tiers.csv: the layers of the healed plans that came from thresholds.
+    """Yields the rows of tiers.csv: the layers of the healed plans that came from thresholds.
 
     Args:
-        sensitivity: rows of sensitivity.csv.
-        state: the run's.
+        sensitivity: Rows of sensitivity.csv.
+        state: State of the run.
     """
     drops = {
         row["layer"]: row
@@ -230,7 +231,7 @@ def _main_text(state: RunState) -> Source | None:
 
 
 def _drops(ablations: Ablations, source: Source, treatment: str, n_layers: int) -> dict[str, dict[str, np.ndarray]]:
-    """Score to task to (n_layers, n_items), where every layer is recorded."""
+    """Maps score to task to an array (n_layers, n_items), for each score that every layer has."""
     found = {
         score: {task: np.stack([of_layer[task] for of_layer in layers]) for task in layers[0]}
         for score, layers in ablations.layers[source, treatment].items()

@@ -1,4 +1,4 @@
-"""Reads the records that a report is made of, each of them once."""
+"""Reads the records for a report, each of them once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEALED = (HEALINGS, RUNGS)
 
 @dataclass(frozen=True)
 class Spent:
-    """What a unit of work took: seconds on its worker, and the tokens that it healed on, if any."""
+    """Holds the cost of a unit of work: seconds on its worker, and the tokens that it healed on, if any."""
 
     duration_s: float
     tokens: int
@@ -27,9 +27,9 @@ class Spent:
 class RecordReader:
     """Reads the records of a run, and keeps what more than one table needs of them.
 
-    The scores of a few models, timings and healings are asked for by several tables and are kept. Records that there
-    may be thousands of are read one at a time with `each_result` and `each_scores`; of those only what they took is
-    kept, because the table of costs sums it over all of them.
+    Several tables ask for the scores of a few models, for timings and for healings, so these are kept. A run may have
+    thousands of other records. They are read one at a time with `each_result` and `each_scores`, and only their cost is
+    kept, because the cost table sums it over all of them.
     """
 
     def __init__(self, folder: RunFolder):
@@ -71,10 +71,10 @@ class RecordReader:
         return self._scores[key]
 
     def healing(self, key: str) -> dict[str, Any]:
-        """Returns what is recorded of a healing.
+        """Returns the recorded result of a healing.
 
         Raises:
-            QualityError: nothing is.
+            QualityError: The healing is not recorded.
         """
         found = self.result(key, HEALINGS)
         if found is None:
@@ -82,7 +82,7 @@ class RecordReader:
         return found
 
     def spent(self, units: Sequence[UnitKeys]) -> Iterator[tuple[UnitKeys, list[Spent]]]:
-        """Yields each unit with what those of its records took that are there; reads no record that was read before."""
+        """Yields each unit with the costs of its existing records; reads no record again that was read before."""
         for name in {unit.kind for unit in units}:
             kind = KINDS[name]
             keys = dict.fromkeys(key for unit in units if unit.kind == name for key in unit.keys)

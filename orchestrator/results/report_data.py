@@ -1,4 +1,4 @@
-"""The report of a run from its records: tables, pictures, and what the terminal says."""
+"""Makes the report of a run from its records: tables, pictures, and the summary for the terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from orchestrator.run.state import RECIPE_FILE, load_state
 
 
 def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
-    """The report's files by name, and what the terminal says: the front, and the best plan of it."""
+    """Returns the report's files by name, and the summary for the terminal: the front and its best plan."""
     data = report_data(folder)
     summary = ""
     if serving := conditions(data.pareto):
@@ -47,10 +47,10 @@ def report_files(folder: RunFolder) -> tuple[dict[str, bytes], str]:
 
 
 def report_data(folder: RunFolder) -> ReportData:
-    """All that a report of a run shows, from its records.
+    """Collects from the records everything that the report of a run shows.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: The folder holds no run.
     """
     state, recipe_yaml = load_state(folder), folder.read_text(RECIPE_FILE)
     constraints = ConstraintsSection.model_validate(yaml.safe_load(recipe_yaml).get("constraints", {}))
@@ -60,7 +60,7 @@ def report_data(folder: RunFolder) -> ReportData:
     pareto = pareto_table(pareto_rows(records, state, predict))
     pareto["feasible"] = feasible(pareto, constraints)
     return ReportData(
-        # A folder is often called `model`: the one around it says whose.
+        # A model folder is often called `model`, so the title includes the parent folder to tell whose model it is.
         title="/".join(Path(state.model).parts[-2:]),
         recipe_yaml=recipe_yaml,
         sensitivity=sensitivity_table(ablations.rows),

@@ -1,4 +1,4 @@
-"""Rows of sensitivity.csv, and the same as costs of each layer and treatment."""
+"""Makes the rows of sensitivity.csv, and from them the cost of each layer and treatment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.run.state import RunState
 
 
 def cost_matrix(folder: RunFolder, state: RunState) -> dict[Treatment, list[float]]:
-    """The drop of each layer by each treatment that was measured, first layer first; infinite where none is there."""
+    """Returns the drop of each layer for each measured treatment, first layer first; infinite if it is missing."""
     rows = [row for row in sensitivity_rows(folder, state, intervals=False) if row["task"] == MEAN_TASK]
     costs = {Treatment(row["treatment"]): [math.inf] * state.n_layers for row in rows}
     for row in rows:
@@ -23,12 +23,12 @@ def cost_matrix(folder: RunFolder, state: RunState) -> dict[Treatment, list[floa
 
 
 def sensitivity_rows(folder: RunFolder, state: RunState, *, intervals: bool = True) -> list[dict[str, Any]]:
-    """Rows of sensitivity.csv: the recorded ablations against the base over the same items, by every score measured.
+    """Returns the rows of sensitivity.csv: the recorded ablations, compared with the base by every measured score.
 
     Args:
-        folder: of the run.
-        state: says which records are ablations.
-        intervals: whether rows have the ends of their intervals, whose bootstrap takes nearly all of the time.
+        folder: Folder of the run.
+        state: State of the run, which lists the records of ablations.
+        intervals: Whether rows have confidence intervals, whose bootstrap takes nearly all of the time.
     """
     found = each_ablation(RecordReader(folder), state)
     return [row for ablation in found for row in rows_of(ablation, state, intervals=intervals)]

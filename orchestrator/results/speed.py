@@ -1,4 +1,4 @@
-"""From records to tables, for speed: predictions beside what was measured, and speed over prompt lengths."""
+"""Makes the rows of speed tables: predicted and measured speed, and speed over prompt lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.run.kinds import TIMINGS
 from orchestrator.run.state import RunState
 
 Prediction = Callable[[Plan, int], tuple[float, float] | None]
-"""Tokens per second and their standard error, of a plan at a concurrency; None where nothing was fitted to that."""
+"""Predicts a plan's tokens per second at a concurrency and their standard error; None without a fitted model."""
 
 _LENGTH_VALUES = (
     "engine",
@@ -27,7 +27,7 @@ _LENGTH_VALUES = (
 
 
 def predictions(state: RunState) -> Prediction:
-    """The predicted output throughput of every plan."""
+    """Returns the function that predicts the output throughput of plans."""
     of_concurrency = {model.concurrency: model for model in (state.speed or SpeedFit()).models}
 
     def predict(plan: Plan, concurrency: int) -> tuple[float, float] | None:
@@ -38,7 +38,7 @@ def predictions(state: RunState) -> Prediction:
 
 
 def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of speed.csv: each measured model under each condition that a model was fitted to, with its prediction."""
+    """Yields the rows of speed.csv: each measured model under each condition with a fit, and its prediction."""
     predict, fitted = predictions(state), (state.speed or SpeedFit()).measured
     in_fit = {entry.key for entry in fitted}
     timed = {entry.key: (entry.plan, entry.concurrency, False) for entry in fitted}
@@ -63,7 +63,7 @@ def speed_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any
 
 
 def length_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
-    """Rows of lengths.csv: each finalist at each prompt length; what failed stays, with its error."""
+    """Yields the rows of lengths.csv: each finalist at each prompt length; a failed one stays, with its error."""
     for entry in state.lengths:
         finalist, record = entry.finalist, records.result(entry.key, TIMINGS)
         condition = {name: getattr(entry, name) for name in ("concurrency", "prompt_tokens", "new_tokens")}
