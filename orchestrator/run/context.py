@@ -1,4 +1,4 @@
-"""What the stages of a run share: its inputs, its folder, its records, the cluster."""
+"""Gives the stages of a run what they share: its inputs, its folder, its records, the cluster."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 600.0, 20.0
 
 
 class RunContext:
-    """One run of a recipe on a folder.
+    """Represents one run of a recipe on a folder.
 
     Args:
-        inputs: what changes its results.
-        folder: where its records are.
-        state: which of them belong to it, as far as its stages have come.
-        progress: what is told of it.
-        address: of the cluster; None for this machine.
-        is_ahead: whether stages are only asked for their units, before a run or for `--dry-run`. They then start and
-            write nothing, and what they follow from may not be there yet.
+        inputs: Everything that changes its results.
+        folder: Folder of its records.
+        state: Lists of the records that belong to it, filled by the stages so far.
+        progress: Receives its progress.
+        address: Address of the cluster; None for this machine.
+        is_ahead: Whether stages are only asked for their units, before a run or for `--dry-run`. They then start and
+            write nothing, and the results on which their units depend may be missing.
 
     Attributes:
-        listings: the units that each stage has listed so far, by the names of `PARTS_OF_STAGES`.
+        listings: The units that each stage has listed so far, by the names of `PARTS_OF_STAGES`.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class RunContext:
         self.record_all(stage, [(identity, result)])
 
     def record_all(self, stage: str, results: Sequence[tuple[Identity, dict[str, Any]]]) -> None:
-        """Writes several records side by side: identity and result of each."""
+        """Writes several records in parallel, from the identity and result of each."""
         self.folder.write_records(kind_made_by(stage).folder, results)
         for identity, result in results:
             self.progress.recorded(stage, unit_key(identity), identity, result)
 
     def recorded(self, identity: Identity, kind: Kind = SCORES) -> dict[str, Any] | None:
-        """The result of a unit, whichever stage made it."""
+        """Returns the recorded result of a unit, whichever stage made it; None if it is not recorded."""
         return find_record(self.folder, unit_key(identity), kind)
 
     def all_recorded(self, identities: Sequence[Identity], kind: Kind = SCORES) -> list[dict[str, Any] | None]:
-        """The results of several units, None for each that is not recorded, read side by side."""
+        """Returns the recorded results of several units, read in parallel; None for each that is not recorded."""
         return find_records(self.folder, [unit_key(identity) for identity in identities], kind)
 
     def failed(self, stage: str, name: dict[str, Any], error: str) -> None:
-        """Remembers a unit that failed for good, and says so.
+        """Remembers and reports a unit that failed for good.
 
         Raises:
-            DiskFullError: if it failed since a disk is full, as would those that follow.
+            DiskFullError: It failed because a disk is full, and so would the units that follow.
         """
         if is_disk_full(RuntimeError(error)):
             raise DiskFullError(error.splitlines()[0])
@@ -91,7 +91,7 @@ class RunContext:
         self.state.failures.append(Failure(stage, name, error))
 
     def save(self) -> None:
-        """Writes which records belong to this run, and what failed."""
+        """Writes the state of the run, with its records and failures, to `run.json`."""
         self.folder.write_text(RUN_FILE, json.dumps(self.state.to_dict(), indent=1))
 
     # Units
@@ -106,18 +106,18 @@ class RunContext:
         look: Look | None = None,
         adds: bool = False,
     ) -> StageUnits:
-        """Lists what a stage has to do, for itself and for everything that counts units.
+        """Lists the units of a stage, for the stage itself and for everything that counts units.
 
-        A unit belongs to the first stage that lists it: it is left out here where an earlier one has done it, and
-        ahead of the run where an earlier one will.
+        A unit belongs to the first stage that lists it. It is left out here if an earlier stage has done it or, ahead
+        of the run, if an earlier stage will do it.
 
         Args:
-            stage: one of `PARTS_OF_STAGES`, or what progress calls a part of one; only the former are kept.
-            units: the units that can be named, each once.
-            n_open: units that are expected and cannot be named yet.
-            beside: work that makes records and is not counted.
-            look: says which units are recorded; by their records if None.
-            adds: whether the stage has listed others that stay.
+            stage: One of `PARTS_OF_STAGES`, or the name of a part of one in progress; only the former are kept.
+            units: The units that can be named, each once.
+            n_open: Number of units that are expected and cannot be named yet.
+            beside: Additional work that makes records and is not counted.
+            look: Returns which units are recorded; None looks for their records.
+            adds: Whether units that the stage listed earlier stay in its list.
         """
         look = look or (lambda units: recorded_seconds(self.folder, units))
         before = self._keys_listed_before(stage)
@@ -126,7 +126,7 @@ class RunContext:
             unit
             for unit, took in looked.items()
             if (unit.kind.folder, unit.key) not in before
-            or (took is None and not self.is_ahead)  # then an earlier stage failed with it
+            or (took is None and not self.is_ahead)  # the earlier stage failed with this unit, so it is tried again
         ]
         also = tuple(unit for unit in beside if (unit.kind.folder, unit.key) not in before)
         seconds = {unit.key: took for unit in kept if (took := looked[unit]) is not None}
@@ -165,9 +165,9 @@ class RunContext:
         return self.list_units(stage, named, n_open=n_open, adds=adds)
 
     def is_settled(self, *stages: str) -> bool:
-        """Whether everything that stages list is recorded, so that what follows from it is known.
+        """Returns whether all units of some stages are recorded, so that the units of later stages are known.
 
-        In a run it always is when the next stage begins: what is missing then has failed.
+        During a run this always holds when the next stage begins, because a unit that is missing then has failed.
         """
         return not self.is_ahead or all(self.listings[stage].is_complete for stage in stages if stage in self.listings)
 
@@ -175,9 +175,9 @@ class RunContext:
         """Tells progress that a stage begins with these units.
 
         Args:
-            listing: the units.
-            name: what progress calls the stage; as the listing if None.
-            workers: units that run at the same time.
+            listing: The units.
+            name: Name of the stage in progress; None takes the listing's.
+            workers: Number of units that run at the same time.
         """
         self.progress.start_stage(
             name or listing.stage,
@@ -199,14 +199,14 @@ class RunContext:
         """Judges the units that are not recorded.
 
         Args:
-            stage: whose records they become.
-            spec: what they are judged by.
-            units: what each is called.
-            healed_keys: of units that judge a healed checkpoint, the key of its healing.
-            adds: as in `list_units`.
+            stage: The stage that makes the records.
+            spec: The quality by which they are judged.
+            units: The units, each with its name.
+            healed_keys: Key of the healing, for units that judge a healed checkpoint.
+            adds: As in `list_units`.
 
         Returns:
-            Whether all are recorded now.
+            Whether all units are recorded now.
         """
         listing = self.list_scores(stage, spec, units, healed_keys, adds=adds)
         identities = {unit.work: unit.identity for unit in listing.units}
@@ -232,12 +232,12 @@ class RunContext:
     def watch(
         self, stage: str, name: Callable[[Watched], dict[str, Any]], *, n_workers: int = 1, of_each: int = 1
     ) -> Watch[Watched]:
-        """How the units of a stage are watched: told to progress, and ended where they hang.
+        """Returns the watch of a stage's units, which reports their events and ends units that hang.
 
         Args:
-            stage: as progress calls it.
-            name: what each unit is called.
-            n_workers, of_each: as in `unit_timeout_s`.
+            stage: Name of the stage in progress.
+            name: Returns the name of a unit.
+            n_workers, of_each: As in `unit_timeout_s`.
         """
         return Watch(
             self.unit_timeout_s(stage, n_workers=n_workers, of_each=of_each),
@@ -245,11 +245,15 @@ class RunContext:
         )
 
     def unit_timeout_s(self, stage: str, *, n_workers: int = 1, of_each: float = 1) -> float | None:
-        """When a unit is taken for hung: as the recipe says, else far beyond what is expected; None without estimate.
+        """Returns the seconds after which a unit counts as hung.
+
+        The value comes from the recipe. With `auto` it is twenty times the expected time and at least ten minutes; None
+        if there is no estimate.
 
         Args:
-            n_workers: that share the stage's expected time.
-            of_each: how many of the estimate's units a unit holds, or which part of one.
+            stage: Name of the stage in progress.
+            n_workers: Number of workers that share the stage's expected time.
+            of_each: Size of a unit, in units of the estimate.
         """
         asked = self.inputs.recipe.placement.unit_timeout_s
         if isinstance(asked, float):
@@ -261,7 +265,7 @@ class RunContext:
                 return max(_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR * expected_s)
         return None
 
-    # The cluster, which starts or is joined only when there is something to do
+    # The cluster; it is started or joined only when there is something to do
 
     def connect(self) -> None:
         connection.connect(self.address)
@@ -275,7 +279,7 @@ class RunContext:
         """Returns the workers for units of evaluation.
 
         Raises:
-            InputError: the cluster can never hold them.
+            InputError: The cluster can never hold them.
         """
         return placed(lambda: self.placement().evaluating())
 
@@ -283,13 +287,13 @@ class RunContext:
         """Returns the workers of one healing while `n_jobs` run side by side.
 
         Raises:
-            InputError: the cluster can never hold them.
+            InputError: The cluster can never hold them.
         """
         return placed(lambda: self.placement().healing(n_jobs))
 
     def n_workers(self) -> int:
-        """How many workers there may be by now: with `auto`, more when the cluster has grown. Never an error."""
+        """Returns the number of workers that fit now; with `auto` it grows with the cluster. It raises no error."""
         try:
             return self.workers().n_workers
         except InputError:
-            return 1  # nodes have left; those that are at work are replaced as far as there is room
+            return 1  # nodes have left, but lost workers are still replaced as far as there is room

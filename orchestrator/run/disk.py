@@ -1,4 +1,4 @@
-"""The disk that a run folder lies on: what is free, and what the rest of a run will need of it."""
+"""Measures the free space on the disk of a run folder, and estimates what the rest of a run will need."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from orchestrator.run.context import RunContext
 from orchestrator.run.folder import RunFolder
 
 _SMALL_FILES_MIB = 8.0
-"""Records, CSVs, pictures and the page of a run, from above."""
+"""Upper bound on the size of a run's records, CSVs, pictures and page."""
 
 
 def free_mib(folder: RunFolder) -> float | None:
-    """Room on the folder's disk; None for a URL, which has no disk of its own."""
+    """Returns the free space on the folder's disk; None for a URL, which is on no local disk."""
     return shutil.disk_usage(folder.path).free / 2**20 if folder.is_local else None
 
 
 def needed_mib(run: RunContext) -> float:
-    """What the rest of the run will write, checkpoints that are deleted again among it, by the run's estimate."""
+    """Estimates the space that the rest of the run needs, including checkpoints that are deleted again."""
     found = _SMALL_FILES_MIB
     for stage in run.state.estimates:
         n_left = stage.units - stage.recorded
         if n_left > 0 and (of_rest := stage.disk_mib):
-            listing = run.listings.get(stage.stage)  # None where the run has not come so far
+            listing = run.listings.get(stage.stage)  # None if the run has not reached this stage
             n_left_now = n_left if listing is None else listing.n_left_now()
             found += of_rest * min(1.0, n_left_now / n_left)
     return found
 
 
 def disk_full_message(run: RunContext, error: BaseException) -> str:
-    """Names the folder, what is free and what is needed, and what could not be written."""
+    """Writes a message with the folder, its free and needed space, and what could not be written."""
     free, needed = free_mib(run.folder), needed_mib(run)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     again = "make room, and the same command goes on"

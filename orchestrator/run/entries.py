@@ -1,4 +1,4 @@
-"""The entries of a run's state: what `run.json` says of each unit that belongs to the run, and of each that failed."""
+"""Defines the entries of a run's state: `run.json` has one for each unit of the run, and one for each failure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from layerboost.speed.speed_model import SpeedModel
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a list in `run.json`, as an object with its fields as members.
+    """Represents an entry of a list in `run.json`: a JSON object whose members are the fields.
 
-    A plan or a finalist that an entry holds has its members beside those of the entry, because users read the file.
+    The members of a plan or a finalist stand directly among those of the entry, because users read the file.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -26,10 +26,10 @@ class Entry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what `to_dict` wrote; a member that is missing has its default.
+        """Reads what `to_dict` wrote; a missing member gets its default.
 
         Raises:
-            KeyError: a member without a default is missing.
+            KeyError: A member without a default is missing.
         """
         values: dict[str, Any] = {}
         for each in fields(cls):
@@ -42,15 +42,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class AblationEntry(Entry):
-    """One treated layer over one source of items, or the cosine distances of all layers.
+    """Lists one treated layer over one source of items, or the cosine distances of all layers.
 
     Attributes:
-        source: the quality's `tasks`, its `text`, or the name of another text.
-        context_tokens: tokens of a sequence of the text; None for tasks.
-        layer: the treated layer; None for the distances of all.
-        treatment: of the layer.
-        key: of the record with the scores or the distances.
-        base_key: of the scores of the base over the same items; None for distances, which need none.
+        source: The quality's `tasks`, its `text`, or the name of another text.
+        context_tokens: Tokens of a sequence of the text; None for tasks.
+        layer: The treated layer; None for the distances of all layers.
+        treatment: Treatment of the layer.
+        key: Key of the record with the scores or the distances.
+        base_key: Key of the base's scores over the same items; None for distances, which need no base.
     """
 
     source: str
@@ -63,12 +63,12 @@ class AblationEntry(Entry):
 
 @dataclass(frozen=True)
 class Failure(Entry):
-    """A unit that failed for good.
+    """Describes a unit that failed for good.
 
     Attributes:
-        stage: where it failed, as progress calls it.
-        name: what the unit is called there.
-        error: what it failed with; the first line says it.
+        stage: Name in progress of the stage in which it failed.
+        name: Name of the unit in that stage.
+        error: The error; its first line is the message.
     """
 
     stage: str
@@ -78,18 +78,18 @@ class Failure(Entry):
 
 @dataclass(frozen=True)
 class Trial(Entry):
-    """A point of the search.
+    """Describes a point of the search.
 
     Attributes:
-        plan: what was tried.
-        origin: what proposed it: a fixed point's name, `given`, `search` or `refined`.
-        remove_below, keep_above: thresholds that gave the plan; None for other methods.
-        status: `ok` or `failed`.
-        error: what it failed with; None for one that did not.
-        quality, quality_stderr: by what the search judges by; None if that is not recorded.
-        objective: what the search maximises beside speed; None as `quality` is.
-        speedup: predicted throughput over the base's; None as `quality` is.
-        key: of its scores.
+        plan: The plan that was tried.
+        origin: The source of the plan: a fixed point's name, `given`, `search` or `refined`.
+        remove_below, keep_above: Thresholds that gave the plan; None for other methods.
+        status: `ok`, `failed`, or `open` if it is not evaluated yet.
+        error: The error of a failed point; else None.
+        quality, quality_stderr: Quality as the search measures it; None if it is not recorded.
+        objective: What the search maximises besides speed; None if `quality` is None.
+        speedup: Predicted throughput divided by the base's; None if `quality` is None.
+        key: Key of its scores.
     """
 
     plan: Plan
@@ -105,7 +105,7 @@ class Trial(Entry):
     key: str | None = None
 
     def proposal(self) -> dict[str, Any]:
-        """Returns the members that the record of the trials holds, which say nothing about what the plan is worth."""
+        """Returns the members for the record of the trials, which leave out everything measured of the plan."""
         return {name: value for name, value in self.to_dict().items() if name not in _JUDGED}
 
 
@@ -114,13 +114,13 @@ _JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key")
 
 @dataclass(frozen=True)
 class BaselineEntry(Entry):
-    """A plan that the candidates are compared with.
+    """Describes a plan that the candidates are compared with.
 
     Attributes:
-        plan: what is healed.
-        origin: name of the baseline.
-        speedup: predicted throughput over the untouched model's.
-        key: of the plan's scores before healing.
+        plan: The plan that is healed.
+        origin: Name of the baseline.
+        speedup: Predicted throughput divided by the untouched model's.
+        key: Key of the plan's scores before healing.
     """
 
     plan: Plan
@@ -131,7 +131,7 @@ class BaselineEntry(Entry):
 
 @dataclass(frozen=True)
 class CurvePoint(Entry):
-    """A point of a healed plan's quality curve: a share of the budget, its tokens, and the key of the scores there."""
+    """Describes a point of a healed plan's quality curve: a share of the budget, its tokens, and its scores' key."""
 
     share: float
     tokens: int
@@ -140,14 +140,14 @@ class CurvePoint(Entry):
 
 @dataclass(frozen=True)
 class HealedEntry(Entry):
-    """A healed plan.
+    """Describes a healed plan.
 
     Attributes:
-        plan: what was healed.
-        origin: of the plan.
-        key: of the healing.
-        quality_key: of the scores of its checkpoint.
-        curve: points before that, the share 0 first; empty where the recipe asks for none.
+        plan: The plan.
+        origin: Origin of the plan.
+        key: Key of the healing.
+        quality_key: Key of the scores of its checkpoint.
+        curve: Earlier points of its quality curve, share 0 first; empty if the recipe asks for no curve.
     """
 
     plan: Plan
@@ -169,19 +169,19 @@ class HealedEntry(Entry):
 
 @dataclass(frozen=True)
 class HalvingEntry(Entry):
-    """A plan in a rung of halving.
+    """Describes a plan in a rung of halving.
 
     Attributes:
-        plan: what was healed.
-        origin: of the plan.
-        rung: number of the rung, the first is 1.
-        share: of the budget that the rung heals on.
-        speedup: predicted throughput over the base's.
-        key: of the healing.
-        tokens: that it was healed on; None if it failed.
-        quality_key: of its scores after that; None if it failed.
-        objective: the search's objective after that; None if it failed.
-        survived: whether the plan goes on to the next rung.
+        plan: The plan.
+        origin: Origin of the plan.
+        rung: Number of the rung; the first is 1.
+        share: Share of the budget that the rung heals on.
+        speedup: Predicted throughput divided by the base's.
+        key: Key of the healing.
+        tokens: Number of tokens that it was healed on; None if healing failed.
+        quality_key: Key of its scores after healing; None if it has none.
+        objective: The search's objective after healing; None if it has no scores.
+        survived: Whether the plan goes on to the next rung.
     """
 
     plan: Plan
@@ -198,7 +198,7 @@ class HalvingEntry(Entry):
 
 @dataclass(frozen=True)
 class Finalist(Entry):
-    """One model of pareto.csv: a plan on the parent's weights, or healed (then with the key of its healing)."""
+    """Describes one model of pareto.csv: a plan on the parent's weights, or a healed plan with the healing's key."""
 
     plan: Plan
     origin: str
@@ -207,7 +207,7 @@ class Finalist(Entry):
 
 @dataclass(frozen=True)
 class FinalistEntry(Entry):
-    """A finalist and the key of its scores."""
+    """Lists a finalist and the key of its scores."""
 
     finalist: Finalist
     quality_key: str
@@ -215,7 +215,7 @@ class FinalistEntry(Entry):
 
 @dataclass(frozen=True)
 class BranchesEntry(Entry):
-    """A healed plan whose branches were checked, and the key of what that gave."""
+    """Lists a healed plan whose branches were measured, and the key of that record."""
 
     finalist: Finalist
     key: str
@@ -223,7 +223,7 @@ class BranchesEntry(Entry):
 
 @dataclass(frozen=True)
 class TimingEntry(Entry):
-    """A finalist under a serving condition, and the key of its timing."""
+    """Lists a finalist under a serving condition, and the key of its timing."""
 
     finalist: Finalist
     concurrency: int
@@ -234,12 +234,12 @@ class TimingEntry(Entry):
 
 @dataclass(frozen=True)
 class UnitKeys(Entry):
-    """The records of a unit of work that a stage lists.
+    """Lists the records of a unit of work of a stage.
 
     Attributes:
-        kind: the folder of their kind.
-        keys: of the unit's records.
-        is_beside: whether it is work that the stage does beside its units, which is not counted.
+        kind: Folder of their kind.
+        keys: Keys of the unit's records.
+        is_beside: Whether it is additional work of the stage that is not counted as a unit.
     """
 
     kind: str
@@ -254,17 +254,17 @@ class UnitKeys(Entry):
 
 @dataclass(frozen=True)
 class StageEstimate(Entry):
-    """What a stage is expected to take.
+    """Holds the expected cost of a stage.
 
     Attributes:
-        stage: its name.
-        units, recorded: units of work, and those of them that are recorded already.
-        seconds: of wall clock, for the rest.
-        tokens: that the rest is healed on.
-        gpus: at work at the same time.
-        memory_mib: of one worker.
-        disk_mib: of what the rest leaves in the run folder, and of checkpoints while it is under way.
-        n_open: units that are expected and cannot be named yet, since they follow from what others give.
+        stage: Name of the stage.
+        units, recorded: Number of units, and of those that are already recorded.
+        seconds: Wall-clock seconds of the remaining units.
+        tokens: Tokens on which the remaining units are healed.
+        gpus: Number of GPUs in use at the same time.
+        memory_mib: Memory of one worker.
+        disk_mib: Size of the files that the remaining units leave in the run folder, and of checkpoints meanwhile.
+        n_open: Number of units that cannot be named yet, because they depend on the results of others.
     """
 
     stage: str
@@ -284,7 +284,7 @@ class StageEstimate(Entry):
 
 @dataclass(frozen=True)
 class FittedTiming(Entry):
-    """A timing that a speed model was fitted to: its plan, its concurrency, and its key."""
+    """Lists a timing that a speed model was fitted to: its plan, its concurrency, and its key."""
 
     plan: Plan
     concurrency: int
@@ -293,11 +293,11 @@ class FittedTiming(Entry):
 
 @dataclass(frozen=True)
 class SpeedFit:
-    """What the speed of all plans is predicted from.
+    """Holds the fitted models that predict the speed of all plans.
 
     Attributes:
-        measured: the timings.
-        models: one for each concurrency whose timings a model could be fitted to.
+        measured: The timings that the models were fitted to.
+        models: One model for each concurrency whose timings allowed a fit.
     """
 
     measured: tuple[FittedTiming, ...] = ()
@@ -318,4 +318,4 @@ class SpeedFit:
 
 
 _INLINED: dict[str, Any] = {"plan": Plan, "finalist": Finalist}
-"""Fields whose members stand among those of their entry."""
+"""Fields of an entry whose members are written directly into the entry."""

@@ -1,4 +1,4 @@
-"""What changes the results of a run, and from it the identity of each unit of work."""
+"""Holds everything that changes the results of a run, and derives from it the identity of each unit of work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TASKS_SOURCE, TEXT_SOURCE = "tasks", "text"
 
 @dataclass(frozen=True)
 class SpeedCondition:
-    """The serving condition that a plan's speed is predicted for."""
+    """Describes the serving condition for which a plan's speed is predicted."""
 
     concurrency: int
     context_tokens: int
@@ -50,20 +50,20 @@ class SpeedCondition:
 
 @dataclass(frozen=True)
 class SweepSource:
-    """Items that single layers are judged by: the quality's `tasks`, its `text`, or another text by its file's name."""
+    """Names items on which single layers are judged: the quality's `tasks`, its `text`, or another text's file."""
 
     name: str
     spec: QualitySpec
 
     @property
     def context_tokens(self) -> int | None:
-        """Tokens of a sequence; None for tasks, whose items have lengths of their own."""
+        """The tokens of a sequence; None for tasks, whose items differ in length."""
         return None if self.spec.tasks else self.spec.sequence_tokens
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A recipe and its model, as every stage needs them."""
+    """Combines a recipe and its model, for use by every stage."""
 
     recipe: Recipe
     facts: ModelFacts
@@ -74,7 +74,7 @@ class RunInputs:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """Identity of the parent: its content for a folder, its commit for a hub name."""
+        """The identity of the parent: its content for a folder, its commit for a hub name."""
         content = model_content(self.facts, self.recipe.model.revision)
         return {**content, "dtype": self.recipe.model.dtype, "layerboost": __version__}
 
@@ -86,32 +86,38 @@ class RunInputs:
 
     @cached_property
     def full_spec(self) -> QualitySpec:
-        """Everything that finalists are judged by."""
+        """The quality by which finalists are judged, with everything in it."""
         spec = self.recipe.quality.spec(self.facts.context_tokens)
         text = None if spec.text is None else shipped(spec.text)
         return replace(spec, tasks=tuple(shipped(task) for task in spec.tasks), text=text)
 
     @cached_property
     def _searched_spec(self) -> QualitySpec:
-        """What many plans are judged by: nothing that only finalists are asked."""
+        """The quality by which many plans are judged, without the parts that only finalists get."""
         n_tasks = len(self.recipe.quality.tasks)
         return replace(self.full_spec, tasks=self.full_spec.tasks[:n_tasks], retrieval=())
 
     @cached_property
     def text_spec(self) -> QualitySpec:
-        """The quality's text alone."""
+        """The quality with its text only."""
         return replace(self.full_spec, tasks=(), retrieval=())
 
     @property
     def search_quality_spec(self) -> QualitySpec:
-        """What the search judges by: what the quality is made of, and the text where the objective is read from it."""
+        """The quality by which the search judges: its tasks, or the text if it has no tasks.
+
+        An objective that is measured on the text adds the text to the tasks.
+        """
         spec, recipe = self._searched_spec, self.recipe
         by_text = recipe.search.objective == "score" and SCORES[recipe.sensitivity.score].source == "text"
         return replace(spec, text=None) if spec.tasks and not by_text else spec
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:
-        """What single layers are judged by, what the chosen score needs first; each has either tasks or a text."""
+        """The sources on which single layers are judged, each with either tasks or a text.
+
+        The source of the chosen score comes first.
+        """
         sensitivity, spec = self.recipe.sensitivity, self._searched_spec
         by_text = SCORES[sensitivity.score].source == "text"
         sources = []
@@ -122,7 +128,7 @@ class RunInputs:
         sources.sort(key=lambda source: (source.name == TEXT_SOURCE) != by_text)
         for tokens in sensitivity.context_tokens:
             if tokens != spec.sequence_tokens:
-                # The same number of tokens, so that lengths differ and nothing else.
+                # The total number of tokens stays the same, so that only the length differs.
                 n_sequences = None if spec.n_sequences is None else spec.n_sequences * spec.sequence_tokens // tokens
                 of_length = replace(self.text_spec, sequence_tokens=tokens, n_sequences=max(1, n_sequences or 1))
                 sources.append(SweepSource(TEXT_SOURCE, of_length))
@@ -159,7 +165,7 @@ class RunInputs:
 
     @cached_property
     def plan_space(self) -> PlanSpace:
-        """The plans that a search over whole plans may propose: treatments that were measured, pins, limits."""
+        """The plans that a search over whole plans may propose, given the measured treatments, pins and limits."""
         constraints, n_layers = self.recipe.constraints, self.n_layers
         treatments = tuple(Treatment(treatment) for treatment in self.recipe.sensitivity.treatments)
         kv_bytes = kv_bytes_of_layers(self.facts.config, self._dtype_bytes)
@@ -180,12 +186,12 @@ class RunInputs:
 
     @property
     def condition(self) -> SpeedCondition:
-        """The serving condition that the search predicts speed for: the highest concurrency, the longest context."""
+        """The serving condition for which the search predicts speed: the highest concurrency, the longest context."""
         throughput = self.recipe.throughput
         return SpeedCondition(max(throughput.concurrency), throughput.prompt_tokens + throughput.new_tokens)
 
     def predicted_speedup(self, plan: Plan) -> float:
-        """Decode bytes of the base over those of the plan, under `condition`."""
+        """Returns the decode bytes of the base divided by those of the plan, under `condition`."""
         return predicted_speedup(
             self.facts.config,
             plan,
@@ -205,13 +211,13 @@ class RunInputs:
         return self.recipe.healing.spec(self.facts.context_tokens)
 
     def healing_spec_at(self, share: float) -> HealingSpec:
-        """A healing of its own on a share of the budget, at least one step."""
+        """Returns the spec of a separate healing on a share of the budget, with at least one step."""
         spec = self.healing_spec
         return replace(spec, tokens=max(spec.tokens_per_step, round(share * spec.tokens)))
 
     @cached_property
     def healing_texts(self) -> tuple[HealingText, ...]:
-        """What is healed on; paths as the workers see them."""
+        """The texts to heal on, with paths as the workers see them."""
         texts = [text for _, text in self.recipe.healing.named_sources()]
         return tuple(
             text if text.path is None else text.model_copy(update={"path": shipped(text.path)}) for text in texts
@@ -219,7 +225,7 @@ class RunInputs:
 
     @cached_property
     def sampling(self) -> SamplingSpec | None:
-        """How the parent's own text is sampled to heal on; None where the recipe asks for none."""
+        """The settings for sampling text from the parent; None if the recipe asks for no sampled text."""
         sampled = next((text for text in self.healing_texts if text.format == SAMPLED), None)
         if sampled is None:
             return None
@@ -232,9 +238,10 @@ class RunInputs:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens that fill the sampled text's share of the budget, whatever their documents' lengths.
+        """The number of tokens that fill the sampled text's share of the budget, whatever the documents' lengths.
 
-        The mixture is at most one document ahead of a source's share, so that this text is never read twice.
+        The mixture is at most one document ahead of a source's share, so one extra document suffices to never read the
+        text twice.
         """
         spec = self.healing_spec
         held_out = 0 if spec.stop_when_flat is None else spec.held_out_sequences
@@ -247,7 +254,7 @@ class RunInputs:
     # Identities of units
 
     def scores(self, unit: EvaluationUnit, spec: QualitySpec, healed_key: str | None = None) -> dict[str, Any]:
-        """Of an evaluation; `healed_key` is the key of the healing that made the checkpoint."""
+        """Returns the identity of an evaluation; `healed_key` is the key of the healing that made the checkpoint."""
         return {
             "unit": unit.kind,
             "model": self.model,
@@ -257,7 +264,7 @@ class RunInputs:
         }
 
     def plan_scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
-        """Of the evaluation of a plan; the plan of softmax in every layer is the untouched model."""
+        """Returns the identity of a plan's evaluation; softmax in every layer means the untouched model."""
         untouched = plan.count(Treatment.SOFTMAX) == len(plan)
         return self.scores(EvaluationUnit(plan=None if untouched else plan), spec)
 
@@ -265,7 +272,7 @@ class RunInputs:
         return {"unit": "count", "model": self.model, "quality": self._fingerprint(spec)}
 
     def sweep(self, spec: QualitySpec, share: Share, plans: Sequence[Plan]) -> dict[str, Any]:
-        """Of what some plans say to one share of the items."""
+        """Returns the identity of some plans' answers for one share of the items."""
         return {
             "unit": "sweep",
             "model": self.model,
@@ -277,7 +284,7 @@ class RunInputs:
     def search(
         self, costs: Mapping[Treatment, Sequence[float]], speed_models: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Of the trials of a search, by what each layer costs and by what speed is predicted from beside bytes."""
+        """Returns the identity of a search's trials, which depend on the layers' costs and the fitted speed models."""
         spec, space, recipe = self.search_spec, self.plan_space, self.recipe
         return {
             "unit": "search",
@@ -304,7 +311,7 @@ class RunInputs:
 
     @cached_property
     def treatments(self) -> tuple[Treatment, ...]:
-        """Every treatment that the recipe names, beside softmax and none, which every search has."""
+        """All treatments that the recipe names, and softmax and none, which every search uses."""
         recipe = self.recipe
         planned = (treatment for plan in self.search_spec.plans for treatment in plan.treatments)
         named = (*recipe.sensitivity.treatments, recipe.search.middle, *recipe.constraints.pin.values(), *planned)
@@ -321,7 +328,7 @@ class RunInputs:
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
-        """Identity of what all plans are healed on, so that it is read once."""
+        """The part of a healing's identity that all plans share; it is cached, so that the texts are read once."""
         healing, teacher = self.recipe.healing, self.facts.teacher
         return {
             "texts": [self._text(text) for text in self.healing_texts],
@@ -339,11 +346,11 @@ class RunInputs:
         return {name: getattr(self.sampling, name) for name in ("max_tokens", "seed", "temperature")}
 
     def healing(self, plan: Plan, spec: HealingSpec | None = None) -> dict[str, Any]:
-        """Of a plan healed by a spec (None: the recipe's).
+        """Returns the identity of healing a plan by a spec; None means the recipe's spec.
 
-        How many workers share the work, and what they hold at once, is no part of it.
+        It does not contain the number of workers nor how much each of them holds in memory at once.
         """
-        # What only feature maps are trained by changes nothing for a plan without any.
+        # Settings that concern only feature maps change nothing for a plan without feature maps.
         left_out = MEMORY_ONLY if plan.has_weights else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
         settings = (spec or self.healing_spec).to_dict()
         return {
@@ -356,7 +363,7 @@ class RunInputs:
         }
 
     def sampled_text(self) -> dict[str, Any]:
-        """Of all text that the parent may be asked for."""
+        """Returns the identity of all text that the parent may write with the recipe's settings."""
         return {"unit": "sampled text", "model": self.model, "sampling": self._sampling()}
 
     def sample(self, unit: SampleUnit) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages of a run, and the kinds of records that they make: each kind is filed in one folder under `records/`."""
+"""Defines the stages of a run and the kinds of records that they make; each kind has one folder under `records/`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ STAGE_NAMES = ("evaluate", "sensitivity", "search", "heal", "report")
 SENSITIVITY = "sensitivity"
 
 SPEED = "speed"
-"""What progress and failures call the timings that models are fitted to."""
+"""Name in progress and failures of the timings to which speed models are fitted."""
 
 REFINE = "refine"
 
 SAMPLE = "sample"
-"""The stage that has the parent write documents; its records say which are there, and of how many tokens."""
+"""Name of the stage in which the parent writes documents; its records list them with their numbers of tokens."""
 
 HALVING = "halving"
 
 HALVING_SCORES = "halving scores"
-"""What progress and failures call the judging of what a rung of halving has healed."""
+"""Name in progress and failures of judging the plans that a rung of halving has healed."""
 
 CURVE = "curve"
-"""The stage that judges plans at shares of their healing budget."""
+"""Name of the stage that judges plans at shares of their healing budget."""
 
 THROUGHPUT, LENGTHS = "throughput", "lengths"
 
 SWEEP = "sweep"
-"""What progress calls the records that hold what plans say to shares of the items."""
+"""Name in progress of the records that hold plans' answers for shares of the items."""
 
 TRIALS = "search-trials"
-"""What progress calls the record of which plans were proposed, and by which thresholds where there were some."""
+"""Name in progress of the record that lists the proposed plans, with their thresholds if there were any."""
 
 CALIBRATION = "calibration"
 
@@ -39,20 +39,20 @@ PARTS_OF_STAGES = (
     *("evaluate", SENSITIVITY, SPEED, "search", REFINE, SAMPLE, HALVING, "heal", CURVE),
     *("measure", THROUGHPUT, LENGTHS),
 )
-"""The stages as progress, the estimate and the cost table count their units, in the order of a run.
+"""The stages for which progress, the estimate and the cost table count units, in the order of a run.
 
-The `search`, `heal` and `report` of STAGE_NAMES have several of them: `report` has the last three.
+The `search`, `heal` and `report` of STAGE_NAMES consist of several of these; `report` consists of the last three.
 """
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of records.
+    """Describes a kind of records.
 
     Attributes:
-        folder: the folder under `records/` that they are filed in, whichever stage makes them.
-        made_by: the stages that make them, as progress calls these; the folder's own name if empty.
-        earlier: the folders that earlier versions filed them in. Nothing is written there any more.
+        folder: Folder under `records/` that holds them, whichever stage makes them.
+        made_by: Names in progress of the stages that make them; if empty, the folder's own name.
+        earlier: Folders in which earlier versions put them. Nothing is written there any more.
     """
 
     folder: str
@@ -63,17 +63,17 @@ class Kind:
 _JUDGING = ("evaluate", SENSITIVITY, "search", REFINE, CURVE, "measure")
 
 SCORES = Kind("scores", (*_JUDGING, HALVING_SCORES), earlier=_JUDGING)
-"""Scores of one model by one quality; those that are there serve whichever stage asks."""
+"""Scores of one model by one quality; every stage uses the recorded ones, whichever stage made them."""
 
 SHARES = Kind(SWEEP)
-"""What the plans of one treatment say to a share of the items, from which their scores are made; and item counts."""
+"""Answers of one treatment's plans for a share of the items, which are joined to scores; and counts of items."""
 
 TIMINGS = Kind(THROUGHPUT, (SPEED, THROUGHPUT, LENGTHS))
 
 HEALINGS = Kind("heal")
 
 RUNGS = Kind(HALVING)
-"""Healings of one plan in one rung; they leave no checkpoint, so that they are no HEALINGS."""
+"""Healings of one plan in one rung; they are separate from HEALINGS because they leave no checkpoint."""
 
 DOCUMENTS = Kind(SAMPLE)
 
@@ -83,16 +83,16 @@ COSTS = Kind(CALIBRATION)
 """The record that holds `Costs.to_dict()`."""
 
 KINDS = {kind.folder: kind for kind in (SCORES, SHARES, TIMINGS, HEALINGS, RUNGS, DOCUMENTS, FOUND_TRIALS, COSTS)}
-"""Every kind by its folder."""
+"""All kinds by their folders."""
 
 _MADE_BY = {stage: kind for kind in KINDS.values() for stage in (kind.made_by or (kind.folder,))}
 
 
 def kind_made_by(stage: str) -> Kind:
-    """The kind of records that a stage makes.
+    """Returns the kind of records that a stage makes.
 
     Raises:
-        ValueError: no stage is called so.
+        ValueError: No stage has this name.
     """
     if stage not in _MADE_BY:
         raise ValueError(f"stage: {stage!r} makes no kind of records; name one of {', '.join(sorted(_MADE_BY))}")

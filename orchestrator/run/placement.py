@@ -40,7 +40,7 @@ class WantedWorkers:
         """Fits the workers on nodes, and on nodes that an autoscaler could add if the others do not suffice.
 
         Raises:
-            ResourcesError: they can never be had.
+            ResourcesError: The nodes can never hold them.
         """
         return resolve_workers(self.workers, self.cpus, self.gpus, nodes=nodes, growth=growth, labels=self.labels)
 
@@ -107,7 +107,7 @@ class Placement:
         n_workers = max(1, min(n_gpus, batch_sequences)) if asked == AUTO else int(asked)
         if n_gpus:
             return WantedWorkers("healing_workers", n_workers, 1.0, 1.0, labels)
-        # Each worker takes as many CPUs as all workers can have, on whichever node they come to lie.
+        # Each worker takes as many CPUs as all workers can have, whichever nodes they run on.
         largest = int(max((node.cpus for node in nodes), default=1))
         n_jobs = min(n_jobs, max(1, MAX_AUTO_CPU_WORKERS_PER_NODE * len(nodes) // n_workers))
         fitting = (c for c in range(largest, 1, -1) if sum(node.cpus // c for node in nodes) >= n_workers * n_jobs)

@@ -22,22 +22,22 @@ def time_and_worker(done: Finished[object, object], seconds: float | None = None
 
 
 def scores_of(folder: RunFolder, key: str | None) -> Scores | None:
-    """The scores of a record; None where there is none."""
+    """Returns the scores of a record; None without a key or a record."""
     record = None if key is None else find_record(folder, key)
     return None if record is None else Scores.from_dict(record["scores"])
 
 
 def find_record(folder: RunFolder, key: str, kind: Kind = SCORES) -> dict[str, Any] | None:
-    """The result of a record of a kind; None where it is not there. See `find_records`."""
+    """Returns the result of a record of a kind; None if it is missing. See `find_records`."""
     return find_records(folder, [key], kind)[0]
 
 
 def find_records(folder: RunFolder, keys: Sequence[str], kind: Kind = SCORES) -> list[dict[str, Any] | None]:
-    """The results of several records of a kind, None for each that is not there.
+    """Returns the results of several records of a kind; None for each that is missing.
 
-    Each record is looked up once, in the kind's folder. Run folders of earlier versions have scores in a folder for
-    each stage that made them (`Kind.earlier`): only what is missing is looked for there, and only in those of them
-    that the run folder has. Such records are read where they are and never moved.
+    Each record is looked up once, in the kind's folder. Run folders of earlier versions have scores in one folder for
+    each stage that made them (`Kind.earlier`). Only missing records are looked up there, and only in folders that
+    exist. Such records are read in place and never moved.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in (kind.folder, *kind.earlier):
@@ -50,7 +50,7 @@ def find_records(folder: RunFolder, keys: Sequence[str], kind: Kind = SCORES) ->
 
 
 def each_of_kind(folder: RunFolder, keys: Iterable[str], kind: Kind) -> Iterator[Record | None]:
-    """Reads many records of a kind one after the other; None for each that is not there."""
+    """Reads many records of a kind one after the other; None for each that is missing."""
     return folder.each_record(keys, folders_of(folder, kind))
 
 
@@ -62,6 +62,6 @@ def all_records(folder: RunFolder, kind: Kind) -> Iterator[Record]:
 
 
 def folders_of(folder: RunFolder, kind: Kind) -> list[str]:
-    """The folders under `records/` that have records of a kind: its own, and those of earlier versions that exist."""
+    """Returns the folders under `records/` with records of a kind: its own, and existing ones of earlier versions."""
     there = folder.names(RECORDS) if kind.earlier else []
     return [kind.folder, *(name for name in kind.earlier if name in there)]

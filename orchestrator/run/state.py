@@ -1,4 +1,4 @@
-"""The state of a run: which records belong to it. `run.json` holds it."""
+"""Holds the state of a run, which lists the records that belong to it; `run.json` stores it."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 
 
 REFINED = "refined"
-"""Origin of plans that refinement found."""
+"""The origin of plans that refinement found."""
 
 
 CANDIDATE_ORIGINS = ("search", "given", REFINED)
-"""Origins of the plans that candidates for healing are chosen from; every other healed plan is a baseline."""
+"""The origins of plans from which candidates for healing are chosen; every other healed plan is a baseline."""
 
 
 @dataclass
 class RunState:
-    """What belongs to a run, by the keys of its records; the content of `run.json`.
+    """Lists everything that belongs to a run, by the keys of its records; it is the content of `run.json`.
 
     Attributes:
-        sensitivity: each ablation; those of the source that the chosen score needs come first.
-        adaptive: `spent`, `tiers`, `error` where items were spent adaptively.
-        trials: points of the search.
-        baselines: what the candidates are compared with.
-        healed: the healed plans.
-        finalists: rows of pareto.csv.
-        branches: healed plans whose branches were checked.
-        throughput: timings of the finalists under the serving conditions.
-        speed: what the speed of all plans is predicted from; None where that is the bytes of a step.
-        lengths: timings of the finalists over lengths of prompts.
-        halving: each plan in each rung.
-        units: the units that each stage has listed, by the names of `PARTS_OF_STAGES`; a unit that a stage lists is
-            listed by none after it.
-        estimates: what each stage was expected to cost before the run.
-        stage_s: seconds that each stage took, all calls of the command together.
-        failures: each unit that failed for good.
+        sensitivity: The ablations; those on the source of the chosen score come first.
+        adaptive: `spent`, `tiers` and `error` of an adaptive sweep; else None.
+        trials: Points of the search.
+        baselines: Plans that the candidates are compared with.
+        healed: The healed plans.
+        finalists: Rows of pareto.csv.
+        branches: Healed plans whose branches were measured.
+        throughput: Timings of the finalists under the serving conditions.
+        speed: The fitted speed models; None if speed is predicted from the bytes of a step.
+        lengths: Timings of the finalists over prompt lengths.
+        halving: Plans in each rung.
+        units: The units that each stage has listed, by the names of `PARTS_OF_STAGES`. Later stages do not list a unit
+            again.
+        estimates: The expected cost of each stage before the run.
+        stage_s: Seconds that each stage took, summed over all calls of the command.
+        failures: The units that failed for good.
     """
 
     model: str
@@ -110,14 +110,14 @@ _ENTRIES: dict[str, type[Entry]] = {
     "estimates": StageEstimate,
     "failures": Failure,
 }
-"""What the lists of the state hold."""
+"""The type of the entries in each list of the state."""
 
 
 def load_state(folder: RunFolder) -> RunState:
-    """Reads which records belong to the run in a folder.
+    """Reads the state of the run in a folder.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: The folder holds no run.
     """
     try:
         return RunState.from_dict(json.loads(folder.read_bytes(RUN_FILE)))

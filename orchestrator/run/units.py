@@ -1,7 +1,7 @@
-"""Units of work: what a stage has to do, which of it is recorded, and what `run.json` lists of it.
+"""Defines units of work: the work of a stage, which of it is recorded, and how `run.json` lists it.
 
-Each stage lists its units (`RunContext.list_units`) and does those that are not recorded. Progress, `--dry-run`, the
-estimate, the disk check and the cost table count the units of these lists, and nothing else that lies in the folder.
+Each stage lists its units (`RunContext.list_units`) and runs those that are not recorded. Progress, `--dry-run`, the
+estimate, the disk check and the cost table count the units of these lists, and no other records in the folder.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A unit of work of a stage.
+    """Describes a unit of work of a stage.
 
     Attributes:
-        kind: of its records.
-        identities: what changes its result, of each of its records: one, but for a share of a sweep, which has one for
+        kind: Kind of its records.
+        identities: Identity of each of its records. A unit has one record, except that a share of a sweep has one for
             each treatment.
-        name: what progress and failures call it, field by field.
-        work: what is handed to who does it, as the stage likes.
+        name: Name in progress and failures, field by field.
+        work: Description of the work for the code that does it; the stage chooses its type.
     """
 
     kind: Kind
@@ -56,31 +56,31 @@ class Unit:
 
     @property
     def identity(self) -> Identity:
-        """What changes its result, where it has one record."""
+        """The identity of its only record."""
         (identity,) = self.identities
         return identity
 
     @property
     def key(self) -> str:
-        """The key of its first record, which tells it from every other unit."""
+        """The key of its first record, which distinguishes it from every other unit."""
         return self.keys[0]
 
 
 Look = Callable[[Sequence[Unit]], list[float | None]]
-"""The seconds that each of some units took, None for each that is to do."""
+"""Returns the seconds that each of some units took; None for a unit that has to run."""
 
 
 @dataclass(frozen=True, eq=False)
 class StageUnits:
-    """The units of a stage by what is known now.
+    """Lists the units of a stage by what is known now.
 
     Attributes:
-        stage: one of `PARTS_OF_STAGES`.
-        units: those that can be named, in the order of work.
-        seconds: by key, what each of them that is recorded took.
-        n_open: how many more are expected that cannot be named yet, since they follow from what others give.
-        beside: work that makes records and that no progress counts, such as joining the shares of a sweep to scores.
-        look: says which units are recorded.
+        stage: One of `PARTS_OF_STAGES`.
+        units: The units that can be named, in the order of work.
+        seconds: Seconds that each recorded unit took, by its key.
+        look: Returns which units are recorded.
+        n_open: Number of further expected units that cannot be named yet, because they depend on results of others.
+        beside: Additional work that makes records and is not counted, such as joining the shares of a sweep to scores.
     """
 
     stage: str
@@ -96,7 +96,7 @@ class StageUnits:
 
     @property
     def todo(self) -> list[Unit]:
-        """The units that can be done now."""
+        """The named units that are not recorded."""
         return [unit for unit in self.units if unit.key not in self.seconds]
 
     @property
@@ -105,26 +105,26 @@ class StageUnits:
 
     @property
     def n_expected(self) -> int:
-        """All units, with those that are open."""
+        """The number of all units, including open ones."""
         return len(self.units) + self.n_open
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything is known and recorded."""
+        """Whether all units are known and recorded."""
         return not self.todo and not self.n_open
 
     def n_left_now(self) -> int:
-        """Units that are to do or open by what is recorded by now."""
+        """Returns the number of units that are open or not recorded by now."""
         return self.look(self.units).count(None) + self.n_open
 
     def keys(self) -> list[UnitKeys]:
-        """What `run.json` lists of the stage."""
+        """Returns the lists of keys that `run.json` holds for the stage."""
         named = [UnitKeys(unit.kind.folder, unit.keys) for unit in self.units]
         return named + [UnitKeys(unit.kind.folder, unit.keys, is_beside=True) for unit in self.beside]
 
 
 def recorded_seconds(folder: RunFolder, units: Sequence[Unit]) -> list[float | None]:
-    """The seconds that each unit took by its records; None for each that has not all of them."""
+    """Returns the seconds that each unit took by its records; None for a unit with missing records."""
     found: dict[tuple[Kind, str], float] = {}
     for kind in {unit.kind for unit in units}:
         keys = dict.fromkeys(key for unit in units if unit.kind == kind for key in unit.keys)
@@ -136,10 +136,10 @@ def recorded_seconds(folder: RunFolder, units: Sequence[Unit]) -> list[float | N
 
 
 def listed_keys(state: RunState, stage: str) -> list[UnitKeys]:
-    """The records of the units that a run lists for a stage.
+    """Returns the records of the units that a run lists for a stage.
 
-    The `run.json` of earlier versions does not list units; there they are taken from what it lists of their results,
-    which leaves out the shares of sweeps and the sampled documents.
+    The `run.json` of earlier versions does not list units. For such a file they are taken from its lists of results,
+    which do not include the shares of sweeps and the sampled documents.
     """
     if state.units:
         return list(state.units.get(stage, ()))
