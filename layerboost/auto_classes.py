@@ -1,7 +1,7 @@
 """Makes converted checkpoints known to the auto classes of transformers without importing transformers.
 
-The configuration and model classes are made from the family's own, which takes seconds to import. So transformers is
-told their names alone, as soon as it is imported itself, and a class is made when somebody asks for it.
+The configuration and model classes are made from the family's own classes, which take seconds to import. Therefore
+transformers learns only their names, as soon as it is imported itself, and a class is made when it is first requested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 
 
 class _ConvertedConfigs(dict[str, Any]):
-    """The configuration classes that others registered by `model_type`, and those of converted models when asked."""
+    """Maps `model_type` to the configuration classes that others registered; makes those of converted models lazily."""
 
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or _parent_type(model_type) is not None
@@ -32,7 +32,7 @@ class _ConvertedConfigs(dict[str, Any]):
 
 
 def _parent_type(model_type: object) -> str | None:
-    """The parent's `model_type` of a converted model's; None for any other."""
+    """Returns the parent's `model_type` for that of a converted model; None for any other."""
     families = _package_module("families")
     parent = str(model_type).removeprefix(families.CONVERTED_PREFIX)
     return parent if parent != model_type and parent in families.supported_families() else None
@@ -43,7 +43,7 @@ def _package_module(name: str) -> Any:
 
 
 def announce() -> None:
-    """Lets the auto classes know converted models: now if transformers is there, else once it is imported."""
+    """Registers converted models with the auto classes: now if transformers is imported, else once it is."""
     module = sys.modules.get(_CONFIGURATIONS)
     if module is not None and hasattr(module, "CONFIG_MAPPING"):
         _extend(module)
@@ -58,7 +58,7 @@ def _extend(configurations: ModuleType) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the module of transformers' configurations as the others would, and extends it when it has run."""
+    """Finds the module of transformers' configurations like other finders, and extends it after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Converted models: a configuration and a model class for each family, made from the family's own.
+"""Makes the classes of converted models: a configuration and a model class for each family, from the family's own.
 
 A checkpoint carries a copy of this file and of those it imports, so that it loads without this package too.
 """
@@ -31,7 +31,7 @@ _CLASS_PREFIX = "LayerBoost"
 
 @dataclass
 class _Call:
-    """What one forward pass tells its treated layers; the family's own arguments do not reach them all."""
+    """Tells all treated layers about one forward pass, because the family's own arguments do not reach them all."""
 
     valid: torch.Tensor | None = None
     segments: torch.Tensor | None = None
@@ -40,14 +40,15 @@ class _Call:
 
 @dataclass
 class _Treated:
-    """What a treated attention module knows of its treatment.
+    """Holds the treatment of a treated attention module.
 
     Attributes:
-        treatment: which one it is.
-        mechanism: how it computes.
-        window: what it sees now; healing shortens it for a while.
-        full_window: what its plan says.
-        zeroed: branch of linear_window that is left out, `linear` or `window`, to see what it is worth.
+        treatment: The treatment.
+        mechanism: The mechanism by which it computes.
+        window: The window that it sees now; healing shortens it at times.
+        full_window: The window of its plan.
+        call: Information about the current forward pass.
+        zeroed: Branch of linear_window that is left out to measure its effect, `linear` or `window`.
     """
 
     treatment: Treatment
@@ -69,7 +70,7 @@ def _treated_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of every treated module, as transformers calls it; the treatment's mechanism computes."""
+    """Runs the treatment's mechanism; transformers calls it as the attention function of every treated module."""
     treated = module.layerboost
     cache = treated.call.cache
     output = treated.mechanism(
@@ -96,7 +97,7 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _treated_forward)
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Makes the cache where one is wanted, and tells the treated layers about padding and packed documents."""
+    """Makes the cache if one is wanted, and tells the treated layers about padding and packed documents."""
     config, call = decoder.config, decoder.layerboost_call
     if args:
         kwargs = (
@@ -131,12 +132,12 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def _inputs(kwargs: dict) -> torch.Tensor:
-    """(B, T) token ids or (B, T, d) embeddings, whichever was given."""
+    """Returns the (B, T) token ids or (B, T, d) embeddings, whichever was given."""
     return kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
 
 
 def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool, where a new document starts inside a packed row: its position does not follow the one before."""
+    """Returns where a new document starts inside a packed row, (B, T) bool: where positions are not consecutive."""
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return nn.functional.pad(jumps, (1, 0))
 
@@ -145,12 +146,12 @@ def _after_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     call = decoder.layerboost_call
     if call.cache is not None:
         call.cache.seen_tokens += _inputs(kwargs).shape[1]
-        call.cache = None  # the caller's to keep, or not
+        call.cache = None  # only the caller decides how long the cache lives
     return output
 
 
 def install_plan(model: Any, plan: Plan) -> None:
-    """Treats the layers of a family's model in place: what a plan removes is gone, what it adds is untrained."""
+    """Treats the layers of a family's model in place; removed parts are gone afterwards, added parts are untrained."""
     config = model.config
     family = family_of(config)
     layers = decoder_layers(model)
@@ -173,7 +174,7 @@ def install_plan(model: Any, plan: Plan) -> None:
                 if mechanism.weights is not None:
                     setattr(attention, treatment.value, mechanism.weights(attention, config).to(weight.dtype))
         if treatment.has_weights:
-            # A fresh one is started by its own rule, and trained before the rest.
+            # The mark makes `_init_weights` use the module's own rule, and training fit the module before the rest.
             getattr(layer, family.attention).get_submodule(treatment.value).is_of_treatment = True
     decoder = model.base_model
     decoder.layerboost_call = call
@@ -188,11 +189,11 @@ if TYPE_CHECKING:
     class _AnyModel(PreTrainedModel):
         def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
-    _AnyConfig = _AnyModel = object  # the classes below are mixed into each family's own, which are such ones
+    _AnyConfig = _AnyModel = object  # each family's own classes, which the classes below join, have the real bases
 
 
 class ConvertedConfig(_AnyConfig):
-    """Mixed into a family's configuration: the plan, and where the model comes from.
+    """Extends a family's configuration by the plan and the origin of the model.
 
     `layerboost` holds `plan`, `window`, `plan_id`, `parent`, `parent_revision`, `parent_architecture`.
     """
@@ -204,7 +205,7 @@ class ConvertedConfig(_AnyConfig):
 
 
 class ConvertedModel(_AnyModel):
-    """Mixed into a family's causal language model: installs the plan, brings its own cache, writes its own code."""
+    """Extends a family's causal language model: it installs the plan, uses its own cache and saves its own code."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -230,7 +231,7 @@ class ConvertedModel(_AnyModel):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Saves the model and its code, so that `trust_remote_code=True` loads it where this package is not."""
+        """Saves the model and its code, so that `trust_remote_code=True` loads it without this package."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name in CODE_FILES:
@@ -242,7 +243,7 @@ class ConvertedModel(_AnyModel):
 
 @functools.cache
 def config_class(model_type: str) -> Any:
-    """The configuration class of converted models of a family, from the parent's `model_type`."""
+    """Returns the configuration class of a family's converted models, from the parent's `model_type`."""
     parent = CONFIG_MAPPING[model_type]
     name = f"{_CLASS_PREFIX}{parent.__name__}"
     namespace = {
@@ -257,7 +258,7 @@ def config_class(model_type: str) -> Any:
 
 @functools.cache
 def model_class(model_type: str) -> Any:
-    """The class of converted models of a family, from the parent's `model_type`."""
+    """Returns the class of a family's converted models, from the parent's `model_type`."""
     parent = parent_class(model_type)
     name = f"{_CLASS_PREFIX}{parent.__name__}"
     namespace = {
@@ -270,12 +271,12 @@ def model_class(model_type: str) -> Any:
 
 
 def parent_class(model_type: str) -> Any:
-    """The family's own causal language model class."""
+    """Returns the family's own causal language model class."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
 
 
 def _register_model(config: Any) -> None:
-    """Registered when a configuration is first read, since a model class pulls in its family's modules."""
+    """Registers a model class when its configuration is first read, since the class imports its family's modules."""
     model = model_class(config.model_type.removeprefix(CONVERTED_PREFIX))
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
@@ -287,7 +288,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes by name (`LayerBoostLlamaConfig`, `LayerBoostLlamaForCausalLM`), as pickles and remote code ask."""
+    """Returns a class by its name, such as `LayerBoostLlamaConfig`, which pickles and remote code ask for."""
     if name.startswith(_CLASS_PREFIX):
         for model_type in supported_families():
             if name == f"{_CLASS_PREFIX}{CONFIG_MAPPING[model_type].__name__}":

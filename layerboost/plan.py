@@ -1,4 +1,4 @@
-"""Plans: which treatment each layer's attention gets."""
+"""Defines plans, which assign a treatment to each layer's attention."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .registry import OpenName, Registry, check_plugins, resolved, used_plugins
 
 
 class PlanError(ValueError):
-    """A plan that cannot be meant: the message names the value and the remedy."""
+    """Reports an invalid plan; the message names the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class TreatmentEntry:
-    """What is known of a treatment wherever it is named, drawn, counted or computed.
+    """Describes a treatment to all code that names, draws, counts or computes it.
 
     Attributes:
-        name: as recipes and tables have it; also of the submodule that holds its weights, if it has some.
-        letter: of plan strings, one capital letter.
-        summary: one line for messages and help.
-        mechanism: how a layer computes with it: a `layerboost.treatments.Mechanism`, or where one is (`module:name`).
-        fill, ink: colours of a layer in pictures, and of its letter on it.
-        needs_window: whether it looks at the plan's window.
-        has_weights: whether it has parameters of its own, which attention transfer fits before healing.
-        is_middle: whether it may stand between removal and softmax (`search.middle`).
-        depth: how much of softmax attention is taken away, from 0 (softmax) to 1 (none): baselines deal out the deepest
-            first.
+        name: Name in recipes and tables, and of the submodule that holds its weights, if it has any.
+        letter: Its letter in plan strings, a capital letter.
+        summary: One line for messages and help.
+        mechanism: A `layerboost.treatments.Mechanism`, which says how a layer computes with it, or a reference to one
+            (`module:name`).
+        fill, ink: Colours of a layer in pictures, and of its letter on it.
+        needs_window: Whether it uses the plan's window.
+        has_weights: Whether it has additional parameters, which attention transfer fits before healing.
+        is_middle: Whether it may be used between removal and softmax (`search.middle`).
+        depth: How much of softmax attention it takes away, from 0 (softmax) to 1 (none). Baselines assign the deepest
+            treatments first.
     """
 
     name: str
@@ -95,17 +96,17 @@ TREATMENTS: Registry[TreatmentEntry] = Registry(
     ),
     unique=("letter",),
 )
-"""What may become of a layer's attention, in the order of columns and legends; plug-ins add theirs behind these."""
+"""The treatments of a layer's attention, in the order of columns and legends; plug-ins append to them."""
 
 
 class Treatment(OpenName):
-    """What becomes of one layer's attention: a name of `TREATMENTS`, one object each."""
+    """Names the treatment of one layer's attention; there is one object for each name in `TREATMENTS`."""
 
     __slots__ = ()
     registry = TREATMENTS
 
     SOFTMAX: ClassVar[Treatment]
-    """Kept as the parent has it."""
+    """Attention stays as the parent has it."""
     LINEAR_WINDOW: ClassVar[Treatment]
     """Softmax inside a sliding window, linear attention over everything older, one shared denominator."""
     WINDOW: ClassVar[Treatment]
@@ -131,7 +132,7 @@ class Treatment(OpenName):
 
     @property
     def mechanism(self) -> Any:
-        """How a layer computes with it, a `Mechanism`; imports torch."""
+        """The `Mechanism` by which a layer computes with it; reading it imports torch."""
         return resolved(self.entry.mechanism, __package__)
 
 
@@ -140,15 +141,15 @@ Treatment.WINDOW, Treatment.NONE = Treatment("window"), Treatment("none")
 
 
 def letters_help(separator: str = ", ") -> str:
-    """Every letter with its treatment, such as `S (softmax), N (none)`."""
+    """Returns every letter with its treatment, such as `S (softmax), N (none)`."""
     return separator.join(f"{entry.letter} ({entry.name})" for entry in TREATMENTS)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One treatment for each layer, first layer first, and the window in tokens that the windowed ones share.
+    """Assigns a treatment to each layer, first layer first; all windowed layers share one window, in tokens.
 
-    `window` is None where no layer needs one, so that equal plans are equal objects with equal ids.
+    `window` is None if no layer needs one, so that equal plans are equal objects with equal ids.
     """
 
     treatments: tuple[Treatment, ...]
@@ -171,7 +172,7 @@ class Plan:
         """Reads a plan string such as `NSSLLN`.
 
         Raises:
-            PlanError: a letter that no treatment has, no letters, or a window missing for a windowed treatment.
+            PlanError: A letter belongs to no treatment, there are no letters, or a windowed treatment has no window.
         """
         letters = text.strip().upper()
         by_letter = {entry.letter: entry.name for entry in TREATMENTS.built_in()}
@@ -186,7 +187,7 @@ class Plan:
         return cls((treatment,) * n_layers, window)
 
     def with_layer(self, layer: int, treatment: Treatment, window: int | None = None) -> Plan:
-        """The same plan with one layer treated otherwise; `window` is needed where the plan has none yet."""
+        """Returns the plan with another treatment of one layer; `window` is needed if the plan has none yet."""
         treatments = list(self.treatments)
         treatments[layer] = treatment
         return Plan(tuple(treatments), self.window if window is None else window)
@@ -201,12 +202,12 @@ class Plan:
 
     @property
     def has_weights(self) -> bool:
-        """Whether any layer gets parameters of its own, which attention transfer fits."""
+        """Whether any layer gets additional parameters, which attention transfer fits."""
         return any(treatment.has_weights for treatment in set(self.treatments))
 
     @property
     def plugins(self) -> dict[str, str]:
-        """Name and version of the plug-ins that its treatments come from."""
+        """The plug-ins of its treatments, version by name."""
         return used_plugins((TREATMENTS, treatment.value) for treatment in dict.fromkeys(self.treatments))
 
     def to_dict(self) -> dict:
@@ -214,11 +215,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
-        """The plan that `to_dict` wrote, or that a checkpoint's configuration holds.
+        """Reads a plan that `to_dict` wrote, or that a checkpoint's configuration holds.
 
         Raises:
-            PlanError: not a plan; see `parse`.
-            ValueError: it names plug-ins (`plugins`: version by name) that are not there.
+            PlanError: The data hold no valid plan; see `parse`.
+            ValueError: The data name plug-ins (`plugins`: version by name) that are not installed.
         """
         check_plugins(data.get("plugins") or {}, f"the plan {data['plan']}")
         return cls.parse(data["plan"], data.get("window"))
@@ -242,14 +243,14 @@ def plan_from_thresholds(
     """Sorts layers into the three tiers by their sensitivity (LayerBoost's rule).
 
     Args:
-        drops: sensitivity of each layer to the removal of its attention, first layer first; positive is worse.
-        remove_below: layers whose drop is below this lose their attention.
-        keep_above: layers whose drop is at or above this keep softmax attention.
-        middle: treatment of the layers between the two.
-        window: window in tokens for the middle treatment.
+        drops: Sensitivity of each layer to the removal of its attention, first layer first; positive is worse.
+        remove_below: Layers whose drop is below this lose their attention.
+        keep_above: Layers whose drop is at or above this keep softmax attention.
+        middle: Treatment of the layers between the two.
+        window: Window in tokens for the middle treatment.
 
     Raises:
-        PlanError: the thresholds are crossed.
+        PlanError: `remove_below` is above `keep_above`.
     """
     if remove_below > keep_above:
         raise PlanError(f"remove_below: {remove_below} is above keep_above {keep_above}; swap or move them apart")

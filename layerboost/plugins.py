@@ -1,8 +1,9 @@
-"""Plug-ins: packages of others that add treatments, scores, searchers, divergences and engines.
+"""Loads plug-ins: other packages that add treatments, scores, searchers, divergences and engines.
 
 A plug-in is a distribution with an entry point in the group `layerboost.plugins`: a callable without arguments that
-adds entries to registries. It is called once in each process that reads a registry, be it the command line, the driver,
-a worker or whatever loads a checkpoint. It should import nothing heavy: a description may refer to code by name.
+adds entries to registries. It is called once in each process that reads a registry: the command line, the driver, a
+worker, or any program that loads a checkpoint. It should import nothing heavy, because a description may refer to code
+by name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GROUP = "layerboost.plugins"
 
 
 class PluginError(ValueError):
-    """A plug-in that fails, conflicts with another one, or is missing; the message names it and the remedy."""
+    """Reports a plug-in that fails, conflicts with another one, or is missing; the message names it and the remedy."""
 
 
 _lock = threading.RLock()
@@ -31,13 +32,14 @@ def load_plugins() -> None:
     """Calls the entry point of every installed plug-in, in the order of their names; does nothing the second time.
 
     Raises:
-        PluginError: one fails or conflicts. It is raised again whenever a registry is read, since entries are missing.
+        PluginError: A plug-in fails or conflicts. It is raised again whenever a registry is read, because entries are
+            missing.
     """
     global _is_loading, _is_loaded, _failure
     if _is_loaded:
         return
     with _lock:
-        if _is_loaded or _is_loading:  # a plug-in that reads a registry sees what is there so far
+        if _is_loaded or _is_loading:  # a plug-in that reads a registry while loading sees the entries so far
             return
         if _failure is not None:
             raise PluginError(_failure)
@@ -56,17 +58,17 @@ def load_plugins() -> None:
 
 @functools.cache
 def installed_plugins() -> dict[str, str]:
-    """Name and version of every distribution that has an entry point in the group; loads none of them."""
+    """Returns every distribution with an entry point in the group, version by name; it loads none of them."""
     found = {_plugin(point) for point in importlib.metadata.entry_points(group=GROUP)}
     return {plugin.name: plugin.version for plugin in sorted(found, key=str)}
 
 
 def check_required(required: Mapping[str, str], what: str) -> None:
-    """Raises PluginError where a plug-in that `what` was made with is not installed here.
+    """Raises PluginError if a plug-in that `what` was made with is not installed here.
 
     Args:
-        required: version by name.
-        what: what needs them, as a message calls it.
+        required: Versions of the plug-ins, by name.
+        what: Name for messages of the object that needs them.
     """
     installed = installed_plugins()
     for name, version in required.items():

@@ -1,6 +1,6 @@
-"""Open vocabularies: registries of frozen descriptions, which this package fills and plug-ins add to.
+"""Implements open vocabularies: registries of frozen descriptions, which this package fills and plug-ins add to.
 
-A checkpoint carries a copy of this file; what finds plug-ins (`plugins.py`) stays behind, so a copy knows none.
+A checkpoint carries a copy of this file, but not `plugins.py`, which finds plug-ins; so such a copy knows no plug-ins.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 
 class UnknownEntryError(ValueError):
-    """A name that no entry has; the message gives the nearest name and lists all."""
+    """Reports a name that no entry has; the message gives the nearest name and lists all."""
 
 
 class DuplicateEntryError(ValueError):
-    """An entry whose name, or another property that must be unique, is taken; the message says by whom."""
+    """Reports an entry whose name, or another property that must be unique, is taken; the message says by whom."""
 
 
 class EntryReferenceError(ValueError):
-    """A description that refers to code which cannot be loaded; the message names the code and the remedy."""
+    """Reports a description whose code cannot be loaded; the message names the code and the remedy."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """The installed distribution that a plug-in comes from."""
+    """Names the installed distribution that a plug-in comes from."""
 
     name: str
     version: str
@@ -38,7 +38,7 @@ class Plugin:
 
 
 class Named(Protocol):
-    """An entry of a registry: a frozen dataclass with a name."""
+    """Describes an entry of a registry: a frozen dataclass with a name."""
 
     @property
     def name(self) -> str: ...
@@ -51,7 +51,7 @@ _ADDING: ContextVar[Plugin | None] = ContextVar("adding", default=None)
 
 @contextlib.contextmanager
 def adding(plugin: Plugin) -> Iterator[None]:
-    """Every entry that is added inside the block belongs to `plugin`."""
+    """Assigns every entry that is added inside the block to `plugin`."""
     token = _ADDING.set(plugin)
     try:
         yield
@@ -60,14 +60,14 @@ def adding(plugin: Plugin) -> Iterator[None]:
 
 
 class Registry(Generic[Entry]):
-    """Frozen descriptions by name: the built-in ones first, then those of plug-ins.
+    """Holds frozen descriptions by name: the built-in ones first, then those of plug-ins.
 
     Reading it loads the plug-ins of this process, once.
 
     Args:
-        kind: what one entry is, in the singular, as messages call it.
-        entries: the built-in ones, in the order that lists and columns have.
-        unique: further attributes that no two entries may share.
+        kind: Name of one entry in messages, in the singular.
+        entries: The built-in entries, in the order of lists and columns.
+        unique: Further attributes that no two entries may share.
     """
 
     def __init__(self, kind: str, entries: Iterable[Entry] = (), *, unique: tuple[str, ...] = ()):
@@ -75,13 +75,13 @@ class Registry(Generic[Entry]):
         self._entries: dict[str, Entry] = {}
         self._plugins: dict[str, Plugin] = {}
         for entry in entries:
-            self._insert(entry, None)  # built in, even where a plug-in is the first to import the module
+            self._insert(entry, None)  # these entries are built in, even if a plug-in imports the module first
 
     def add(self, entry: Entry) -> Entry:
-        """Adds an entry and gives it back.
+        """Adds an entry and returns it.
 
         Raises:
-            DuplicateEntryError: another entry has its name, or shares what must be unique.
+            DuplicateEntryError: Another entry has its name, or shares an attribute that must be unique.
         """
         return self._insert(entry, _ADDING.get())
 
@@ -101,23 +101,23 @@ class Registry(Generic[Entry]):
         return entry
 
     def names(self) -> tuple[str, ...]:
-        """The names of all entries, in order."""
+        """Returns the names of all entries, in order."""
         _load_plugins()
         return tuple(self._entries)
 
     def built_in(self) -> tuple[Entry, ...]:
-        """The entries of this package alone; loads no plug-in."""
+        """Returns only the entries of this package; it loads no plug-in."""
         return tuple(entry for name, entry in self._entries.items() if name not in self._plugins)
 
     def plugin_of(self, name: str) -> Plugin | None:
-        """The plug-in that an entry comes from; None for a built-in one."""
+        """Returns the plug-in that an entry comes from; None for a built-in one."""
         return self._plugins.get(self[name].name)
 
     def __getitem__(self, name: str) -> Entry:
-        """The entry of a name.
+        """Returns the entry of a name.
 
         Raises:
-            UnknownEntryError: there is none.
+            UnknownEntryError: No entry has this name.
         """
         if name in self._entries and name not in self._plugins:
             return self._entries[name]  # a built-in entry needs no plug-in to be loaded
@@ -153,7 +153,7 @@ class _OpenNames(type):
 
 
 class OpenName(str, metaclass=_OpenNames):
-    """The name of an entry of one registry; it equals and hashes as its text does, and pickles by it.
+    """Represents the name of an entry of one registry; it compares, hashes and pickles like its text.
 
     There is one object for each name, so that names may be compared by `is`. A subclass sets `registry`.
     """
@@ -184,22 +184,22 @@ class OpenName(str, metaclass=_OpenNames):
 
 
 def used_plugins(used: Iterable[tuple[Registry[Any], str]]) -> dict[str, str]:
-    """Name and version of the plug-ins that some entries come from, sorted; empty where all are built in."""
+    """Returns the plug-ins that some entries come from, version by name and sorted; empty if all are built in."""
     found = {registry.plugin_of(name) for registry, name in used}
     return {plugin.name: plugin.version for plugin in sorted(found - {None}, key=str) if plugin is not None}
 
 
 def resolved(reference: Any, package: str | None = None) -> Any:
-    """What a description refers to: `module:attribute` is imported now, anything else is given back as it is.
+    """Returns the object that a description refers to; imports `module:attribute`, and returns any other value as is.
 
     A reference keeps a description light: names and letters are known without importing torch.
 
     Args:
-        reference: such as `my_package.attention:MEAN`, or `.treatments:WINDOW` relative to `package`.
-        package: that relative references start from.
+        reference: A reference such as `my_package.attention:MEAN`, or `.treatments:WINDOW` relative to `package`.
+        package: The package that relative references start from.
 
     Raises:
-        EntryReferenceError: what a plug-in refers to cannot be loaded; the message names it.
+        EntryReferenceError: The code that a plug-in refers to cannot be loaded; the message names it.
     """
     if not isinstance(reference, str):
         return reference
@@ -216,9 +216,9 @@ def resolved(reference: Any, package: str | None = None) -> Any:
 
 
 def check_plugins(required: Mapping[str, str], what: str) -> None:
-    """Raises a ValueError where plug-ins that `what` was made with, version by name, are not there.
+    """Raises a ValueError unless the plug-ins that `what` was made with, version by name, are available.
 
-    A checkpoint that is loaded by its own copy of this file has no plug-ins: they need this package to be installed.
+    A checkpoint that is loaded by its own copy of this file has no plug-ins, because they need this package installed.
     """
     if not required:
         return
@@ -238,7 +238,7 @@ def _load_plugins() -> None:
 
 
 def _plugins() -> Any:
-    """The module that knows plug-ins; None in a copy of this file inside a checkpoint, which stands alone."""
+    """Returns the module that finds plug-ins; None in a checkpoint's copy of this file, which has no such module."""
     try:
         return importlib.import_module(".plugins", __package__)
     except ModuleNotFoundError as error:

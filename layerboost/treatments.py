@@ -1,6 +1,6 @@
-"""How a layer computes with each treatment: what `plan.TREATMENTS` refers to as its mechanism.
+"""Defines the mechanisms by which a layer computes with each treatment; `plan.TREATMENTS` refers to them.
 
-A treatment attends in one of three ways. It may leave the family's own code as it is (`native`), exchange the function
+A treatment works in one of three ways. It may leave the family's own code unchanged (`native`), exchange the function
 between the family's projections (`pairs`, `whole`, `step`), or put another module in the attention's place (`replace`).
 
 Shapes are those of `attention.py`: B batch, H query heads, K key/value heads, T query tokens, S key tokens (the last T
@@ -34,20 +34,20 @@ from .families import head_dim, kv_heads
 
 @dataclass
 class AttentionCall:
-    """One treated attention module's part of a forward pass.
+    """Holds the inputs of one treated attention module in a forward pass.
 
     Attributes:
         query: (B, H, T, D).
-        key, value: (B, K, S, D), what the layer's cache gave: for one token the slots that it keeps, in any order.
-        scaling: of the scores.
-        window: the window in tokens that the layer sees now; None where the treatment needs none.
-        weights: the module of the treatment's own parameters; None where it has none.
-        cache: the layer's part of the cache; None in passes without one.
-        valid: (B, all tokens so far) bool, False for padding; None where there is none.
-        segments: (B, T) integer; tokens of different segments do not see each other; None where all do.
-        softcap: as in `attention.naive_attention`.
-        dropout: probability of dropping an attention weight.
-        zeroed: branch of linear_window that is left out, `linear` or `window`.
+        key, value: (B, K, S, D), as the layer's cache returned them; for one token these are its slots in any order.
+        scaling: Factor of the scores.
+        window: Window in tokens that the layer sees now; None if the treatment needs none.
+        weights: Module with the treatment's own parameters; None if it has none.
+        cache: The layer's part of the cache; None in passes without a cache.
+        valid: (B, all tokens so far) bool, False for padding; None if there is no padding.
+        segments: (B, T) integer; tokens of different segments do not see each other; None if all tokens do.
+        softcap: As in `attention.naive_attention`.
+        dropout: Probability of dropping an attention weight.
+        zeroed: Branch of linear_window that is left out, `linear` or `window`.
     """
 
     query: torch.Tensor
@@ -65,16 +65,16 @@ class AttentionCall:
 
     @property
     def is_step(self) -> bool:
-        """Whether this is one token behind those that the cache keeps."""
+        """Whether this call is for one token that follows those in the cache."""
         return self.cache is not None and self.query.shape[2] == 1
 
     @property
     def valid_keys(self) -> torch.Tensor | None:
-        """(B, S) bool of the keys of a whole pass."""
+        """The validity (B, S) bool of the keys of a whole pass."""
         return None if self.valid is None else self.valid[:, -self.key.shape[2] :]
 
     def visible_slots(self) -> torch.Tensor | None:
-        """(B, 1, 1, S) bool of what the newest token sees of the cache's slots; None where that is all."""
+        """Returns which of the cache's slots the newest token sees, (B, 1, 1, S) bool; None if it sees all."""
         if self.valid is None:
             return None
         if isinstance(self.cache, WindowLayer):
@@ -85,7 +85,7 @@ class AttentionCall:
 
 
 class Pairs(Protocol):
-    """The definition of a treatment, with every pair of tokens written out."""
+    """Defines a treatment, with every pair of tokens written out."""
 
     def __call__(
         self,
@@ -99,15 +99,17 @@ class Pairs(Protocol):
         weights: Any = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attends.
+        """Computes the attention output.
 
         Args:
             query: (B, H, T, D).
             key, value: (B, K, S, D).
-            inside: bool, broadcasts to (B, T, S): keys inside the query's window, or all that it may see where the
-                treatment has no window. Each query sees at least its own.
-            older: the same for the keys older than the window; None unless `sees_older`.
-            weights: the module of the treatment's own parameters.
+            inside: Bool that broadcasts to (B, T, S): keys inside the query's window, or all keys that it may see if
+                the treatment has no window. Each query sees at least its own key.
+            older: The same for the keys older than the window; None unless `sees_older`.
+            scaling: Factor of the scores.
+            weights: Module with the treatment's own parameters.
+            softcap: As in `attention.naive_attention`.
 
         Returns:
             (B, H, T, D) in the dtype of `query`.
@@ -115,7 +117,7 @@ class Pairs(Protocol):
 
 
 Attend = Callable[[AttentionCall], torch.Tensor]
-"""Gives the output (B, H, T, D) of one call."""
+"""Computes the output (B, H, T, D) of one call."""
 
 
 def _no_state(attention: Any) -> int:
@@ -124,25 +126,26 @@ def _no_state(attention: Any) -> int:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """How a layer computes with a treatment.
+    """Describes how a layer computes with a treatment.
 
     Attributes:
-        pairs: its definition over pairs of tokens. It is the reference that faster forms are compared with, and what
-            sweeps over prompts that share their beginnings compute.
-        native: whether the layer keeps the family's own attention, which `pairs` then only describes.
-        whole: attends over a whole sequence, or over a prompt behind the tokens that a cache keeps; `pairs` if None.
-        step: attends for one token with a cache; `pairs` over the cache's slots if None.
-        cache: makes what the layer keeps between tokens, from the window. If None, keys and values are kept: of the
-            window where the treatment needs one, else of all tokens.
-        weights: makes the module of its own parameters, from the attention module and the model's config. The module
-            holds them itself and has `reset_parameters()`.
-        replace: makes the module that stands in the attention's place, from the same two. It takes `hidden_states` and
-            gives a pair: what is added to the residual, and None. Own parameters are in a submodule that is named as
-            the treatment, made as in `weights`.
-        keeps_norms: whether a replaced attention keeps the norms that only it used.
-        sees_older: whether tokens older than the window are seen too.
-        keeps_keys: whether the cache keeps keys and values: of the window where there is one, else of all tokens.
-        state_values: numbers in fp32 that the cache keeps for one sequence of any length, from the attention module.
+        pairs: Its definition over pairs of tokens. Faster forms are compared with it, and sweeps over prompts with
+            shared beginnings compute it.
+        native: Whether the layer keeps the family's own attention; `pairs` then only describes it.
+        whole: Computes a whole sequence, or a prompt that follows the tokens in a cache; None uses `pairs`.
+        step: Computes one token with a cache; None uses `pairs` over the cache's slots.
+        cache: Makes the layer's part of the cache, from the window. If None, the cache keeps keys and values: those of
+            the window if the treatment needs one, else those of all tokens.
+        weights: Makes the module with its own parameters, from the attention module and the model's config. The module
+            holds them directly and has `reset_parameters()`.
+        replace: Makes the module that replaces the attention, from the same two arguments. The module takes
+            `hidden_states` and returns a pair: the addition to the residual, and None. Its own parameters are in a
+            submodule with the name of the treatment, made as in `weights`.
+        keeps_norms: Whether a replaced attention keeps the norms that only it used.
+        sees_older: Whether tokens older than the window are seen too.
+        keeps_keys: Whether the cache keeps keys and values, of the window if there is one, else of all tokens.
+        state_values: Returns the number of fp32 values that the cache keeps for one sequence of any length, from the
+            attention module.
     """
 
     pairs: Pairs | None = None
@@ -163,11 +166,11 @@ class Mechanism:
 
     @property
     def attends(self) -> bool:
-        """Whether it exchanges the function between the family's projections."""
+        """Whether it replaces the function between the family's projections."""
         return self.pairs is not None and not self.native
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
-        """The output (B, H, T, D) of one call, by the form that fits it."""
+        """Computes the output (B, H, T, D) of one call, by the form that fits the call."""
         assert self.pairs is not None
         if call.is_step:
             return self.step(call) if self.step else step_by_pairs(self.pairs, call)
@@ -175,7 +178,7 @@ class Mechanism:
 
 
 def whole_by_pairs(pairs: Pairs, call: AttentionCall, *, sees_older: bool = False) -> torch.Tensor:
-    """Attends over a whole sequence, or behind the window that a cache keeps, with every pair of tokens written out."""
+    """Computes a whole sequence, or tokens that follow a cache's window, with every pair of tokens written out."""
     inside, seen = seen_pairs(call.query, call.key, call.window, call.valid_keys, call.segments)
     older = seen & ~inside if sees_older else None
     settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
@@ -183,7 +186,7 @@ def whole_by_pairs(pairs: Pairs, call: AttentionCall, *, sees_older: bool = Fals
 
 
 def step_by_pairs(pairs: Pairs, call: AttentionCall) -> torch.Tensor:
-    """Attends for one token over all keys that the cache keeps."""
+    """Computes the attention of one token over all keys in the cache."""
     visible = call.visible_slots()
     every = torch.ones(call.query.shape[0], 1, call.key.shape[2], dtype=torch.bool, device=call.query.device)
     settings = {"scaling": call.scaling, "weights": call.weights, "softcap": call.softcap}
@@ -201,7 +204,7 @@ def softmax_pairs(
     weights: Any = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax over the keys inside; see `Pairs`."""
+    """Applies softmax over the keys inside; see `Pairs`."""
     return dense_attention(query, key, value, inside, None, scaling=scaling, softcap=softcap)
 
 
@@ -216,7 +219,7 @@ def _linear_window_pairs(
     weights: Any = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax over the keys inside, linear attention over the older ones; see `Pairs`."""
+    """Applies softmax over the keys inside and linear attention over the older ones; see `Pairs`."""
     return dense_attention(query, key, value, inside, older, scaling=scaling, feature_map=weights, softcap=softcap)
 
 
@@ -296,15 +299,15 @@ def _feature_state_values(attention: Any) -> int:
 
 
 class NoAttention(nn.Module):
-    """Stands where a layer's attention was: adds nothing to the residual, owns nothing, caches nothing."""
+    """Replaces a layer's attention by nothing: it adds zero to the residual and has no parameters and no cache."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
 def no_cache(window: int | None) -> Any:
-    """What a layer keeps that keeps nothing."""
-    return cache_utils.DummyLayer()  # looked up late: vLLM's older transformers has none
+    """Makes the cache of a layer that keeps nothing."""
+    return cache_utils.DummyLayer()  # looked up here because the older transformers of vLLM does not have this class
 
 
 SOFTMAX = Mechanism(softmax_pairs, native=True)

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of: the error that every mistake becomes, and types of fields."""
+"""Defines the base class of a recipe's sections, and the types and checks of their fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_SEQUENCE_TOKENS = 512
 
 
 def as_number(value: Any) -> Any:
-    """YAML reads `1e7` as a text, and `true` would silently become 1."""
+    """Turns a text such as `1e7`, as YAML reads it, into a number; refuses `true`, which would silently become 1."""
     if isinstance(value, bool):
         raise ValueError("must be a number")
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
@@ -33,12 +33,12 @@ def as_number(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class AutoOr:
-    """A check that lets `auto` pass, and numbers of a kind from a least one on.
+    """Checks that a value is `auto`, or a number of a kind that is not below a minimum.
 
     Attributes:
         kind: `int` for whole numbers.
-        minimum: the least number.
-        words: what else than `auto` it takes, for the message.
+        minimum: The smallest number allowed.
+        words: Description of the allowed numbers, for the message.
     """
 
     kind: type[int | float]
@@ -58,14 +58,14 @@ class AutoOr:
 
 
 def unique_entries(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Refuses a list that names something twice."""
+    """Refuses a list that names an entry twice."""
     if len(set(value)) != len(value):
         raise ValueError("names the same entry twice; keep one")
     return value
 
 
 class OneOf:
-    """A check of a name against those that may stand there, like the type `Literal`, for names that plug-ins add to.
+    """Checks a name against a list of allowed names, like the type `Literal`, but with names that plug-ins can add.
 
     Args:
         names: Names, or functions that give some; they are called when a value is checked or the schema is written.
@@ -75,7 +75,7 @@ class OneOf:
         self._names = names
 
     def known(self) -> list[str]:
-        """Returns the names that may stand there, in order."""
+        """Returns the allowed names, in order."""
         return [name for given in self._names for name in ([given] if isinstance(given, str) else given())]
 
     def __call__(self, value: Any) -> str:
@@ -107,14 +107,14 @@ AutoCount = Annotated[int | Literal["auto"], BeforeValidator(AutoOr(int, 1, "a w
 
 
 class Section(BaseModel):
-    """A frozen mapping of known fields."""
+    """Represents a section of a recipe: a frozen mapping of known fields."""
 
-    # `model_` is pydantic's own prefix; the recipe's first section is called `model`.
+    # Pydantic protects the prefix `model_`, but the recipe's first section is called `model`.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def resolve_sequence_tokens(sequence_tokens: int | None, context_tokens: int | None) -> int:
-    """The tokens of a sequence: as asked, else 512 or the model's context where that is shorter."""
+    """Returns the tokens of a sequence: the given number, else 512 or the model's context if that is shorter."""
     if sequence_tokens is not None:
         return sequence_tokens
     return min(DEFAULT_SEQUENCE_TOKENS, context_tokens or DEFAULT_SEQUENCE_TOKENS)

@@ -1,4 +1,4 @@
-"""The recipe's `healing` section: what is distilled on what, by which loss, and what it is compared with."""
+"""Defines the recipe's `healing` section: which plans are distilled, on which text, by which loss, against what."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Weight = Annotated[Number, Field(ge=0)]
 
 
 class HealingText(Section):
-    """One source of the text that plans are healed on.
+    """Describes one source of the text that plans are healed on.
 
     Attributes:
-        path: a local `.txt`, `.jsonl` or `.parquet` file or a hub dataset; not given for `sampled` text.
-        weight: the source's share of the tokens, relative to the others'; 1 where a file names none. `sampled` text
-            must name one.
-        split: the split of a hub dataset; `healing.split` where it is not given.
-        field: the field of a record that holds the text or the conversation; `healing.field` where it is not given.
-        format: `text`, `chat` (lists of role and content; the assistant's tokens alone are learnt) or `sampled` (text
+        path: a local `.txt`, `.jsonl` or `.parquet` file or a hub dataset; `sampled` text has no path.
+        weight: the source's share of the tokens, relative to the other sources. The default is 1, but `sampled` text
+            must name a weight.
+        split: the split of a hub dataset; the default is `healing.split`.
+        field: the field of a record that holds the text or the conversation; the default is `healing.field`.
+        format: `text`, `chat` (lists of role and content; only the assistant's tokens are learnt) or `sampled` (text
             that the parent itself writes).
-        temperature: temperature at which `sampled` text is written; 1 where it is not given.
+        temperature: temperature at which `sampled` text is written; the default is 1.
     """
 
     path: Name | None = None
@@ -54,7 +54,7 @@ class HealingText(Section):
     temperature: Annotated[Number, Field(gt=0)] | None = None
 
     def source(self) -> TextSource:
-        """A file or hub dataset as healing takes it."""
+        """Returns a file or hub dataset as healing takes it."""
         from layerboost.text.sources import TextSource
 
         assert self.path is not None and self.format != SAMPLED
@@ -62,15 +62,15 @@ class HealingText(Section):
 
 
 class HalvingSection(Section):
-    """Successive halving over tokens: many plans are healed on a part of the budget, and the most promising go on.
+    """Applies successive halving over tokens: it heals many plans on a part of the budget and keeps the best.
 
-    Each rung is a healing of its own with more tokens; the last, on the whole budget, is that of `healing.candidates`.
-    Shares of the budget rise and numbers of plans fall in equal ratios.
+    Each rung heals its plans from the start with more tokens; the last one heals `healing.candidates` plans on the
+    whole budget. Shares of the budget rise and numbers of plans fall in equal ratios.
 
     Attributes:
-        plans: how many plans are healed in the first rung; more than `healing.candidates`.
+        plans: number of plans that are healed in the first rung; more than `healing.candidates`.
         first: the first rung's share of the budget.
-        rungs: how many rungs there are before the whole budget.
+        rungs: number of rungs before the whole budget.
     """
 
     plans: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 18
@@ -79,62 +79,62 @@ class HalvingSection(Section):
 
 
 def _or_one_name(schema: dict[str, Any]) -> None:
-    """Says in a JSON Schema that a name stands for a list of one source."""
+    """Allows in a JSON Schema a name in place of a list with one source."""
     listed = {name: schema.pop(name) for name in ("items", "type")}
     schema["anyOf"] = [{"type": "string", "minLength": 1}, listed, {"type": "null"}]
 
 
 class HealingSection(Section):
-    """Distillation from the untouched parent, or from a larger teacher.
+    """Configures distillation from the untouched parent, or from a larger teacher.
 
     The fields from `zero_stage` on change memory and safety and no result.
 
     Attributes:
-        tokens: budget of each healed plan, over both phases; 0 heals nothing.
+        tokens: budget of each healed plan in tokens, over both phases; 0 heals nothing.
         text: a file or hub name, or a list of sources that are mixed by weight.
         split: the split of hub datasets that name none.
-        field: the field of sources that name none; `text`, or `messages` for conversations, where it is not given.
-        documents: `apart` keeps attention inside each of the documents that a sequence is packed from; `joined` lets it
+        field: the field of sources that name none; the default is `text`, or `messages` for conversations.
+        documents: a sequence is packed from documents; `apart` keeps attention inside each document, `joined` lets it
             read across them.
-        candidates: how many searched plans are healed on the whole budget.
-        halving: heal many plans on few tokens and the most promising on all of them; off where it is not given.
+        candidates: number of searched plans that are healed on the whole budget.
+        halving: heal many plans on few tokens and the most promising on all of them; without a value this is off.
         baselines: plans by other rules that are healed on the same tokens: `window`, `linear_window`, `linear`,
             `interleaved_1/2` (any share below one), and at each candidate's own attention budget `interleaved`,
             `cosine`, `first`, `last`, `random` or `random:3`.
-        curve: shares of the budget at which quality is measured, beside 0 and 1; an empty list measures no curve.
-        teacher: a larger model of the same tokenizer to learn from, as a hub name or local folder; the parent where it
-            is not given.
+        curve: shares of the budget at which quality is measured, besides 0 and 1; an empty list measures no curve.
+        teacher: a larger model with the same tokenizer to learn from, as a hub name or local folder; the default is the
+            parent.
         teacher_revision: a branch, tag or commit of the teacher.
         method: `lora` trains adapters on every projection and merges them at the end; `full` trains every parameter of
             a copy.
         rank: rank of the adapters.
-        alpha: scale of the adapters; the rank where it is not given.
-        learning_rate: peak of the healing phase; where it is not given, 0.5 (`lora`) or 0.1 (`full`) divided by the
-            model's width.
+        alpha: scale of the adapters; the default is the rank.
+        learning_rate: peak learning rate of the healing phase; the default is 0.5 (`lora`) or 0.1 (`full`) divided by
+            the model's width.
         batch_sequences: sequences of one step, over all workers.
-        sequence_tokens: tokens in a sequence; 512, or the model's context where that is shorter, where it is not given.
-        transfer_fraction: share of the tokens for attention transfer, where a plan has linear_window layers.
-        transfer_learning_rate: peak of the transfer phase.
+        sequence_tokens: tokens in a sequence; without a value 512, or the model's context if that is shorter.
+        transfer_fraction: share of the tokens for attention transfer, for plans with linear_window layers.
+        transfer_learning_rate: peak learning rate of the transfer phase.
         divergence: divergence of the student's next token from the teacher's.
-        temperature: temperature that both logits are divided by in the divergence.
+        temperature: temperature by which the divergence divides the logits of both models.
         divergence_weight: weight of the divergence in the loss.
         cross_entropy_weight: weight of the text's own cross-entropy in the loss.
         hidden_weight: weight of the squared error of every layer's hidden state, relative to the teacher's variance.
         window_dropout: probability that a linear_window layer sees only a shorter window for one step, so that its
             linear branch must carry the rest.
         stop_when_flat: end a candidate early once two tenths of the budget bring less than this share of the fall of
-            its held-out divergence so far; the whole budget is spent where it is not given.
+            its held-out divergence so far; without a value the whole budget is spent.
         seed: seed of the adapters and of the order of the text.
-        zero_stage: DeepSpeed's ZeRO stage: 1 shares out the optimizer's state, 2 also the gradients, 3 also the
-            weights.
-        transfer: fit the feature maps of all linear_window layers in one pass, or each layer in a task of its own,
-            which needs less memory and gives the same.
-        micro_batch_sequences: most sequences that a worker runs at once; its whole share of a step where it is not
-            given.
+        zero_stage: DeepSpeed's ZeRO stage: 1 divides the optimizer's state among the workers, 2 also the gradients, 3
+            also the weights.
+        transfer: fit the feature maps of all linear_window layers in one pass (`together`), or each layer in a separate
+            task (`by_layer`), which needs less memory and gives the same result.
+        micro_batch_sequences: maximum number of sequences that a worker runs at once; the default is its whole share of
+            a step.
         offload_optimizer: keep the optimizer's state in the memory of the CPU. It needs `zero_stage` 1 or above.
         activation_checkpointing: run the student's layers again in the backward pass instead of keeping activations.
-        checkpoint_every_steps: steps between two checkpoints, from which an interrupted healing goes on.
-        max_failures: how many failures of its workers a healing survives.
+        checkpoint_every_steps: number of steps between two checkpoints, from which an interrupted healing resumes.
+        max_failures: number of worker failures that a healing survives.
     """
 
     tokens: CountOrZero = 0
@@ -164,7 +164,7 @@ class HealingSection(Section):
     window_dropout: Annotated[Number, Field(ge=0, le=1)] = 0.0
     stop_when_flat: Share | None = None
     seed: CountOrZero = 0
-    # What follows changes memory and safety, not results.
+    # The following fields change memory and safety, not results.
     zero_stage: Annotated[int, BeforeValidator(as_number), Field(ge=0, le=3)] = 2
     transfer: Literal["together", "by_layer"] = "together"
     micro_batch_sequences: Count | None = None
@@ -225,7 +225,7 @@ class HealingSection(Section):
         return self
 
     def named_sources(self) -> Iterator[tuple[str, HealingText]]:
-        """Each source with nothing left open, and what errors call it."""
+        """Yields each source with all its defaults filled in, and its name in errors."""
         for index, text in enumerate(self.text):
             name = "healing.text" if len(self.text) == 1 else f"healing.text[{index}].path"
             yield (
@@ -240,7 +240,7 @@ class HealingSection(Section):
             )
 
     def spec(self, context_tokens: int | None) -> HealingSpec:
-        """The section as `layerboost.healing.spec` takes it, for a model of so long a context."""
+        """Returns the section as `layerboost.healing.spec` takes it, for a model with this context length."""
         from layerboost.healing.spec import HealingSpec
 
         shared = {field.name for field in fields(HealingSpec)} & set(type(self).model_fields)

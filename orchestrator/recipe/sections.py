@@ -1,4 +1,4 @@
-"""The sections of a recipe but for `healing` and `constraints`: their fields, defaults, and what a value may be."""
+"""Defines the sections of a recipe, except `healing` and `constraints`: their fields, defaults and allowed values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _ordered_range(value: tuple[float, float]) -> tuple[float, float]:
 
 
 def _one_gpu_at_most(value: Any) -> Any:
-    """A second GPU would stand idle."""
+    """Refuses more than one GPU per worker, because a second one would stand idle."""
     if value != AUTO and value > 1:
         raise ValueError(
             "must be 1 or a fraction of it, since a worker computes on one GPU; "
@@ -58,19 +58,22 @@ def _plan_letters(value: str) -> str:
 
 
 def environment_folder(value: str) -> str:
-    """The folder of a virtual environment, of which the Python may be given: a link that must not be followed."""
+    """Returns the folder of a virtual environment, given the folder or its Python.
+
+    That Python is a link, which is not followed because its target lies outside the environment.
+    """
     path = Path(value)
     return str(path.parent.parent) if path.parent.name == "bin" and path.name.startswith("python") else value
 
 
 def ablations() -> list[str]:
-    """The treatments whose cost in a single layer can be measured: all that change a layer, the deepest first."""
+    """Returns the treatments whose cost in a single layer can be measured: all that change it, the deepest first."""
     changing = (entry for entry in TREATMENTS if entry.depth > 0)
     return [entry.name for entry in sorted(changing, key=lambda entry: -entry.depth)]
 
 
 def middles() -> list[str]:
-    """The treatments that may stand between removal and softmax."""
+    """Returns the treatments that may be used between removal and softmax."""
     return [entry.name for entry in TREATMENTS if entry.is_middle]
 
 
@@ -79,7 +82,7 @@ PlanLetters = Annotated[str, AfterValidator(_plan_letters)]
 
 
 class ModelSection(Section):
-    """The pretrained model.
+    """Names the pretrained model.
 
     Attributes:
         path: a hub name or a local folder with safetensors weights.
@@ -103,18 +106,18 @@ class ModelSection(Section):
 
 
 class QualitySection(Section):
-    """What the model is judged by: lm-eval tasks, a text, or both.
+    """Says what the model is judged by: lm-eval tasks, a text, or both.
 
     Attributes:
         tasks: names of lm-eval tasks, or paths of task files.
-        final_tasks: further tasks for the finalists alone. Tasks that have the model generate belong here, because they
-            are too slow to ask for every layer and plan.
-        limit: items of each task, counted from its first; all items where it is not given.
-        num_fewshot: examples in each prompt; each task's own number where it is not given.
+        final_tasks: further tasks for the finalists only. Tasks that let the model generate text belong here, because
+            they are too slow to ask for every layer and plan.
+        limit: number of items of each task, counted from its first; without a value all items are used.
+        num_fewshot: number of examples in each prompt; without a value each task uses its own number.
         text: a local `.txt`, `.jsonl` or `.parquet` file or a hub dataset, for likelihood and divergence.
-        sequences: how many sequences of the text are read.
-        sequence_tokens: tokens in a sequence; 512, or the model's context where that is shorter, where it is not given.
-        retrieval: distances in tokens over which finalists must find again what the text said. It needs `text`.
+        sequences: number of sequences of the text that are read.
+        sequence_tokens: tokens in a sequence; without a value 512, or the model's context if that is shorter.
+        retrieval: distances in tokens over which finalists must recall what the text said. It needs `text`.
         batch_size: sequences or requests in one forward pass.
     """
 
@@ -129,7 +132,7 @@ class QualitySection(Section):
     batch_size: Count = 8
 
     def spec(self, context_tokens: int | None) -> QualitySpec:
-        """The section as `layerboost.evaluation.evaluate` takes it, for a model of so long a context."""
+        """Returns the section as `layerboost.evaluation.evaluate` takes it, for a model with this context length."""
         from layerboost.evaluation.scores import QualitySpec
 
         return QualitySpec(
@@ -160,13 +163,13 @@ class AdaptiveSection(Section):
     Tiers are given by their sizes (`removed` and `middle`) or by thresholds (`remove_below` and `keep_above`).
 
     Attributes:
-        removed: how many of the least sensitive layers lose attention.
-        middle: how many of the next layers get the middle treatment.
+        removed: number of the least sensitive layers, which lose attention.
+        middle: number of the next layers, which get the middle treatment.
         remove_below: layers that drop less than this lose attention.
         keep_above: layers that drop at least this much keep softmax attention.
-        error: bound on the probability that any layer gets another tier than all items would give it.
-        first_items: items that every layer is scored on first.
-        seed: seed of the order of the items.
+        error: bound on the probability that any layer gets a different tier than all items would give it.
+        first_items: number of items that every layer is scored on first.
+        seed: seed for the order of the items.
     """
 
     removed: CountOrZero | None = None
@@ -198,16 +201,17 @@ class AdaptiveSection(Section):
 
 
 class SensitivitySection(Section):
-    """Which single-layer changes are scored, by what, and what else their ranking is compared with.
+    """Says which single-layer changes are scored, by which score, and what else their ranking is compared with.
 
     Attributes:
-        treatments: what each layer is tried with, one layer at a time. `none` must be among them.
-        score: the score that plans are made from. Where it is not given and there is no text, it is `margin`.
+        treatments: the treatments that each layer is tried with, one layer at a time. `none` must be among them.
+        score: the score that plans are made from. Without a value and without a text, it is `margin`.
         compare: measure every score that the quality section allows, and not only the chosen one.
         texts: further texts to rank the layers by.
-        context_tokens: further lengths of the sequences of the quality's text to rank the layers by.
-        shares: how many parts the items are cut into, which is what a lost worker can lose and how many workers can
-            help. `auto` goes by the tokens that the items hold, not by the workers (`layerboost.evaluation.shares`).
+        context_tokens: further sequence lengths of the quality's text to rank the layers by.
+        shares: number of parts into which the items are cut. A lost worker loses at most one part, and at most this
+            many workers can help. `auto` depends on the tokens of the items, not on the workers
+            (`layerboost.evaluation.shares`).
         adaptive: score layers by the chosen score until their tier is certain.
     """
 
@@ -225,12 +229,12 @@ class SensitivitySection(Section):
 
 
 class RefineSection(Section):
-    """Looks for better plans of the same speed: other layers treated, in equal numbers.
+    """Looks for better plans of the same speed, which treat other layers in equal numbers.
 
     Attributes:
         method: `greedy` evaluates the most promising swaps of two layers; `pairwise` measures pairs of layers first and
             searches a quadratic model.
-        plans: how many plans are evaluated in all.
+        plans: total number of plans that are evaluated.
     """
 
     method: Literal["greedy", "pairwise"] = "greedy"
@@ -238,27 +242,26 @@ class RefineSection(Section):
 
 
 class SearchSection(Section):
-    """The search for plans.
+    """Configures the search for plans.
 
     Attributes:
         method: `thresholds` moves the paper's two thresholds (by `sampler`), `knapsack` takes the exact optimum of the
-            single layers' costs at each speed, `evolution` goes on from these over whole plans, `swaps` improves their
-            front by exchanging layers.
-        trials: how many plans are tried; with `thresholds`, how many pairs of thresholds.
-        objective: what is to be kept: the `score` that layers are judged by, or the `quality` of pareto.csv. With the
-            cosine score it is `quality`.
+            single layers' costs at each speed, `evolution` continues from these plans by varying whole plans, `swaps`
+            improves their front by exchanging layers.
+        trials: number of plans that are tried; with `thresholds`, number of pairs of thresholds.
+        objective: the value that the search keeps high: the `score` that layers are judged by, or the `quality` of
+            pareto.csv. With the cosine score it is `quality`.
         speed: `measured` fits the speed of all plans to the measured speed of `speed_plans` of them; `bytes` predicts
             it from the bytes that a decode step reads, which are the same on every machine.
-        speed_plans: how many plans are timed before a search by measured speed.
+        speed_plans: number of plans that are timed before a search by measured speed.
         middle: the treatment of layers between the two thresholds.
         window: the window of windowed layers, in tokens.
         seed: seed of the search.
-        sampler: what moves the thresholds: Optuna's TPE or NSGA-II.
-        remove_below: range `[low, high]` of the lower threshold; all drops and a margin around them where it is not
-            given.
-        keep_above: range `[low, high]` of the upper threshold; chosen in the same way where it is not given.
-        plans: plans to try in any case, each with one letter a layer: S softmax, L linear_window, W window, N none.
-        refine: improve the plans that would be healed; off where it is not given.
+        sampler: the sampler that moves the thresholds, Optuna's TPE or NSGA-II.
+        remove_below: range `[low, high]` of the lower threshold; without a value it spans all drops and a margin.
+        keep_above: range `[low, high]` of the upper threshold; without a value it is chosen in the same way.
+        plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none.
+        refine: improve the plans that would be healed; without a value this is off.
     """
 
     method: Annotated[str, OneOf(METHODS.names)] = "thresholds"
@@ -288,11 +291,11 @@ class SearchSection(Section):
 
 
 class LengthsSection(Section):
-    """Prompt lengths over which latency and memory of decoding are measured, beside the serving conditions.
+    """Lists prompt lengths at which latency and memory of decoding are measured, besides the serving conditions.
 
     Attributes:
         prompt_tokens: the lengths of the prompts.
-        concurrency: how many requests are decoded at once.
+        concurrency: number of requests that are decoded at once.
     """
 
     prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(unique_entries)]
@@ -300,19 +303,19 @@ class LengthsSection(Section):
 
 
 class ThroughputSection(Section):
-    """The serving conditions under which decoding is timed.
+    """Sets the serving conditions under which decoding is timed.
 
     Attributes:
-        engine: `transformers` times one batch, and decoding apart from prefill. `vllm` serves each model and has vLLM's
-            own client ask it. A server takes about a minute to start, so `search.speed: bytes` is the cheap way to
-            search with it; `measured` starts one server for each of `search.speed_plans`.
-        environment: folder of the virtual environment that has vllm, or its Python; the one that runs where it is not
-            given. Its place changes no result.
-        concurrency: how many requests are decoded at once, one serving condition for each number.
+        engine: `transformers` times one batch, and times decoding separately from prefill. `vllm` serves each model,
+            and vLLM's own client sends the requests. A server takes about a minute to start, so `search.speed: bytes`
+            is the cheap way to search with it; `measured` starts one server for each of `search.speed_plans`.
+        environment: folder of the virtual environment that has vllm, or its Python; without a value the running one is
+            used. Its location changes no result.
+        concurrency: numbers of requests that are decoded at once, one serving condition for each number.
         prompt_tokens: tokens of each prompt.
-        new_tokens: tokens that are decoded behind each prompt.
-        repeats: how often each condition is timed.
-        lengths: measure latency and memory over prompt lengths too; off where it is not given.
+        new_tokens: tokens that are decoded after each prompt.
+        repeats: number of times that each condition is timed.
+        lengths: measure latency and memory over prompt lengths too; without a value this is off.
     """
 
     engine: Annotated[str, OneOf(ENGINES.names)] = TRANSFORMERS
@@ -333,7 +336,7 @@ class ThroughputSection(Section):
 
 
 def _ray_labels(labels: dict[str, str]) -> dict[str, str]:
-    """Names and values as Ray takes them; its operators (`!`, `in(...)`) are not among them."""
+    """Checks that names and values are plain Ray labels; Ray's operators (`!`, `in(...)`) are refused."""
     for name, value in labels.items():
         is_name, is_value = re.fullmatch(r"([\w.-]+/)?[\w.-]+", name), re.fullmatch(r"\w([\w.-]*\w)?", value)
         if not (is_name and is_value):
@@ -345,7 +348,7 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(_ray_labels)]
 
 
 class LabelsSection(Section):
-    """Ray's labels of the nodes that each kind of work goes to; any node where none are given.
+    """Selects the nodes for each kind of work by Ray labels; without labels any node is used.
 
     Attributes:
         evaluate: labels for work that judges plans and writes text: sweeps, the search, finalists.
@@ -359,19 +362,19 @@ class LabelsSection(Section):
 
 
 class PlacementSection(Section):
-    """Where the work runs. It changes no number and no identity.
+    """Says where the work runs. It changes no number and no identity.
 
     Attributes:
-        workers: workers that judge plans; `auto` takes as many as fit on the cluster.
-        cpus_per_worker: CPUs of each of them; `auto` takes one beside a GPU, else shares out the CPUs of a node.
-        gpus_per_worker: GPUs of each of them, at most 1; `auto` takes one where a node has one.
-        healing_workers: workers that heal one plan; `auto` takes every GPU that a step has a sequence for, or one
-            worker with a node's CPUs.
-        activations_gib: bound on what a pass holds beside the weights, in GiB; `auto` takes half of a GPU's free
-            memory, 1 GiB on a CPU.
-        unit_timeout_s: seconds after which a unit of work, or a step of healing, is taken for hung and tried again;
-            `auto` takes twenty times what the run's estimate expects of it, and ten minutes at least.
-        labels: choose among the nodes of a cluster. Without a cluster they have no effect.
+        workers: number of workers that judge plans; `auto` takes as many as fit on the cluster.
+        cpus_per_worker: CPUs of each worker; `auto` takes one beside a GPU, else it divides the CPUs of a node.
+        gpus_per_worker: GPUs of each worker, at most 1; `auto` takes one if a node has one.
+        healing_workers: number of workers that heal one plan; `auto` takes every GPU that gets a sequence in each step,
+            or one worker with a node's CPUs.
+        activations_gib: bound on the memory of a pass besides the weights, in GiB; `auto` takes half of a GPU's free
+            memory, or 1 GiB on a CPU.
+        unit_timeout_s: seconds after which a unit of work, or a step of healing, counts as hung and is tried again;
+            `auto` takes twenty times the time in the run's estimate, and at least ten minutes.
+        labels: labels that choose among the nodes of a cluster. Without a cluster they have no effect.
     """
 
     workers: AutoCount = "auto"
