@@ -258,7 +258,8 @@ class SearchSection(Section):
         window: the window of windowed layers, in tokens.
         seed: seed of the search.
         sampler: the sampler that moves the thresholds, Optuna's TPE or NSGA-II.
-        remove_below: range `[low, high]` of the lower threshold; without a value it spans all drops and a margin.
+        remove_below: range `[low, high]` of the lower threshold; without a value it spans all drops and a margin around
+            them.
         keep_above: range `[low, high]` of the upper threshold; without a value it is chosen in the same way.
         plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none.
         refine: improve the plans that would be healed; without a value this is off.
