@@ -15,7 +15,7 @@ from layerboost.speed.decoding import kv_bytes_per_token
 
 def main(letters: str, folder: str) -> None:
     parent, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
-    # The converted model shares its parameters with the parent, which stays as it was.
+    # The converted model shares its parameters with the parent, which stays unchanged.
     converted = convert(parent, Plan.parse(letters, window=16))
     save_checkpoint(converted, tokenizer, folder)
 

@@ -1,4 +1,4 @@
-"""Measures what each layer's attention is worth on the embedded model, and makes a plan of it.
+"""Measures on the embedded model how much each layer's attention matters, and makes a plan from the result.
 
 python examples/sweep.py 32
 """
@@ -14,12 +14,12 @@ from layerboost.smallworld import MODEL, VALIDATION_TEXT
 
 
 def sweep(n_sequences: int) -> list[DropRow]:
-    """What the likelihood of a text loses in nats per token, layer by layer, when that layer's attention is removed."""
+    """Returns for each layer the loss of a text's likelihood, in nats per token, if its attention is removed."""
     model, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
     n_layers = model.config.num_hidden_layers
     spec = QualitySpec(text=VALIDATION_TEXT, n_sequences=n_sequences, sequence_tokens=256)
     plans = [single_layer_plan(n_layers, layer, Treatment.NONE) for layer in range(n_layers)]
-    # All plans go through the layers together, and what they share is computed once.
+    # All plans go through the layers together, so that shared computations are done once.
     base, *treated = PlanEvaluation(model, tokenizer, spec).run([Plan.uniform(Treatment.SOFTMAX, n_layers), *plans])
     return [mean_drop(base, scores, "nll") for scores in treated]
 

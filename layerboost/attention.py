@@ -1,4 +1,4 @@
-"""The attention of each treatment: a naive reference, a full-sequence form, a one-token form.
+"""Computes the attention of each treatment, in a naive reference, a full-sequence form and a one-token form.
 
 Shapes: B batch, H query heads, K key/value heads, G = H / K, T query tokens, S key tokens (the last T of them are the
 queries' own), D head dimension, R features.
@@ -12,9 +12,9 @@ queries' own), D head dimension, R features.
 so softmax inside the window and linear attention over everything older share one denominator. The feature map is
 learned per head and positive, in the manner of Hedgehog (arXiv 2402.04347): f(q, k) = sum_r exp(a_r(q)) b_r(k), where
 b is a softmax over the R features and therefore bounded, so that the state over the past grows at most with its
-length. Everything is divided by exp(m_t), m_t the largest score inside the window: the window's own part is then at
-least 1, and exp(a_r - m_t) is held below exp(FEATURE_LOGIT_CAP), so that no step can overflow or divide by zero.
-The paper does not publish its feature map; this one is this project's own choice.
+length. Everything is divided by exp(m_t), where m_t is the largest score inside the window. The window's part of the
+denominator is then at least 1, and exp(a_r - m_t) is capped at exp(FEATURE_LOGIT_CAP), so that no step can overflow or
+divide by zero. The paper does not publish its feature map; this one is this project's own choice.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import nn
 from .plan import Treatment
 
 FEATURE_LOGIT_CAP = 30.0
-"""Cap of a_r - m_t: an old key may weigh up to exp(30) times the window's best key."""
+"""Cap of a_r - m_t; an old key may weigh up to exp(30) times the window's best key."""
 
 MIN_CHUNK_TOKENS = 64
-"""Queries that the chunked forms take at once, at least: smaller chunks spend their time on launches."""
+"""Minimum number of queries in a chunk of the chunked forms; smaller chunks spend their time on kernel launches."""
 
 
 class LinearWindow(nn.Module):
-    """The learned feature map of one layer: a (queries, H heads) and b (keys, K heads), R = 2 D features.
+    """Computes the learned feature map of one layer: a (queries, H heads) and b (keys, K heads), R = 2 D features.
 
     Both maps take x to [W x, -W x] with a D x D matrix per head; queries add a bias per feature.
     """
@@ -56,9 +56,9 @@ class LinearWindow(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Starts close to `window`: a sharp description of keys by their largest coordinates, weighed low.
+        """Initialises the map close to `window`: it describes keys sharply by their largest coordinates, at low weight.
 
-        Chosen on two trained models: heavier starts gained on one and lost on the other.
+        The values were chosen on two trained models: higher initial weights helped one model and hurt the other.
         """
         eye = torch.eye(self.head_dim, device=self.key_weight.device)
         self.key_weight.copy_((4.0 * eye).expand_as(self.key_weight))
@@ -66,16 +66,21 @@ class LinearWindow(nn.Module):
         self.query_bias.fill_(-4.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query logits a (B, H, T, R) and key features b (B, K, S, R) of query (B, H, T, D) and key (B, K, S, D)."""
+        """Returns query logits a (B, H, T, R) and key features b (B, K, S, R).
+
+        Args:
+            query: (B, H, T, D).
+            key: (B, K, S, D).
+        """
         return self.query_logits(query), self.key_features(key)
 
     def query_logits(self, query: torch.Tensor) -> torch.Tensor:
-        """a (B, H, T, R) of query (B, H, T, D)."""
+        """Returns a (B, H, T, R) of a query (B, H, T, D)."""
         projected = wide(query) @ wide(self.query_weight).transpose(-1, -2)
         return torch.cat([projected, -projected], dim=-1) + wide(self.query_bias)[:, None]
 
     def key_features(self, key: torch.Tensor) -> torch.Tensor:
-        """b (B, K, S, R) of key (B, K, S, D)."""
+        """Returns b (B, K, S, R) of a key (B, K, S, D)."""
         projected = wide(key) @ wide(self.key_weight).transpose(-1, -2)
         return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
@@ -93,14 +98,18 @@ def naive_attention(
     segments: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The definition, with every pair of tokens written out: the reference of the fast forms.
+    """Computes attention by its definition, with every pair of tokens written out, as the reference of the fast forms.
 
     Args:
         query: (B, H, T, D).
+        treatment: The treatment.
         key, value: (B, K, S, D) with S >= T; the queries are the last T tokens.
+        scaling: Factor of the scores.
+        window: Window in tokens, for treatments that need one.
+        feature_map: Feature map, for treatments that have one.
         valid: (B, S) bool, False for padding. A query always sees its own key, so that padding stays finite.
         segments: (B, S) integer; tokens of different segments do not see each other.
-        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+        softcap: Scores become softcap * tanh(score / softcap) (Gemma 2).
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zeros for `none`.
@@ -126,14 +135,14 @@ def dense_attention(
     feature_map: LinearWindow | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax over some keys and linear attention over others, with every pair of tokens written out.
+    """Applies softmax over some keys and linear attention over others, with every pair of tokens written out.
 
     Args:
         query: (B, H, T, D).
         key, value: (B, K, S, D).
-        inside: bool, broadcasts to (B, T, S): the keys that a query meets by softmax, at least one for each query.
-        older: the same, the keys that it meets through `feature_map`; None where there are none.
-        softcap: as in `naive_attention`.
+        inside: Bool that broadcasts to (B, T, S): the keys in the softmax, at least one for each query.
+        older: The same for the keys of linear attention by `feature_map`; None if there are none.
+        scaling, feature_map, softcap: As in `naive_attention`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`.
@@ -166,10 +175,10 @@ def single_branch_attention(
     segments: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """`linear_window` without one of its branches, with every pair of tokens written out: shows what a branch is worth.
+    """Computes `linear_window` without one of its branches, to measure a branch; every pair of tokens is written out.
 
-    Arguments and result as in `naive_attention`. `zeroed` is `linear` (softmax inside the window is left) or `window`
-    (each query's own key and everything older than the window are left).
+    Arguments and result are those of `naive_attention`. `zeroed` is `linear` (which leaves softmax inside the window)
+    or `window` (which leaves each query's own key and everything older than the window).
     """
     within, seen = seen_pairs(query, key, window, valid, segments)
     if zeroed == "linear":
@@ -186,9 +195,9 @@ def seen_pairs(
     valid: torch.Tensor | None,
     segments: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, S) bool each: the keys inside the window of a query, and all that it may see.
+    """Returns the keys inside the window of each query, and all keys that it may see, (B, T, S) bool each.
 
-    Arguments as in `naive_attention`; without a window the two are the same.
+    Arguments are those of `naive_attention`; without a window the two results are the same.
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
     distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
@@ -214,10 +223,10 @@ def window_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax inside a sliding window of `window` tokens, the query's own among them, in time linear in T.
+    """Applies softmax inside a sliding window of `window` tokens, including the query's own, in time linear in T.
 
-    Arguments and result as in `naive_attention`; `dropout` is the probability of dropping a weight. One query token
-    takes the direct form, more are cut into chunks that meet only the keys within their reach.
+    Arguments and result are those of `naive_attention`; `dropout` is the probability of dropping a weight. A single
+    query token is computed directly; more tokens are cut into chunks that see only the keys within their reach.
     """
     n_reach = query.shape[2] + window - 1
     key, value = key[:, :, -n_reach:], value[:, :, -n_reach:]
@@ -253,20 +262,22 @@ def linear_window_attention(
     softcap: float | None = None,
     return_state: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Softmax inside the window plus linear attention over everything older, one denominator, in time linear in T.
+    """Applies softmax inside the window and linear attention over everything older, in time linear in T.
+
+    Both parts share one denominator.
 
     Args:
-        query, key, value, valid, segments, softcap: as in `naive_attention`. At most window - 1 keys may precede the
-            queries' own when a state is given; what is older must be in the state.
-        state: sums over the tokens older than `key`: features x values (B, K, R, D) and features (B, K, R), fp32.
-        return_state: also give the state that covers all but the last window - 1 keys, for the next call.
+        query, key, value, scaling, window, feature_map, valid, segments, softcap: As in `naive_attention`. At most
+            window - 1 keys may precede the queries' own; older tokens must be in the state.
+        state: Sums over the tokens older than `key`: features x values (B, K, R, D) and features (B, K, R), fp32.
+        return_state: Whether to return the state that covers all but the last window - 1 keys, for the next call.
 
     Returns:
         Output (B, H, T, D) in the dtype of `query`, and the new state (None unless asked for).
 
     Raises:
-        ValueError: a state together with segments (a cache holds one sequence a row), or more than window - 1 keys
-            before the queries' own.
+        ValueError: There are a state and segments (a cache holds one sequence in each row), or more than window - 1
+            keys before the queries' own.
     """
     if state is not None and segments is not None:
         raise ValueError("segments: packed documents cannot go on from a cache; pass them without past_key_values")
@@ -308,13 +319,14 @@ def linear_window_step(
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """One query of each sequence: softmax over the keys of its window, in any order, and the state.
+    """Computes one query of each sequence, by softmax over the keys of its window, in any order, and by the state.
 
     Args:
         query: (B, H, 1, D).
-        key, value: (B, K, at most window, D), the query's own among them.
-        state: as in `linear_window_attention`, over everything older.
-        visible: bool, broadcasts to (B, 1, 1, keys): False where there is padding; None where all are seen.
+        key, value: (B, K, at most window, D), including the query's own.
+        scaling, feature_map, softcap: As in `naive_attention`.
+        state: As in `linear_window_attention`, over everything older.
+        visible: Bool that broadcasts to (B, 1, 1, keys), False for padding; None if all keys are seen.
 
     Returns:
         (B, H, 1, D) in the dtype of `query`.
@@ -348,7 +360,10 @@ def linear_window_step(
 
 
 def _kernels(query: torch.Tensor) -> ModuleType | None:
-    """`layerboost.kernels` for what lies on a GPU; None where it or Triton is missing: a checkpoint has no copy."""
+    """Returns `layerboost.kernels` for tensors on a GPU.
+
+    It is None on other devices, without Triton, or without this package, because a checkpoint has no copy of it.
+    """
     if not query.is_cuda:
         return None
     try:
@@ -377,14 +392,14 @@ def _linear_window_chunks(
 
     scores = _softcap(queries @ key_blocks.unsqueeze(2).transpose(-1, -2) * scaling, softcap)
     scores = scores.masked_fill(~blocks.inside[:, None, None], -math.inf)
-    peak = scores.amax(dim=-1, keepdim=True).detach()  # cancels, so it needs no gradient
+    peak = scores.amax(dim=-1, keepdim=True).detach()  # it cancels in the quotient, so it needs no gradient
     query_features = torch.exp((query_logits - peak).clamp(max=FEATURE_LOGIT_CAP))
     older = query_features @ key_features.unsqueeze(2).transpose(-1, -2)
     weights = torch.exp(scores - peak) + older * blocks.older[:, None, None]
     numerator = weights @ value_blocks.unsqueeze(2)
     denominator = weights.sum(dim=-1, keepdim=True)
 
-    sums, norms = blocks.past(key_features, value_blocks, state)  # what lies before each chunk's reach
+    sums, norms = blocks.past(key_features, value_blocks, state)  # sums over the keys before each chunk's reach
     if blocks.past_seen is not None:
         query_features = query_features * blocks.past_seen[:, None, None, :, :, None]
     numerator = numerator + query_features @ sums.unsqueeze(2)
@@ -393,15 +408,15 @@ def _linear_window_chunks(
 
 
 class _Blocks:
-    """Queries cut into N chunks of C tokens, each beside the L = C + window - 1 keys within its reach.
+    """Cuts queries into N chunks of C tokens, and pairs each with the L = C + window - 1 keys within its reach.
 
-    Invisible keys fill the front up to window - 1 keys before the first query, so that query i of a chunk has its
-    window at keys i .. i + window - 1 of the chunk's L, and what is older at keys below i.
+    Invisible keys pad the front up to window - 1 keys before the first query, so that query i of a chunk has its
+    window at keys i .. i + window - 1 of the chunk's L, and older tokens at keys below i.
 
     Attributes:
-        inside, older: (B, N, C, L) bool, which keys a query sees inside its window and in front of it.
-        past_seen: (B, N, C) bool, which queries belong to the document of what lies before their chunk's reach; None
-            where all do.
+        inside, older: (B, N, C, L) bool, the keys that a query sees inside its window and before it.
+        past_seen: (B, N, C) bool, the queries whose document includes the last key before their chunk's reach; None if
+            there are no segments.
     """
 
     def __init__(
@@ -428,7 +443,7 @@ class _Blocks:
             valid = torch.ones(batch, n_keys, dtype=torch.bool, device=query.device)
         seen = self._token_reach(F.pad(valid, self.padding))[:, :, None]  # (B, N, 1, L)
         if segments is not None:
-            # Behind the last query anything will do; in front of the first key a document of its own.
+            # Keys before the first one must belong to no real document; the padding after the last query is never used.
             self.segments = F.pad(segments, self.padding, value=-1)
             reach = self._token_reach(self.segments)
             seen = seen & (reach[..., window - 1 :, None] == reach[..., None, :])
@@ -436,25 +451,25 @@ class _Blocks:
         self.past_seen = None if segments is None else self._past_seen()
 
     def _token_reach(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, padded S) to (B, N, L)."""
+        """Reshapes (B, padded S) to (B, N, L)."""
         return x.unfold(1, self.chunk_tokens + self.window - 1, self.chunk_tokens)
 
     def reach(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, K, S, X) to each chunk's keys (B, K, N, L, X)."""
+        """Reshapes (B, K, S, X) to each chunk's keys (B, K, N, L, X)."""
         x = F.pad(x, (0, 0, *self.padding))
         return x.unfold(2, self.chunk_tokens + self.window - 1, self.chunk_tokens).transpose(-1, -2)
 
     def chunks(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, X) to (B, K, G, N, C, X)."""
+        """Reshapes (B, H, T, X) to (B, K, G, N, C, X)."""
         x = F.pad(x, (0, 0, 0, self.padding[1]))
         return x.reshape(x.shape[0], self.n_kv_heads, -1, self.n_chunks, self.chunk_tokens, x.shape[-1])
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, K, G, N, C, X) to (B, H, T, X)."""
+        """Reshapes (B, K, G, N, C, X) to (B, H, T, X)."""
         return x.flatten(3, 4).flatten(1, 2)[:, :, : self.n_queries]
 
     def _past_seen(self) -> torch.Tensor:
-        """(B, N, C): the query's document is that of the last key before its chunk's reach."""
+        """Returns whether each query's document is that of the last key before its chunk's reach, (B, N, C)."""
         starts = self.chunk_tokens * torch.arange(1, self.n_chunks, device=self.segments.device)
         last = F.pad(self.segments[:, starts - 1], (1, 0), value=-1)  # (B, N)
         return self._token_reach(self.segments)[..., self.window - 1 :] == last[..., None]
@@ -462,10 +477,10 @@ class _Blocks:
     def past(
         self, key_features: torch.Tensor, values: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """State over all keys before each chunk's reach: (B, K, N, R, D) and (B, K, N, R)."""
+        """Returns the state over all keys before each chunk's reach: (B, K, N, R, D) and (B, K, N, R)."""
         features, values = key_features[..., : self.chunk_tokens, :], values[..., : self.chunk_tokens, :]
         if self.past_seen is not None:
-            # Only the document of a chunk's last key can go on into later chunks.
+            # Only the document of a chunk's last key can continue in later chunks.
             own = self.segments[:, : self.n_chunks * self.chunk_tokens].unflatten(1, (self.n_chunks, -1))
             features = features * (own == own[..., -1:])[:, None, :, :, None]
         sums = features.transpose(-1, -2) @ values
@@ -482,7 +497,7 @@ class _Blocks:
 def _carry_within_document(
     sums: torch.Tensor, norms: torch.Tensor, own: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exclusive running sums over chunks that start anew where a chunk's last key is of another document."""
+    """Returns exclusive running sums over chunks; they restart at a chunk that ends in another document than the last."""
     total, total_norm = torch.zeros_like(sums[:, :, 0]), torch.zeros_like(norms[:, :, 0])
     carried, carried_norms = [], []
     for chunk in range(sums.shape[2]):
@@ -505,9 +520,9 @@ def softmax_attention(
     softcap: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """(B, H, T, D) from any keys; `mask` is bool and broadcasts to (B, H, T, S), or None."""
+    """Computes softmax attention (B, H, T, D) over any keys; a bool `mask` must broadcast to (B, H, T, S)."""
     n_groups = query.shape[1] // key.shape[1]
-    if n_groups > 1 and query.shape[2] == 1 and softcap is None:  # a group's queries meet the same keys
+    if n_groups > 1 and query.shape[2] == 1 and softcap is None:  # a group's queries see the same keys
         grouped = query.reshape(query.shape[0], key.shape[1], n_groups, -1)
         return softmax_attention(grouped, key, value, mask, scaling, softcap, dropout).reshape(query.shape)
     if n_groups > 1:
@@ -522,7 +537,7 @@ def softmax_attention(
 
 
 def _step_mask(n_keys: int, valid: torch.Tensor | None, segments: torch.Tensor | None) -> torch.Tensor | None:
-    """(B, 1, 1, n_keys) of what the one query at the end sees, or None where that is all."""
+    """Returns the keys that the single query at the end sees, (B, 1, 1, n_keys); None if it sees all."""
     mask = None if valid is None else valid[:, -n_keys:].clone()
     if segments is not None:
         same = segments[:, -n_keys:] == segments[:, -1:]
@@ -547,11 +562,12 @@ def add_to_state(
     value: torch.Tensor,
     valid: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `linear_window_attention` over more tokens: in place, unless gradients may be wanted.
+    """Adds tokens to the sums of `linear_window_attention`, in place unless gradients may be wanted.
 
     Args:
-        features: b (B, K, n, R) of the keys of n tokens.
-        value: their values (B, K, n, D).
+        state: The sums so far; None starts new ones.
+        features: Features b (B, K, n, R) of the keys of n tokens.
+        value: Their values (B, K, n, D).
         valid: (B, n) bool, False for padding.
     """
     features, value = _masked(features, valid), wide(value)
@@ -567,5 +583,5 @@ def add_to_state(
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """At least single precision, for whatever is summed or exponentiated."""
+    """Converts to at least single precision, for values that are summed or exponentiated."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""What a converted model keeps between tokens: for each layer exactly what its treatment needs."""
+"""Implements the cache of a converted model, which keeps for each layer exactly what its treatment needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class StateLayer(CacheLayerMixin):
-    """Keeps tensors of constant size for a layer, whatever the number of tokens; the base of such layers.
+    """Serves as base class of layers that keep tensors of constant size, whatever the number of tokens.
 
-    A subclass says in `tensors` which of its attributes it keeps, and in `update` takes in the new tokens' keys and
-    values, counts them in `seen_tokens`, and gives what the attention function is to see of keys and values.
+    A subclass returns in `tensors` the attributes that it keeps. Its `update` takes in the new tokens' keys and values,
+    counts them in `seen_tokens`, and returns the keys and values that the attention function sees.
     """
 
-    is_sliding = False  # sized by the plan, not by the masks that the family makes for its own sliding layers
+    is_sliding = False  # the plan sets the size, not the masks that the family makes for its own sliding layers
     supports_early_init = False
 
     def __init__(self, window: int | None = None):
@@ -71,9 +71,9 @@ class StateLayer(CacheLayerMixin):
 
 
 class WindowLayer(StateLayer):
-    """Keys and values of the last `window` tokens, (B, K, window, D): token t is kept at slot t modulo window.
+    """Keeps keys and values of the last `window` tokens, (B, K, window, D), with token t at slot t modulo window.
 
-    A step writes one slot in place and costs the same at any length. Softmax does not ask for the order of its keys.
+    A step writes one slot in place and costs the same at any length. Softmax does not depend on the order of its keys.
     """
 
     window: int
@@ -91,8 +91,11 @@ class WindowLayer(StateLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps the new tokens; gives what they may see: for one token the window's slots, as they lie, for more up
-        to window - 1 older tokens and the new ones, in order."""
+        """Keeps the new tokens and returns the keys and values that they may see.
+
+        For one token these are the window's filled slots, in the order of the slots. For several tokens they are up to
+        window - 1 older tokens and the new ones, in order of time.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[2] == 1:
@@ -120,16 +123,16 @@ class WindowLayer(StateLayer):
         return self.keys[:, :, :n_filled], self.values[:, :, :n_filled]
 
     def _own_tensors(self) -> None:
-        """Where gradients are wanted, earlier tokens' graphs keep the tensors that they saw."""
+        """Copies the tensors if gradients are wanted, because the graphs of earlier tokens still need the old ones."""
         if torch.is_grad_enabled() and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.clone(), self.values.clone()
 
     def _slots(self, first: int, stop: int) -> torch.Tensor:
-        """Slots of the tokens first .. stop - 1."""
+        """Returns the slots of the tokens first .. stop - 1."""
         return torch.arange(first, stop, device=self.device) % self.window
 
     def tokens_of_slots(self) -> torch.Tensor:
-        """The token that each filled slot holds."""
+        """Returns the index of the token in each filled slot."""
         newest, n_filled = self.seen_tokens - 1, min(self.seen_tokens, self.window)
         return newest - (newest - torch.arange(n_filled, device=self.device)) % self.window
 
@@ -139,9 +142,9 @@ class WindowLayer(StateLayer):
 
 
 class LinearWindowLayer(WindowLayer):
-    """A window, and the sums over what the next token's window leaves out: `sums` (B, K, R, D) and `norms` (B, K, R).
+    """Keeps a window, and sums over the tokens before the next token's window: `sums` (B, K, R, D), `norms` (B, K, R).
 
-    Both are at least fp32. They are there once a token has left the window.
+    Both are at least fp32. They exist once a token has left the window.
     """
 
     def __init__(self, window: int):
@@ -158,9 +161,9 @@ class LinearWindowLayer(WindowLayer):
         self.sums, self.norms = state
 
     def leaving(self) -> tuple[int, torch.Tensor, torch.Tensor] | None:
-        """Index, key and value (B, K, 1, D) of the token that is in the newest token's window and not in the next's.
+        """Returns index, key and value (B, K, 1, D) of the token that leaves the window with the next token.
 
-        None while the window is not full.
+        It is None while the window is not full.
         """
         first = self.seen_tokens - self.window
         if first < 0 or self.keys is None or self.values is None:
@@ -174,7 +177,7 @@ class LinearWindowLayer(WindowLayer):
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of up to `n_tokens` tokens, written in place: no step copies those before it."""
+    """Keeps keys and values of up to `n_tokens` tokens; it writes in place, so that no step copies earlier tokens."""
 
     is_croppable = False
 
@@ -186,7 +189,7 @@ class PreallocatedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, n_kv_heads, _, key_dim = key_states.shape
-        # Zeros, not whatever lies there: their pages are touched when they are written, not in the middle of a step.
+        # Zeroing touches the memory pages now; otherwise their first use would slow down a step.
         self.keys = key_states.new_zeros(batch, n_kv_heads, self.n_tokens, key_dim)
         self.values = value_states.new_zeros(batch, n_kv_heads, self.n_tokens, value_states.shape[-1])
         self.is_initialized = True
@@ -216,7 +219,11 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def _layer_of(treatment: Treatment, window: int | None) -> CacheLayerMixin:
-    """What a treated layer keeps: what its mechanism says, else the window's keys and values, else all tokens'."""
+    """Makes a treated layer's part of the cache.
+
+    It comes from the treatment's mechanism. By default it keeps the keys and values of the window, or of all tokens if
+    the treatment needs no window.
+    """
     if (make_layer := treatment.mechanism.cache) is not None:
         return make_layer(window)
     if not treatment.needs_window:
@@ -226,15 +233,19 @@ def _layer_of(treatment: Treatment, window: int | None) -> CacheLayerMixin:
 
 
 class PlanCache(Cache):
-    """The cache of a converted model.
+    """Implements the cache of a converted model.
 
-    Layers keep what the mechanisms of their treatments say: `softmax` layers what the family gives them, `window` and
-    `linear_window` layers tensors of constant size, `none` layers nothing. The number of tokens seen is the cache's
-    own, since no layer needs to know it.
+    The mechanism of a layer's treatment determines what the layer keeps: `softmax` layers use the family's own cache
+    layer, `window` and `linear_window` layers keep tensors of constant size, `none` layers keep nothing. The cache
+    itself counts the tokens seen, since not every layer does.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        """Args: config: of a converted model."""
+        """Makes an empty cache.
+
+        Args:
+            config: Config of a converted model.
+        """
         plan = Plan.from_dict(config.layerboost)
         layers = list(DynamicCache(config=config).layers)
         for index, treatment in enumerate(plan.treatments):
@@ -265,7 +276,7 @@ class PlanCache(Cache):
 
 
 def cache_tensors(cache: Cache) -> list[torch.Tensor]:
-    """Every tensor that the layers of a cache keep for their tokens."""
+    """Returns every tensor that the layers of a cache keep for their tokens."""
     tensors: list[torch.Tensor | None] = []
     for layer in cache.layers:
         if isinstance(layer, StateLayer):
@@ -276,16 +287,18 @@ def cache_tensors(cache: Cache) -> list[torch.Tensor]:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys, values and states that a live cache of any model keeps."""
+    """Returns the bytes of all keys, values and states in a live cache of any model."""
     return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
 
 
 def preallocated_cache(config: PreTrainedConfig, n_tokens: int) -> Cache:
-    """A cache of any model, converted or not, that never grows: room for `n_tokens` tokens where all are kept.
+    """Makes a cache of any model, converted or not, that never grows.
+
+    Layers that keep all tokens get room for `n_tokens` tokens.
 
     Args:
-        config: of the model.
-        n_tokens: of the longest sequence, those to be generated among them.
+        config: Config of the model.
+        n_tokens: Tokens of the longest sequence, including those to be generated.
     """
     cache = PlanCache(config) if getattr(config, "layerboost", None) else DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):

@@ -1,4 +1,4 @@
-"""Scripts in `benchmarks/` hide no library: a script's own folder comes first on the path that it imports from."""
+"""Tests that scripts in `benchmarks/` hide no library, because a script's own folder comes first on its import path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 OPTIONAL_LIBRARIES = {"kernels", "fla", "vllm", "bitsandbytes", "optimum"}
-"""Libraries that others look for and that need not be installed, so that no file here may have their names."""
+"""Optional libraries that other packages try to import; a script with such a name would be imported instead."""
 
 
 def test_no_script_has_the_name_of_a_library():

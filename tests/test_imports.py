@@ -1,4 +1,4 @@
-"""Who may import whom: between the three packages, between their folders, and never in a circle."""
+"""Tests the import rules: between the three packages, between their folders, and never in a circle."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ FOLDERS = {
         ("commands", "submit"),
     ),
 }
-"""Folders of each package, lowest level first; a folder imports from its own level and those before it.
+"""Folders of each package, lowest level first; a folder may import only from its own level and lower ones.
 
-The empty name is the package's own files.
+The empty name stands for the package's own files.
 """
 
 LOWER_FILES = {
@@ -43,17 +43,17 @@ LOWER_FILES = {
     "orchestrator.cli": 7,
     "orchestrator.__main__": 8,
 }
-"""Files of a package's own that stand on another level than those beside them."""
+"""Levels of a package's own files that differ from the level of the other own files."""
 
 STAGES = {"evaluate", "sensitivity", "search", "heal", "measure"}
 """Files of `orchestrator/stages` that the pipeline calls; no other stage imports them."""
 
 PARTS_OF_STAGES = {"adaptive": "sensitivity", "refine": "search", "baselines": "heal", "halving": "heal"}
-"""Files that are a part of one stage, which alone imports them; the other files there are shared."""
+"""Files that are part of one stage and that only this stage imports; the other files there are shared."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the three packages by its dotted name; a package has the name of its folder."""
+    """Returns every module of the three packages by its dotted name; a package has the name of its folder."""
     found = {}
     for package in PACKAGES:
         for path in sorted((PROJECT / package).rglob("*.py")):
@@ -66,7 +66,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports() -> Mapping[str, frozenset[str]]:
-    """The modules of ours that each module imports, at its top or inside a function."""
+    """Returns the project's modules that each module imports, at its top or inside a function."""
     known = modules()
     return {name: frozenset(set(_imported(name, path, known)) - {name}) for name, path in known.items()}
 
@@ -93,7 +93,7 @@ def _absolute(name: str, path: Path, node: ast.ImportFrom) -> str:
 
 
 def folder_of(module: str) -> str:
-    """The folder inside its package that a module is in; empty for the package's own files."""
+    """Returns a module's folder inside its package; empty for the package's own files."""
     parts = module.split(".")
     is_folder = modules()[module].name == "__init__.py"
     return parts[1] if len(parts) > 2 or (len(parts) == 2 and is_folder) else ""
@@ -107,7 +107,7 @@ def level_of(module: str) -> int:
 
 
 def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """The sets of modules that reach each other (Tarjan's strongly connected components of two and more)."""
+    """Returns the sets of modules that reach each other (Tarjan's strongly connected components of at least two)."""
     index: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []

@@ -1,4 +1,4 @@
-"""The whole suite runs in two processes that keep the tests of a file together; single files run in one process."""
+"""Tests that the whole suite runs in two processes, which keep a file's tests together, and single files in one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_grouped_files_are_there():
 
 @pytest.fixture
 def suite(tmp_path) -> Path:
-    """A project of four test files, of which one is slow and two form a group."""
+    """Makes a project of four test files; one is slow and two form a group."""
     (tmp_path / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["slow", "cluster"]\n'
     )

@@ -1,4 +1,4 @@
-"""Plug-ins: entries of another package in every vocabulary, and what goes wrong with one is said by its name."""
+"""Tests plug-ins: another package adds entries to every vocabulary, and an error in a plug-in names it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = PROJECT / "tests" / "plugin_package"
 
 
 def python(*arguments: str, path: Path, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
-    """Runs Python where the package in a folder is installed."""
+    """Runs Python with the package in a folder installed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(path), str(PROJECT)))}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -39,7 +39,7 @@ def python(*arguments: str, path: Path, timeout_s: float = 900) -> subprocess.Co
 
 
 def installed(folder: Path, code: str, name: str = "broken", version: str = "0.1") -> Path:
-    """A package of one module with a plug-in, as pip would leave it in a folder."""
+    """Writes a package of one module with a plug-in, as pip would install it, and returns its folder."""
     (folder / f"{name}.py").write_text(code)
     about = folder / f"{name}-{version}.dist-info"
     about.mkdir()
@@ -92,7 +92,7 @@ def test_a_failure_is_said_again_to_whoever_reads_next(tmp_path):
     done = python("-c", script, path=installed(tmp_path, FAULTS["call"][0]))
     *failures, plan = done.stdout.splitlines()
     assert len(failures) == 3 and len(set(failures)) == 1 and failures[0].startswith("PluginError plug-in broken 0.1")
-    assert plan == "SN"  # what is built in needs no plug-in
+    assert plan == "SN"  # built-in treatments need no plug-in
 
 
 def test_plugins_are_called_once_and_only_when_a_registry_is_read(tmp_path):

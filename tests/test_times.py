@@ -1,4 +1,4 @@
-"""`tests.times` sums the seconds of each file and puts the largest gains first."""
+"""Tests that `tests.times` sums the seconds of each file and puts the largest gains first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def result(path: Path, **seconds: float) -> str:
-    """Writes a result in which each file has two tests, one of them in a class, and gives back its path."""
+    """Writes a result in which each file has two tests, one of them in a class, and returns its path."""
     cases = "".join(
         f'<testcase classname="tests.{file}{inside}" name="test_it" time="{value / 2}" />'
         for file, value in seconds.items()

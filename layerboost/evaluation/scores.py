@@ -1,4 +1,4 @@
-"""Scores of a model, and the quality that they make; needs no model, so that records can be compared at any time."""
+"""Holds scores and computes quality from them; it needs no model, so that records can be compared at any time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .statistics import PairingError, mean_of_independent, mean_stderr, ratio_re
 
 
 class QualityError(ValueError):
-    """A quality that cannot be measured or compared as asked."""
+    """Reports a quality that cannot be measured or compared as asked."""
 
 
 @dataclass(frozen=True)
 class QualitySpec:
-    """What a model is judged by.
+    """Specifies what a model is judged by.
 
-    The likelihood is measured over the first `n_sequences` sequences that the text packs into (`data.pack`), all the
-    full ones if None; each token of a sequence but the first is predicted from those before it.
+    The likelihood is measured over the first `n_sequences` sequences into which the text is packed (`data.pack`); None
+    means all full ones. Each token of a sequence except the first is predicted from those before it.
 
     Attributes:
         tasks: lm-eval names (tasks, groups, tags) or paths of task files.
-        limit: Items of each task, from its first; all if None.
-        text: Where the text for likelihood comes from (`data.read_documents`); none if None.
-        n_sequences: Sequences of the text; all if None.
+        limit: Number of items of each task, from its first; None means all.
+        text: Source of the text for likelihood (`data.read_documents`); None means no text.
+        n_sequences: Number of sequences of the text; None means all.
         sequence_tokens: Tokens in a sequence.
         batch_size: Sequences or requests in a forward pass.
-        num_fewshot: Examples in a prompt; what each task says if None.
-        retrieval: Distances in tokens over which the model must find again what the text said (`retrieval`).
+        num_fewshot: Number of examples in a prompt; None means each task's own number.
+        retrieval: Distances in tokens over which the model must recall what the text said (`retrieval`).
     """
 
     tasks: tuple[str, ...] = ()
@@ -56,20 +56,20 @@ class QualitySpec:
 
 @dataclass
 class MetricScore:
-    """One metric of one task.
+    """Holds one metric of one task.
 
     Attributes:
         task: lm-eval's name of the task or group, or `text`.
-        metric: lm-eval's name of the metric, with `@filter` behind it where the filter is not the default one;
-            `margin`, `ece`, `nll`, `kl` or `retrieval@<distance>` for ours.
+        metric: lm-eval's name of the metric, followed by `@filter` if the filter is not the default one; `margin`,
+            `ece`, `nll`, `kl` or `retrieval@<distance>` for ours.
         value: The task's score.
-        stderr: Its standard error; None where lm-eval gives none.
+        stderr: Its standard error; None if lm-eval gives none.
         higher_is_better: Direction of the metric.
-        items: Score of each item in the task's order, whose mean is `value`; None where the value is no mean of items.
-        n_items: Items scored.
-        primary: Whether the metric stands for its task in the quality.
+        items: Score of each item in the task's order, whose mean is `value`; None if the value is no mean of items.
+        n_items: Number of items scored.
+        primary: Whether the metric represents its task in the quality.
         generated: Whether the model wrote the answers itself instead of reading given ones.
-        gaps: Of `ece`, what its error and paired comparisons are worked out from (`calibration`).
+        gaps: For `ece`, the data from which its error and paired comparisons are computed (`calibration`).
     """
 
     task: str
@@ -94,18 +94,18 @@ class MetricScore:
 
     @property
     def probability(self) -> Callable[[float], tuple[float, float]] | None:
-        """Gives the probability that a value of this metric stands for, and its derivative; None if there is none."""
+        """The function from a value to the probability that it stands for and its derivative; None if there is none."""
         return AS_PROBABILITY.get(self.unfiltered_metric)
 
 
 def filtered_metric(metric: str, filter_name: str) -> str:
-    """Returns the name of lm-eval's metric behind one of a task's filters; the default filter adds nothing to it."""
+    """Returns the name of lm-eval's metric after one of a task's filters; the default filter adds nothing to it."""
     return metric if filter_name == "none" else f"{metric}@{filter_name}"
 
 
 @dataclass
 class Scores:
-    """All metrics of one model."""
+    """Holds all metrics of one model."""
 
     metrics: list[MetricScore] = field(default_factory=list)
 
@@ -147,7 +147,7 @@ def quality(scores: Scores) -> tuple[float, float | None]:
     """Returns a model's quality, higher is better, and its standard error.
 
     It is the mean over tasks of each one's primary metric, or exp(-NLL) of the text without tasks. Perplexities count
-    as their reciprocal, which is a probability like the accuracies beside it. Tasks are independent of each other.
+    as their reciprocal, which is a probability like accuracies are. Tasks are independent of each other.
 
     Raises:
         QualityError: If there is no primary metric or one is of the kind where lower is better.
@@ -159,8 +159,8 @@ def quality(scores: Scores) -> tuple[float, float | None]:
 def retained(base: Scores, other: Scores) -> tuple[float, float | None]:
     """Returns the other model's quality divided by the base's, and its standard error by the delta method.
 
-    Within a task the models are paired item by item where both have items; tasks are independent of each other. The
-    ratio is NaN, without error, where the base's quality is zero.
+    Within a task the models are paired item by item if both have items; tasks are independent of each other. The ratio
+    is NaN, without standard error, if the base's quality is zero.
 
     Raises:
         QualityError: If the two were not measured by the same tasks.
@@ -182,7 +182,7 @@ def retained(base: Scores, other: Scores) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class _Term:
-    """A task's contribution to the quality; `items` average to `value` and vary as it does."""
+    """Holds a task's contribution to the quality; `items` average to `value`, and their spread gives its error."""
 
     name: str
     value: float
@@ -197,7 +197,7 @@ AS_PROBABILITY: dict[str, Callable[[float], tuple[float, float]]] = {
     "byte_perplexity": lambda x: (1 / x, -1 / x**2),
     "bits_per_byte": lambda x: (2**-x, -math.log(2) * 2**-x),
 }
-"""Probability that a lower-is-better metric stands for, and its derivative."""
+"""Functions from a lower-is-better metric to the probability that it stands for, and its derivative."""
 
 
 def _quality_terms(scores: Scores) -> list[_Term]:
@@ -215,7 +215,7 @@ def _quality_term(score: MetricScore) -> _Term:
             f"quality.tasks: {name} is better when lower; use a task with a metric that is better when higher"
         )
     value, slope = score.probability(score.value)
-    # To first order the transformed mean moves with each item as this linear function of it does.
+    # To first order, the transformed mean changes with each item like this linear function of the item.
     items = None if score.items is None else [value + slope * (item - score.value) for item in score.items]
     return _Term(name, value, None if score.stderr is None else abs(slope) * score.stderr, items)
 
@@ -233,23 +233,23 @@ def _residual_stderr(base: _Term, other: _Term, ratio: float) -> float | None:
 
 
 Selection = Callable[[Scores], list[MetricScore]]
-"""What of a model's scores a sensitivity score compares: those metrics, or others made from them."""
+"""Selects from a model's scores the metrics that a sensitivity score compares, or makes others from them."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One way to say what a model with treated layers has lost.
+    """Describes one way to measure what a model with treated layers has lost.
 
     Attributes:
-        name: as recipes and tables have it.
-        summary: one line for messages and help.
-        source: what it is measured over: the quality's `tasks`, or a `text`.
-        select: what it compares of both models; None where no treated model is judged (`cosine`).
-        base_is_zero: whether the untouched model has 0 by definition and is not asked.
-        mean_as_probability: whether perplexities count in the mean over tasks as the probabilities they stand for.
-        kept: the share of the base's quality, or likelihood, that a plan keeps, from minus its mean drop and the base's
-            quality (None where that is unknown).
-        ranks_texts: whether layers are ranked by it over further texts and lengths too.
+        name: Name in recipes and tables.
+        summary: One line for messages and help.
+        source: Where it is measured, on the quality's `tasks` or on a `text`.
+        select: Selects the metrics that it compares; None if no treated model is judged (`cosine`).
+        base_is_zero: Whether the untouched model has 0 by definition and is not measured.
+        mean_as_probability: Whether perplexities count in the mean over tasks as the probabilities they stand for.
+        kept: Returns the share of the base's quality, or likelihood, that a plan keeps, from minus its mean drop and
+            the base's quality (None if that is unknown).
+        ranks_texts: Whether layers are ranked by it over further texts and lengths too.
     """
 
     name: str
@@ -263,17 +263,17 @@ class Score:
 
     @property
     def judges_plans(self) -> bool:
-        """Whether a plan can be judged by it, and not only a single layer."""
+        """Whether it can judge a plan, and not only a single layer."""
         return self.select is not None
 
     def is_measured(self, scores: Scores) -> bool:
         return self.select is not None and bool(self.select(scores))
 
     def pairs(self, base: Scores, variant: Scores) -> list[tuple[MetricScore | None, MetricScore]]:
-        """What is compared of the untouched model (None: zero) and of a variant.
+        """Returns pairs of metrics to compare, of the untouched model (None stands for zero) and of a variant.
 
         Raises:
-            QualityError: it judges no variants, or the base lacks what the variant has.
+            QualityError: It judges no variants, or the base lacks a metric of the variant.
         """
         if self.select is None:
             known = ", ".join(score.name for score in SCORES if score.judges_plans)
@@ -286,7 +286,7 @@ class Score:
 
 
 def metrics_named(metric: str) -> Selection:
-    """Selects the metrics of one name, of all tasks."""
+    """Returns a selection of the metrics with one name, of all tasks."""
     return lambda scores: [score for score in scores.metrics if score.metric == metric]
 
 
@@ -315,4 +315,4 @@ SCORES: Registry[Score] = Registry(
         Score("cosine", "how far attention turns the residual stream; needs no ablation", "text", None),
     ),
 )
-"""What layers and plans may be judged by, in the order of tables; plug-ins add theirs."""
+"""The scores that may judge layers and plans, in the order of tables; plug-ins add to them."""

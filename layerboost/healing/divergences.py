@@ -1,6 +1,6 @@
-"""The divergences that healing may minimise: how far the student's next token is from the teacher's.
+"""Lists the divergences of the student's next token from the teacher's that healing may minimise.
 
-Descriptions only: the arithmetic is in `losses.py`, so that a recipe is checked without torch.
+This file only describes them. The arithmetic is in `losses.py`, so that a recipe is checked without torch.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from ..registry import OpenName, Registry
 
 @dataclass(frozen=True)
 class DivergenceEntry:
-    """One divergence.
+    """Describes one divergence.
 
     Attributes:
-        name: as recipes have it.
-        summary: one line for messages and help.
-        value_and_gradient: a function, or where it is (`module:name`). From the logits of student and teacher (N, V) in
-            fp32 it gives the divergence in nats (N,) and its gradient by the student's logits (N, V), a tensor of its
-            own that the caller changes in place.
-        fused_beta: the number by which the fused kernel (`fused_loss.py`) knows it; None where the kernel does not.
+        name: Name in recipes.
+        summary: One line for messages and help.
+        value_and_gradient: A function, or a reference to one (`module:name`). From the logits of student and teacher
+            (N, V) in fp32 it returns the divergence in nats (N,) and its gradient by the student's logits (N, V). The
+            gradient must be a new tensor, because the caller changes it in place.
+        fused_beta: Number by which the fused kernel (`fused_loss.py`) selects it; None if the kernel lacks it.
     """
 
     name: str
@@ -47,7 +47,7 @@ DIVERGENCES: Registry[DivergenceEntry] = Registry(
 
 
 class Divergence(OpenName):
-    """The name of a divergence, one object each."""
+    """Names a divergence; there is one object for each name."""
 
     __slots__ = ()
     registry = DIVERGENCES

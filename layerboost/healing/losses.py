@@ -1,8 +1,8 @@
-"""Losses of healing over chunks of positions, so that no tensor of batch x length x vocabulary ever exists.
+"""Computes the losses of healing over chunks of positions, so that no tensor of batch x length x vocabulary exists.
 
-The gradient by the logits has a closed form, so that a chunk's logits are needed once: its gradient is worked out in
-the forward pass, and the backward pass only scales it. Every loss is a mean over targets, the tokens to be predicted,
-so that a batch cut into slices gives the whole batch's loss and gradient when slices are weighted by their targets.
+The gradient by the logits has a closed form, so a chunk's logits are needed only once: the forward pass computes its
+gradient, and the backward pass only scales it. Every loss is a mean over targets, the tokens to be predicted, so that
+slices of a batch, weighted by their targets, give the whole batch's loss and gradient.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 _LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
-"""Vocabulary-wide numbers that exist at once: 16 MiB in fp32 on a CPU, enough to keep a GPU busy."""
+"""Maximum number of logits that exist at once: 16 MiB in fp32 on a CPU, and enough to keep a GPU busy."""
 
 
 def positions_at_once(vocabulary: int, device: torch.device) -> int:
-    """Positions whose logits are worked out together, so that their memory does not grow with the vocabulary."""
+    """Returns the number of positions per chunk, chosen so that memory does not grow with the vocabulary."""
     return max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cuda"]) // vocabulary)
 
 
 def divergence_and_gradient(
     kind: Divergence, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence in nats (N,) and its gradient by the student's logits (N, V), from both logits (N, V) in fp32."""
+    """Returns the divergence in nats (N,) and its gradient by the student's logits, from logits (N, V) in fp32."""
     return resolved(DIVERGENCES[kind].value_and_gradient, __package__)(student_logits, teacher_logits)
 
 
 def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(teacher || student) and its gradient, as `DivergenceEntry.value_and_gradient`."""
-    # Logarithms of whole rows cost more than all the rest: two for each row will do.
+    """Computes KL(teacher || student) and its gradient, as `DivergenceEntry.value_and_gradient`."""
+    # Logarithms of whole rows would cost more than all the rest; this form needs only two for each row.
     student, teacher = F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
     value = torch.linalg.vecdot(teacher, teacher_logits - student_logits)
     value += _log_normaliser(student_logits, student) - _log_normaliser(teacher_logits, teacher)
@@ -50,7 +50,7 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tu
 
 
 def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(student || teacher) and its gradient, as `DivergenceEntry.value_and_gradient`."""
+    """Computes KL(student || teacher) and its gradient, as `DivergenceEntry.value_and_gradient`."""
     student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     student, ratio = student_logs.exp(), student_logs - teacher_logs
     value = torch.linalg.vecdot(student, ratio)
@@ -58,7 +58,7 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tu
 
 
 def jensen_shannon(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the KLs of both to their mean, and its gradient, as `DivergenceEntry.value_and_gradient`."""
+    """Computes the mean KL of both to their mean, and its gradient, as `DivergenceEntry.value_and_gradient`."""
     student_logs, teacher_logs = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     student, teacher = student_logs.exp(), teacher_logs.exp()
     mixed_logs = torch.logaddexp(student_logs, teacher_logs) - math.log(2)
@@ -69,7 +69,7 @@ def jensen_shannon(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -
 
 
 def _log_normaliser(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """log sum exp of each row (N,), read off the likeliest entry."""
+    """Returns log sum exp of each row (N,), computed from the row's likeliest entry."""
     return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
 
 
@@ -88,21 +88,22 @@ def distillation_loss(
     cross_entropy_weight: float = 0.0,
     chunk_tokens: int = 1024,
 ) -> torch.Tensor:
-    """Divergence of the student's next token from the teacher's and cross-entropy of the text's, a mean over targets.
+    """Returns the mean over targets of the divergence from the teacher's next token and the text's cross-entropy.
 
     Args:
-        student_states, teacher_states: (B, T, d), what the heads take.
-        student_head, teacher_head: map (N, d) to logits (N, vocabulary).
+        student_states, teacher_states: (B, T, d), the inputs of the heads.
+        student_head, teacher_head: Map (N, d) to logits (N, vocabulary).
         input_ids: (B, T).
-        targets: (B, T) bool, True where a token is to be predicted; None for all but each row's first.
-        head_trains: whether parameters of `student_head` need gradients; its chunks are then worked out once more in
-            the backward pass.
-        divergence: which one.
-        temperature: both logits are divided by it and the divergence is multiplied by its square (Hinton et al., 2015).
-        chunk_tokens: positions whose logits exist at the same time.
+        targets: (B, T) bool, True for a token to be predicted; None for all but each row's first.
+        head_trains: Whether parameters of `student_head` need gradients; its chunks are then computed again in the
+            backward pass.
+        divergence: The divergence.
+        temperature: Both logits are divided by it and the divergence is multiplied by its square (Hinton et al., 2015).
+        divergence_weight, cross_entropy_weight: Weights of the two terms.
+        chunk_tokens: Number of positions whose logits exist at the same time.
 
     Returns:
-        Scalar in fp32 (fp64 for states in fp64), nats per target; zero where there are no targets.
+        Scalar in fp32 (fp64 for states in fp64), nats per target; zero if there are no targets.
     """
     next_ids = input_ids[:, 1:].reshape(-1)
     student_states, teacher_states = (x[:, :-1].flatten(0, 1) for x in (student_states, teacher_states))
@@ -117,7 +118,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Terms:
-    """The weighted terms of the loss of some positions, with their gradient by the student's logits."""
+    """Computes the weighted terms of the loss of some positions, and their gradient by the student's logits."""
 
     divergence: Divergence
     temperature: float
@@ -127,7 +128,7 @@ class _Terms:
     def __call__(
         self, logits: torch.Tensor, teacher_logits: torch.Tensor, next_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the loss over positions, and its gradient (N, V)."""
+        """Returns the sum of the loss over positions, and its gradient (N, V)."""
         total, gradient = logits.new_zeros(()), None
         if self.divergence_weight:
             if self.temperature == 1:
@@ -147,7 +148,7 @@ class _Terms:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss by chunks of positions; the states' gradient is worked out in the forward pass, chunk by chunk."""
+    """Computes the loss by chunks of positions, and the gradient by the states in the forward pass."""
 
     @staticmethod
     def forward(
@@ -188,13 +189,13 @@ def _recomputed_loss(
     terms: _Terms,
     chunk_tokens: int,
 ) -> torch.Tensor:
-    """The loss by chunks of positions, each of which is worked out again in the backward pass."""
+    """Computes the loss by chunks of positions, and each chunk again in the backward pass."""
 
     def chunk_sum(chunk: torch.Tensor, teacher_chunk: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         logits = wide(head(chunk))
         with torch.no_grad():
             loss, gradient = terms(logits, wide(teacher_head(teacher_chunk)), ids)
-        # Has the value of `loss` and the gradient that belongs to it.
+        # The result has the value of `loss`, and `gradient` as its gradient by the logits.
         carrier = (logits * gradient).sum()
         return loss + carrier - carrier.detach()
 
@@ -212,10 +213,11 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 def relative_error(
     student: torch.Tensor, teacher: torch.Tensor, sequence_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Squared error over the teacher's variance, both within each sequence of (B, T, d), a mean over the sequences.
+    """Returns the squared error divided by the teacher's variance within each sequence, as a mean over sequences.
 
     Args:
-        sequence_weights: (B,), of the mean; equal if None.
+        student, teacher: (B, T, d).
+        sequence_weights: Weights (B,) of the mean; None means equal weights.
     """
     teacher = teacher.float()
     error = (student.float() - teacher).square().mean(dim=(1, 2))

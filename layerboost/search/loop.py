@@ -1,4 +1,8 @@
-"""The search as data: its specification, what a trial gave, and the state that proposers are asked and told by."""
+"""Represents the search as data: its specification, the results of trials, and the state that drives a proposer.
+
+The state tells the proposer the outcomes of trials strictly in their order. Before it asks for a trial it tells all but
+the last `lag` - 1 outcomes, and more of them if the proposer has no plan without them.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +17,40 @@ from .methods import METHODS
 from .plan_space import PlanSpace
 
 OBJECTIVES = ("objective", "speedup")
-"""Both are maximised."""
+"""Names of the two values that the search maximises."""
 
 
 Values = Mapping[str, Any]
-"""What an evaluation gave: `quality`, and whatever else is to be recorded with it (JSON-able)."""
+"""The result of an evaluation: `quality`, and other JSON values to record with it."""
 
 
 Outcome = tuple[float, float]
-"""A plan's OBJECTIVES."""
+"""The values of a plan's OBJECTIVES."""
 
 
 Evaluator = Callable[[Plan], Values]
 
 
 Judge = Callable[[Plan, Values, Values], Outcome]
-"""From a plan, its values and those of the untouched model, which nothing can be judged without."""
+"""Computes the outcome from a plan, its values and those of the untouched model, which every outcome needs."""
 
 
 @dataclass(frozen=True)
 class SearchSpec:
-    """What is searched. Everything in it changes the plans that are tried.
+    """Specifies a search. Every field changes the plans that are tried.
 
     Attributes:
-        space: the plans that may be proposed; its window is that of the uniform baselines too.
-        method: what proposes them, one of `layerboost.search.methods.METHODS`.
-        trials: plans that may be proposed. With `thresholds` each pair of thresholds counts, whatever plan it gives;
-            the other methods propose no plan twice, and what is a fixed point anyway is not counted.
-        middle: treatment of the layers between the thresholds. Like the next three, of `thresholds` alone.
-        sampler: what moves the thresholds.
-        remove_below, keep_above: ranges of the thresholds; None spans all drops and a margin around them.
-        plans: plans to evaluate in any case, beside the untouched model and the uniform ones.
-        lag: trials that may be under way together. Part of the search, not of the placement: each trial is chosen
-            without knowing the last lag - 1 ones.
+        space: The plans that may be proposed; the uniform baselines use its window too.
+        method: The method that proposes them, one of `layerboost.search.methods.METHODS`.
+        trials: Number of plans that may be proposed. With `thresholds` each pair of thresholds counts, whatever plan it
+            gives. The other methods propose no plan twice, and a fixed point does not count.
+        middle: Treatment of the layers between the thresholds; only `thresholds` uses it.
+        seed: Seed of the method.
+        sampler: The sampler that moves the thresholds; only `thresholds` uses it.
+        remove_below, keep_above: Ranges of the thresholds; None spans all drops and a margin around them.
+        plans: Plans that are always evaluated, besides the untouched model and the uniform plans.
+        lag: Number of trials that may run at the same time. It belongs to the search and not to the placement, because
+            each trial is chosen without knowing the last lag - 1 outcomes.
     """
 
     space: PlanSpace
@@ -62,14 +67,15 @@ class SearchSpec:
 
 @dataclass
 class TrialResult:
-    """One point of the search.
+    """Holds one point of the search.
 
     Attributes:
+        plan: The plan.
         origin: `base`, `all_none`, `all_window`, `all_linear_window`, `given` or `search`.
-        remove_below, keep_above: the thresholds, None for points that have none.
-        values: what the evaluator gave, and both OBJECTIVES; None where it failed.
-        error: why it failed.
-        repeated: True where the plan had been met before, in this search or in `known`, and was not evaluated again.
+        remove_below, keep_above: The thresholds; None for points without thresholds.
+        values: The evaluator's values and both OBJECTIVES; None if the point failed.
+        error: The reason for a failure.
+        repeated: True if the plan occurred before, in this search or in `known`, and was not evaluated again.
     """
 
     plan: Plan
@@ -83,7 +89,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan to try, and the thresholds that gave it where some did."""
+    """Holds a plan to try, and the thresholds that gave it, if any."""
 
     plan: Plan
     remove_below: float | None = None
@@ -91,17 +97,20 @@ class Suggestion:
 
 
 class Proposer(Protocol):
-    """A method of search, asked and told in the order that the module gives."""
+    """Defines a method of search, which is asked and told in the order that the module describes."""
 
     def suggest(self, trial: int) -> Suggestion | None:
-        """The plan of a trial; None where there is none before more is told, or none ever when all is told."""
+        """Returns the plan of a trial.
+
+        None means that it needs more outcomes first, or that no plan is left if all outcomes are told.
+        """
 
     def tell(self, trial: int, outcome: Outcome | None) -> None:
-        """What a trial's plan is worth; None where it failed."""
+        """Takes in the outcome of a trial's plan; None if it failed."""
 
 
 def fixed_points(spec: SearchSpec, n_layers: int) -> list[tuple[str, Plan]]:
-    """The points that every search has, origin and plan: untouched, the uniform ones, the given ones; none twice."""
+    """Returns origin and plan of the points that every search has: untouched, uniform and given plans, each once."""
     points = [
         ("base", Plan.uniform(Treatment.SOFTMAX, n_layers)),
         ("all_none", Plan.uniform(Treatment.NONE, n_layers)),
@@ -118,16 +127,16 @@ def fixed_points(spec: SearchSpec, n_layers: int) -> list[tuple[str, Plan]]:
 
 
 class SearchState:
-    """Which plan comes next, what is known, and what the proposer is told; see the module for the order.
+    """Decides which plan comes next, collects values, and tells the proposer outcomes in the order of the module.
 
-    Knows nothing of Ray: `next_plan` and `finish` may be called by anything that evaluates plans. A trial has an
-    outcome when its plan and the untouched model are evaluated; without the latter the search ends.
+    It does not depend on Ray: any code that evaluates plans may call `next_plan` and `finish`. A trial has an outcome
+    once its plan and the untouched model are evaluated. If the untouched model fails, the search ends.
 
     Args:
-        spec: what is searched.
-        proposer: chooses the plans.
-        judge: gives a plan's outcome; one that is not finite counts as failed.
-        known: values of plans by `plan_id`, from records; they are not evaluated again.
+        spec: Specification of the search.
+        proposer: Chooses the plans.
+        judge: Computes a plan's outcome; an outcome that is not finite counts as failed.
+        known: Values of plans by `plan_id`, from records; these plans are not evaluated again.
     """
 
     def __init__(self, spec: SearchSpec, proposer: Proposer, judge: Judge, known: Mapping[str, Values]):
@@ -146,22 +155,22 @@ class SearchState:
         self._base = self.points[0].plan.plan_id
 
     def next_plan(self) -> Plan | None:
-        """A plan to evaluate, None while there is none (and for ever when `exhausted`)."""
+        """Returns a plan to evaluate; None while there is none, and always once `exhausted`."""
         self._ask()
         return self._queue.popleft() if self._queue else None
 
     @property
     def exhausted(self) -> bool:
-        """Whether no further plan will come, whatever the results still out."""
+        """Whether no further plan will come, whatever the results that are still missing."""
         return not self._queue and (self._ended or self._n_counted >= self.spec.trials)
 
     @property
     def n_left(self) -> int:
-        """Trials that may still be proposed."""
+        """The number of trials that may still be proposed."""
         return 0 if self._ended else self.spec.trials - self._n_counted
 
     def finish(self, plan: Plan, values: Values | None, error: str | None = None) -> None:
-        """Takes in what a plan's evaluation gave: its values or an error."""
+        """Takes in the result of a plan's evaluation: its values or an error."""
         if values is not None:
             self._values[plan.plan_id] = values
         else:
@@ -169,7 +178,7 @@ class SearchState:
             self._ended = self._ended or plan.plan_id == self._base
 
     def results(self) -> list[TrialResult]:
-        """All points so far that have an outcome or an error, the fixed ones first, then the trials in their order."""
+        """Returns all points with an outcome or an error, the fixed ones first, then the trials in their order."""
         for point in self.points:
             outcome = self._outcome(point.plan)
             point.error = self._errors.get(point.plan.plan_id)
@@ -195,7 +204,7 @@ class SearchState:
                 self._ended = True
 
     def _tell(self) -> bool:
-        """Tells the proposer the oldest trial it does not know; False while that one has no outcome."""
+        """Tells the proposer the oldest trial it does not know; returns False while that trial has no outcome."""
         plan = self._trials[self._n_told].plan
         outcome = self._outcome(plan)
         if outcome is None and plan.plan_id not in self._errors:
@@ -205,7 +214,7 @@ class SearchState:
         return True
 
     def _outcome(self, plan: Plan) -> Outcome | None:
-        """What a plan is worth; None where that is not known, or (then with an error) never will be."""
+        """Returns a plan's outcome; None if it is not known yet, or if the plan has failed and has an error."""
         plan_id = plan.plan_id
         if self._base in self._errors:
             self._errors.setdefault(plan_id, "the untouched model, which plans are compared with, has failed")
@@ -231,7 +240,7 @@ class SearchState:
 
 
 def check_values(values: Values) -> str | None:
-    """Why an evaluator's values cannot be used, None where they can."""
+    """Returns why an evaluator's values cannot be used; None if they can."""
     value = values.get("quality")
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return f"quality: {value} is not a finite number"

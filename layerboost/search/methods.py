@@ -1,4 +1,4 @@
-"""The methods of search: which there are and what each needs. The code that proposes plans is in `proposers.py`."""
+"""Lists the methods of search and what each needs; the code that proposes plans is in `proposers.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..registry import Registry
 
 @dataclass(frozen=True)
 class Method:
-    """One method of search.
+    """Describes one method of search.
 
     Attributes:
-        name: as recipes have it.
-        summary: one line for messages and help.
-        maker: a function, or where it is (`module:name`). From a `SearchSpec`, the costs and times of each treatment in
-            each layer, and the rest of a decode step's time it makes a `Proposer` (`layerboost.search.loop`).
-        costs: which treatments' costs it reads: those of `none` alone, or of all treatments of the space.
-        counts_repeats: whether a plan that was met before counts as one of `search.trials`.
+        name: Name in recipes.
+        summary: One line for messages and help.
+        maker: A function, or a reference to one (`module:name`). It makes a `Proposer` (`layerboost.search.loop`) from
+            a `SearchSpec`, the costs and times of each treatment in each layer, and the rest of a decode step's time.
+        costs: The treatments whose costs it reads: only `none`, or all treatments of the space.
+        counts_repeats: Whether a plan that was proposed before counts as one of `search.trials`.
     """
 
     name: str
@@ -39,4 +39,4 @@ METHODS: Registry[Method] = Registry(
         Method("swaps", "improves their front by exchanging layers", ".proposers:by_swaps"),
     ),
 )
-"""What may propose plans; plug-ins add theirs."""
+"""The methods that may propose plans; plug-ins add to them."""

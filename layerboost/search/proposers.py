@@ -1,8 +1,8 @@
-"""The methods of search: what proposes the plans that a search tries, from what single layers cost and take.
+"""Implements the methods of search, which propose plans from the costs and times of single layers.
 
-`thresholds` moves the paper's two thresholds; `knapsack` gives plans that are the best for their speed if layers are
-independent; `evolution` goes on from these by NSGA-II over whole plans; `swaps` improves their front by exchanging
-layers. What an Optuna sampler draws comes through Tune's OptunaSearch.
+`thresholds` moves the paper's two thresholds. `knapsack` gives the plans that are best for their speed if layers are
+independent. `evolution` continues from these plans by NSGA-II over whole plans. `swaps` improves their front by
+exchanging layers. Optuna samplers are used through Tune's OptunaSearch.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from .methods import METHODS
 from .plan_space import PlanSpace
 
 Costs = Mapping[Treatment, Sequence[float]]
-"""Of each treatment in each layer, first layer first."""
+"""Costs or times of each treatment in each layer, first layer first."""
 
 _REMOVED_FRACTION, _MIDDLE_FRACTION = "removed_fraction", "middle_fraction"
-"""The sampler's own two numbers, each between 0 and 1: see Thresholds."""
+"""Names of the two numbers that the sampler draws, each between 0 and 1; see `Thresholds`."""
 
 _MAX_DRAWS = 200
-"""Draws in a row of no use after which a sampler has nothing to propose."""
+"""Number of successive useless draws after which a sampler gives up."""
 
 
 def make_proposer(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> Proposer:
-    """The proposer of a search's method, which `METHODS` describes.
+    """Makes the proposer of a search's method, which `METHODS` describes.
 
     Args:
-        spec: what is searched.
-        costs: drop of each layer when it alone is treated so, of the treatments that the method needs them of.
-        times: what each layer adds to a decode step, in any unit; not used by `thresholds`.
-        rest_time: what a decode step takes beside that, in the same unit; used by `swaps` alone.
+        spec: Specification of the search.
+        costs: Drop of each layer if only this layer is treated, for the treatments that the method needs.
+        times: Time that each layer adds to a decode step, in any unit; `thresholds` does not use it.
+        rest_time: Remaining time of a decode step, in the same unit; only `swaps` uses it.
 
     Raises:
-        PlanError: the space is empty, or costs or times are missing or not finite.
+        PlanError: The space is empty, or costs or times are missing or not finite.
     """
     return resolved(METHODS[spec.method].maker, __package__)(spec, costs, times, rest_time)
 
 
 class ListedPlans:
-    """Plans that are known before the search; a Proposer."""
+    """Proposes plans that are known before the search; a Proposer."""
 
     def __init__(self, plans: Sequence[Plan]):
         self._plans = iter(plans)
@@ -57,11 +57,11 @@ class ListedPlans:
         return None if plan is None else Suggestion(plan)
 
     def tell(self, trial: int, outcome: Outcome | None) -> None:
-        """Changes nothing."""
+        """Ignores the outcome, because the plans do not depend on it."""
 
 
 class SwappedPlans:
-    """Plans of FrontSwaps, whose loss is the negative objective; a Proposer."""
+    """Proposes the plans of FrontSwaps, whose loss is the negative objective; a Proposer."""
 
     def __init__(self, swaps: FrontSwaps):
         self._swaps = swaps
@@ -79,7 +79,7 @@ class SwappedPlans:
 
 
 class Sampler(Protocol):
-    """The part of Tune's OptunaSearch that is used here."""
+    """Declares the part of Tune's OptunaSearch that is used here."""
 
     def suggest(self, trial_id: str) -> Any: ...
 
@@ -87,16 +87,16 @@ class Sampler(Protocol):
 
 
 class SampledPlans:
-    """What a sampler draws, without plans that are outside the space's limits; a Proposer.
+    """Proposes the plans that a sampler draws and that hold the space's limits; a Proposer.
 
-    What it leaves out is told as failed, evaluated never, and no trial. It has nothing to propose after many such
-    draws in a row.
+    Other plans are reported to the sampler as failed; they are not evaluated and count as no trial. After many such
+    draws in a row there is nothing to propose.
 
     Args:
-        sampler: draws parameters.
-        read: gives the plan of some parameters, with pinned layers as they are pinned.
-        space: whose limits the plans must hold.
-        distinct: leave out plans that were proposed before, too.
+        sampler: Draws parameters.
+        read: Returns the plan for some parameters, with pinned layers as they are pinned.
+        space: The space whose limits the plans must hold.
+        distinct: Whether plans that were proposed before are left out too.
     """
 
     def __init__(self, sampler: Sampler, read: Callable[[Any], Suggestion], space: PlanSpace, distinct: bool):
@@ -123,17 +123,17 @@ class SampledPlans:
 
 
 def by_knapsack(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> ListedPlans:
-    """The best plans for their speed if layers are independent of each other."""
+    """Proposes the plans that are best for their speed if layers are independent of each other."""
     return ListedPlans(knapsack_front(spec.space, costs, times, max(2, spec.trials)))
 
 
 def by_swaps(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> SwappedPlans:
-    """The knapsack's front, improved by exchanging layers."""
+    """Proposes improvements of the knapsack's front, made by exchanging layers."""
     return SwappedPlans(FrontSwaps(spec.space, costs, times, rest_time=rest_time))
 
 
 def by_thresholds(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> SampledPlans:
-    """The paper's two thresholds over what the removal of each layer costs, moved by a sampler."""
+    """Proposes plans by the paper's two thresholds on the cost of removing each layer; a sampler moves them."""
     import optuna
 
     drops = costs[Treatment.NONE]
@@ -156,14 +156,14 @@ def by_thresholds(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float
 
 
 def by_evolution(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float) -> Proposer:
-    """NSGA-II over whole plans, from the knapsack's; the knapsack alone where every layer is pinned."""
+    """Proposes plans by NSGA-II over whole plans, from the knapsack's; only the knapsack's if every layer is pinned."""
     import optuna
 
     free = [layer for layer in range(spec.space.n_layers) if len(spec.space.choices(layer)) > 1]
     if not free:
         return by_knapsack(spec, costs, times, rest_time)
     space, population = spec.space, max(4, spec.trials // 4)
-    # Random plans are poor: seeds fill the first generation, and what is asked for before all of that is told.
+    # Random plans are poor, so seeds fill the first generation and the trials asked for before all of it is told.
     seeds = knapsack_front(space, costs, times, max(population + spec.lag, spec.trials // 2))
     names = {layer: f"layer_{layer}" for layer in free}
 
@@ -182,7 +182,7 @@ def by_evolution(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float)
 
 
 def _optuna_search(space: dict[str, Any], sampler: Any, points: list[dict] | None = None) -> Sampler:
-    """Tune's Optuna search, both objectives maximised."""
+    """Makes Tune's Optuna search, which maximises both objectives."""
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -192,11 +192,11 @@ def _optuna_search(space: dict[str, Any], sampler: Any, points: list[dict] | Non
 
 
 class Thresholds:
-    """From two numbers in [0, 1] to a pair of thresholds that cannot cross.
+    """Converts two numbers in [0, 1] into a pair of thresholds that cannot cross.
 
-    The sampler moves along the sorted drops, not along their values: drops are skewed, and evenly drawn values would
-    mostly fall where no layer is. `removed_fraction` is how far along the first threshold lies, `middle_fraction` how
-    far along what is left the second one lies. Ranges are given in drops and keep their meaning.
+    The sampler moves along the sorted drops, not along their values, because drops are skewed and evenly drawn values
+    would mostly fall where no layer is. `removed_fraction` is the position of the first threshold along all drops, and
+    `middle_fraction` the position of the second one along the rest. Ranges are given in drops and keep their meaning.
     """
 
     def __init__(self, drops: Sequence[float], spec: SearchSpec):
@@ -211,7 +211,7 @@ class Thresholds:
         self._low, self._high = spec.remove_below, spec.keep_above
 
     def __call__(self, removed_fraction: float, middle_fraction: float) -> tuple[float, float]:
-        """(remove_below, keep_above), the first at most the second."""
+        """Returns (remove_below, keep_above); the first is at most the second."""
         remove_below = self._threshold(removed_fraction, self._low, at_least=-math.inf)
         return remove_below, self._threshold(middle_fraction, self._high, at_least=remove_below)
 

@@ -1,4 +1,4 @@
-"""Bytes: what a decode step must read, which is the limit of its speed, and what a model and its cache hold."""
+"""Counts the bytes that a decode step must read, which limit its speed, and that a model and its cache hold."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..plan import Plan, Treatment
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer with one treatment makes a decode step read.
+    """Holds what a decode step reads for one layer with one treatment.
 
     Attributes:
-        n_parameters: of the whole layer.
-        kv_values_per_token: numbers that the cache keeps for a token of one sequence.
-        window_tokens: the newest tokens that the cache keeps, None for all.
-        state_values: fp32 numbers of constant state for one sequence.
+        n_parameters: Number of parameters of the whole layer.
+        kv_values_per_token: Number of values that the cache keeps for a token of one sequence.
+        window_tokens: Number of newest tokens that the cache keeps; None for all tokens.
+        state_values: Number of fp32 values of constant state for one sequence.
     """
 
     n_parameters: int
@@ -32,14 +32,14 @@ class LayerBytes:
 
 
 class ByteModel:
-    """Bytes that one decode step must read: the limit of decoding, the same on every machine.
+    """Counts the bytes that one decode step must read; they limit decoding, and are the same on every machine.
 
-    Weights are read once for a step (an untied input embedding only at the rows looked up); for each sequence the
-    cache: all context tokens in a softmax layer (the newest in a natively sliding one), the window's in a windowed one,
-    and the fp32 state of linear_window: (features x head_dim + features) for each key/value head. Activations are left
-    out; every expert of a mixture is counted.
+    A step reads the weights once (an untied input embedding only at the rows looked up), and the cache of each
+    sequence. The cache holds all context tokens in a softmax layer (the newest in a natively sliding one) and the
+    window's tokens in a windowed one. linear_window adds an fp32 state of (features x head_dim + features) for each
+    key/value head. Activations are left out; every expert of a mixture is counted.
 
-    The parameters are counted on a real model of the config, converted, on the meta device: no memory, no weights.
+    Parameters are counted on a real converted model on the meta device, which needs no memory for weights.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -61,19 +61,19 @@ class ByteModel:
         self._other_parameters = _n_parameters(base) - sum(self._counts(Treatment.SOFTMAX)[0]) - self._untied_embedding
 
     def layer(self, index: int, treatment: Treatment, window: int | None = None) -> LayerBytes:
-        """What layer `index` costs with a treatment; `window` in tokens where the treatment needs one."""
+        """Returns the bytes of layer `index` with a treatment; `window` is in tokens, if the treatment needs one."""
         parameters, states = self._counts(treatment)
         if not treatment.mechanism.keeps_keys:
             return LayerBytes(parameters[index], 0, 0, states[index])
         native = self._native_windows[index] if treatment.mechanism.native else None
-        kept = window if treatment.needs_window else None if native is None else native - 1  # as transformers keeps it
+        kept = window if treatment.needs_window else None if native is None else native - 1  # as in transformers' cache
         return LayerBytes(parameters[index], self._kv_values, kept, states[index])
 
     def _counts(self, treatment: Treatment) -> tuple[list[int], list[int]]:
-        """Parameters and state values of each layer; counted when a treatment is first asked for."""
+        """Returns the numbers of parameters and state values of each layer; counted once for each treatment."""
         if treatment not in self._counted:
             mechanism, layers = treatment.mechanism, range(self.n_layers)
-            # Any window does: it changes no parameter.
+            # The window changes no parameter, so any value works.
             variant = (
                 self._base if mechanism.native else convert(self._base, Plan.uniform(treatment, self.n_layers, 16))
             )
@@ -84,18 +84,18 @@ class ByteModel:
         return self._counted[treatment]
 
     def weight_bytes(self, plan: Plan | None, *, concurrency: int, dtype_bytes: int) -> int:
-        """Bytes of the weights that a step reads, the looked-up embedding rows among them."""
+        """Returns the bytes of the weights that a step reads, including the embedding rows looked up."""
         layers = sum(layer.n_parameters for layer in self._layers(plan))
         return (layers + self._other_parameters + concurrency * self.hidden_size) * dtype_bytes
 
     def held_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
-        """Bytes of all weights and of the cache: what a server holds beside the activations of one call."""
+        """Returns the bytes of all weights and of the cache, which a server holds besides the activations of a call."""
         layers = sum(layer.n_parameters for layer in self._layers(plan))
         cache = self.cache_bytes(plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes)
         return (layers + self._other_parameters + self._untied_embedding) * dtype_bytes + cache
 
     def cache_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
-        """Bytes of the live cache of `concurrency` sequences of `context_tokens` tokens each."""
+        """Returns the bytes of the live cache of `concurrency` sequences of `context_tokens` tokens each."""
         sequence = 0
         for layer in self._layers(plan):
             tokens = context_tokens if layer.window_tokens is None else min(layer.window_tokens, context_tokens)
@@ -103,7 +103,7 @@ class ByteModel:
         return concurrency * sequence
 
     def decode_bytes(self, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int) -> int:
-        """Bytes that one decode step reads; `plan` None is the untouched model."""
+        """Returns the bytes that one decode step reads; None as `plan` means the untouched model."""
         return self.weight_bytes(plan, concurrency=concurrency, dtype_bytes=dtype_bytes) + self.cache_bytes(
             plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
         )
@@ -118,13 +118,14 @@ class ByteModel:
 def decode_bytes(
     config: PreTrainedConfig, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int
 ) -> int:
-    """Bytes that one decode step of a model with this config reads under a plan (None: untouched); see ByteModel.
+    """Returns the bytes that one decode step reads; see `ByteModel`.
 
     Args:
-        config: the untouched parent's config.
-        concurrency: sequences decoded together.
-        context_tokens: tokens that each sequence's cache covers before the step.
-        dtype_bytes: bytes of a weight and of a cached number.
+        config: Config of the untouched parent.
+        plan: The plan; None means the untouched model.
+        concurrency: Number of sequences decoded together.
+        context_tokens: Number of tokens that each sequence's cache covers before the step.
+        dtype_bytes: Bytes of a weight and of a cached value.
     """
     return _byte_model(config).decode_bytes(
         plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
@@ -134,7 +135,7 @@ def decode_bytes(
 def held_bytes(
     config: PreTrainedConfig, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int
 ) -> int:
-    """Bytes of all weights and of a cache of `context_tokens` tokens a sequence; arguments as of `decode_bytes`."""
+    """Returns the bytes of all weights and of a cache of `context_tokens` tokens per sequence; see `decode_bytes`."""
     return _byte_model(config).held_bytes(
         plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
     )
@@ -143,17 +144,17 @@ def held_bytes(
 def predicted_speedup(
     config: PreTrainedConfig, plan: Plan, *, concurrency: int, context_tokens: int, dtype_bytes: int
 ) -> float:
-    """Decode throughput of the plan over the base's where bytes are the limit: the base's bytes / the plan's bytes."""
+    """Returns the predicted speedup of decoding if bytes are the limit: the base's bytes divided by the plan's."""
     condition = {"concurrency": concurrency, "context_tokens": context_tokens, "dtype_bytes": dtype_bytes}
     return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition)
 
 
 def kv_bytes_of_layers(config: PreTrainedConfig, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:
-    """Bytes by which each layer's cache grows for each token of one sequence, past every window, by treatment.
+    """Returns by treatment the bytes by which each layer's cache grows per token of a sequence, once windows are full.
 
     Args:
-        config: the untouched parent's config.
-        dtype_bytes: bytes of a cached number.
+        config: Config of the untouched parent.
+        dtype_bytes: Bytes of a cached value.
     """
     model = _byte_model(config)
     found = {}
@@ -167,7 +168,7 @@ def kv_bytes_of_layers(config: PreTrainedConfig, dtype_bytes: int) -> dict[Treat
 
 
 class _ConfigKey:
-    """A config as a dictionary key: configs of equal content are equal."""
+    """Wraps a config as a dictionary key, so that configs of equal content are equal."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config, self._text = config, config.to_json_string(use_diff=False)

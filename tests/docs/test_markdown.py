@@ -1,4 +1,4 @@
-"""What the Markdown files say of files, commands and columns is there: links, paths, command lines, tables."""
+"""Tests that the files, commands and columns in the Markdown files exist: links, paths, command lines, tables."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?|(?<![\w*-])[\w-]+\.(?:py|toml)")
 CHECKED_SUFFIXES = {".py", ".sh", ".yaml", ".yml", ".toml", ".csv", ".json", ".md", ".png", ".j2", ".txt", ""}
 TOP_FOLDERS = {path.name for path in PROJECT.iterdir() if path.is_dir() and path.name not in SKIPPED}
 NO_PATHS = {"layerboost/hardware"}
-"""A label of Ray nodes, which only looks like a path."""
+"""Names that only look like paths: this one is a label of Ray nodes."""
 
 NAMED_AS_A_WHOLE = {"orchestrator/checks/", "orchestrator/results/"}
-"""Folders whose files are so much alike that the picture of the folders names only some of them."""
+"""Folders whose files are similar, so that the picture of the folders names only some of them."""
 
 TABLE_FIELDS = {"healing_quality": "quality_curve", "rank_correlations": "correlations"}
-"""Fields of `ReportData` that are called otherwise than their file."""
+"""Fields of `ReportData` whose name differs from that of their file."""
 
 
 def name_of(page: Path) -> str:
@@ -52,20 +52,20 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> Iterator[str]:
-    """Targets of links and pictures that are not on the web."""
+    """Yields the targets of links and pictures that are not on the web."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
         if not re.match(r"[a-z]+:", target):
             yield target
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     found = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
 
 
 def check_links(page: Path, text: str) -> list[str]:
-    """The links of a page that lead nowhere."""
+    """Returns the links of a page that lead nowhere."""
     wrong = []
     for link in links(text):
         target, _, anchor = link.partition("#")
@@ -76,7 +76,7 @@ def check_links(page: Path, text: str) -> list[str]:
 
 
 def check_paths(page: Path, text: str) -> list[str]:
-    """The files that code spans name by a path of the project, or of the page's folder, and that are not there."""
+    """Returns the missing files that code spans name by a path in the project or in the page's folder."""
     wrong = []
     for span in re.findall(r"`([^`\n]+)`", prose(text)):
         for path in PATH.findall(span) if not span.startswith(("http", "ray ")) else []:
@@ -90,7 +90,7 @@ def check_paths(page: Path, text: str) -> list[str]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The arguments of each `layerboost` command of the shell blocks, and of `python -m orchestrator`."""
+    """Yields the arguments of each command of the shell blocks: `layerboost` or `python -m orchestrator`."""
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|\|", line):
@@ -104,14 +104,14 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def options_of(command: str) -> set[str] | None:
-    """The options of a command; None where there is no such command."""
+    """Returns the options of a command; None if there is no such command."""
     actions = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
     parser = (actions[0].choices or {}).get(command)  # type: ignore[union-attr]
     return None if parser is None else set(parser._option_string_actions)
 
 
 def check_spans(text: str) -> list[str]:
-    """Commands in running text, such as `layerboost run RECIPE --dry-run`, that the command line does not know."""
+    """Returns commands in running text, such as `layerboost run RECIPE --dry-run`, that the command line lacks."""
     wrong = []
     for span in re.findall(r"`layerboost ([a-z]+\b[^`]*)`", prose(text)):
         options = options_of(span.split()[0])
@@ -139,7 +139,7 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path):
 
 
 def recipes_of(text: str) -> Iterator[dict[str, Any]]:
-    """The recipes, and parts of recipes, of the YAML blocks; what a part lacks is filled in."""
+    """Yields the recipes, and parts of recipes, of the YAML blocks; required fields that a part lacks are added."""
     for block in blocks(text, "yaml"):
         data = yaml.safe_load(block)
         if isinstance(data, dict) and set(data) <= set(Recipe.model_fields):
@@ -210,7 +210,7 @@ def test_every_column_of_the_report_is_described(name: str):
 
 
 def paths_of_tree(text: str) -> list[str]:
-    """The paths of a tree of folders: a package at the margin, then levels and names, files of folders indented."""
+    """Returns the paths of a tree of folders: packages at the margin, levels and names, indented files of folders."""
     found, package, folder = [], "", ""
     for line in filter(None, text.splitlines()):
         names = re.findall(r"[\w.]+/|[\w]+\.py", re.split(r"  +(?=\S)", line.strip())[0])
@@ -250,7 +250,7 @@ def test_the_picture_of_the_folders_is_true():
     packages = ("layerboost", "tasks", "orchestrator")
     folders = {path.parent.relative_to(PROJECT) for name in packages for path in (PROJECT / name).rglob("*.py")}
     assert [f"{folder}/" for folder in sorted(folders) if f"{folder}/" not in named] == []
-    # A folder whose files have lines of their own has one for each of them.
+    # If the tree has lines for some files of a folder, it must have one for each of them.
     listed = {path.rpartition("/")[0] + "/" for path in re.findall(r"\S+\.py", "\n".join(named))}
     whole = [f"{folder}/" for folder in folders if f"{folder}/" in listed and f"{folder}/" not in NAMED_AS_A_WHOLE]
     files = [path for folder in whole for path in sorted((PROJECT / folder).glob("*.py")) if path.stem[:2] != "__"]

@@ -1,4 +1,4 @@
-"""Checks that run where the plug-in beside this file is installed; `tests/test_plugins.py` starts them."""
+"""Checks LayerBoost with the plug-in of this folder installed; `tests/test_plugins.py` starts these checks."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_decoding_token_by_token_equals_the_full_forward(converted, padded):
         mask[1, :4] = mask[2, :2] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected = converted(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    for first in (1, 5):  # a prompt of one token, and of some
+    for first in (1, 5):  # a prompt of one token, and of several
         cache, outputs = PlanCache(converted.config), []
         for start, stop in [(0, first), *((t, t + 1) for t in range(first, N_TOKENS))]:
             part = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_the_live_cache(parent, converted):
     assert cache_bytes(cache) == model.cache_bytes(plan, concurrency=3, context_tokens=N_TOKENS, dtype_bytes=4)
     assert model.layer(0, GATED).state_values == 2 * 8 + 1
     more = model.layer(0, GATED).n_parameters - model.layer(0, Treatment.SOFTMAX).n_parameters
-    assert more == 4  # a gate a head
+    assert more == 4  # one gate for each head
 
 
 @torch.inference_mode()

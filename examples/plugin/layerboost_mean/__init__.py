@@ -7,7 +7,7 @@ from layerboost.plan import TREATMENTS, TreatmentEntry
 
 
 def register() -> None:
-    """Is called by LayerBoost once in each process; torch is not imported before a layer computes."""
+    """Adds the treatment; LayerBoost calls it once in each process. Torch is imported only when a layer computes."""
     TREATMENTS.add(
         TreatmentEntry(
             name="mean",

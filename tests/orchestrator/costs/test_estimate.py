@@ -1,4 +1,4 @@
-"""Tests the estimate: its arithmetic on made-up costs, its table, and what is kept of it between calls."""
+"""Tests the estimate: its arithmetic on made-up costs, its table, and how it is kept between calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tasks.cluster.resources import NodeResources
 TREATMENTS = ("softmax", "none", "linear_window", "window")
 EACH = dict.fromkeys(TREATMENTS, 2.0)
 COSTS = Costs(
-    slowness=0.0,  # leaves out what no model changes
+    slowness=0.0,  # leaves out the seconds that do not depend on the model
     load_s=0.0,
     n_parameters=2**20,
     dtype_bytes=4,

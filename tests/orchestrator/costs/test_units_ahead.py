@@ -1,6 +1,6 @@
-"""What stages list before a run, what they do in it and what is counted after it: the same units, and no others.
+"""Tests that stages list, run and count the same units before, during and after a run.
 
-The stages run whole, with a cluster that gives every result at once.
+The stages run completely, with a cluster that returns every result immediately.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def scores(plan: Plan | None) -> dict:
 
 
 class Cluster:
-    """Gives every result at once, and starts nothing."""
+    """Returns every result immediately, and starts nothing."""
 
     def __init__(self, monkeypatch):
         self.machine = FakeMachine(monkeypatch)
@@ -131,7 +131,7 @@ def context(inputs, *overrides: str) -> RunContext:
 
 
 def finished(inputs, *overrides: str) -> tuple[RunContext, dict[str, tuple[int, int]]]:
-    """Runs all stages; gives what progress said at the end of each: its units, and the finished ones of these."""
+    """Runs all stages; returns the run, and each stage's numbers of units and finished units from progress."""
     run = context(inputs, *overrides)
     ended: list[dict] = []
     run.progress.listeners.append(lambda event: ended.append(event) if event["what"] == "end" else None)
@@ -216,7 +216,7 @@ def test_halving_is_counted_once(inputs, cluster):
 
 
 def write_foreign_records(folder: RunFolder) -> None:
-    """Puts records of another run into every folder that has or had records."""
+    """Writes records of another run into every folder that holds or once held records."""
     result = {"duration_s": 1e6, "tokens": 10**9, "scores": scores(None), "snapshots": []}
     for name in (*KINDS, *SCORES.earlier):
         for number in range(30):

@@ -1,6 +1,6 @@
-"""A plug-in as another project would write it: one treatment, score, searcher, divergence and engine.
+"""Implements a plug-in as another project would write it: one treatment, score, searcher, divergence and engine.
 
-Its folder is installed where it is on `PYTHONPATH`: the dist-info beside it is what pip would write.
+Putting its folder on `PYTHONPATH` installs it, because the folder has the dist-info that pip would write.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tasks.engines import ENGINES, Engine
 
 
 def likelihoods(scores: Scores) -> list[MetricScore]:
-    """The likelihood of a token instead of its NLL, sequence by sequence."""
+    """Returns the likelihood of a token instead of its NLL, sequence by sequence."""
     found = [score for score in scores.metrics if score.metric == "nll" and score.items]
     return [mean_score(s.task, "likelihood", [math.exp(-nll) for nll in s.items or ()], True) for s in found]
 

@@ -1,4 +1,4 @@
-"""`stopwatch`: times as the transformers engine does, under its own name."""
+"""Implements the engine `stopwatch`, which times like the transformers engine, under its own name."""
 
 from __future__ import annotations
 

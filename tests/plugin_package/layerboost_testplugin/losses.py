@@ -1,4 +1,4 @@
-"""`total_variation`: half the sum of the differences of two distributions."""
+"""Implements the divergence `total_variation`: half the sum of absolute differences of two distributions."""
 
 from __future__ import annotations
 

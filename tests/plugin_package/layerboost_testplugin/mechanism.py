@@ -1,4 +1,7 @@
-"""`gated_mean`: each head gives the mean of all values so far times a learned gate; the state is a sum and a count."""
+"""Implements `gated_mean`: each head returns the mean of all values so far times a learned gate.
+
+The state is a sum and a count.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Gate(nn.Module):
         self.logit.fill_(1.0)
 
     def forward(self, mean: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, D) times the gate of each head."""
+        """Multiplies a mean (B, H, T, D) by the gate of each head."""
         return mean * self.logit.sigmoid()[:, None, None]
 
 
@@ -63,7 +66,7 @@ def whole(call: AttentionCall) -> torch.Tensor:
     seen = seen.to(value)
     before = state.sums[:, :, None] + (value * seen).cumsum(2) - value * seen  # (B, K, T, D)
     n_before = state.counts[..., None] + seen.cumsum(2) - seen
-    mean = (before + value) / (n_before + 1)  # a token sees itself, be it padding
+    mean = (before + value) / (n_before + 1)  # a token sees itself, even if it is padding
     state.sums, state.counts = state.sums + (value * seen).sum(2), state.counts + seen.sum(2)
     return call.weights(mean.repeat_interleave(call.query.shape[1] // value.shape[1], dim=1)).to(call.query.dtype)
 

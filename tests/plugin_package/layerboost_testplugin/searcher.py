@@ -1,4 +1,4 @@
-"""`alternating`: plans without attention in every second, third, ... layer."""
+"""Implements the search method `alternating`: its plans lack attention in every second, third, ... layer."""
 
 from __future__ import annotations
 
