@@ -497,7 +497,7 @@ class _Blocks:
 def _carry_within_document(
     sums: torch.Tensor, norms: torch.Tensor, own: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns exclusive running sums over chunks; they restart at a chunk that ends in another document than the last."""
+    """Returns exclusive running sums over chunks; they restart at a chunk that ends in another document."""
     total, total_norm = torch.zeros_like(sums[:, :, 0]), torch.zeros_like(norms[:, :, 0])
     carried, carried_norms = [], []
     for chunk in range(sums.shape[2]):

@@ -33,7 +33,7 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is kept, by attribute; the first dimension of each is the batch."""
+        """Returns all kept tensors by attribute; the first dimension of each is the batch."""
         raise NotImplementedError
 
     def get_seq_length(self) -> int:
@@ -137,7 +137,7 @@ class WindowLayer(StateLayer):
         return newest - (newest - torch.arange(n_filled, device=self.device)) % self.window
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is kept, by attribute; the first dimension of each is the batch."""
+        """Returns all kept tensors by attribute; the first dimension of each is the batch."""
         return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
 
 

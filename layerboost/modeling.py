@@ -189,7 +189,7 @@ if TYPE_CHECKING:
     class _AnyModel(PreTrainedModel):
         def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
-    _AnyConfig = _AnyModel = object  # each family's own classes, which the classes below join, have the real bases
+    _AnyConfig = _AnyModel = object  # the family's own classes, with which the classes below are mixed, add the bases
 
 
 class ConvertedConfig(_AnyConfig):

@@ -33,7 +33,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if engine.name != TRANSFORMERS and arguments.no_prefill:
         raise InputError("--no-prefill", "given", f"is for {TRANSFORMERS}; leave it out")
     if arguments.environment is not None and engine.find_environment is None:
-        raise InputError("--environment", arguments.environment, "is where vllm is; give --engine vllm, or leave it")
+        raise InputError("--environment", arguments.environment, "is for vllm only; give --engine vllm, or leave it")
     from orchestrator.checks.serving import check_decoded
 
     device = choose_device(arguments.device)

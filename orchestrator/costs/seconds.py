@@ -15,7 +15,7 @@ from tasks.timing import ThroughputUnit
 # Seconds that do not depend on the model, on the reference machine of `layerboost.costs.probe`. They are multiplied by
 # the `slowness` of the machine at hand.
 WORKER_START_S = 6.0  # a process, its imports, and the extra time of its first unit
-HARNESS_IMPORT_S = 3.0  # lm-eval, in each worker that asks tasks
+HARNESS_IMPORT_S = 3.0  # importing lm-eval in each worker that asks tasks
 TUNE_S = 4.0
 _CHECKPOINT_S = 2.0  # loading a healed model, once for each condition under which it is timed
 _HEALING_JOB_S = 7.0  # the Train job and its process, the text, the checkpoints, the healed model's folder

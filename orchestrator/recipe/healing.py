@@ -205,7 +205,7 @@ class HealingSection(Section):
         for index, text in enumerate(self.text):
             _check_text(f"healing.text[{index}]", text)
         if sum(text.format == SAMPLED for text in self.text) > 1:
-            raise InputError("healing.text", SAMPLED, "stands in the list twice; keep one source of sampled text")
+            raise InputError("healing.text", SAMPLED, "is in the list twice; keep one source of sampled text")
         if not (self.divergence_weight or self.cross_entropy_weight or self.hidden_weight):
             raise InputError(
                 "healing.divergence_weight",
@@ -263,4 +263,4 @@ def _check_text(name: str, text: HealingText) -> None:
     if text.path is None:
         raise InputError(f"{name}.path", None, "needed; give a file or a hub name, or the format sampled")
     if text.temperature is not None:
-        raise InputError(f"{name}.temperature", text.temperature, "is of sampled text only; leave it out")
+        raise InputError(f"{name}.temperature", text.temperature, "is a field of sampled text only; leave it out")

@@ -89,7 +89,7 @@ class ModelSection(Section):
         revision: a branch, tag or commit of a hub model.
         dtype: the type of the weights in memory; `auto` keeps the type that they were saved in.
         trust_remote_code: run the code that comes with the model. Leave it off unless you trust its author.
-        device: `auto`, `cpu`, `mps`, `xpu`, `cuda` or `cuda:N`; `auto` takes a worker's GPU where it has one.
+        device: `auto`, `cpu`, `mps`, `xpu`, `cuda` or `cuda:N`; `auto` takes a worker's GPU if it has one.
     """
 
     path: Name
@@ -331,7 +331,7 @@ class ThroughputSection(Section):
     def _environment_of_vllm(self) -> ThroughputSection:
         if self.environment is not None and ENGINES[self.engine].find_environment is None:
             raise InputError(
-                "throughput.environment", self.environment, "is where vllm is; set throughput.engine: vllm, or leave it"
+                "throughput.environment", self.environment, "is for vllm only; set throughput.engine: vllm, or leave it"
             )
         return self
 

@@ -1,1 +1,1 @@
-"""A run: its folder, records, state, identities, progress, and what its stages share."""
+"""Represents a run: its folder, records, state, identities and progress, and the context that its stages share."""

@@ -33,7 +33,7 @@ _LOCK_BYTES = 512
 
 
 class RunFolderLockedError(RuntimeError):
-    """Another run holds the folder. The message names the holder and the remedy."""
+    """Reports that another run holds the folder; the message names the holder and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _LocalLockFile:
             descriptor = os.open(self._path, flags | os.O_RDWR | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                # A holder that released meanwhile has unlinked the file opened here: a lock on it guards nothing.
+                # A holder that released meanwhile has unlinked the file opened here, so a lock on it guards nothing.
                 with contextlib.suppress(FileNotFoundError):
                     if os.stat(self._path).st_ino == os.fstat(descriptor).st_ino:
                         yield descriptor

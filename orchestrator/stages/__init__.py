@@ -1,1 +1,1 @@
-"""The stages of a run. Each file has a function that does what is not recorded, given the run's context."""
+"""Implements the stages of a run. Each stage has a function that does the unrecorded work of a run's context."""

@@ -1,8 +1,8 @@
-"""The first part of stage `search`: the speed of all plans from the measured speed of a few.
+"""Runs the first part of stage `search`: it predicts the speed of all plans from the measured speed of a few.
 
-What is measured are timings like those of the finalists, under the same conditions, so that the uniform plans and the
-given ones are measured once. `run.state.speed` holds `measured` (`plan`, `window`, `concurrency`, `key` of each timing
-that a model was fitted to) and `models` (one `SpeedModel.to_dict()` for each concurrency).
+The timings are like those of the finalists and use the same conditions, so that uniform and given plans are measured
+only once. `run.state.speed` holds `measured` (`plan`, `window`, `concurrency` and `key` of each timing that a model was
+fitted to) and `models` (one `SpeedModel` for each concurrency).
 """
 
 from __future__ import annotations

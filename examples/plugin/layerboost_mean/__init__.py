@@ -1,4 +1,4 @@
-"""A complete plug-in: the treatment `mean`, in which each token takes the mean of the values in its window.
+"""Shows a complete plug-in: with its treatment `mean` each token takes the mean of the values in its window.
 
 pip install ./examples/plugin && layerboost convert MODEL --plan SMMS --window 16 --out converted
 """

@@ -1,4 +1,4 @@
-"""What belongs to a run: `run.json` reads back as it was written, and as earlier versions wrote it."""
+"""Tests that `run.json` reads back as it was written, and that files of earlier versions can be read."""
 
 from __future__ import annotations
 
