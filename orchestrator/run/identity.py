@@ -19,5 +19,5 @@ def plan_identity(plan: Plan | None) -> dict[str, Any] | None:
 
 
 def plugin_identity(plugins: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the part of an identity that names plug-ins, version by name; it is empty where there are none."""
+    """Returns the part of an identity that names plug-ins, version by name; it is empty if there are none."""
     return {"plugins": dict(plugins)} if plugins else {}

@@ -12,13 +12,13 @@ class ModelFacts:
 
     Attributes:
         path: the local folder or hub name.
-        commit: the commit that the revision means on the hub now, or the cached commit where the hub cannot be
-            reached; None for a local folder.
+        commit: the commit that the revision means on the hub now, or the cached commit if the hub cannot be reached;
+            None for a local folder.
         local_files_only: whether the model comes from the cache because the hub cannot be reached.
         config: the transformers config.
         n_layers: the number of decoder layers.
-        context_tokens: the longest sequence of the model; None where its config sets no limit.
-        teacher: the facts of the larger model that healing learns from, where there is one.
+        context_tokens: the longest sequence of the model; None if its config sets no limit.
+        teacher: the facts of the larger model that healing learns from, if there is one.
     """
 
     path: str

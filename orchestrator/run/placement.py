@@ -51,7 +51,7 @@ class Placement:
 
     Attributes:
         recipe: the recipe of the run.
-        nodes: the nodes that are there.
+        nodes: the existing nodes.
         growth: the nodes that an autoscaler could add.
     """
 

@@ -16,8 +16,8 @@ from tasks.pool.watch import UnitEvent
 Event = dict[str, Any]
 """An event of a run, as JSON values.
 
-It holds `what` (`stage`, `units`, `end`, `started`, `retried`, `failed`, `recorded` or `note`) and `stage`, and where
-they are known `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error` and `text`.
+It holds `what` (`stage`, `units`, `end`, `started`, `retried`, `failed`, `recorded` or `note`) and `stage`, and as far
+as they are known `name`, `key`, `plan`, `node`, `seconds`, `attempt`, `error` and `text`.
 """
 
 _LAST_ERRORS = 5

@@ -82,7 +82,7 @@ def _n_distinct(spec: SearchSpec) -> int:
     """Returns the expected number of distinct plans among the trials of a search."""
     if not METHODS[spec.method].counts_repeats:
         return spec.trials
-    # Such a method draws pairs of thresholds evenly, so that many pairs give a plan that an earlier pair already gave.
+    # This method draws pairs of thresholds evenly, so that many pairs give a plan that an earlier pair already gave.
     n_layers = spec.space.n_layers
     n_pairs = (n_layers + 1) * (n_layers + 2) // 2
     return round(n_pairs * (1 - (1 - 1 / n_pairs) ** spec.trials))
