@@ -18,11 +18,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 def test_a_submitted_job_uses_both_nodes(cluster, project, tmp_path):
     address, environment = cluster
     judge = (project / "inputs" / "judge.txt").read_text()
-    (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 24))
+    (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 60))
     recipe = small_recipe(
-        # The text is long enough for the second node's worker to start before all is done.
-        quality={"text": "long.txt", "sequences": 800, "batch_size": 1},
-        sensitivity={"score": "nll", "treatments": ["none", "window"], "shares": 16, "compare": False},
+        # One worker alone needs 40 s, so that the second node's worker starts before all is done on a busy machine too.
+        quality={"text": "long.txt", "sequences": 2000, "batch_size": 1},
+        sensitivity={"score": "nll", "treatments": ["none", "window"], "shares": 40, "compare": False},
         search={"trials": 1},
         healing={"batch_sequences": 3, "curve": []},
         placement={"healing_workers": 2},
