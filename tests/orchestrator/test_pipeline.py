@@ -184,8 +184,9 @@ def test_a_finished_run_does_nothing_and_a_damaged_record_is_redone(undisturbed)
     again = run(inputs, out)
     assert records(out) == before
     assert "duration_s=" not in again.stderr
-    of_scores = (path for path in (out / "records" / "scores").glob("*.json") if '"scores"' in path.read_text())
-    victim = sorted(of_scores)[0]
+    ablations = {unit["key"] for unit in json.loads((out / "run.json").read_text())["sensitivity"]}
+    of_layers = (out / "records" / "scores" / f"{key}.json" for key in ablations)
+    victim = sorted(path for path in of_layers if '"scores"' in path.read_text())[0]
     original = json.loads(victim.read_text())
     victim.write_text(victim.read_text()[:100])
     repaired = run(inputs, out)
