@@ -68,6 +68,6 @@ def test_the_whole_suite_runs_in_two_processes_by_groups_of_files(suite):
 
 
 def test_single_files_and_n_0_run_in_one_process_the_slow_ones_first(suite):
-    assert "gw0" not in run(suite, "tests/test_a.py")
+    assert "[gw" not in run(suite, "tests/test_a.py")
     order = re.findall(r"^tests/test_(\w)\.py", run(suite, "-n", "0"), re.M)
     assert order == [*"dddd", *"aaaa", *"bbbb", *"cccc"]

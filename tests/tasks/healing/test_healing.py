@@ -189,9 +189,9 @@ def test_killed_workers_end_with_the_losses_and_snapshots_of_the_undisturbed_run
             expected[share] = student(input_ids=ids).logits
 
     parent = load_model(job.parent.path)
-    heal_locally(parent, PLAN, text_of(folder), SPEC, marks=job.snapshots, on_mark=note)
+    heal_locally(parent, PLAN, text_of(folder), SPEC, marks=job.snapshots.shares, on_mark=note)
     assert result.snapshots == {step: str(tmp_path / "snapshots" / f"{step}.safetensors") for step in (2, 7)}
-    for share, url in zip(job.snapshots, result.snapshots.values(), strict=True):
+    for share, url in zip(job.snapshots.shares, result.snapshots.values(), strict=True):
         student = student_from(parent, PLAN, SPEC, load_file(url))
         with torch.no_grad():
             torch.testing.assert_close(student(input_ids=ids).logits, expected[share], rtol=0, atol=1e-3)
