@@ -25,7 +25,7 @@ from tests.parallel import (  # noqa: F401 - pytest finds hooks here
 # Real models and texts, where they stand beside the project; everything else works without them.
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# A shell that starts the tests in the background has them, and all their children, ignore Ctrl-C, which some tests send.
+# A shell that starts the tests in the background has them and their children ignore Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
