@@ -67,22 +67,12 @@ def sampled_folder(run: RunContext) -> str:
     return run.folder.place(_folder_name(run))
 
 
-def n_sample_units(run: RunContext) -> int:
-    """Returns the number of units: the recorded ones and those that are sampled next."""
-    return len(_units(run)[0])
-
-
-def missing_units(run: RunContext) -> list[SampleUnit]:
-    """Returns the units to sample next; an empty list once the existing documents fill their share of the budget.
+def _units(run: RunContext) -> tuple[list[SampleUnit], list[SampleUnit]]:
+    """Returns all units up to the next missing ones, and the missing ones; none once the budget's share is filled.
 
     The model decides where a document ends, so the number of documents needed is known only from those sampled so far.
     It depends on the documents alone, however often the run was interrupted.
     """
-    return _units(run)[1]
-
-
-def _units(run: RunContext) -> tuple[list[SampleUnit], list[SampleUnit]]:
-    """Returns all units up to the next missing ones, and the missing ones."""
     sampling, wanted = run.inputs.sampling, run.inputs.sampled_tokens
     assert sampling is not None
     n_units = math.ceil(wanted / (sampling.max_tokens * _DOCUMENTS_OF_A_UNIT))

@@ -181,8 +181,12 @@ def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
     assert list(alone.values()) == ["window", "linear", "interleaved_1/2"]
 
 
+def missing(run) -> list:
+    return [unit.work for unit in sampled.list_documents(run).todo]
+
+
 def give_tokens(run, n_tokens_of_unit) -> None:
-    for unit in sampled.missing_units(run):
+    for unit in missing(run):
         n_tokens = n_tokens_of_unit(unit)
         write_token_rows(f"{sampled.sampled_folder(run)}/{unit.first:09d}.safetensors", [[1, 5, 2]])
         run.record("sample", run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": 1.0})
@@ -191,15 +195,15 @@ def give_tokens(run, n_tokens_of_unit) -> None:
 def test_documents_are_sampled_until_they_fill_their_share(inputs):
     run = context(inputs, "healing.text=[{path: heal.txt, weight: 3}, {format: sampled, weight: 5}]")
     assert run.inputs.sampled_tokens == 1024 * 5 // 8 + 32
-    assert sampled.n_sample_units(run) == 1
+    assert len(sampled.list_documents(run).units) == 1
     give_tokens(run, lambda unit: 100)
     # Documents came out shorter than possible, so enough further ones of that length are asked for to fill the rest.
-    assert [unit.first for unit in sampled.missing_units(run)] == [32 * n for n in range(1, 7)]
+    assert [unit.first for unit in missing(run)] == [32 * n for n in range(1, 7)]
     give_tokens(run, lambda unit: 99)
-    assert sampled.missing_units(run) == []
-    assert sampled.n_sample_units(run) == 7
+    assert missing(run) == []
+    assert len(sampled.list_documents(run).units) == 7
     next(iter((inputs.folder.parent / "out" / "texts").glob("*/000000032.safetensors"))).unlink()
-    assert [unit.first for unit in sampled.missing_units(run)] == [32], "a record without its file is not done"
+    assert [unit.first for unit in missing(run)] == [32], "a record without its file is not done"
 
 
 def recorded_run(inputs) -> tuple[RunContext, dict[Plan, str]]:
