@@ -200,7 +200,8 @@ def test_pinned_layers_keep_the_treatment_of_the_start(method, small):
     pinned = [0, 3]
     refiner = make(method, small, 40, pinned=pinned, pair_fraction=0.0)
     proposed = [plan for plans in refine(refiner, small.loss) for plan in plans]
-    assert len(proposed) > 5 and small.start in proposed
+    # The start is never left by some draws; the four free layers then have at least four swaps of unlike layers.
+    assert len(proposed) >= 5 and small.start in proposed
     assert {tuple(plan.treatments[layer] for layer in pinned) for plan in proposed} == {
         tuple(small.start.treatments[layer] for layer in pinned)
     }
