@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.fork_server import fork_workers
 from tests.parallel import (  # noqa: F401 - pytest finds hooks here
     pytest_cmdline_main,
     pytest_collection_modifyitems,
@@ -31,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+fork_workers()
 
 
 @pytest.fixture(scope="session")
