@@ -20,6 +20,7 @@ from layerboost.registry import (
     resolved,
 )
 from layerboost.search.methods import Method
+from tests.fork_server import python_path
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "tests" / "plugin_package"
@@ -27,7 +28,7 @@ PACKAGE = PROJECT / "tests" / "plugin_package"
 
 def python(*arguments: str, path: Path, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
     """Runs Python with the package in a folder installed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(path), str(PROJECT)))}
+    environment = {**os.environ, "PYTHONPATH": python_path(path, PROJECT)}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,

@@ -20,8 +20,8 @@ def test_a_submitted_job_uses_both_nodes(cluster, project, tmp_path):
     judge = (project / "inputs" / "judge.txt").read_text()
     (project / "inputs" / "long.txt").write_text("\n\n".join([judge] * 60))
     recipe = small_recipe(
-        # One worker alone needs 40 s, so that the second node's worker starts before all is done on a busy machine too.
-        quality={"text": "long.txt", "sequences": 2000, "batch_size": 1},
+        # One worker alone needs 20 s, so that the second node's worker starts before all is done on a busy machine too.
+        quality={"text": "long.txt", "sequences": 1000, "batch_size": 1},
         sensitivity={"score": "nll", "treatments": ["none", "window"], "shares": 40, "compare": False},
         search={"trials": 1},
         healing={"batch_sequences": 3, "curve": []},

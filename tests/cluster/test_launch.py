@@ -25,6 +25,7 @@ from tests.cluster.launched import (
     write_cluster_yaml,
 )
 from tests.conftest import Inputs, repeatable_recipe
+from tests.fork_server import python_path
 from tests.results import assert_equal_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -63,7 +64,7 @@ def cluster(hosts) -> Iterator[Launched]:
 def local_run(project, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Runs the job's recipe on this machine while the tests wait for the cluster."""
     out = tmp_path_factory.mktemp("here") / "run"
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    environment = os.environ | {"PYTHONPATH": python_path(PROJECT)}
     process = subprocess.Popen(run(project.recipe, out, *SHORT), env=environment, stdout=subprocess.DEVNULL)
     yield process, out
     process.kill()

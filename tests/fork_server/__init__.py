@@ -23,5 +23,9 @@ def fork_workers() -> None:
     sockets = tempfile.mkdtemp(prefix="fork-")
     atexit.register(shutil.rmtree, sockets, ignore_errors=True)
     os.environ[SERVERS] = f"{sockets}:{os.getpid()}:{namespaces()}"
-    others = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join((str(_FOLDER), *([others] if others else [])))
+    os.environ["PYTHONPATH"] = python_path(_FOLDER)
+
+
+def python_path(*folders: Path) -> str:
+    """Returns a PYTHONPATH that has some folders before those of this process, which forking needs."""
+    return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get("PYTHONPATH"))))

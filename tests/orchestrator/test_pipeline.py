@@ -16,6 +16,7 @@ import pytest
 
 from layerboost.checkpoint import load_model
 from layerboost.convert import plan_of
+from tests.ray_workers import workers_of
 from tests.results import TABLES, assert_equal_results, table
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -260,9 +261,9 @@ def disturbed_sweep(undisturbed, tmp_path_factory) -> tuple[Path, list[str]]:
     for line in process.stderr:
         if line.startswith("sensitivity ") and " done " in line:
             finished.append(line.split(" done ")[1].split(" duration_s=")[0])
-            workers = workers_of(process.pid)
+            workers = workers_of(f"_{process.pid}", "ray::SweepWorker")
             if kills < 5 and workers:
-                os.kill(random.choice(workers), signal.SIGKILL)
+                random.choice(workers).kill()
                 kills += 1
     assert process.wait() == 0
     assert kills == 5
@@ -280,28 +281,6 @@ def test_a_run_can_stop_early_and_go_on_through_a_url(undisturbed, disturbed_swe
     assert not (out / "pareto.csv").exists()
     through_url = run(inputs, f"file://{out}", "--until", "sensitivity")
     assert "duration_s=" not in through_url.stderr
-
-
-def workers_of(driver: int) -> list[int]:
-    """Returns the process ids of the sweep workers that a driver's embedded Ray started."""
-    parents, workers = {}, []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            command_line = (folder / "cmdline").read_bytes()
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if command_line.startswith(b"ray::SweepWorker"):
-            workers.append(int(folder.name))
-
-    def descends(pid: int) -> bool:
-        while pid > 1 and pid != driver:
-            pid = parents.get(pid, 0)
-        return pid == driver
-
-    return [pid for pid in workers if descends(pid)]
 
 
 def test_adaptive_tiers_resume_after_a_kill_and_spend_items_where_they_matter(undisturbed, tmp_path):

@@ -25,6 +25,7 @@ from tasks.cluster.resources import NodeResources, ResourcesError, exclusive_wor
 from tasks.evaluation import EvaluationUnit, evaluate_units
 from tasks.healing.job import Checkpoints, HealingJob, HealingText
 from tasks.healing.run import heal
+from tests.ray_workers import workers_of
 
 
 def _nodes(*sizes) -> list[NodeResources]:
@@ -114,7 +115,9 @@ def test_the_embedded_cluster_starts_once_and_ends_with_shutdown(monkeypatch):
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
         started = [child for child in me.children() if child not in children]
         below = [process for child in started for process in child.children(recursive=True)]
-        assert {address for address, _ in listening([me, *started, *below]) - before} == {"127.0.0.1"}
+        workers = workers_of(f"_{me.pid}")
+        assert len(workers) >= 1
+        assert {address for address, _ in listening([me, *started, *below, *workers]) - before} == {"127.0.0.1"}
     finally:
         connection.shutdown()
     assert not ray.is_initialized()

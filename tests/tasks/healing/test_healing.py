@@ -42,6 +42,7 @@ from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
 from tasks.healing.run import heal
 from tasks.healing.worker import Progress, read_progress
 from tests.conftest import wait_for_cpus
+from tests.fork_server import python_path
 from tests.tasks.healing.jobs import job_of_settings
 
 PLAN = Plan.parse("LNSW", window=3)
@@ -200,16 +201,14 @@ def test_killed_workers_end_with_the_losses_and_snapshots_of_the_undisturbed_run
 @pytest.mark.cluster
 def test_a_healing_outlives_the_actor_that_tells_its_steps_and_trains_controller(cluster, folder, local, tmp_path):
     def kill_once(event: StepEvent) -> None:
-        import psutil
+        from tests.ray_workers import session_of, workers_of
 
         for step, actor in ((2, "ray::ProgressBox"), (5, "ray::TrainController")):
             mark = tmp_path / actor
             if event.step == step and not mark.exists():
                 mark.touch()
-                # Its siblings are the workers of this node; other clusters of the machine have actors of that name too.
-                for process in psutil.Process().parent().children():
-                    if (process.cmdline() or [""])[0].startswith(actor):
-                        process.kill()
+                for process in workers_of(session_of(), actor):  # Other clusters have actors of that name too.
+                    process.kill()
 
     job = job_of(folder, "without-controller", on_step=kill_once, max_failures=1, checkpoint_every_steps=1)
     told = []
@@ -250,7 +249,7 @@ heal(job_of(Path.cwd(), "driver", zero_stage=1, on_step=kill_driver, **inputs))
 @pytest.mark.cluster
 def test_a_run_goes_on_after_its_driver_died_on_other_workers_and_in_other_zero_stages(cluster, folder, local):
     root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": python_path(root)}
     driver = subprocess.run(
         [sys.executable, "-c", _DRIVER], cwd=folder, env=environment, capture_output=True, timeout=200
     )

@@ -87,10 +87,10 @@ def test_jobs_are_healed_side_by_side_though_a_trial_is_killed_and_one_fails(ray
     mark = tmp_path / "killed"
 
     def kill_a_trial(event) -> None:
-        import psutil
+        from tests.ray_workers import session_of, workers_of
 
         if event.step == 3 and not mark.exists():
-            processes = psutil.Process(os.getppid()).children()
+            processes = workers_of(session_of())
             trials = [process for process in processes if process.cmdline()[0].endswith("Trainable.train")]
             mark.touch()
             trials[0].kill()
