@@ -47,7 +47,7 @@ def say_that_none_is_allowed(run: RunContext) -> None:
 
 
 _LEFT = 0.2
-"""Share of a plan's loss that remains after healing: 0.15 to 0.2 at losses worth serving (docs/method.md)."""
+"""Share of a plan's loss that remains after healing: 0.15 to 0.2 at losses worth serving (docs/measurements.md)."""
 
 
 _TARGET = 0.99
