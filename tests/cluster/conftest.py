@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import ADDRESSES, Hosts, why_not
+from tests.cluster.state_api import nodes_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -46,6 +47,10 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.gcs}"
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
     def start(self, *options: str, cover: str = "") -> subprocess.Popen:
         """Starts a node and waits until it is alive; the shell command `cover` runs first, in its mount namespace."""
         number = len(self.processes)
@@ -65,7 +70,8 @@ class RayCluster:
         return process
 
     def wait_for_nodes(self, n_nodes: int) -> None:
-        wait_until(partial(has_nodes, n_nodes, self.address, self.environment), self.home)
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        wait_until(partial(has_nodes, n_nodes, self.url, token), self.home)
 
     def temp(self, number: int) -> str:
         return f"/tmp/lb{os.getpid()}{'abcdefgh'[number]}"
@@ -109,19 +115,15 @@ def ray_cluster(tmp_path_factory):
 @pytest.fixture(scope="package")
 def cluster(ray_cluster) -> tuple[str, dict[str, str]]:
     """Gives the address of the cluster's job server, and the environment that holds its token."""
-    return f"http://127.0.0.1:{ray_cluster.dashboard}", ray_cluster.environment
+    return ray_cluster.url, ray_cluster.environment
 
 
-def has_nodes(n_nodes: int, address: str, environment: dict) -> bool:
-    """Says whether the cluster answers and has `n_nodes` living nodes."""
-    script = (
-        "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
-        "print(sum(node['Alive'] for node in ray.nodes()))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, address], env=environment, capture_output=True, text=True, check=False
-    )
-    return result.returncode == 0 and result.stdout.split()[-1:] == [str(n_nodes)]
+def has_nodes(n_nodes: int, url: str, token: str) -> bool:
+    """Says whether the cluster's job server answers and knows `n_nodes` living nodes."""
+    try:
+        return sum(node["state"] == "ALIVE" for node in nodes_of(url, token)) == n_nodes
+    except OSError:
+        return False
 
 
 def wait_until(condition, logs: Path, timeout_s: float = 180) -> None:
