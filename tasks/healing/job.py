@@ -101,7 +101,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
-            raise ValueError(f"checkpoint_every_steps: {self.every_steps} must be at least 1")
+            raise ValueError(f"checkpoints.every_steps: {self.every_steps} must be at least 1")
 
     @property
     def folder(self) -> str:
@@ -143,9 +143,9 @@ class ZeroSettings:
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage: {self.stage} is unknown; use 0, 1, 2 or 3")
+            raise ValueError(f"zero.stage: {self.stage} is unknown; use 0, 1, 2 or 3")
         if self.offload_optimizer and self.stage == 0:
-            raise ValueError(f"offload_optimizer: {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+            raise ValueError(f"zero.offload_optimizer: {self.offload_optimizer} needs stage 1, 2 or 3, not 0")
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ class HealingJob:
         if self.transfer not in (TOGETHER, BY_LAYER):
             raise ValueError(f"transfer: '{self.transfer}' is unknown; use {TOGETHER} or {BY_LAYER}")
         if (self.snapshots.shares or self.output is None) and self.snapshots.url is None:
-            raise ValueError("snapshot_url: None leaves no place for the snapshots; give a folder or URL")
+            raise ValueError("snapshots.url: None leaves no place for the snapshots; give a folder or URL")
         if self.workers.n_workers < 1:
-            raise ValueError(f"n_workers: {self.workers.n_workers} must be at least 1")
+            raise ValueError(f"workers.n_workers: {self.workers.n_workers} must be at least 1")
         accumulation_rounds(self.spec, self.workers.n_workers)
 
     @property

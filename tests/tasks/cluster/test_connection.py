@@ -266,7 +266,7 @@ def test_workers_trials_and_train_jobs_go_where_the_labels_are(tiny_checkpoint, 
         source = ModelSource(str(tiny_checkpoint / "model"))
         spec = QualitySpec(text=str(tiny_checkpoint / "text.txt"), sequence_tokens=8, n_sequences=2)
         seen = []
-        units = [EvaluationUnit(Plan.parse(plan, window=4)) for plan in ("SSSN", "SSNS", "SNSS")]
+        units = [EvaluationUnit(plan=Plan.parse(plan, window=4)) for plan in ("SSSN", "SSNS", "SNSS")]
         failures = evaluate_units(units, source, spec, workers, on_result=lambda done: seen.append(done.worker.node_id))
         assert failures == []
         assert seen == [there.node_id] * 3

@@ -419,13 +419,13 @@ def test_a_student_is_rebuilt_from_the_parent_and_what_was_trained(folder, metho
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("zero_stage", 4, "zero_stage: 4"),
-        ("n_workers", 0, "n_workers: 0"),
+        ("zero_stage", 4, "zero.stage: 4"),
+        ("n_workers", 0, "workers.n_workers: 0"),
         ("n_workers", 5, "batch_sequences: 4 cannot feed 5 workers"),
-        ("checkpoint_every_steps", 0, "checkpoint_every_steps: 0"),
+        ("checkpoint_every_steps", 0, "checkpoints.every_steps: 0"),
         ("sources", (), "sources: there are none"),
         ("transfer", "layers", "transfer: 'layers'"),
-        ("snapshots", (0.5,), "snapshot_url: None"),
+        ("snapshots", (0.5,), "snapshots.url: None"),
     ],
 )
 def test_a_job_that_cannot_be_meant_is_refused_by_field(tmp_path, field, value, message):
@@ -434,7 +434,7 @@ def test_a_job_that_cannot_be_meant_is_refused_by_field(tmp_path, field, value, 
 
 
 def test_offloading_needs_zero(tmp_path):
-    with pytest.raises(ValueError, match="offload_optimizer: True needs zero_stage 1, 2 or 3"):
+    with pytest.raises(ValueError, match="zero.offload_optimizer: True needs stage 1, 2 or 3"):
         job_of(tmp_path, "bad", offload_optimizer=True, zero_stage=0)
 
 
