@@ -434,7 +434,7 @@ def test_a_job_that_cannot_be_meant_is_refused_by_field(tmp_path, field, value, 
 
 
 def test_offloading_needs_zero(tmp_path):
-    with pytest.raises(ValueError, match="zero.offload_optimizer: True needs stage 1, 2 or 3"):
+    with pytest.raises(ValueError, match=r"zero\.offload_optimizer: True needs stage 1, 2 or 3"):
         job_of(tmp_path, "bad", offload_optimizer=True, zero_stage=0)
 
 

@@ -61,7 +61,7 @@ def test_as_many_jobs_run_at_once_as_there_is_room_for(tmp_path, n_workers, cpus
 
 
 def test_a_job_that_keeps_neither_checkpoint_nor_snapshot_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="snapshots.url: None"):
+    with pytest.raises(ValueError, match=r"snapshots\.url: None"):
         job_of(tmp_path, tmp_path, "SN", snapshot_url=None)
 
 
