@@ -363,7 +363,7 @@ class LabelsSection(Section):
 
 
 class PlacementSection(Section):
-    """Says where the work runs. It changes no number and no identity.
+    """Says where the work runs. It changes speeds, but no plan's quality, and no identity but that of timings.
 
     Attributes:
         workers: number of workers that judge plans; `auto` takes as many as fit on the cluster.
