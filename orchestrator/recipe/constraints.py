@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -39,6 +40,8 @@ class ConstraintsSection(Section):
         at_most: upper bounds on columns of pareto.csv.
         pin: treatments by the index of their layer, counted from 0; every plan of the search gives them to those
             layers.
+        confidence: probability with which a measured value must hold its bound, given its standard error; 0.5 asks
+            that the value itself does.
     """
 
     at_least: dict[AtLeast, Number] = Field(default_factory=dict)
@@ -46,12 +49,13 @@ class ConstraintsSection(Section):
     pin: dict[CountOrZero, Annotated[str, OneOf(TREATMENTS.names)]] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}
     )
+    confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.5
 
     def bounds(self) -> list[Bound]:
         """Returns each constraint as a separate bound."""
         return [
-            *(Bound(f"at_least.{column}", column, bound, 1) for column, bound in self.at_least.items()),
-            *(Bound(f"at_most.{column}", column, bound, -1) for column, bound in self.at_most.items()),
+            *(Bound(f"at_least.{name}", name, bound, 1, self.confidence) for name, bound in self.at_least.items()),
+            *(Bound(f"at_most.{name}", name, bound, -1, self.confidence) for name, bound in self.at_most.items()),
             *(Bound(f"pin.{layer}", layer, treatment, 0) for layer, treatment in self.pin.items()),
         ]
 
@@ -65,18 +69,41 @@ class Bound:
         of: a column of pareto.csv, or a layer.
         value: the bound, or the treatment of the layer.
         sign: 1 for at least, -1 for at most, 0 for a pin.
+        confidence: the probability with which a measured value must hold it.
     """
 
     name: str
     of: str | int
     value: float | str
     sign: int
+    confidence: float = 0.5
 
     def holds(self, row: pd.Series) -> bool:
         """Says whether a row of pareto.csv holds the constraint; a value that was not measured does not."""
         if self.sign == 0:
             return Plan.parse(row["plan"], 1).treatments[int(self.of)] == self.value
-        return bool(self.sign * float(row[self.of]) >= self.sign * float(self.value))  # a comparison with NaN is False
+        return self.sign * self.reached(row) >= self.sign * float(self.value)  # a comparison with NaN is False
+
+    def reached(self, row: pd.Series) -> float:
+        """Returns the strictest bound that a row holds with the confidence: its value less a part of its error."""
+        value = float(row[self.of])
+        if self.confidence == 0.5:
+            return value
+        return value - self.sign * NormalDist().inv_cdf(self.confidence) * self._stderr(row)
+
+    def probability(self, row: pd.Series) -> float | None:
+        """Returns the probability that a row's true value holds the bound; None where the value has no error.
+
+        The error is taken as normal, so this is the one-sided confidence.
+        """
+        if self.sign == 0 or not (stderr := self._stderr(row)):
+            return None
+        return NormalDist().cdf(self.sign * (float(row[self.of]) - float(self.value)) / stderr)
+
+    def _stderr(self, row: pd.Series) -> float:
+        """Returns the standard error of the value; 0 where none was measured."""
+        stderr = float(row.get(f"{self.of}_stderr", math.nan))
+        return 0.0 if math.isnan(stderr) else stderr
 
     def shortfall(self, row: pd.Series) -> float:
         """Returns the share of the bound by which a row misses it.
@@ -87,7 +114,7 @@ class Bound:
             return 0.0
         if self.sign == 0:
             return 1.0
-        missing = self.sign * (float(self.value) - float(row[self.of]))
+        missing = self.sign * (float(self.value) - self.reached(row))
         return math.inf if math.isnan(missing) else missing / max(abs(float(self.value)), 1e-12)
 
     def __str__(self) -> str:

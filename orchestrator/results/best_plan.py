@@ -32,11 +32,13 @@ def best_rows(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[int
 
 def _sentence(rows: pd.DataFrame, constraints: ConstraintsSection, condition: str) -> str:
     held = ", ".join(map(str, constraints.bounds()))
+    if constraints.confidence > 0.5:
+        held += f" with {constraints.confidence:.3g} confidence"
     if (best := best_row(rows, constraints)) is not None:
         state = "the untouched base" if best["origin"] == "base" else f"{best['plan']} ({best['plan_id']})"
         if best["flags"] is not None and pd.notna(best["flags"]):
             state += f", which is flagged ({best['flags']})"
-        return f"Best under {held}: {state}, {headline(best)}."
+        return f"Best under {held}: {state}, {headline(best)}.{_how_sure(best, constraints)}"
     said = f"No plan holds {held} ({condition})."
     if options := loosenings(rows, constraints):
         bound, row = options[0]
@@ -48,8 +50,22 @@ def _sentence(rows: pd.DataFrame, constraints: ConstraintsSection, condition: st
     return f"{said} No single one stands in the way; {row['plan']} ({row['plan_id']}) needs {wanted}."
 
 
+def _how_sure(row: pd.Series, constraints: ConstraintsSection) -> str:
+    """Says with what probability a row's true values hold the bounds; empty where no value has an error."""
+    known = [(bound, p) for bound in constraints.bounds() if (p := bound.probability(row)) is not None]
+    if not known:
+        return ""
+    return f" It holds {' and '.join(f'{bound.name} with a probability of {_percent(p)}' for bound, p in known)}."
+
+
+def _percent(probability: float) -> str:
+    if probability > 0.99:
+        return "more than 99 %"
+    return "less than 1 %" if probability < 0.01 else f"{100 * probability:.0f} %"
+
+
 def _to(bound: Bound, row: pd.Series) -> str:
-    return "(unpin it)" if bound.sign == 0 else f"to {float(row[bound.of]):.4g}"
+    return "(unpin it)" if bound.sign == 0 else f"to {bound.reached(row):.4g}"
 
 
 def feasible(pareto: pd.DataFrame, constraints: ConstraintsSection) -> pd.Series:

@@ -110,6 +110,58 @@ def test_says_the_best_plan_of_each_condition_and_its_flags():
     assert verdict(table(rows, ConstraintsSection()), ConstraintsSection()) == []
 
 
+UNSURE = [
+    row("SSSS", "base", quality_retained_stderr=0.0),
+    row("SSSN", quality=0.49, tok_per_s=120.0, quality_retained_stderr=0.002),
+    row("SSNN", quality=0.4851, tok_per_s=150.0, quality_retained_stderr=0.014),
+]
+
+
+@pytest.mark.parametrize(("confidence", "plan"), [(0.5, "SSNN"), (0.51, "SSSN"), (0.95, "SSSN"), (0.9999999, "SSSS")])
+def test_with_more_confidence_a_value_must_hold_its_bound_beyond_its_error(confidence, plan):
+    constraints = ConstraintsSection(at_least={"quality_retained": 0.97}, confidence=confidence)
+    rows = table(UNSURE, constraints)
+    best = best_row(rows, constraints)
+    assert best is not None and best["plan"] == plan
+    (said,) = verdict(rows, constraints)
+    assert (f"with {confidence:.3g} confidence" in said) == (confidence > 0.5)
+
+
+def test_says_how_probable_it_is_that_a_bound_holds():
+    rng = np.random.default_rng()
+    value, stderr = rng.uniform(0.9, 1.0), rng.uniform(0.001, 0.05)
+    least = float(value - stderr * rng.uniform(0.1, 1.5))
+    only = row("SSNN", quality=value / 2, quality_retained_stderr=stderr)
+    constraints = ConstraintsSection(at_least={"quality_retained": least})
+    rows, (bound,) = table([only], constraints), constraints.bounds()
+    held = float(np.mean(value + stderr * rng.standard_normal(200_000) >= least))
+    probability = bound.probability(rows.iloc[0])
+    assert probability == pytest.approx(held, abs=0.01)
+    (said,) = verdict(rows, constraints)
+    assert said.endswith(f" It holds at_least.quality_retained with a probability of {100 * probability:.0f} %.")
+    surer = ConstraintsSection(at_least={"quality_retained": least}, confidence=0.999)
+    (said,), (bound,) = verdict(table([only], surer), surer), surer.bounds()
+    assert f"Loosen at_least.quality_retained to {bound.reached(rows.iloc[0]):.4g}: SSNN" in said
+
+
+@pytest.mark.parametrize(
+    ("quality", "words"),
+    [(0.6, "more than 99 %"), (0.4, "less than 1 %"), (0.485, "50 %")],
+    ids=["high", "low", "half"],
+)
+def test_probabilities_are_not_rounded_to_certainty(quality, words):
+    constraints = ConstraintsSection(at_least={"quality_retained": 0.97})
+    rows = table([row("SSNN", quality=quality, quality_retained_stderr=0.01)], constraints).assign(feasible=True)
+    assert verdict(rows, constraints)[0].endswith(f"with a probability of {words}.")
+
+
+def test_a_bound_on_what_has_no_error_is_held_or_not():
+    (bound,) = ConstraintsSection(at_most={"kv_bytes_per_token": 200}, confidence=0.99).bounds()
+    held, broken = (table([row(plan)], ConstraintsSection()).iloc[0] for plan in ("SSNN", "SSSN"))
+    assert bound.holds(held) and not bound.holds(broken)
+    assert bound.probability(held) is None and bound.reached(broken) == 300
+
+
 def test_best_row_agrees_with_brute_force():
     rng = np.random.default_rng()
     letters = ["".join(letters) for letters in product("SLN", repeat=3)]
@@ -173,6 +225,8 @@ def test_a_recipe_keeps_its_constraints_when_written_and_read():
         ({"at_most": {"n_softmax": -1}}, "constraints.at_most.n_softmax: -1"),
         ({"pin": {0: "sofmax"}}, "softmax"),
         ({"pin": {"x": "softmax"}}, "constraints.pin"),
+        ({"confidence": 0.3}, "constraints.confidence: 0.3"),
+        ({"confidence": 1}, "constraints.confidence: 1"),
     ],
 )
 def test_refuses_what_it_does_not_know(constraints, message):
