@@ -274,11 +274,12 @@ def _choices(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[tuple[floa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppresses the progress bars of lm-eval and datasets, and redirects what they print from stdout to stderr.
+    """Suppresses the progress of lm-eval and datasets, and redirects what else they print from stdout to stderr.
 
     It also caches compiled templates, since lm-eval compiles the same template again for each document.
     """
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator
@@ -292,7 +293,7 @@ def _quiet() -> Iterator[None]:
         return bar(*args, **kwargs | {"disable": True})
 
     def no_report(*_: Any) -> None:
-        """Replaces reports on the machine and on git that nothing here reads and that take two seconds each time."""
+        """Replaces reports that nothing here reads; those on the machine and on git take two seconds each time."""
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -302,6 +303,7 @@ def _quiet() -> Iterator[None]:
             stack.enter_context(_replaced(module, "tqdm", no_bar))
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(_replaced(lm_eval.evaluator, name, no_report))
+        stack.enter_context(_replaced(lm_eval.api.metrics, "print", no_report))  # "bootstrapping for stddev"
         templates = lm_eval.utils.env
         stack.enter_context(_replaced(templates, "from_string", lru_cache(maxsize=1024)(templates.from_string)))
         stack.enter_context(environment({"DISABLE_MULTIPROC": "1"}))
@@ -316,12 +318,15 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
+    had, before = name in vars(module), getattr(module, name, None)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if had:
+            setattr(module, name, before)
+        else:
+            delattr(module, name)
 
 
 @contextlib.contextmanager
