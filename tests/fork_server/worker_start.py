@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,17 +19,8 @@ An empty variable switches them off: each worker then starts and imports as it d
 """
 
 _WITHOUT_EFFECT = (
-    *(
-        "RAY_",
-        "PL_DISABLE_FORK",
-        "PYTEST_CURRENT_TEST",
-        "PYTHONPATH",
-        "PYTHONBREAKPOINT",
-        "PWD",
-        "OLDPWD",
-        "SHLVL",
-        "SPT_NOENV",
-    ),
+    *("RAY_", "PL_DISABLE_FORK", "PYTEST_CURRENT_TEST", "PYTHONPATH", "PYTHONBREAKPOINT"),
+    *("PWD", "OLDPWD", "SHLVL", "SPT_NOENV"),
 )
 """Beginnings of variables that no library of a server reads while it is imported. Workers that differ in others need a
 server of their own."""
@@ -55,10 +47,20 @@ def start_from_server(arguments: list[str]) -> None:
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd()}
     text = json.dumps(request).encode()
-    socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2])
-    connection.sendall(text)
-    pid = int(connection.recv(16))
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
+    answer = b""
+    with contextlib.suppress(ConnectionError):  # The server ends with the tests.
+        socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2])
+        connection.sendall(text)
+        answer = connection.recv(16)
+    if not answer:
+        return
+    pid = int(answer)
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection.recv(1)  # The worker holds the other end until it ends.
     os._exit(0)
