@@ -31,7 +31,8 @@ MAX_ADDED_NODES = 1000
 
 _NODE_GROUP_LABEL = "ray.io/node-group"
 _PROBE_TIMEOUT_S = 4.0
-_PROBE_COMMAND_TIMEOUT_S = 8.0
+_PROBE_COMMAND_TIMEOUT_S = 30.0
+"""Ray's command imports for seconds on a busy machine before it asks; only a server that is no Ray keeps it waiting."""
 
 
 class ClusterError(RuntimeError):
