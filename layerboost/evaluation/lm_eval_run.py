@@ -303,7 +303,8 @@ def _quiet() -> Iterator[None]:
             stack.enter_context(_replaced(module, "tqdm", no_bar))
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(_replaced(lm_eval.evaluator, name, no_report))
-        stack.enter_context(_replaced(lm_eval.api.metrics, "print", no_report))  # "bootstrapping for stddev"
+        # Metrics print "bootstrapping for stddev" between the lines of our progress.
+        stack.enter_context(_replaced(lm_eval.api.metrics, "print", no_report))
         templates = lm_eval.utils.env
         stack.enter_context(_replaced(templates, "from_string", lru_cache(maxsize=1024)(templates.from_string)))
         stack.enter_context(environment({"DISABLE_MULTIPROC": "1"}))

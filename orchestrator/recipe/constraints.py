@@ -86,10 +86,7 @@ class Bound:
 
     def reached(self, row: pd.Series) -> float:
         """Returns the strictest bound that a row holds with the confidence: its value less a part of its error."""
-        value = float(row[self.of])
-        if self.confidence == 0.5:
-            return value
-        return value - self.sign * NormalDist().inv_cdf(self.confidence) * self._stderr(row)
+        return float(row[self.of]) - self.sign * NormalDist().inv_cdf(self.confidence) * self._stderr(row)
 
     def probability(self, row: pd.Series) -> float | None:
         """Returns the probability that a row's true value holds the bound; None where the value has no error.

@@ -43,7 +43,7 @@ ray.cluster_utils.AutoscalingCluster(
     head_resources={"CPU": 0},
     worker_node_types={"gpu-small": kind("small", 1), "gpu-large": kind("large", 4)},
     autoscaler_v2=True,
-    idle_timeout_minutes=0.5,  # longer than a look at the nodes takes on a busy machine
+    idle_timeout_minutes=0.5,  # A look at the nodes takes several seconds on a busy machine.
 ).start()
 """
 NODES = """
