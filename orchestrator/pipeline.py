@@ -109,12 +109,15 @@ def report(folder: RunFolder) -> int:
 
 
 def dry_run(recipe: Recipe, folder: RunFolder, facts: ModelFacts) -> int:
-    """Prints each stage's units, how many are recorded, and what the rest will cost; starts and writes nothing."""
+    """Prints each stage's units, how many are recorded, and what the rest will cost.
+
+    It starts nothing and writes nothing but the calibration, which the run then need not repeat.
+    """
     from orchestrator.costs.estimate import device_mib, estimate_stages, estimate_table, expected_line
     from orchestrator.costs.measure import costs_of
 
     context = _context(recipe, folder, facts, Progress(), None)
-    stages = estimate_stages(context, costs_of(context, record=False))
+    stages = estimate_stages(context, costs_of(context, on_cluster=False))
     print(f"{estimate_table(stages, device_mib())}\n{expected_line(stages)}")
     return EXIT_DONE
 
@@ -140,7 +143,7 @@ def _estimate(context: RunContext) -> None:
     if context.state.estimates:
         return
     try:
-        stages = estimate_stages(context, costs_of(context, record=True))
+        stages = estimate_stages(context, costs_of(context, on_cluster=True))
     except Exception as error:  # a failed calibration must not stop the run
         if is_disk_full(error):
             raise

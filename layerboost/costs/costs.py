@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..plan import Plan
-
-_UNKNOWN_PLAN = (0.4, 0.4, 0.2)
-
+from ..plan import Plan, Treatment
 
 ByTreatment = dict[str, float]
-"""Cost of the plan that treats every layer alike, by the treatment's name; the cost of other plans lies between these.
-
-The order is softmax, none, and the middle treatment of searched plans; others follow.
-"""
+"""Cost of the plan that treats every layer alike, by the treatment's name; other plans' costs lie between these."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,12 @@ class Costs:
         return cls(**data | parts)
 
 
-def mixed(costs: ByTreatment, plan: Plan | None = None) -> float:
+def mixed(costs: ByTreatment, plan: Plan | None, *, middle: str) -> float:
     """Returns the cost of a plan as a mean over its layers of the uniform plans' costs.
 
-    A plan that is not known yet is taken to have softmax and none in two fifths of its layers each and the middle
-    treatment in the rest, which is about what searches propose.
+    A plan that is not known yet (None) is taken to have softmax and none in two fifths of its layers each and the
+    middle treatment of searched plans in the rest, which is about what searches propose.
     """
     if plan is None:
-        return sum(share * cost for share, cost in zip(_UNKNOWN_PLAN, costs.values()))
+        return 0.4 * costs[Treatment.SOFTMAX.value] + 0.4 * costs[Treatment.NONE.value] + 0.2 * costs[middle]
     return sum(costs[treatment.value] for treatment in plan.treatments) / len(plan)

@@ -1,4 +1,8 @@
-"""Times a few of each step of a run on this machine; the estimate is made from these timings."""
+"""Times a few of each step of a run on this machine; the estimate is made from these timings.
+
+Everything is timed on twins of few layers (`twins`), on as little as takes `ENOUGH_S`, and scaled to the model's layers
+and the run's tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,15 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..convert import convert
 from ..evaluation.evaluate import evaluate
 from ..evaluation.plan_evaluation import PlanEvaluation
+from ..evaluation.retrieval import retrieval_items
 from ..evaluation.scores import QualitySpec
 from ..families import decoder_layers
 from ..healing.spec import HEAL, TRANSFER, HealingSpec
 from ..healing.training import CurveRow, heal_locally
 from ..plan import Plan, Treatment
-from ..speed.decoding import timed_generation
+from ..speed.decoding import prefill_chunk_tokens, random_tokens, timed_generation
 from ..text.batches import PackedText
 from ..text.sampling import SamplingSpec, sample_documents
 from .costs import DecodeCosts, EvaluationCosts, HealingCosts
+from .twins import LayerCosts, Twins
+
+Made = TypeVar("Made")
 
 ENOUGH_S = 0.3
 """A timing of this length is trusted; after a shorter one twice as much is timed."""
@@ -37,7 +46,12 @@ _LOOP_S = 0.055
 
 _DECODE_STEPS = 3
 _HEALING_STEPS = 2
-_SWEPT_LAYERS = 4
+
+_LEAST_TOKENS = 64
+"""Fewer tokens of a sequence are not timed, because a call's own cost would stand out."""
+
+_STEP_FORWARDS = 5
+"""About how many forward passes the passes of teacher and student and the backward pass of a healing step cost."""
 
 
 def slowness() -> float:
@@ -51,18 +65,14 @@ def slowness() -> float:
 def extrapolated_s(run: Callable[[int], object], total: int, *, first: int = 1, enough_s: float = ENOUGH_S) -> float:
     """Returns the seconds that `run(total)` would take, extrapolated from smaller runs until one takes `enough_s`.
 
-    The first run is not timed because it warms up. The last two runs give the cost of each further unit.
+    The first run warms up and is repeated. The last two runs give the cost of each further unit.
     """
     n = min(first, total)
-    run(n)
-    points: list[tuple[int, float]] = []
-    while True:
-        start = time.perf_counter()
-        run(n)
-        points.append((n, time.perf_counter() - start))
-        if n == total or points[-1][1] >= enough_s:
-            break
+    warm_up_s = _timed(partial(run, n))
+    points = [(n, min(warm_up_s, _timed(partial(run, n))))]
+    while n < total and points[-1][1] < enough_s:
         n = min(total, 2 * n)
+        points.append((n, _timed(partial(run, n))))
     last, last_s = points[-1]
     each_s = last_s / last
     if len(points) > 1:
@@ -72,75 +82,132 @@ def extrapolated_s(run: Callable[[int], object], total: int, *, first: int = 1, 
 
 
 def evaluation_costs(
-    model: PreTrainedModel,
+    twins: Twins,
     tokenizer: PreTrainedTokenizerBase,
     spec: QualitySpec,
     *,
     treatments: Sequence[Treatment],
     swept: Sequence[Treatment],
-    window: int,
-    n_documents: int | None = None,
-    shares: int = 16,
 ) -> EvaluationCosts:
     """Times judging by a spec.
 
     Args:
-        model, tokenizer: The untouched parent, on the device and with the threads of a worker.
+        twins: Twins of the untouched parent, on the device and with the threads of a worker.
+        tokenizer: Its tokenizer.
         spec: What is judged by.
-        treatments: Treatments whose uniform plans are judged.
+        treatments: Treatments whose uniform plans are judged, with those of `swept`.
         swept: Treatments that single layers get in a sweep.
-        window: Window of windowed treatments, in tokens.
-        n_documents: Documents of all tasks together; None counts them.
-        shares: Shares into which a sweep cuts the items; it determines how many sequences are read together.
     """
-    n_layers = len(decoder_layers(model))
-    plans = {treatment.value: Plan.uniform(treatment, n_layers, window) for treatment in treatments}
-    single, weight = _single_layer_plans(n_layers, swept, window)
-    some = Plan(tuple(treatments[layer % len(treatments)] for layer in range(n_layers)), window)
-    student = convert(model, some)
-    prepare_s = score_s = direct_s = 0.0
-    tasks_s, text_s, sweep_s = dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0), {}
+    n_layers, costs = twins.n_layers, EvaluationCosts(0.0, 0.0, {}, {}, 0.0, {})
     if spec.tasks:
-        limit = min(spec.limit or DOCUMENTS, DOCUMENTS)
-        few = replace(spec, text=None, retrieval=(), limit=limit)
-        PlanEvaluation(model, tokenizer, replace(few, limit=1))  # imports lm-eval and loads the tasks
-        start = time.perf_counter()
+        costs = _task_costs(twins, tokenizer, replace(spec, text=None, retrieval=()), treatments, swept)
+    if spec.text is not None:
+        text = _text_costs(twins, tokenizer, replace(spec, tasks=(), retrieval=()), treatments)
+        # A pass of any other plan runs the untouched model beside it, for the divergence.
+        base_s = n_layers * text.layer_s[Treatment.SOFTMAX]
+        beside_s = {name: seconds + text.fixed_s + base_s for name, seconds in text.uniform_s(n_layers).items()}
+        text_s = beside_s | {Treatment.SOFTMAX.value: text.fixed_s + base_s}
+        swept_s = _swept_s(text, swept, n_layers)
+        costs = replace(
+            costs,
+            text_s=text_s,
+            direct_s=costs.direct_s + sum(text_s.values()) / len(text_s) + _retrieval_s(twins, tokenizer, spec),
+            sweep_s=costs.sweep_s | {"text": swept_s},
+        )
+    zero = dict.fromkeys((treatment.value for treatment in treatments), 0.0)
+    return replace(costs, tasks_s=costs.tasks_s or zero, text_s=costs.text_s or zero)
+
+
+def _task_costs(
+    twins: Twins,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: QualitySpec,
+    treatments: Sequence[Treatment],
+    swept: Sequence[Treatment],
+) -> EvaluationCosts:
+    """Times judging by the tasks of a spec: a document of each, and a few, tell what grows with their number."""
+    n_all = document_count(spec)  # this imports lm-eval and loads the tasks
+    one, few = (replace(spec, limit=min(spec.limit or n, n)) for n in (1, DOCUMENTS))
+    PlanEvaluation(twins.few, tokenizer, one)  # warms up
+    of_one = _clocked(lambda: PlanEvaluation(twins.few, tokenizer, one))
+    of_few = _clocked(lambda: PlanEvaluation(twins.few, tokenizer, few))
+    n_one, n_few = (len(judge.benchmarks.items) for judge, _ in (of_one, of_few) if judge.benchmarks is not None)
+
+    def of_all_s(one_s: float, few_s: float) -> float:
+        return scaled_s(one_s, n_one, few_s, n_few, n_all)
+
+    def answered_s(model: PreTrainedModel, plan: Plan) -> float:
         judge = PlanEvaluation(model, tokenizer, few)
-        prepare_s = time.perf_counter() - start
-        assert judge.benchmarks is not None
-        items = len(judge.benchmarks.items)
-        scale = max(1.0, (n_documents or document_count(spec)) / max(1, items))
-        judge.answer([some])  # warms up
-        for name, plan in plans.items():
-            tasks_s[name] = scale * _timed(partial(judge.answer, [plan]))
+        n_items = len(judge.items)
+        return extrapolated_s(lambda n: judge.answer([plan], judge.items[:n]), n_items, first=max(1, n_items // 2))
+
+    answered = twins.layer_costs(treatments, answered_s)
+    of_all = answered.scaled(max(1.0, n_all / max(1, n_few)))
+    tasks_s = of_all.uniform_s(twins.n_layers)
+    some = twins.plan(Treatment.SOFTMAX, twins.n_few)
+    scoring_s = []
+    for judge in (of_one[0], of_few[0]):
         answers = judge.answer([some])
         said = answers.log_p[0], answers.greedy[0]
         judge.scores(some, said, None)  # warms up
-        # Scoring hardly depends on the number of documents and is short enough for one pause of the machine to
-        # distort it: take the minimum of several runs.
-        score_s = min(_timed(lambda: judge.scores(some, said, None)) for _ in range(3))
-        sweep_s["tasks"] = scale * weight * _timed(lambda: judge.answer(single))
-        # lm-eval has a fixed overhead even for a single document, so time one and a few documents.
-        evaluate(student, tokenizer, replace(few, limit=1))
-        one_s = _timed(lambda: evaluate(student, tokenizer, replace(few, limit=1)))
-        few_s = _timed(lambda: evaluate(student, tokenizer, few))
-        direct_s += _scaled_s(one_s, 1, few_s, limit, scale)
-        prepare_s *= scale
-    if spec.text is not None:
-        judge = PlanEvaluation(model, tokenizer, replace(spec, tasks=(), retrieval=()))
-        assert judge.sequences is not None
-        n = len(judge.sequences)
+        # Scoring is short enough for one pause of the machine to distort it: take the minimum of several runs.
+        scoring_s.append(min(_timed(partial(judge.scores, some, said, None)) for _ in range(3)))
+    mixed_layers = tuple(treatments[layer % len(treatments)] for layer in range(twins.n_few))
+    student = convert(twins.few, Plan(mixed_layers, twins.window)).eval()
+    evaluate(student, tokenizer, one)  # warms up
+    direct_s = of_all_s(*(_timed(partial(evaluate, student, tokenizer, quality)) for quality in (one, few)))
+    few_layers_s = of_all.uniform_s(twins.n_few)
+    return EvaluationCosts(
+        prepare_s=of_all_s(of_one[1], of_few[1]),
+        score_s=of_all_s(*scoring_s),
+        tasks_s=tasks_s,
+        text_s={},
+        direct_s=direct_s * sum(tasks_s.values()) / sum(few_layers_s.values()),
+        sweep_s={"tasks": _swept_s(of_all, swept, twins.n_layers)},
+    )
 
-        def read(plans: Sequence[Plan]) -> Callable[[int], object]:
-            return lambda k: judge.read_text(plans, torch.arange(k))
 
-        for name, plan in plans.items():
-            text_s[name] = extrapolated_s(read([plan]), n, first=2)
-        share = min(n, max(1, -(-n // shares)))
-        sweep_s["text"] = n / share * weight * _timed(lambda: read(single)(share))
-        few = replace(spec, tasks=(), n_sequences=min(n, spec.batch_size))
-        direct_s += n / min(n, spec.batch_size) * _timed(lambda: evaluate(student, tokenizer, few, base=model))
-    return EvaluationCosts(prepare_s, score_s, tasks_s, text_s, direct_s, sweep_s)
+def _text_costs(
+    twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec, treatments: Sequence[Treatment]
+) -> LayerCosts:
+    """Times reading the text of a spec; returns the costs of all its sequences, for one plan by itself."""
+    judges = {model: PlanEvaluation(model, tokenizer, spec) for model in (twins.one, twins.few)}
+    sequences = judges[twins.few].sequences
+    assert sequences is not None
+
+    def read_s(model: PreTrainedModel, plan: Plan) -> float:
+        return extrapolated_s(lambda n: judges[model].read_text([plan], torch.arange(n)), len(sequences))
+
+    found = twins.layer_costs(treatments, read_s)
+    # The untouched model ran beside every plan but its own: with all of its layers and one more reading of the logits.
+    softmax_s, n_few = found.layer_s[Treatment.SOFTMAX], twins.n_few
+    beside_s = softmax_s + found.fixed_s / n_few
+    layer_s = {
+        treatment: each_s if treatment is Treatment.SOFTMAX else max(0.0, each_s - beside_s)
+        for treatment, each_s in found.layer_s.items()
+    }
+    return LayerCosts(found.fixed_s, layer_s)
+
+
+def _retrieval_s(twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> float:
+    """Returns the seconds of reading the sequences in which a model must find tokens again."""
+    asked = retrieval_items(tokenizer, spec)
+    if not asked:
+        return 0.0
+    longest = max(distance.tokens.shape[1] for distance in asked)
+    n_sequences = sum(distance.tokens.numel() for distance in asked) / longest
+    return n_sequences * twins.deep_s(partial(_forward_s, n_tokens=longest))
+
+
+def _swept_s(costs: LayerCosts, swept: Sequence[Treatment], n_layers: int) -> float:
+    """Returns the seconds of a sweep: each plan shares the layers below its own, and the untouched model, with others.
+
+    The plan that treats layer l runs that layer and the softmax layers above it.
+    """
+    above = n_layers * (n_layers - 1) // 2
+    softmax_s = costs.layer_s[Treatment.SOFTMAX]
+    plans_s = sum(n_layers * (costs.layer_s[treatment] + costs.fixed_s) + above * softmax_s for treatment in swept)
+    return costs.fixed_s + n_layers * softmax_s + plans_s
 
 
 def document_count(spec: QualitySpec) -> int:
@@ -154,30 +221,65 @@ def document_count(spec: QualitySpec) -> int:
 
 
 def healing_costs(
-    model: PreTrainedModel,
+    twins: Twins,
     spec: HealingSpec,
     *,
-    middle: Treatment,
-    window: int,
+    treatments: Sequence[Treatment],
     n_workers: int = 1,
     teacher: PreTrainedModel | None = None,
 ) -> HealingCosts:
-    """Times steps of healing on random tokens; each of `n_workers` workers runs its share of a batch."""
-    n_layers, config = len(decoder_layers(model)), model.config.get_text_config()
-    batch = -(-spec.batch_sequences // n_workers)
-    n_steps = 2 * _HEALING_STEPS
-    text = PackedText(torch.randint(config.vocab_size, (n_steps * batch, spec.sequence_tokens)))
-    short = replace(spec, batch_sequences=batch, tokens=batch * spec.sequence_tokens * n_steps, stop_when_flat=None)
-    step_s, transfer_step_s = {}, 0.0
-    for treatment in (Treatment.SOFTMAX, Treatment.NONE, middle):
-        has_transfer = treatment.has_weights and spec.transfer_fraction > 0
-        of_plan = replace(short, transfer_fraction=0.5 if has_transfer else 0.0)
-        if not has_transfer:
-            of_plan = replace(of_plan, tokens=of_plan.tokens // 2)
-        found = _step_seconds(model, Plan.uniform(treatment, n_layers, window), text, of_plan, teacher)
-        step_s[treatment.value] = found[HEAL]
-        transfer_step_s = found.get(TRANSFER, transfer_step_s)
-    return HealingCosts(step_s, transfer_step_s, n_trained(model, spec))
+    """Times steps of healing on random tokens; each of `n_workers` workers runs its share of a batch.
+
+    A step is timed on as many tokens as take about `ENOUGH_S` and scaled to those of a whole step.
+    """
+    share, vocabulary = -(-spec.batch_sequences // n_workers), twins.model.config.get_text_config().vocab_size
+    forward_s = _forward_s(twins.few, _LEAST_TOKENS)
+    n_tokens = int(_LEAST_TOKENS * ENOUGH_S / max(1e-6, _STEP_FORWARDS * forward_s))
+    sequence_tokens = min(spec.sequence_tokens, max(_LEAST_TOKENS, n_tokens))
+    batch = min(share, max(1, n_tokens // sequence_tokens))
+    scale = share * spec.sequence_tokens / (batch * sequence_tokens)
+    transfer_step_s = 0.0
+
+    def step_s(model: PreTrainedModel, plan: Plan) -> float:
+        nonlocal transfer_step_s
+        has_transfer = plan.treatments[0].has_weights and spec.transfer_fraction > 0
+        n_steps = (2 if has_transfer else 1) * (1 + _HEALING_STEPS)
+        short = replace(
+            spec,
+            tokens=batch * sequence_tokens * n_steps,
+            sequence_tokens=sequence_tokens,
+            batch_sequences=batch,
+            transfer_fraction=0.5 if has_transfer else 0.0,
+            stop_when_flat=None,
+        )
+        text = PackedText(torch.randint(vocabulary, (n_steps * batch, sequence_tokens)))
+        found = _step_seconds(model, plan, text, short)
+        if TRANSFER in found:  # it trains each layer by itself, without the head
+            transfer_step_s = scale * found[TRANSFER] * twins.n_layers / twins.n_few
+        return found[HEAL]
+
+    costs = twins.layer_costs(treatments, step_s).scaled(scale)
+    steps_s = costs.uniform_s(twins.n_layers)
+    if teacher is not None:
+        # The student's own parent was the teacher in what was timed.
+        more_s = Twins(teacher, twins.window).deep_s(partial(_forward_s, n_tokens=sequence_tokens))
+        less_s = twins.deep_s(partial(_forward_s, n_tokens=sequence_tokens))
+        added_s = share * spec.sequence_tokens / sequence_tokens * (more_s - less_s)
+        steps_s = {name: max(0.0, seconds + added_s) for name, seconds in steps_s.items()}
+    return HealingCosts(steps_s, transfer_step_s, n_trained(twins.model, spec))
+
+
+@torch.inference_mode()
+def _forward_s(model: PreTrainedModel, n_tokens: int) -> float:
+    """Returns the seconds of a forward pass over one sequence of random tokens."""
+    tokens = random_tokens(model, 1, n_tokens, seed=0)
+
+    def run() -> None:
+        model(input_ids=tokens, use_cache=False)
+        _synchronize(model)
+
+    run()  # warms up
+    return _timed(run)
 
 
 def n_trained(model: PreTrainedModel, spec: HealingSpec) -> int:
@@ -188,9 +290,7 @@ def n_trained(model: PreTrainedModel, spec: HealingSpec) -> int:
     return sum(spec.rank * (m.in_features + m.out_features) for m in projections)
 
 
-def _step_seconds(
-    model: PreTrainedModel, plan: Plan, text: PackedText, spec: HealingSpec, teacher: PreTrainedModel | None
-) -> dict[str, float]:
+def _step_seconds(model: PreTrainedModel, plan: Plan, text: PackedText, spec: HealingSpec) -> dict[str, float]:
     """Returns the seconds of a step in each phase; the first step of a phase warms up and is not counted."""
     ended: dict[str, list[float]] = {}
 
@@ -198,37 +298,48 @@ def _step_seconds(
         _synchronize(model)
         ended.setdefault(row.phase, []).append(time.perf_counter())
 
-    heal_locally(model, plan, text, spec, teacher=teacher, on_step=on_step)
+    heal_locally(model, plan, text, spec, on_step=on_step)
     return {phase: (times[-1] - times[0]) / max(1, len(times) - 1) for phase, times in ended.items()}
 
 
 @torch.inference_mode()
-def decode_costs(
-    model: PreTrainedModel, *, concurrency: int, prompt_tokens: int, treatments: Sequence[Treatment], window: int
-) -> DecodeCosts:
-    """Times one prefill and a few decode steps of each uniform plan."""
-    n_layers = len(decoder_layers(model))
-    prompts = torch.randint(model.config.get_text_config().vocab_size, (concurrency, prompt_tokens)).to(model.device)
-    prefill_s, step_s = {}, {}
-    for treatment in treatments:
-        plan = Plan.uniform(treatment, n_layers, window)
-        variant = model if treatment is Treatment.SOFTMAX else convert(model, plan).eval()
+def decode_costs(twins: Twins, *, concurrency: int, prompt_tokens: int, treatments: Sequence[Treatment]) -> DecodeCosts:
+    """Times the first and the last chunk of a prefill, and a few decode steps, of each uniform plan.
+
+    What chunks cost grows linearly from the first to the last, with the context that they attend to.
+    """
+    chunk_tokens = min(prompt_tokens, prefill_chunk_tokens(twins.model, concurrency))
+    n_filled = prompt_tokens - chunk_tokens
+    prompts = random_tokens(twins.model, concurrency, prompt_tokens, seed=0)
+    steps_s: dict[tuple[PreTrainedModel, Plan], float] = {}
+
+    def prefill_s(model: PreTrainedModel, plan: Plan) -> float:
+        variant = model if set(plan.treatments) == {Treatment.SOFTMAX} else convert(model, plan).eval()
         timed_generation(variant, prompts[:1, :8], 2)  # warms up
-        prefill_s[treatment.value], steps_s, _ = timed_generation(variant, prompts, 1 + _DECODE_STEPS)
-        step_s[treatment.value] = sum(steps_s) / _DECODE_STEPS
-    return DecodeCosts(concurrency, prompt_tokens, prefill_s, step_s)
+        first_s, _, _ = timed_generation(variant, prompts[:, :chunk_tokens], 1)
+        last_s, decoded_s, _ = timed_generation(variant, prompts, 1 + _DECODE_STEPS, n_filled=n_filled)
+        steps_s[model, plan] = sum(decoded_s) / _DECODE_STEPS
+        return prompt_tokens / chunk_tokens * (first_s + last_s) / 2
+
+    prefills = twins.layer_costs(treatments, prefill_s)
+    steps = twins.layer_costs(treatments, lambda model, plan: steps_s[model, plan])
+    n_layers = twins.n_layers
+    return DecodeCosts(concurrency, prompt_tokens, prefills.uniform_s(n_layers), steps.uniform_s(n_layers))
 
 
-def sample_token_s(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: SamplingSpec) -> float:
+def sample_token_s(twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: SamplingSpec) -> float:
     """Returns the seconds per token of sampling one full batch of documents."""
-
-    def sample(n_tokens: int) -> list[list[int]]:
-        n = spec.batch_size
-        return sample_documents(model, tokenizer, n, n_tokens, seed=spec.seed, batch_size=n)
-
     n_tokens = min(16, spec.max_tokens)
-    sample(2)  # warms up
-    return _timed(lambda: sample(n_tokens)) / n_tokens
+
+    def sampled_s(model: PreTrainedModel) -> float:
+        def sample(n_tokens: int) -> list[list[int]]:
+            n = spec.batch_size
+            return sample_documents(model, tokenizer, n, n_tokens, seed=spec.seed, batch_size=n)
+
+        sample(2)  # warms up
+        return _timed(lambda: sample(n_tokens)) / n_tokens
+
+    return twins.deep_s(sampled_s)
 
 
 @contextmanager
@@ -243,34 +354,22 @@ def threads(n: int) -> Iterator[None]:
         gc.collect()
 
 
-def _single_layer_plans(n_layers: int, swept: Sequence[Treatment], window: int) -> tuple[list[Plan], float]:
-    """Returns some of a sweep's plans, evenly spread, and the factor by which all of them cost more."""
-    layers = sorted({round(i * (n_layers - 1) / (_SWEPT_LAYERS - 1)) for i in range(_SWEPT_LAYERS)})
-    base = Plan.uniform(Treatment.SOFTMAX, n_layers)
-    plans = [base]
-    for treatment in swept:
-        for layer in layers:
-            treatments = list(base.treatments)
-            treatments[layer] = treatment
-            plans.append(Plan(tuple(treatments), window if treatment.needs_window else None))
-
-    def n_calls(at: Sequence[int]) -> int:
-        return n_layers + len(swept) * sum(n_layers - layer for layer in at)
-
-    return plans, n_calls(range(n_layers)) / n_calls(layers)
+def scaled_s(one_s: float, n_one: int, few_s: float, n_few: int, n_all: int) -> float:
+    """Returns the seconds of `n_all` units from those of two numbers of them: a fixed part and a part for each."""
+    each_s = max(0.0, few_s - one_s) / max(1, n_few - n_one)
+    return few_s + (n_all - n_few) * each_s
 
 
-def _scaled_s(less_s: float, less: int, more_s: float, more: int, scale: float) -> float:
-    """Returns the seconds of `scale` times `more` units, assuming a fixed part and a part per unit."""
-    each_s = max(0.0, more_s - less_s) / max(1, more - less)
-    return more_s + (scale - 1) * more * each_s
+def _clocked(make: Callable[[], Made]) -> tuple[Made, float]:
+    """Returns what a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    made = make()
+    return made, time.perf_counter() - start
 
 
 def _timed(run: Callable[[], object]) -> float:
     """Returns the seconds that one call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return _clocked(run)[1]
 
 
 def _synchronize(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,10 @@ from ..sweep.request_tries import Forest, Request, pack_requests
 from .calibration_error import N_BINS, bin_gaps
 
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Logits computed at once, in numbers: few enough for a CPU's caches, enough to keep a GPU busy."""
+"""Logits that are normalized at once, in numbers: few enough for a CPU's caches, enough to keep a GPU busy."""
+
+_CHUNKS_A_PRODUCT = {"cpu": 8, "cuda": 1}
+"""Such chunks whose logits come out of one product with the head, whose weights are then read once for all of them."""
 
 _Reader = Callable[[torch.Tensor], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
 """Maps token ids (batch, tokens) to a row per position that predicts a token, and a function from rows to logits."""
@@ -57,8 +60,7 @@ def score_sequences(
     try:
         read = reader(model, sequences[:1, :2])
         read_base = None if base is None else reader(base, sequences[:1, :2])
-        rows = _rows_at_once(model)
-        scores = [_score_batch(batch, read, read_base, rows) for batch in sequences.split(batch_size)]
+        scores = [_score_batch(model, batch, read, read_base) for batch in sequences.split(batch_size)]
     finally:
         for m, was_training in zip(models, training, strict=True):
             m.train(was_training)
@@ -67,25 +69,44 @@ def score_sequences(
 
 
 def _score_batch(
-    batch: torch.Tensor, read: _Reader, read_base: _Reader | None, rows: int
+    model: nn.Module, batch: torch.Tensor, read: _Reader, read_base: _Reader | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns mean NLL, mean KL and gaps of each sequence; logits are computed for `rows` positions at a time."""
+    """Returns mean NLL, mean KL and gaps of each sequence; logits are computed for a few positions at a time."""
     states, logits_of = read(batch)
     base_states, base_logits_of = (states, logits_of) if read_base is None else read_base(batch)
     targets = batch[:, 1:].reshape(-1).to(states.device)
     nll, confidence = (torch.empty(len(targets), dtype=torch.float64) for _ in range(2))
     kl = torch.zeros(len(targets), dtype=torch.float64)
     correct = torch.empty(len(targets), dtype=torch.bool)
-    for start in range(0, len(targets), rows):
-        here = slice(start, start + rows)
-        log_p = logits_of(states[here]).float().log_softmax(-1)  # (rows, vocabulary)
+    of_base = None if read_base is None else _log_p_chunks(model, base_states, base_logits_of)
+    for here, log_p in _log_p_chunks(model, states, logits_of):
         nll[here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
         confidence[here], correct[here] = _likeliest(log_p, targets[here])
-        if read_base is not None:
-            base_log_p = base_logits_of(base_states[here]).float().log_softmax(-1).to(log_p.device)
+        if of_base is not None:
+            base_log_p = next(of_base)[1].to(log_p.device)
             kl[here] = (base_log_p.exp() * (base_log_p - log_p)).sum(-1).double().cpu()
     by_sequence = (values.view(len(batch), -1) for values in (confidence, correct))
     return nll.view(len(batch), -1).mean(1), kl.view(len(batch), -1).mean(1), bin_gaps(*by_sequence)
+
+
+def _log_p_chunks(
+    model: nn.Module, states: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the log-probabilities (rows, vocabulary) of a few rows of states at a time, in float32, and which rows."""
+    for here, logits in _logit_chunks(model, states, logits_of):
+        yield here, logits.log_softmax(-1)
+
+
+def _logit_chunks(
+    model: nn.Module, states: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the logits (rows, vocabulary) of a few rows of states at a time, in float32, and which rows they are."""
+    rows, rows_a_product = _rows_at_once(model)
+    for first in range(0, len(states), rows_a_product):
+        logits = logits_of(states[first : first + rows_a_product])
+        for start in range(0, len(logits), rows):
+            chunk = logits[start : start + rows].float()
+            yield slice(first + start, first + start + len(chunk)), chunk
 
 
 def _likeliest(log_p: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,12 +193,9 @@ def _read_edges(
     of_plan = torch.arange(n_plans)[:, None] * n_nodes
     nodes, tokens = (of_plan + edge_node).flatten(), edge_token.repeat(n_plans)
     log_p, greedy = torch.empty(len(nodes), dtype=torch.float64), torch.empty(len(nodes), dtype=torch.bool)
-    rows = _rows_at_once(sweep.model)
-    starts = torch.arange(0, len(states), rows)
-    first_edges = torch.searchsorted(nodes, torch.cat([starts, torch.tensor([len(states)])])).tolist()
-    for start, first, last in zip(starts.tolist(), first_edges, first_edges[1:], strict=False):
-        logits = sweep.logits(states[start : start + rows]).float()  # (rows, vocabulary)
-        here = (nodes[first:last] - start).to(logits.device)
+    for rows, logits in _logit_chunks(sweep.model, states, sweep.logits):
+        first, last = torch.searchsorted(nodes, torch.tensor([rows.start, rows.stop])).tolist()
+        here = (nodes[first:last] - rows.start).to(logits.device)
         followed = tokens[first:last].to(logits.device)
         peak, likeliest = logits.max(dim=-1)
         normalizer = peak + (logits - peak[:, None]).exp_().sum(dim=-1).log()
@@ -247,24 +265,29 @@ def _score_states(
     targets = batch[:, 1:].reshape(-1).to(of_base.device)
     nll, kl, confidence = (torch.empty(len(states), len(targets), dtype=torch.float64) for _ in range(3))
     correct = torch.empty(len(states), len(targets), dtype=torch.bool)
-    rows = _rows_at_once(sweep.model)
+    rows, rows_a_product = _rows_at_once(sweep.model)
     predicting = torch.arange(batch.numel(), device=of_base.device).view(batch.shape)[:, :-1].flatten()
-    for start in range(0, len(targets), rows):
-        here = slice(start, start + rows)
-        positions = predicting[here]
-        base_log_p = sweep.logits(of_base.flatten(0, 1)[positions]).float().log_softmax(-1)  # (rows, vocabulary)
+    for first in range(0, len(targets), rows_a_product):
+        positions = predicting[first : first + rows_a_product]
+        base_log_p = sweep.logits(of_base.flatten(0, 1)[positions]).float().log_softmax(-1)  # (positions, vocabulary)
         base_p = base_log_p.exp()
         for plan, of_plan in enumerate(states):
-            log_p = sweep.logits(of_plan.flatten(0, 1)[positions]).float().log_softmax(-1)
-            nll[plan, here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
-            kl[plan, here] = (base_p * (base_log_p - log_p)).sum(-1).double().cpu()
-            confidence[plan, here], correct[plan, here] = _likeliest(log_p, targets[here])
+            logits = None if of_plan is of_base else sweep.logits(of_plan.flatten(0, 1)[positions])
+            for start in range(0, len(positions), rows):
+                chunk = slice(start, min(start + rows, len(positions)))
+                here = slice(first + chunk.start, first + chunk.stop)
+                log_p = base_log_p[chunk] if logits is None else logits[chunk].float().log_softmax(-1)
+                nll[plan, here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
+                kl[plan, here] = (base_p[chunk] * (base_log_p[chunk] - log_p)).sum(-1).double().cpu()
+                confidence[plan, here], correct[plan, here] = _likeliest(log_p, targets[here])
     shape = (len(states), len(batch))
     gaps = bin_gaps(*(values.view(len(states) * len(batch), -1) for values in (confidence, correct)))
     return nll.view(*shape, -1).mean(2), kl.view(*shape, -1).mean(2), gaps.view(*shape, N_BINS)
 
 
-def _rows_at_once(model: nn.Module) -> int:
-    """Returns the number of positions whose logits are computed together."""
+def _rows_at_once(model: nn.Module) -> tuple[int, int]:
+    """Returns the number of positions whose logits are normalized together, and that of one product with the head."""
     device = next(model.parameters()).device.type
-    return max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE["cuda"]) // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    kind = device if device in _LOGITS_AT_ONCE else "cuda"
+    rows = max(1, _LOGITS_AT_ONCE[kind] // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    return rows, rows * _CHUNKS_A_PRODUCT[kind]

@@ -146,14 +146,15 @@ def measure_together(
     for model in models:
         _check_settings(model, concurrency, prompt_tokens, new_tokens, repeats)
         model.eval()
-    prompts = _random_tokens(models[0], concurrency, prompt_tokens, seed)
+    prompts = random_tokens(models[0], concurrency, prompt_tokens, seed)
+    n_filled = 0 if read_prompts else prompt_tokens - 1
     kv_bytes = [kv_bytes_per_token(model, seed=seed) for model in models]
     peaks_mib = []
     for model in models:
-        warm_up = prompts[:, : _prefill_chunk_tokens(model, concurrency)]
+        warm_up = prompts[:, : prefill_chunk_tokens(model, concurrency)]
         timed_generation(model, warm_up, 2)  # so that memory which libraries allocate once does not count
         with PeakMemory(model) as memory:
-            timed_generation(model, prompts, new_tokens, read_prompts)
+            timed_generation(model, prompts, new_tokens, n_filled)
         peaks_mib.append(memory.peak_mib)
     prefill_s = np.empty((len(models), repeats))
     steps_s = np.empty((len(models), repeats, new_tokens - 1))
@@ -161,8 +162,10 @@ def measure_together(
     for repeat in range(repeats):
         for index in order.sample(range(len(models)), len(models)):
             prefill_s[index, repeat], steps_s[index, repeat], _ = timed_generation(
-                models[index], prompts, new_tokens, read_prompts
+                models[index], prompts, new_tokens, n_filled
             )
+    if not read_prompts:
+        prefill_s[:] = 0.0
     slowness = _slowness_of_rounds(steps_s.sum(axis=2))
     prefill_s /= slowness
     steps_s /= slowness[:, None]
@@ -217,7 +220,7 @@ def kv_bytes_per_token(model: PreTrainedModel, *, seed: int = 0, n_sequences: in
     n_positions = _n_positions(model.config)
     if n_positions is not None:
         start = max(1, min(start, n_positions - n_tokens))
-    tokens = _random_tokens(model, n_sequences, start, seed)
+    tokens = random_tokens(model, n_sequences, start, seed)
     cache, token = _forward(model, tokens, None)
     before = cache_bytes(cache)
     for _ in range(n_tokens):
@@ -255,7 +258,8 @@ def _check_settings(
         )
 
 
-def _random_tokens(model: PreTrainedModel, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
+def random_tokens(model: PreTrainedModel, n_sequences: int, n_tokens: int, seed: int) -> torch.Tensor:
+    """Returns tokens drawn uniformly from the vocabulary, (n_sequences, n_tokens), on the model's device."""
     generator = torch.Generator().manual_seed(seed)  # the CPU's generator gives the same prompts on every device
     embeddings: Any = model.get_input_embeddings()
     return torch.randint(embeddings.num_embeddings, (n_sequences, n_tokens), generator=generator).to(model.device)
@@ -274,7 +278,7 @@ def _forward_parameters(forward: Callable) -> frozenset[str]:
 
 
 def timed_generation(
-    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, read_prompts: bool = True
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, n_filled: int = 0
 ) -> tuple[float, list[float], torch.Tensor]:
     """Decodes a batch greedily, with a cache that has room for all tokens from the start.
 
@@ -282,24 +286,22 @@ def timed_generation(
         model: A causal language model, converted or not.
         prompts: (concurrency, tokens), on the model's device.
         new_tokens: Tokens to generate for each sequence; the prefill gives the first.
-        read_prompts: As in `measure_decode`.
+        n_filled: First tokens of each prompt that are not read, but stand in the cache as random numbers.
 
     Returns:
         Seconds of the prefill, seconds of each decode step, generated tokens (concurrency, new_tokens).
     """
     synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     cache = preallocated_cache(model.config, prompts.shape[1] + new_tokens)
-    chunks: Sequence[torch.Tensor] = prompts.split(_prefill_chunk_tokens(model, len(prompts)), dim=1)
-    if not read_prompts:
-        if prompts.shape[1] > 1:
-            fill_cache(cache, model, len(prompts), prompts.shape[1] - 1)
-        chunks = [prompts[:, -1:]]
+    if n_filled:
+        fill_cache(cache, model, len(prompts), n_filled)
+    chunks = prompts[:, n_filled:].split(prefill_chunk_tokens(model, len(prompts)), dim=1)
     synchronize()
     start = time.perf_counter()
     for chunk in chunks:
         cache, token = _forward(model, chunk, cache)
     synchronize()
-    prefill_s = time.perf_counter() - start if read_prompts else 0.0
+    prefill_s = time.perf_counter() - start
     steps_s, tokens = [], [token]
     for _ in range(new_tokens - 1):
         start = time.perf_counter()
@@ -327,6 +329,6 @@ def fill_cache(cache: Cache, model: PreTrainedModel, n_sequences: int, n_tokens:
         cache.seen_tokens = n_tokens
 
 
-def _prefill_chunk_tokens(model: PreTrainedModel, n_sequences: int) -> int:
+def prefill_chunk_tokens(model: PreTrainedModel, n_sequences: int) -> int:
     """Returns the tokens of each sequence that one call of a prefill takes."""
     return max(MIN_PREFILL_CHUNK_TOKENS, PREFILL_TOKENS[model.device.type] // n_sequences)

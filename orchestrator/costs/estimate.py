@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from layerboost.costs.costs import Costs, mixed
+from layerboost.costs.costs import Costs
 from layerboost.plan import Plan, Treatment
 from orchestrator.costs.ahead import units_ahead
 from orchestrator.costs.measure import healing_workers, nodes_of
@@ -170,7 +170,7 @@ class _Estimator:
     def _refine(self, listing: StageUnits) -> StageEstimate:
         has_tasks = self.inputs.sweep_sources[0].name == TASKS_SOURCE
         costs = self.costs.evaluation.tasks_s if has_tasks else self.costs.evaluation.text_s
-        each_s = SHARED_LAYERS * mixed(costs)
+        each_s = SHARED_LAYERS * self.seconds.mixed(costs, None)
         return self._judging(listing, lambda unit: each_s, each_s, has_tasks=has_tasks)
 
     def _sample(self, listing: StageUnits) -> StageEstimate:

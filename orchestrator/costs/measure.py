@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,63 +11,84 @@ import torch
 
 from layerboost.costs.costs import Costs
 from layerboost.costs.probe import decode_costs, evaluation_costs, healing_costs, sample_token_s, slowness, threads
-from layerboost.evaluation.shares import MIN_AUTO_SHARES
+from layerboost.costs.twins import Twins
 from layerboost.plan import TREATMENTS, Treatment
+from layerboost.search.baselines import baseline_plans, is_of_same_budget
 from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.placement import find_nodes
 from orchestrator.run.context import RunContext
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import CALIBRATION, COSTS
+from orchestrator.run.lock import RunFolderLockedError
 from orchestrator.run.placement import Placement
+from orchestrator.run.units import Identity
 from tasks.cluster.connection import addable
 from tasks.cluster.resources import NodeResources, WorkerResources, with_node_to_come
 from tasks.timing import measuring_threads
 
 
-def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Costs:
-    """Loads the model and measures the costs in this process, with as many threads as each kind of worker has."""
+def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[str | Costs]:
+    """Loads the model and measures the costs in this process, with as many threads as each kind of worker has.
 
-    recipe, spec, middle = inputs.recipe, inputs.full_spec, Treatment(inputs.recipe.search.middle)
-    shares = recipe.sensitivity.shares
-    window = recipe.search.window
+    Yields:
+        The name of each of `calibration_parts` when it is done, and the costs at the end.
+    """
+    recipe, spec, every = inputs.recipe, inputs.full_spec, timed_treatments(inputs)
     placement = Placement(recipe, nodes)
     n_threads, healing = placement.evaluating().threads, healing_workers(placement)
     inputs.source.load()  # warms the disk cache, so that the timed load below is as fast as that of later workers
     start = time.perf_counter()
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
     load_s = time.perf_counter() - start
-    built_in = (Treatment(entry.name) for entry in TREATMENTS.built_in())
-    every = tuple(dict.fromkeys((Treatment.SOFTMAX, Treatment.NONE, middle, *built_in, *inputs.treatments)))
+    twins = Twins(model, recipe.search.window)
+    yield LOADING
     with threads(n_threads):
-        evaluation = evaluation_costs(
-            model,
-            tokenizer,
-            spec,
-            treatments=every,
-            swept=[Treatment(name) for name in recipe.sensitivity.treatments],
-            window=window,
-            shares=MIN_AUTO_SHARES if isinstance(shares, str) else shares,
-        )
-        sampled_s = None if inputs.sampling is None else sample_token_s(model, tokenizer, inputs.sampling)
+        swept = [Treatment(name) for name in recipe.sensitivity.treatments]
+        evaluation = evaluation_costs(twins, tokenizer, spec, treatments=every, swept=swept)
+        sampled_s = None if inputs.sampling is None else sample_token_s(twins, tokenizer, inputs.sampling)
+    yield JUDGING
     with threads(measuring_threads(placement.measuring())):
         decode = tuple(
-            decode_costs(model, concurrency=n, prompt_tokens=tokens, treatments=every, window=window)
+            decode_costs(twins, concurrency=n, prompt_tokens=tokens, treatments=every)
             for n, tokens in _conditions(inputs)
         )
+    yield DECODING
     healed = None
     if recipe.healing.tokens:
         teacher = inputs.facts.teacher
         with threads(healing.threads):
             healed = healing_costs(
-                model,
+                twins,
                 inputs.healing_spec,
-                middle=middle,
-                window=window,
+                treatments=every,
                 n_workers=healing.n_workers,
                 teacher=None if teacher is None else replace(inputs.source, revision=teacher.commit).load(teacher.path),
             )
+        yield HEALING
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Costs(slowness(), load_s, n_parameters, model.dtype.itemsize, evaluation, healed, decode, sampled_s)
+    yield Costs(slowness(), load_s, n_parameters, model.dtype.itemsize, evaluation, healed, decode, sampled_s)
+
+
+LOADING, JUDGING, DECODING, HEALING = "load", "judge", "decode", "heal"
+
+
+def calibration_parts(inputs: RunInputs) -> list[str]:
+    """Returns the names of the parts of a calibration, in order; they are the units of its progress."""
+    return [LOADING, JUDGING, DECODING, *([HEALING] if inputs.recipe.healing.tokens else [])]
+
+
+def timed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
+    """Returns every treatment that a plan of the run can have: softmax, none and the middle one first."""
+    recipe = inputs.recipe
+    of_baselines = [
+        treatment
+        for name in recipe.healing.baselines
+        if not is_of_same_budget(name)
+        for plan in baseline_plans(name, inputs.n_layers, window=recipe.search.window).values()
+        for treatment in plan.treatments
+    ]
+    first = (Treatment.SOFTMAX, Treatment.NONE, Treatment(recipe.search.middle))
+    return tuple(dict.fromkeys((*first, *inputs.treatments, *of_baselines)))
 
 
 def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
@@ -78,38 +100,63 @@ def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
     return nodes
 
 
-def costs_of(run: RunContext, *, record: bool) -> Costs:
-    """Returns the recorded costs, or measures them now.
+def costs_of(run: RunContext, *, on_cluster: bool) -> Costs:
+    """Returns the recorded costs, or measures and records them now.
 
     Args:
         run: The run.
-        record: Whether a worker of the run's cluster measures and the result is recorded; otherwise this process does.
+        on_cluster: Whether a worker of the run's cluster measures, while the run holds its folder. Otherwise this
+            process does, ahead of a run, and says so where the folder cannot be written.
     """
     nodes = nodes_of(run)
-    recorded = run.recorded(calibration_identity(run.inputs, nodes, _device_name()), COSTS)
-    run.progress.start_stage(CALIBRATION, 1, recorded=int(recorded is not None))
-    start = time.monotonic()
+    identity = calibration_identity(run.inputs, nodes, _device_name())
+    recorded, parts = run.recorded(identity, COSTS), calibration_parts(run.inputs)
+    run.progress.start_stage(CALIBRATION, len(parts), recorded=len(parts) if recorded is not None else 0)
     if recorded is not None:
         costs = Costs.from_dict(recorded["costs"])
-    elif not record:
-        costs = calibrate(run.inputs, nodes)
     else:
-        import ray
-
-        run.connect()
-        options = Placement(run.inputs.recipe, nodes).measuring().actor_options()
-        costs = ray.get(ray.remote(calibrate).options(**options, max_retries=0).remote(run.inputs, nodes))
-        identity = calibration_identity(run.inputs, nodes, _device_name())
-        run.record(CALIBRATION, identity, {"costs": costs.to_dict()})
-    if recorded is None:
-        run.progress.finish_unit(time.monotonic() - start)
+        costs = _measured(run, nodes, on_cluster)
+        result = {"costs": costs.to_dict()}
+        if on_cluster:
+            run.record(CALIBRATION, identity, result)
+        else:
+            _record_ahead(run, identity, result)
     run.progress.end_stage()
     return costs
 
 
+def _record_ahead(run: RunContext, identity: Identity, result: dict[str, Any]) -> None:
+    """Records costs in a folder that no run holds yet; where that cannot be, the next call measures again."""
+    try:
+        with run.folder.lock():
+            run.record(CALIBRATION, identity, result)
+    except (RunFolderLockedError, OSError) as error:
+        run.progress.note("the calibration is not recorded", because=str(error).splitlines()[0])
+
+
+def _measured(run: RunContext, nodes: tuple[NodeResources, ...], on_cluster: bool) -> Costs:
+    """Measures the costs and reports each part that is done."""
+    parts: Iterator[str | Costs] = calibrate(run.inputs, nodes)
+    if on_cluster:
+        import ray
+
+        run.connect()
+        options = Placement(run.inputs.recipe, nodes).measuring().actor_options()
+        work = ray.remote(calibrate).options(**options, max_retries=0, num_returns="streaming")
+        stream: Any = work.remote(run.inputs, nodes)
+        parts = (ray.get(part) for part in stream)
+    start = time.monotonic()
+    for part in parts:
+        if isinstance(part, Costs):
+            return part
+        run.progress.finish_unit(time.monotonic() - start, part=part)
+        start = time.monotonic()
+    raise RuntimeError("calibration: it ended without a result; run the same command again")
+
+
 def _plugin_treatments(inputs: RunInputs) -> dict[str, Any]:
     """Returns the plug-in of each timed treatment that comes from one; it is empty if the recipe uses none."""
-    plugins = {treatment.value: TREATMENTS.plugin_of(treatment.value) for treatment in inputs.treatments}
+    plugins = {treatment.value: TREATMENTS.plugin_of(treatment.value) for treatment in timed_treatments(inputs)}
     found = {name: str(plugin) for name, plugin in plugins.items() if plugin is not None}
     return {"treatments": found} if found else {}
 
@@ -127,7 +174,7 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
         "quality": inputs._fingerprint(spec),
         **_plugin_treatments(inputs),
         "plans": [recipe.search.middle, recipe.search.window, list(recipe.sensitivity.treatments)],
-        "shares": recipe.sensitivity.shares,
+        "timed": [treatment.value for treatment in timed_treatments(inputs)],
         "healing": inputs.healing_spec.to_dict() if recipe.healing.tokens else None,
         "teacher": recipe.healing.teacher,
         "sampled": inputs.sampling is not None,

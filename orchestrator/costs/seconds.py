@@ -39,15 +39,19 @@ class UnitSeconds:
         self._inputs, self._costs = inputs, costs
         self._base = Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
 
+    def mixed(self, costs: ByTreatment, plan: Plan | None) -> float:
+        """Returns the cost of a plan; None stands for an average plan of the search."""
+        return mixed(costs, plan, middle=self._inputs.recipe.search.middle)
+
     def judged_s(self, plan: Plan | None, *, with_text: bool = True) -> float:
         """Returns the seconds of judging a plan on the parent's weights; None stands for an average plan."""
         costs = self._costs.evaluation
-        text_s = mixed(costs.text_s, plan) if with_text else 0.0
-        return mixed(costs.tasks_s, plan) + text_s + (costs.score_s if self._inputs.full_spec.tasks else 0.0)
+        text_s = self.mixed(costs.text_s, plan) if with_text else 0.0
+        return self.mixed(costs.tasks_s, plan) + text_s + (costs.score_s if self._inputs.full_spec.tasks else 0.0)
 
     def branches_s(self) -> float:
         """Returns the seconds of judging a healed plan's branches: with both, and with each of them zeroed."""
-        return 3 * mixed(self._costs.evaluation.text_s, None)
+        return 3 * self.mixed(self._costs.evaluation.text_s, None)
 
     def healed_s(self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0) -> float:
         """Returns the seconds of healing a plan; None stands for an average plan.
@@ -57,7 +61,7 @@ class UnitSeconds:
         costs = self._costs.healing
         assert costs is not None
         transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s else 0
-        step_s = mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
+        step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
         n_phases = 2 if transfer else 1
         overhead_s = (_HEALING_JOB_S + n_phases * _HEALING_PHASE_S) * self._costs.slowness + 2 * self._costs.load_s
         return overhead_s + slower * (transfer * costs.transfer_step_s + (spec.steps - transfer) * step_s)
@@ -86,17 +90,18 @@ class UnitSeconds:
 
     def _decoded_s(self, plan: Plan | None, concurrency: int, prompt_tokens: int) -> float:
         recipe = self._inputs.recipe.throughput
-        prefill_s, step_s = decode_s(self._costs.decode, plan, concurrency, prompt_tokens)
+        middle = self._inputs.recipe.search.middle
+        prefill_s, step_s = decode_s(self._costs.decode, plan, concurrency, prompt_tokens, middle=middle)
         return (1 + recipe.repeats) * (prefill_s + (recipe.new_tokens - 1) * step_s)
 
 
 def decode_s(
-    costs: Sequence[DecodeCosts], plan: Plan | None, concurrency: int, prompt_tokens: int
+    costs: Sequence[DecodeCosts], plan: Plan | None, concurrency: int, prompt_tokens: int, *, middle: str
 ) -> tuple[float, float]:
     """Returns the seconds of a plan's prefill and decode step, inter- or extrapolated from the timed conditions."""
 
     def at(values: ByTreatment) -> float:
-        return mixed(values, plan)
+        return mixed(values, plan, middle=middle)
 
     alike = [cost for cost in costs if cost.prompt_tokens == prompt_tokens]
     low, high = (alike or costs)[0], (alike or costs)[-1]

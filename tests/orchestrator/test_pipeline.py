@@ -221,7 +221,7 @@ def test_a_second_run_on_the_folder_is_refused_with_the_reason(undisturbed, tmp_
     )
     try:
         assert first.stderr is not None
-        assert first.stderr.readline().startswith("calibration 0/1")
+        assert first.stderr.readline().startswith("calibration 0/4")
         second = run(inputs, out, expect=2)
         assert str(first.pid) in second.stderr
         assert len(second.stderr.strip().splitlines()) == 1

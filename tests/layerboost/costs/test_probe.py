@@ -11,10 +11,20 @@ import torch
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.costs import probe
 from layerboost.costs.costs import Costs, EvaluationCosts, mixed
-from layerboost.costs.probe import decode_costs, evaluation_costs, extrapolated_s, healing_costs, n_trained
+from layerboost.costs.probe import (
+    decode_costs,
+    evaluation_costs,
+    extrapolated_s,
+    healing_costs,
+    n_trained,
+    sample_token_s,
+    scaled_s,
+)
+from layerboost.costs.twins import LayerCosts, Twins
 from layerboost.evaluation.scores import QualitySpec
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
+from layerboost.text.sampling import SamplingSpec
 
 
 class Clock:
@@ -47,8 +57,10 @@ def test_the_rest_costs_what_the_last_step_added(monkeypatch):
 
 def test_a_plan_costs_what_its_layers_cost_alone():
     costs = {"softmax": 4.0, "none": 1.0, "linear_window": 7.0, "window": 100.0}
-    assert mixed(costs, Plan.parse("SNNL", 8)) == pytest.approx((4 + 1 + 1 + 7) / 4)
-    assert mixed(costs) == pytest.approx(0.4 * 4 + 0.4 * 1 + 0.2 * 7), "an unknown plan has no windows of its own"
+    assert mixed(costs, Plan.parse("SNNL", 8), middle="window") == pytest.approx((4 + 1 + 1 + 7) / 4)
+    assert mixed(costs, None, middle="linear_window") == pytest.approx(0.4 * 4 + 0.4 * 1 + 0.2 * 7)
+    in_order = dict(sorted(costs.items()))
+    assert mixed(in_order, None, middle="window") == pytest.approx(0.4 * 4 + 0.4 * 1 + 0.2 * 100), "by name, not order"
 
 
 def test_costs_survive_json():
@@ -57,29 +69,46 @@ def test_costs_survive_json():
     assert Costs.from_dict(costs.to_dict()) == costs
 
 
-def test_some_layers_stand_for_all_of_a_sweep():
-    plans, weight = probe._single_layer_plans(3, [Treatment.NONE], 8)
-    assert [str(plan) for plan in plans] == ["SSS", "NSS", "SNS", "SSN"] and weight == 1
-    few, weight = probe._single_layer_plans(100, [Treatment.NONE, Treatment.LINEAR_WINDOW], 8)
-    assert len(few) == 1 + 2 * probe._SWEPT_LAYERS
-    # The base runs 100 layers, and each plan those from its treated layer on: 100, 67, 34 and 1 layers.
-    assert weight == pytest.approx((100 + 2 * 5050) / (100 + 2 * 202))
+def test_a_sweep_shares_the_layers_below_the_treated_one():
+    costs = LayerCosts(10.0, {Treatment.SOFTMAX: 2.0, Treatment.NONE: 0.5, Treatment.LINEAR_WINDOW: 3.0})
+    # The model itself has the head (10) and 3 softmax layers (2 each). Each plan has the head and its own layer, and
+    # those that treat layers 0, 1 and 2 have 2, 1 and 0 softmax layers above it.
+    base_s, none_s, linear_s = 10 + 6, 3 * (10 + 0.5) + 3 * 2, 3 * (10 + 3) + 3 * 2
+    assert probe._swept_s(costs, [Treatment.NONE], 3) == pytest.approx(base_s + none_s)
+    both = [Treatment.NONE, Treatment.LINEAR_WINDOW]
+    assert probe._swept_s(costs, both, 3) == pytest.approx(base_s + none_s + linear_s)
 
 
-def test_a_probe_of_a_tiny_model_is_quick_and_leaves_it_as_it_was(inputs, one_thread):
+def test_the_warm_up_is_timed_too_and_the_shorter_time_counts(monkeypatch):
+    clock, took = Clock(monkeypatch), [1.0, 5.0, 0.0]
+
+    def run(n: int) -> None:
+        clock.now += took.pop(0)
+
+    assert extrapolated_s(run, 4, first=4) == 1.0 and len(took) == 1
+
+
+@pytest.mark.parametrize("deeper", [2, 10])
+def test_a_probe_of_a_tiny_model_is_quick_and_leaves_it_as_it_was(inputs, one_thread, monkeypatch, deeper):
+    monkeypatch.setattr("layerboost.costs.twins.DEEPER", deeper)
     model, tokenizer = load_model(str(inputs.model)), load_tokenizer(str(inputs.model))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     spec = QualitySpec(text=str(inputs.folder / "judge.txt"), n_sequences=4, sequence_tokens=32)
     every = (Treatment.SOFTMAX, Treatment.NONE, Treatment.LINEAR_WINDOW)
     start = time.process_time()
-    judged = evaluation_costs(model, tokenizer, spec, treatments=every, swept=every[1:], window=8)
+    twins = Twins(model, 8)
+    assert twins.n_few == min(3, deeper)
+    judged = evaluation_costs(twins, tokenizer, spec, treatments=every, swept=every[1:])
     assert judged.prepare_s == 0 and judged.direct_s > 0 and set(judged.sweep_s) == {"text"}
     assert all(judged.text_s[treatment.value] > 0 for treatment in every)
     healing = HealingSpec(4096, sequence_tokens=32, batch_sequences=2, rank=4)
-    healed = healing_costs(model, healing, middle=Treatment.LINEAR_WINDOW, window=8)
+    healed = healing_costs(twins, healing, treatments=every)
+    beside = healing_costs(twins, healing, treatments=every, teacher=load_model(str(inputs.model)))
+    assert all(seconds > 0 for seconds in beside.step_s.values())
     assert healed.transfer_step_s > 0 and all(seconds > 0 for seconds in healed.step_s.values())
-    decoded = decode_costs(model, concurrency=2, prompt_tokens=16, treatments=every, window=8)
+    decoded = decode_costs(twins, concurrency=2, prompt_tokens=16, treatments=every)
     assert all(seconds > 0 for seconds in (*decoded.prefill_s.values(), *decoded.step_s.values()))
+    assert sample_token_s(twins, tokenizer, SamplingSpec(16)) > 0
     assert time.process_time() - start < 20
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -89,5 +118,5 @@ def test_a_probe_of_a_tiny_model_is_quick_and_leaves_it_as_it_was(inputs, one_th
 
 
 def test_what_is_the_same_for_any_number_is_not_scaled():
-    assert probe._scaled_s(1.0, 1, 1.7, 8, 10) == pytest.approx(0.9 + 80 * 0.1)
-    assert probe._scaled_s(2.0, 1, 1.7, 8, 10) == pytest.approx(1.7)
+    assert scaled_s(1.0, 1, 1.7, 8, 80) == pytest.approx(0.9 + 80 * 0.1)
+    assert scaled_s(2.0, 1, 1.7, 8, 80) == pytest.approx(1.7)

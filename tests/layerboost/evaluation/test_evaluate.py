@@ -417,13 +417,14 @@ def test_likelihood_and_divergence_equal_the_naive_loops(model, other, monkeypat
 
 def test_logits_are_not_kept_for_all_positions(model, monkeypatch):
     monkeypatch.setattr("layerboost.evaluation.likelihood._LOGITS_AT_ONCE", {"cpu": 5 * len(VOCABULARY), "cuda": 0})
+    monkeypatch.setattr("layerboost.evaluation.likelihood._CHUNKS_A_PRODUCT", {"cpu": 3, "cuda": 0})
     rows = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output[..., 0].numel()))
     try:
         score_sequences(model, _sequences(4, 30), batch_size=4)
     finally:
         handle.remove()
-    assert max(rows) == 5
+    assert max(rows) == 3 * 5
     assert sum(rows) >= 4 * 29
 
 

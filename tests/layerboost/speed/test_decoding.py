@@ -124,8 +124,8 @@ def _timed(monkeypatch, step_s):
     """Replaces the timing of generation: a step takes `step_s(model, pass, step)` seconds."""
     passes: dict = {}
 
-    def generate(model, prompts, new_tokens, read_prompts=None):
-        if read_prompts is None:  # this is the warm-up
+    def generate(model, prompts, new_tokens, n_filled=None):
+        if n_filled is None:  # this is the warm-up
             return None
         n = passes[id(model)] = passes.get(id(model), -1) + 1
         return step_s(model, n, 0), [step_s(model, n, step) for step in range(new_tokens - 1)], None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -110,10 +112,12 @@ def test_halving_adds_its_rungs(inputs):
 
 
 def test_conditions_between_those_that_were_timed(inputs):
-    assert decode_s(COSTS.decode, None, 5, 16) == pytest.approx((3.0, 0.2))
-    assert decode_s(COSTS.decode, Plan.parse("SSN"), 9, 16) == pytest.approx((5.0, 0.3))
+    assert decode_s(COSTS.decode, None, 5, 16, middle="window") == pytest.approx((3.0, 0.2))
+    assert decode_s(COSTS.decode, Plan.parse("SSN"), 9, 16, middle="window") == pytest.approx((5.0, 0.3))
     longest = (DecodeCosts(2, 100, EACH, EACH),)
-    assert decode_s(longest, None, 2, 50) == pytest.approx((1.0, 2.0)), "a prefill grows with its tokens"
+    assert decode_s(longest, None, 2, 50, middle="window") == pytest.approx((1.0, 2.0)), (
+        "a prefill grows with its tokens"
+    )
 
 
 def test_what_is_recorded_costs_nothing_and_tells_what_the_rest_costs(inputs):
@@ -178,12 +182,52 @@ def test_rows_compare_expected_and_actual(tmp_path):
     assert (calibrated["stage"], calibrated["actual_s"], calibrated["ratio"]) == ("calibration", 4.0, None)
 
 
-def test_a_dry_run_writes_nothing(inputs, monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "calibrate", lambda inputs, nodes: COSTS)
+def made_up_calibration(inputs, nodes):
+    yield from calibration.calibration_parts(inputs)
+    yield COSTS
+
+
+def dry_run(run: RunContext) -> int:
+    return pipeline.dry_run(run.inputs.recipe, run.folder, run.inputs.facts)
+
+
+def test_a_dry_run_leaves_its_calibration_and_nothing_else(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", made_up_calibration)
     run = context(inputs)
-    assert pipeline.dry_run(run.inputs.recipe, run.folder, run.inputs.facts) == 0
-    assert not run.folder.exists()
-    assert "total" in capsys.readouterr().out
+    assert dry_run(run) == 0
+    first = capsys.readouterr()
+    assert "total" in first.out
+    parts = [line.split()[1:] for line in first.err.splitlines() if " done " in line]
+    assert [(at, found) for at, _, found, *_ in parts] == [
+        (f"{number}/4", f"part={name}") for number, name in enumerate(["load", "judge", "decode", "heal"], start=1)
+    ]
+    assert [path.relative_to(run.folder.path).parts[:2] for path in Path(run.folder.path).rglob("*.json")] == [
+        ("records", "calibration")
+    ]
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("measured again"))
+    assert dry_run(context(inputs)) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out and "calibration 4/4" in second.err
+
+
+def test_a_dry_run_says_where_it_cannot_keep_its_calibration(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", made_up_calibration)
+    run = context(inputs)
+    with RunFolder(run.folder.path).lock():
+        assert dry_run(run) == 0
+    printed = capsys.readouterr()
+    assert "total" in printed.out and "the calibration is not recorded" in printed.err
+    assert str(os.getpid()) in printed.err, "it names who holds the folder"
+    assert not list(Path(run.folder.path).rglob("*.json"))
+
+
+def test_a_dry_run_in_a_folder_that_cannot_be_written(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", made_up_calibration)
+    run = context(inputs)
+    monkeypatch.setattr(RunFolder, "lock", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert dry_run(run) == 0
+    printed = capsys.readouterr()
+    assert "total" in printed.out and "the calibration is not recorded because=" in printed.err
 
 
 def test_a_calibration_that_is_recorded_is_used(inputs, monkeypatch):
@@ -192,15 +236,22 @@ def test_a_calibration_that_is_recorded_is_used(inputs, monkeypatch):
     identity = calibration.calibration_identity(run.inputs, nodes, calibration._device_name())
     run.record(calibration.CALIBRATION, identity, {"costs": COSTS.to_dict()})
     monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("measured again"))
-    assert calibration.costs_of(run, record=True) == COSTS
+    assert calibration.costs_of(run, on_cluster=True) == COSTS
     other = context(inputs, "healing.rank=4")
     assert calibration.calibration_identity(other.inputs, nodes, "same") != {**identity, "hardware": "same"}
+
+
+def test_every_treatment_that_a_plan_can_have_is_timed(inputs):
+    names = [t.value for t in calibration.timed_treatments(context(inputs, "healing.baselines=[window]").inputs)]
+    assert names[:3] == ["softmax", "none", "linear_window"] and names[3:] == ["window"]
+    plain = calibration.timed_treatments(context(inputs, "healing.baselines=[]").inputs)
+    assert [t.value for t in plain] == ["softmax", "none", "linear_window"]
 
 
 def run_with(monkeypatch, run: RunContext, stage) -> None:
     """Runs the command with one made-up stage."""
     monkeypatch.setattr(pipeline, "STAGES", {"evaluate": stage})
-    monkeypatch.setattr(calibration, "costs_of", lambda run, record: COSTS)
+    monkeypatch.setattr(calibration, "costs_of", lambda run, on_cluster: COSTS)
     monkeypatch.setattr(pipeline, "_write_report", lambda folder: None)
     pipeline.run(
         run.inputs.recipe,
