@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 # This many resampled values at once stay in the processor's cache.
 _RESAMPLED_VALUES_AT_ONCE = 100_000
@@ -176,4 +176,4 @@ def _welch_satterthwaite(differences: Sequence[Difference]) -> float:
 
 
 def _t_quantile(confidence: float, degrees_of_freedom: float) -> float:
-    return float(stats.t.ppf((1 + confidence) / 2, degrees_of_freedom))
+    return float(stdtrit(degrees_of_freedom, (1 + confidence) / 2))

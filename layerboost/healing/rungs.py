@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import ndtri
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ def agreement(early: Sequence[float], late: Sequence[float]) -> Agreement:
     n = len(early)
     if n < 2 or len(set(early)) < 2 or len(set(late)) < 2:
         return Agreement(None, None, None, n)
-    value = float(stats.spearmanr(early, late).statistic)
+    from scipy.stats import spearmanr  # takes half a second to import
+
+    value = float(spearmanr(early, late).statistic)
     if n < 5:
         return Agreement(value, None, None, n)
     highest = 1 - 6 / (n * (n * n - 1))
     inner = min(max(value, -highest), highest)
-    reach = float(stats.norm.ppf(0.975)) * math.sqrt((1 + inner * inner / 2) / (n - 3))
+    reach = float(ndtri(0.975)) * math.sqrt((1 + inner * inner / 2) / (n - 3))
     low, high = (math.tanh(math.atanh(inner) + sign * reach) for sign in (-1, 1))
     return Agreement(value, min(low, value), max(high, value), n)

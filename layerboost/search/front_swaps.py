@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from ..plan import Plan, PlanError, Treatment
 from .knapsack import knapsack_front, spread_order
@@ -209,4 +209,5 @@ def _expected_gains(
     widths = np.clip(speed[:, None] - begins, 0.0, ends - begins)
     deviation = np.maximum(deviation, 1e-12)
     above = (mean[:, None] - stairs) / deviation[:, None]
-    return (deviation[:, None] * (above * norm.cdf(above) + norm.pdf(above)) * widths).sum(axis=1)
+    density = np.exp(-(above**2) / 2) / math.sqrt(2 * math.pi)
+    return (deviation[:, None] * (above * ndtr(above) + density) * widths).sum(axis=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 Tier = Literal["remove", "middle", "keep"]
 
@@ -276,7 +276,7 @@ class AdaptiveTiers:
         share = self.error * n / sum(self.looks[:-1]) / max(comparisons, 1)
         spread = squares > _ROUNDING * scale
         squares = np.where(spread, squares, 1.0)
-        quantile = _skewed_quantile(stats.t.isf(share, n - 1), cubes / squares**1.5 / math.sqrt(n))
+        quantile = _skewed_quantile(-stdtrit(n - 1, share), cubes / squares**1.5 / math.sqrt(n))
         return np.where(spread, quantile * np.sqrt(squares / (n - 1) * (1 - n / self.n_items)), np.inf)
 
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from ..evaluation.statistics import Difference, mean_of_differences, paired_difference
 
@@ -331,8 +330,10 @@ def _correlations(a: np.ndarray, b: np.ndarray, method: Method) -> np.ndarray:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Returns average ranks along the last axis, (samples, n_layers)."""
+    from scipy.stats import rankdata  # takes half a second to import
+
     scale = np.abs(values).max() * _ROUNDING
-    return stats.rankdata(np.round(values / scale) if scale > 0 else values, axis=-1)
+    return rankdata(np.round(values / scale) if scale > 0 else values, axis=-1)
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
