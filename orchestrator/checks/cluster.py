@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerboost.gguf import is_gguf
 from orchestrator.checks.findings import MISSING, WARN, Finding
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.run.lock import STALE_AFTER_S
@@ -48,6 +49,8 @@ class Needs:
         if healing.tokens and healing.teacher is not None:
             named_models["healing.teacher"] = (healing.teacher, healing.teacher_revision)
         for name, (model, revision) in named_models.items():
+            if is_gguf(model):
+                continue  # it is unpacked into the run folder, where workers read it
             if Path(model).exists():
                 paths[name] = model
             elif "://" not in model:

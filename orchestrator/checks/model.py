@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from layerboost.gguf import is_gguf
 from orchestrator.recipe.errors import InputError, first_line, nearest
 from orchestrator.recipe.load import looks_local
 from orchestrator.run.model_facts import ModelFacts, is_converted_type
@@ -27,21 +30,29 @@ def check_model(
     trust_remote_code: bool = False,
     allow_converted: bool = True,
     any_family: bool = False,
+    cache: Path | None = None,
 ) -> ModelFacts:
     """Checks that a model exists, is a decoder of a convertible family, and has its weights in safetensors.
 
+    A GGUF file is unpacked into a folder once its header is checked; everything else stays as it is.
+
     Args:
-        path: a local folder or a hub name.
+        path: a local folder, a GGUF file, or a hub name.
         field: the name of the model in errors.
         revision: a branch, tag or commit on the hub.
         revision_field: the name of the revision in errors.
         trust_remote_code: whether code that comes with the model may run.
         allow_converted: whether a model that is converted already is accepted.
         any_family: whether a decoder of a family that cannot be converted is accepted.
+        cache: the folder in which the unpacked model of a GGUF file is kept; None for the user's cache folder.
 
     Raises:
         InputError: the model cannot be used; the message names it, its fault and the remedy.
     """
+    gguf_content = None
+    if is_gguf(path):
+        folder, gguf_content = _unpack(Path(path).expanduser(), field, cache or user_cache(), any_family)
+        path = str(folder)
     folder = Path(path).expanduser()
     commit, local_files_only = None, False
     if folder.exists() or looks_local(path):
@@ -63,7 +74,32 @@ def check_model(
         config=config,
         n_layers=text_config.num_hidden_layers,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
+        gguf_content=gguf_content,
     )
+
+
+def user_cache() -> Path:
+    """Returns the folder in which the user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerboost"
+
+
+def _unpack(file: Path, field: str, cache: Path, any_family: bool) -> tuple[Path, str]:
+    """Returns the folder with the unpacked model of a GGUF file, and the file's content; it is made only once."""
+    from layerboost import gguf
+
+    if not file.is_file():
+        siblings = [str(path) for path in file.parent.glob(f"*{gguf.SUFFIX}")] if file.parent.is_dir() else []
+        raise InputError(field, file, f"no such file; {nearest(str(file), siblings) or 'give a GGUF file'}")
+    content = gguf.content_of(file)
+    try:
+        folder = gguf.folder_for(file, cache, content)
+        if not folder.is_dir():
+            _check_decoder(gguf.read_config(file), str(file), field, any_family)
+            sys.stderr.write(f"{field}: unpacking {file.name} into {cache}, which is done once\n")
+            gguf.unpack(file, folder)
+    except gguf.GgufError as error:
+        raise InputError(field, file, str(error)) from error
+    return folder, content
 
 
 def check_tokenizer(
@@ -94,7 +130,7 @@ def check_tokenizer(
 def _check_folder(folder: Path, field: str) -> None:
     if not folder.is_dir():
         if folder.exists():
-            raise InputError(field, folder, "is a file; give the folder that holds config.json")
+            raise InputError(field, folder, "is a file; give the folder that holds config.json, or a GGUF file")
         siblings = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         hint = nearest(str(folder), siblings) or "give a folder with config.json and safetensors, or a hub name"
         raise InputError(field, folder, f"no such folder; {hint}")

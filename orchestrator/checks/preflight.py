@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from layerboost.gguf import is_gguf
 from orchestrator.checks.cluster import Needs, check_nodes
 from orchestrator.checks.findings import MISSING, OK, Finding, findings_table
 from orchestrator.checks.model import check_model, check_tokenizer
@@ -22,12 +24,11 @@ from orchestrator.run.model_facts import ModelFacts
 from tasks.cluster.connection import addable
 from tasks.engines import ENGINES
 
-if TYPE_CHECKING:
-    pass
-
 
 def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) -> ModelFacts:
-    """Checks a recipe against the model, the texts, the folder and the machine; it starts and writes nothing.
+    """Checks a recipe against the model, the texts, the folder and the machine; it starts nothing.
+
+    It writes nothing either, but the model of a GGUF file, which is unpacked into the folder once.
 
     Args:
         recipe: a recipe from `load_recipe`.
@@ -45,11 +46,13 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     )
     if address is None:
         check_device(recipe.model.device)
+    cache = _model_cache(recipe, folder)
     facts = check_model(
         recipe.model.path,
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
         allow_converted=False,
+        cache=cache,
     )
     _check_lengths(recipe, facts)
     _check_plans(recipe, facts)
@@ -66,10 +69,24 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     for index, text in enumerate(recipe.sensitivity.texts):
         check_plain_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
     check_healing_texts(recipe.healing, facts, tokenizer)
-    facts = replace(facts, teacher=_check_teacher(recipe, facts, tokenizer))
+    facts = replace(facts, teacher=_check_teacher(recipe, facts, tokenizer, cache))
     if address is not None:
         _check_cluster([*pending, *check_nodes(Needs.of_run(recipe, folder.url), nodes)])
     return facts
+
+
+def _model_cache(recipe: Recipe, folder: RunFolder) -> Path | None:
+    """Returns where models from GGUF files are unpacked: in the run folder, which all workers see."""
+    if folder.is_local:
+        return Path(folder.path) / "cache"
+    for field, model in (("model.path", recipe.model.path), ("healing.teacher", recipe.healing.teacher)):
+        if model is not None and is_gguf(model):
+            raise InputError(
+                field,
+                model,
+                f"is unpacked into the run folder, which {folder} cannot be; give a folder on a shared disk",
+            )
+    return None
 
 
 def _check_cluster(findings: Sequence[Finding]) -> None:
@@ -137,7 +154,7 @@ def _check_shares(recipe: Recipe) -> None:
         )
 
 
-def _check_teacher(recipe: Recipe, facts: ModelFacts, tokenizer: Any) -> ModelFacts | None:
+def _check_teacher(recipe: Recipe, facts: ModelFacts, tokenizer: Any, cache: Path | None) -> ModelFacts | None:
     """Returns the facts of healing's teacher, which must read and predict the same tokens as the model."""
     healing, code = recipe.healing, recipe.model.trust_remote_code
     if healing.teacher is None or not healing.tokens:
@@ -150,6 +167,7 @@ def _check_teacher(recipe: Recipe, facts: ModelFacts, tokenizer: Any) -> ModelFa
         revision_field="healing.teacher_revision",
         trust_remote_code=code,
         any_family=True,
+        cache=cache,
     )
     vocabularies = [of.config.get_text_config().vocab_size for of in (teacher, facts)]
     if vocabularies[0] != vocabularies[1]:

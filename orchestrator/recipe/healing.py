@@ -102,7 +102,7 @@ class HealingSection(Section):
             `interleaved_1/2` (any share below one), and at each candidate's own attention budget `interleaved`,
             `cosine`, `first`, `last`, `random` or `random:3`.
         curve: shares of the budget at which quality is measured, besides 0 and 1; an empty list measures no curve.
-        teacher: a larger model with the same tokenizer to learn from, as a hub name or local folder; the default is the
+        teacher: a larger model with the same tokenizer to learn from, named as `model.path` is; the default is the
             parent.
         teacher_revision: a branch, tag or commit of the teacher.
         method: `lora` trains adapters on every projection and merges them at the end; `full` trains every parameter of

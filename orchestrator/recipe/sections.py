@@ -85,7 +85,7 @@ class ModelSection(Section):
     """Names the pretrained model.
 
     Attributes:
-        path: a hub name or a local folder with safetensors weights.
+        path: a hub name, a local folder with safetensors weights, or a GGUF file (which needs the extra `gguf`).
         revision: a branch, tag or commit of a hub model.
         dtype: the type of the weights in memory; `auto` keeps the type that they were saved in.
         trust_remote_code: run the code that comes with the model. Leave it off unless you trust its author.

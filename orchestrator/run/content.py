@@ -16,7 +16,9 @@ _SAMPLE_BYTES, _N_SAMPLES = 1 << 20, 64
 
 
 def model_content(facts: ModelFacts, revision: str | None) -> dict[str, Any]:
-    """Identifies a folder by its content and a hub name by its commit."""
+    """Identifies a folder or a GGUF file by its content and a hub name by its commit."""
+    if facts.gguf_content is not None:
+        return {"content": facts.gguf_content, "hub": None}
     content = model_fingerprint(Path(facts.path)) if Path(facts.path).is_dir() else None
     return {"content": content, "hub": None if content else {"name": facts.path, "commit": facts.commit or revision}}
 

@@ -6,17 +6,22 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from layerboost import gguf
 from orchestrator.checks import model as model_check
 from orchestrator.checks import preflight
 from orchestrator.checks.model import check_model
 from orchestrator.checks.placement import check_placement, find_nodes
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.load import load_recipe
+from orchestrator.run.content import model_content
 from orchestrator.run.folder import RunFolder
 from tasks.cluster.resources import NodeResources
+from tests.gguf_files import TOKENS, write_gguf
+from tests.models import tiny_model
 
 
 def run_preflight(inputs, *overrides: str, address: str | None = None):
@@ -49,6 +54,51 @@ def test_vllm_needs_a_family_that_it_serves_an_environment_and_room_for_longer_p
 def test_what_an_environment_lacks_is_an_input_error(inputs, tmp_path):
     with pytest.raises(InputError, match=r"throughput\.environment: .*none: has no bin/python; give"):
         run_preflight(inputs, *VLLM, f"throughput.environment={tmp_path}/none")
+
+
+def gguf_inputs(inputs) -> Path:
+    """Has the recipe name a GGUF file in place of the folder."""
+    file = inputs.folder / "tiny.gguf"
+    write_gguf(tiny_model("llama", vocab_size=len(TOKENS), num_hidden_layers=3, max_position_embeddings=64), file)
+    inputs.values["model"]["path"] = "./tiny.gguf"
+    inputs.write_recipe()
+    return file
+
+
+def test_a_gguf_file_is_unpacked_into_the_run_folder_once(inputs, capsys, monkeypatch):
+    file = gguf_inputs(inputs)
+    facts = run_preflight(inputs)
+    assert "model.path: unpacking tiny.gguf" in capsys.readouterr().err
+    assert Path(facts.path).parent == inputs.folder.parent / "out" / "cache" and facts.n_layers == 3
+    assert model_content(facts, None) == {"content": gguf.content_of(file), "hub": None}
+    monkeypatch.setattr(gguf, "unpack", lambda *_: pytest.fail("unpacked again"))
+    again = run_preflight(inputs)
+    assert (again.path, again.gguf_content) == (facts.path, facts.gguf_content)
+    moved = file.rename(inputs.folder / "other.gguf")
+    with pytest.raises(InputError, match=r"model\.path: .*tiny\.gguf: no such file; .*other\.gguf"):
+        run_preflight(inputs)
+    moved.write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"model\.path: .*other\.gguf: cannot be read"):
+        run_preflight(inputs, "model.path=./other.gguf")
+
+
+def test_a_gguf_file_needs_a_run_folder_on_a_disk(inputs):
+    gguf_inputs(inputs)
+    with pytest.raises(InputError, match=r"model\.path: .*memory://runs/x cannot be; give a folder on a shared disk"):
+        preflight.preflight(load_recipe(inputs.recipe), RunFolder("memory://runs/x"))
+
+
+def test_the_commands_keep_an_unpacked_gguf_file_in_the_users_cache(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    facts = check_model(str(gguf_inputs(inputs)))
+    assert Path(facts.path).parent == tmp_path / "cache" / "layerboost"
+    assert preflight.check_tokenizer(facts)("ab")["input_ids"] == [TOKENS.index("ab")]
+
+
+def test_a_teacher_may_come_as_a_gguf_file(inputs):
+    file = gguf_inputs(inputs)
+    facts = run_preflight(inputs, f"healing.teacher={file}")
+    assert facts.teacher is not None and facts.teacher.gguf_content == facts.gguf_content
 
 
 def test_shared_models_pass(shared_dir, tmp_path):
