@@ -13,13 +13,16 @@ from fractions import Fraction
 
 from ..plan import Plan, Treatment
 
+CONTROL = "parent"
+"""The untouched parent, healed alike: what the tokens of healing are worth to a model that has lost nothing."""
+
 UNIFORM = ("window", "linear_window", "linear")
 """One treatment in every layer: a window, window plus linear attention (LoLCATs, Liger), linear attention (SUPRA)."""
 
 SAME_BUDGET = ("interleaved", "cosine", "first", "last", "random")
 """Orders in which a plan's treatments are dealt out again: evenly, by LLM-Drop's score, from an end, or at random."""
 
-KNOWN = (*UNIFORM, "interleaved_1/2", "interleaved_1/4", *SAME_BUDGET, "random:3")
+KNOWN = (*UNIFORM, "interleaved_1/2", "interleaved_1/4", *SAME_BUDGET, "random:3", CONTROL)
 """Names that an error message lists; any share below one may follow `interleaved_`, any number `random:`."""
 
 _SHARE = re.compile(r"interleaved_([1-9]\d*)/([1-9]\d*)")
@@ -60,11 +63,10 @@ def baseline_plans(
     """Returns the plans of a baseline, by name; `random:3` gives `random_1` to `random_3`.
 
     Args:
-        name: `window`, `linear_window`, `linear` (linear_window with a window of 1); `interleaved_1/2`,
-            `interleaved_1/4`, ...: softmax in this share of the layers, evenly spread, and `middle` in the others. At
-            the budget of a plan: `interleaved` (each treatment evenly spread), `cosine`, `first`, `last`, `random`,
-            `random:N`.
-        n_layers: Layers of the model.
+        name: `parent` (softmax in every layer); `window`, `linear_window`, `linear` (linear_window with a window of
+            1); `interleaved_1/2`, `interleaved_1/4`, ...: softmax in this share of the layers, evenly spread, and
+            `middle` in the others. At the budget of a plan: `interleaved` (each treatment evenly spread), `cosine`,
+            `first`, `last`, `random`, `random:N`.
         middle, window: Treatment and window of the layers between softmax and none; not used with `budget`.
         budget: The plan whose treatments `interleaved`, `cosine`, `first`, `last` and `random` deal out again. In the
             order given by the name, removal is dealt first, then `window`, then `linear_window`.
@@ -76,6 +78,8 @@ def baseline_plans(
         BaselineError: The name is unknown, or what it needs is not given.
     """
     check_baseline(name)
+    if name == CONTROL:
+        return {name: Plan.uniform(Treatment.SOFTMAX, n_layers)}
     if name in UNIFORM:
         treatment = Treatment.WINDOW if name == "window" else Treatment.LINEAR_WINDOW
         return {name: Plan.uniform(treatment, n_layers, 1 if name == "linear" else window)}

@@ -98,9 +98,9 @@ class HealingSection(Section):
             read across them.
         candidates: number of searched plans that are healed on the whole budget.
         halving: heal many plans on few tokens and the most promising on all of them; without a value this is off.
-        baselines: plans by other rules that are healed on the same tokens: `window`, `linear_window`, `linear`,
-            `interleaved_1/2` (any share below one), and at each candidate's own attention budget `interleaved`,
-            `cosine`, `first`, `last`, `random` or `random:3`.
+        baselines: plans by other rules that are healed on the same tokens: `parent` (the control: nothing is treated),
+            `window`, `linear_window`, `linear`, `interleaved_1/2` (any share below one), and at each candidate's own
+            attention budget `interleaved`, `cosine`, `first`, `last`, `random` or `random:3`.
         curve: shares of the budget at which quality is measured, besides 0 and 1; an empty list measures no curve.
         teacher: a larger model with the same tokenizer to learn from, named as `model.path` is; the default is the
             parent.

@@ -109,7 +109,10 @@ def trade(row: Row | pd.Series) -> str:
     """Returns the headline without its serving condition."""
     quality: str = "unknown quality" if pd.isna(row["quality_retained"]) else f"{shown_retained(row)} of the quality"
     speed: str = "unknown" if pd.isna(row["speedup"]) else f"{row['speedup']:.2f}x"
-    return f"{speed} throughput at {quality}"
+    control: str = ""
+    if not pd.isna(row.get("control_retained")):
+        control = f", {shown_retained(row, 'control_retained')} of the control's"
+    return f"{speed} throughput at {quality}{control}"
 
 
 def letter_counts(plan: str) -> str:
@@ -178,8 +181,8 @@ def shown(value: Any, form: str, unit: str = "") -> str:
     return format(int(value) if form == "d" else float(value), form) + unit
 
 
-def shown_retained(row: Row | pd.Series) -> str:
-    """Formats the retained quality in percent with its standard error."""
-    stderr = row["quality_retained_stderr"]
+def shown_retained(row: Row | pd.Series, column: str = "quality_retained") -> str:
+    """Formats the retained quality, or what another column retains, in percent with its standard error."""
+    stderr = row[f"{column}_stderr"]
     margin: str = "" if pd.isna(stderr) else f" ± {100 * stderr:.1f}"
-    return shown(100 * row["quality_retained"], ".1f", margin + " %")
+    return shown(100 * row[column], ".1f", margin + " %")

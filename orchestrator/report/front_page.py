@@ -154,6 +154,7 @@ def point_details(row: pd.Series) -> tuple[tuple[str, str], ...]:
         ("origin", row["origin"]),
         ("healed", shown(row["healed"], "yes")),
         ("quality retained", shown_retained(row)),
+        ("of the control", shown_retained(row, "control_retained")),
         ("quality", with_stderr(row["quality"], row["quality_stderr"])),
         ("speed-up", shown(row["speedup"], ".2f", "x")),
         ("tokens/s", with_stderr(row["output_throughput_tok_per_s"], row["output_throughput_stderr"])),
@@ -226,6 +227,10 @@ def _front_table(pareto: pd.DataFrame, condition: Condition) -> Table:
     rows = front_and_base(pareto, condition)
     header, cells = list(FRONT_HEADER), [list(found) for found in front_cells(rows)]
     text_columns = {0, 1, 2, 3, 4}
+    if rows["control_retained"].notna().any():
+        header.append("of the control")
+        for line, (_, row) in zip(cells, rows.iterrows(), strict=True):
+            line.append(shown_retained(row, "control_retained"))
     for name, title in (("feasible", "holds constraints"), ("flags", "flags")):
         if rows[name].notna().any():
             text_columns.add(len(header))

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from layerboost.plan import TREATMENTS, Plan, Treatment
+from layerboost.search.baselines import CONTROL
 from layerboost.search.pareto import front
 
 Row = Mapping[str, Any]
@@ -83,7 +84,7 @@ PARETO_COLUMNS = {
     "quality_retained": "float64",  # quality over base's quality
     "quality_retained_stderr": "float64",  # paired
     "speedup": "float64",  # output throughput over base's under the same condition
-    "on_front": "boolean",  # no ok row of the same condition dominates it in (quality, output throughput)
+    "on_front": "boolean",  # no ok row but the control's dominates it in (quality, output throughput)
     "status": "str",
     "error": "str",
     "predicted_throughput_tok_per_s": "float64",  # predicted from the plans measured before the search
@@ -97,6 +98,9 @@ PARETO_COLUMNS = {
     "itl_ms_p50": "float64",
     "itl_ms_p99": "float64",
     "kv_cache_tokens": "Int64",  # tokens that the KV cache holds at once, in sequences of the longest length
+    # The control is the untouched parent, healed like the candidates (`healing.baselines: [parent]`).
+    "control_retained": "float64",  # quality over the control's quality; empty without a control
+    "control_retained_stderr": "float64",  # paired
 }
 """Columns of pareto.csv, in order. The table has one row for each candidate and serving condition.
 
@@ -248,7 +252,8 @@ def treatment_rank(treatment: str) -> int:
 
 
 def _front_mask(rows: pd.DataFrame) -> pd.Series:
-    points = rows[_OBJECTIVES].where(rows["status"] == "ok")
+    """Returns which rows no other dominates; failed ones and the control, which is no plan to serve, take no part."""
+    points = rows[_OBJECTIVES].where((rows["status"] == "ok") & (rows["origin"] != CONTROL))
     return pd.Series(front(list(points.itertuples(index=False, name=None))), index=rows.index, dtype="boolean")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from layerboost.search.baselines import CONTROL
 from orchestrator.recipe.constraints import Bound, ConstraintsSection
-from orchestrator.report.front import conditions, headline, under
+from orchestrator.report.front import Condition, conditions, headline, under
 
 _QUALITIES = ("quality", "quality_retained")
 
@@ -19,15 +20,21 @@ def verdict(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[str]:
     """
     if not constraints.bounds():
         return []
-    return [_sentence(under(pareto, condition), constraints, str(condition)) for condition in conditions(pareto)]
+    return [_sentence(_plans(pareto, condition), constraints, str(condition)) for condition in conditions(pareto)]
 
 
 def best_rows(pareto: pd.DataFrame, constraints: ConstraintsSection) -> list[int]:
     """Returns the index labels of the best rows under the constraints, at most one for each serving condition."""
     if not constraints.bounds():
         return []
-    found = [best_row(under(pareto, condition), constraints) for condition in conditions(pareto)]
+    found = [best_row(_plans(pareto, condition), constraints) for condition in conditions(pareto)]
     return [row.name for row in found if row is not None]  # type: ignore[misc]
+
+
+def _plans(pareto: pd.DataFrame, condition: Condition) -> pd.DataFrame:
+    """Returns the rows of a serving condition, without the control, which is no plan to serve."""
+    rows = under(pareto, condition)
+    return rows[rows["origin"] != CONTROL]
 
 
 def _sentence(rows: pd.DataFrame, constraints: ConstraintsSection, condition: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from layerboost.evaluation.flags import flag_text, flags
 from layerboost.evaluation.scores import Scores, quality, retained
 from layerboost.plan import Plan, Treatment
+from layerboost.search.baselines import CONTROL
 from layerboost.search.pareto import front
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.entries import BaselineEntry, Failure, Finalist, SpeedFit, Trial
@@ -92,7 +93,7 @@ def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | 
 
 def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> list[dict[str, Any]]:
     """Returns the rows of pareto.csv: each finalist under each condition; a failed one stays, with its error."""
-    base = records.scores(state.base_key)
+    base, control = records.scores(state.base_key), records.scores(_control_key(state))
     timings = {(unit.finalist, unit.concurrency): unit.key for unit in state.throughput}
     concurrencies = list(dict.fromkeys(unit.concurrency for unit in state.throughput))
     rows = []
@@ -105,6 +106,7 @@ def pareto_rows(records: RecordReader, state: RunState, predict: Predictor) -> l
             "healed": finalist.healed_key is not None,
             "heal_tokens": 0 if finalist.healed_key is None else records.healing(finalist.healed_key)["tokens"],
             **quality_cells(base, records.scores(entry.quality_key)),
+            **_control_cells(control, records.scores(entry.quality_key)),
             "flags": _flags(base, records.scores(entry.quality_key)),
         }
         for concurrency in concurrencies:
@@ -162,6 +164,19 @@ def quality_cells(base: Scores | None, scores: Scores | None) -> dict[str, Any]:
         "quality_retained": ratio,
         "quality_retained_stderr": ratio_stderr,
     }
+
+
+def _control_key(state: RunState) -> str | None:
+    """Returns the key of the scores of the control, the parent that was healed like the candidates; None without it."""
+    return next((entry.quality_key for entry in state.healed if entry.origin == CONTROL), None)
+
+
+def _control_cells(control: Scores | None, scores: Scores | None) -> dict[str, Any]:
+    """Returns a row's quality over that of the control; empty if either is not recorded."""
+    if control is None or scores is None:
+        return {}
+    ratio, stderr = retained(control, scores)
+    return {"control_retained": ratio, "control_retained_stderr": stderr}
 
 
 def _flags(base: Scores | None, scores: Scores | None) -> str | None:

@@ -61,6 +61,12 @@ class SweepSource:
         return None if self.spec.tasks else self.spec.sequence_tokens
 
 
+def plan_unit(plan: Plan) -> EvaluationUnit:
+    """Returns the unit that judges a plan on the parent's weights; softmax in every layer means the untouched model."""
+    untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+    return EvaluationUnit(plan=None if untouched else plan)
+
+
 @dataclass(frozen=True)
 class RunInputs:
     """Combines a recipe and its model, for use by every stage."""
@@ -265,8 +271,7 @@ class RunInputs:
 
     def plan_scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
         """Returns the identity of a plan's evaluation; softmax in every layer means the untouched model."""
-        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-        return self.scores(EvaluationUnit(plan=None if untouched else plan), spec)
+        return self.scores(plan_unit(plan), spec)
 
     def count(self, spec: QualitySpec) -> dict[str, Any]:
         return {"unit": "count", "model": self.model, "quality": self._fingerprint(spec)}

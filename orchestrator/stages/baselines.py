@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 from layerboost.plan import Plan, Treatment
-from layerboost.search.baselines import baseline_plans, is_of_same_budget, n_baseline_plans
+from layerboost.search.baselines import CONTROL, baseline_plans, is_of_same_budget, n_baseline_plans
 from orchestrator.run.context import RunContext
 from tasks.evaluation import cosine_unit
 
@@ -19,7 +19,8 @@ COSINE = "cosine"
 def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
     """Returns the recipe's baselines with their names; rules of the same attention budget give one for each candidate.
 
-    A plan is left out if it is a candidate itself, or if an earlier baseline already gave it.
+    A plan is left out if it is a candidate itself, or if an earlier baseline already gave it. No rule but that of the
+    control gives the untouched parent.
     """
     healing, search = run.inputs.recipe.healing, run.inputs.recipe.search
     names = list(healing.baselines)
@@ -39,7 +40,8 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
                 seed=healing.seed,
             )
             for origin, plan in plans.items():
-                if plan not in candidates and plan.count(Treatment.SOFTMAX) < len(plan):
+                untouched = plan.count(Treatment.SOFTMAX) == len(plan)
+                if plan not in candidates and untouched == (name == CONTROL):
                     found.setdefault(plan, origin)
     return found
 

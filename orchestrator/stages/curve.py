@@ -13,6 +13,7 @@ from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import CurvePoint
 from orchestrator.run.folder import unit_key
+from orchestrator.run.inputs import plan_unit
 from orchestrator.run.kinds import CURVE, HEALINGS
 from orchestrator.run.records import find_record
 from tasks.evaluation import EvaluationUnit
@@ -77,11 +78,11 @@ def _points(
 ) -> tuple[dict[EvaluationUnit, dict[str, Any]], dict[EvaluationUnit, str]]:
     """Returns the units that judge plans before healing and at some points, with names, and the points' state keys."""
     units: dict[EvaluationUnit, dict[str, Any]] = {
-        EvaluationUnit(plan=plan): {"plan": str(plan), "share": 0} for plan in unhealed
+        plan_unit(plan): {"plan": str(plan), "share": 0} for plan in unhealed
     }
     keys: dict[EvaluationUnit, str] = {}
     for plan, key in healed:
-        units[EvaluationUnit(plan=plan)] = {"plan": str(plan), "share": 0}
+        units[plan_unit(plan)] = {"plan": str(plan), "share": 0}
         for point in points[plan]:
             unit = snapshot_unit(run, plan, key, point["step"], run.inputs.healing_spec)
             keys[unit] = state_key(key, point["step"])

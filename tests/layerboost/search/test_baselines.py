@@ -25,6 +25,7 @@ def test_uniform_baselines():
     assert plan_of("window", 4, window=16) == Plan.parse("WWWW", 16)
     assert plan_of("linear_window", 4, window=16) == Plan.parse("LLLL", 16)
     assert plan_of("linear", 4, window=16) == Plan.parse("LLLL", 1)
+    assert plan_of("parent", 4, window=16) == Plan.parse("SSSS"), "the control treats nothing"
 
 
 @pytest.mark.parametrize(

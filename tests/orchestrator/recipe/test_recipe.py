@@ -366,3 +366,9 @@ def test_settings_of_the_sweep_that_do_not_fit_together(example, overrides, fiel
         load_recipe(example, overrides)
     assert caught.value.field == field
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_that_we_ship_is_accepted(recipe):
+    loaded = load_recipe(recipe)
+    assert loaded.healing.tokens >= loaded.healing.batch_sequences * int(loaded.healing.sequence_tokens)

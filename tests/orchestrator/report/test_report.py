@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -64,7 +65,7 @@ DESIGN = {
     "ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, quality_stderr, "
     "quality_retained, quality_retained_stderr, speedup, on_front, status, error, "
     "predicted_throughput_tok_per_s, predicted_throughput_stderr, feasible, flags, engine_version, ttft_ms_p99, "
-    "tpot_ms_p99, itl_ms_p50, itl_ms_p99, kv_cache_tokens",
+    "tpot_ms_p99, itl_ms_p50, itl_ms_p99, kv_cache_tokens, control_retained, control_retained_stderr",
     "rankings": "treatment, score, source, context_tokens, chosen, n_items, split_half_spearman, split_half_low, "
     "split_half_high, items_until_stable, indistinct_pairs, ranking",
     "correlations": "treatment, view_a, view_b, method, correlation, ci_low, ci_high",
@@ -246,6 +247,22 @@ def test_headline_is_one_sentence():
         headline(row)
         == "1.52x throughput at 99.1 ± 0.4 % of the quality (concurrency 100, 512 + 128 tokens, Invented GPU)"
     )
+
+
+def test_the_control_stands_beside_the_base_and_on_no_front():
+    beside = {"control_retained": 0.98, "control_retained_stderr": 0.003}
+    rows = [row | beside for row in pareto_rows() if row["concurrency"] == 100]
+    rows.append(pareto_row("SSSS", "parent", quality=0.9, tok_per_s=170.0, healed=True, heal_tokens=10_000, **beside))
+    table = pareto_table(rows)
+    condition = conditions(table)[0]
+    assert "parent" not in set(front_rows(table, condition)["origin"]) and len(front_rows(table, condition)) > 1
+    row = headline_row(table, condition)
+    assert headline(row).startswith(
+        "1.52x throughput at 99.1 ± 0.4 % of the quality, 98.0 ± 0.3 % of the control's (concurrency 100"
+    )
+    page = render(replace(sample(), pareto=table))["report.html"].decode()
+    assert re.search(r"<th[^>]*>of the control</th>", page) and "98.0 ± 0.3 %" in page
+    assert "of the control" not in render(sample())["report.html"].decode()
 
 
 def test_headline_speaks_of_what_keeps_the_most_where_nothing_keeps_enough():

@@ -12,7 +12,7 @@ from orchestrator.recipe.constraints import ConstraintsSection
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.load import recipe_from_dict
 from orchestrator.report.tables import CONDITION_COLUMNS, pareto_table
-from orchestrator.results.best_plan import best_row, feasible, loosenings, verdict
+from orchestrator.results.best_plan import best_row, best_rows, feasible, loosenings, verdict
 
 
 def row(plan, origin="search", *, quality=0.5, tok_per_s=100.0, concurrency=8, **more):
@@ -108,6 +108,16 @@ def test_says_the_best_plan_of_each_condition_and_its_flags():
     assert len(said) == 2 and "concurrency 8" in said[0] and "concurrency 1," in said[1]
     assert all("SSNN" in sentence and "flagged (retrieval@64 -0.4)" in sentence for sentence in said)
     assert verdict(table(rows, ConstraintsSection()), ConstraintsSection()) == []
+
+
+def test_the_control_is_never_the_plan_to_serve():
+    constraints = ConstraintsSection(at_least={"quality_retained": 0.999})
+    rows = [*ROWS, row("SSSS", "parent", quality=0.6, tok_per_s=110.0, healed=True)]
+    found = table(rows, constraints)
+    assert best_rows(found, constraints) == best_rows(table(ROWS, constraints), constraints) != []
+    assert "the untouched base" in verdict(found, constraints)[0]
+    assert found.set_index("origin")["on_front"]["base"], "it dominates nothing"
+    assert not found.set_index("origin")["on_front"]["parent"]
 
 
 UNSURE = [

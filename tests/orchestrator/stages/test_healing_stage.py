@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -15,16 +16,16 @@ from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.healing import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
-from orchestrator.results.plans import candidate_rows
+from orchestrator.results.plans import candidate_rows, pareto_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import BranchesEntry, Finalist, Trial
+from orchestrator.run.entries import BranchesEntry, Finalist, FinalistEntry, HealedEntry, TimingEntry, Trial
 from orchestrator.run.folder import RunFolder, unit_key
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.placement import Placement
 from orchestrator.run.progress import Progress
 from orchestrator.run.state import RunState
-from orchestrator.stages import sampled
+from orchestrator.stages import curve, sampled
 from orchestrator.stages.baselines import baselines
 from orchestrator.stages.candidates import candidates
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
@@ -179,6 +180,36 @@ def test_baselines_are_made_for_each_candidate_and_no_plan_twice(inputs):
     }
     alone = baselines(run, [])  # without a candidate there is no budget to match
     assert list(alone.values()) == ["window", "linear", "interleaved_1/2"]
+
+
+def test_the_control_is_the_parent_healed_alike(inputs):
+    run = context(inputs, "healing.baselines=[parent, window]", "quality.tasks=[]", "healing.curve=[0.5]")
+    untouched = Plan.parse("SSS")
+    found = baselines(run, [PLAN])
+    assert found == {untouched: "parent", Plan.parse("WWW", 8): "window"}
+    before_healing = [unit for unit, name in curve._points(run, [], list(found), {})[0].items() if name["share"] == 0]
+    assert before_healing == [EvaluationUnit(), EvaluationUnit(plan=Plan.parse("WWW", 8))], "the base is judged once"
+    run.state.trials = [Trial(untouched, "base"), Trial(PLAN, "search", 0.1, 0.2)]
+    spec, nll = run.inputs.full_spec, {untouched: 1.0, PLAN: 1.2}
+    base = run.inputs.plan_scores(untouched, spec)
+    record(run, "evaluate", base, 1.1)
+    run.state.base_key = unit_key(base)
+    finalists = [FinalistEntry(Finalist(untouched, "base"), unit_key(base))]
+    for plan, origin in ((untouched, "parent"), (PLAN, "search")):
+        key = unit_key(run.inputs.healing(plan))
+        run.record("heal", run.inputs.healing(plan), {"tokens": 64})
+        identity = run.inputs.scores(healed_unit(run, plan), spec, key)
+        record(run, "measure", identity, nll[plan])
+        run.state.healed.append(HealedEntry(plan, origin, key, unit_key(identity), ()))
+        finalists.append(FinalistEntry(Finalist(plan, origin, key), unit_key(identity)))
+    run.state.finalists = finalists
+    run.state.throughput = [TimingEntry(entry.finalist, 1, 16, 4, "0" * 16) for entry in finalists]
+    rows = pareto_rows(RecordReader(run.folder), run.state, lambda plan, concurrency: None)
+    shares = {row["origin"]: (row["quality_retained"], row["control_retained"]) for row in rows}
+    assert shares["base"] == pytest.approx((1, math.exp(-0.1)))
+    assert shares["parent"] == pytest.approx((math.exp(0.1), 1)), "it gains, though nothing of it was treated"
+    assert shares["search"] == pytest.approx((math.exp(-0.1), math.exp(-0.2)))
+    assert all(row["control_retained_stderr"] is not None for row in rows)
 
 
 def missing(run) -> list:
