@@ -124,7 +124,7 @@ class _Estimator:
 
     def _evaluate(self, listing: StageUnits) -> StageEstimate:
         base = Plan.uniform(Treatment.SOFTMAX, self.inputs.n_layers)
-        return self._judging(listing, lambda unit: self.seconds.judged_s(base))
+        return self._judging(listing, lambda unit: self.seconds.judged_s(base, self.inputs.full_spec))
 
     def _sensitivity(self, listing: StageUnits) -> StageEstimate:
         inputs = self.inputs
@@ -160,12 +160,14 @@ class _Estimator:
         return costs.sweep_s["text"] * (source.spec.n_sequences or 1) * source.spec.sequence_tokens / of_text
 
     def _search(self, listing: StageUnits) -> StageEstimate:
-        with_text = self.inputs.search_quality_spec.text is not None
+        spec = self.inputs.search_quality_spec
 
         def judged_s(plan: Any) -> float:
-            return self.seconds.judged_s(plan, with_text=with_text)
+            return self.seconds.judged_s(plan, spec)
 
-        return self._judging(listing, lambda unit: judged_s(unit.work), judged_s(None), start_s=TUNE_S)
+        return self._judging(
+            listing, lambda unit: judged_s(unit.work), judged_s(None), has_tasks=bool(spec.tasks), start_s=TUNE_S
+        )
 
     def _refine(self, listing: StageUnits) -> StageEstimate:
         has_tasks = self.inputs.sweep_sources[0].name == TASKS_SOURCE

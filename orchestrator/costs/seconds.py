@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerboost.costs.costs import ByTreatment, Costs, DecodeCosts, mixed
+from layerboost.evaluation.scores import QualitySpec
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
 from layerboost.speed.vllm_bench import ServingCondition
@@ -43,11 +44,16 @@ class UnitSeconds:
         """Returns the cost of a plan; None stands for an average plan of the search."""
         return mixed(costs, plan, middle=self._inputs.recipe.search.middle)
 
-    def judged_s(self, plan: Plan | None, *, with_text: bool = True) -> float:
-        """Returns the seconds of judging a plan on the parent's weights; None stands for an average plan."""
+    def judged_s(self, plan: Plan | None, spec: QualitySpec) -> float:
+        """Returns the seconds of judging a plan on the parent's weights; None stands for an average plan.
+
+        Args:
+            plan: The plan.
+            spec: What it is judged by; without tasks or text, those cost nothing.
+        """
         costs = self._costs.evaluation
-        text_s = self.mixed(costs.text_s, plan) if with_text else 0.0
-        return self.mixed(costs.tasks_s, plan) + text_s + (costs.score_s if self._inputs.full_spec.tasks else 0.0)
+        text_s = 0.0 if spec.text is None else self.mixed(costs.text_s, plan)
+        return text_s + (self.mixed(costs.tasks_s, plan) + costs.score_s if spec.tasks else 0.0)
 
     def branches_s(self) -> float:
         """Returns the seconds of judging a healed plan's branches: with both, and with each of them zeroed."""

@@ -206,7 +206,8 @@ class SensitivitySection(Section):
     Attributes:
         treatments: the treatments that each layer is tried with, one layer at a time. `none` must be among them.
         score: the score that plans are made from. Without a value and without a text, it is `margin`.
-        compare: measure every score that the quality section allows, and not only the chosen one.
+        compare: measure every score that the quality section allows, of single layers and of searched plans, and not
+            only the chosen one. It tells whether rankings agree, and may take several times as long.
         texts: further texts to rank the layers by.
         context_tokens: further sequence lengths of the quality's text to rank the layers by.
         shares: number of parts into which the items are cut. A lost worker loses at most one part, and at most this
@@ -219,7 +220,7 @@ class SensitivitySection(Section):
         tuple[Annotated[str, OneOf(ablations)], ...], Field(min_length=1), AfterValidator(unique_entries)
     ] = ("none",)
     score: Annotated[str, OneOf(SCORES.names)] = "nll"
-    compare: bool = True
+    compare: bool = False
     texts: Annotated[tuple[Name, ...], AfterValidator(unique_entries)] = ()
     context_tokens: Annotated[
         tuple[Annotated[int, BeforeValidator(as_number), Field(ge=2)], ...], AfterValidator(unique_entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation.flags import flag_text, flags
@@ -78,7 +79,10 @@ def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | 
     scores = records.scores(entry.key)
     if scores is not None and base is not None:
         judged_by = {(metric.task, metric.metric) for metric in base.primary()}
-        scores = Scores([metric for metric in scores.metrics if (metric.task, metric.metric) in judged_by])
+        # The search may judge by the text alone, which is no finalist's main metric.
+        scores = Scores(
+            [replace(metric, primary=True) for metric in scores.metrics if (metric.task, metric.metric) in judged_by]
+        )
     value, stderr = (None, None) if scores is None else quality(scores)
     return Trial(
         entry.plan,

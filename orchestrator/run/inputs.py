@@ -110,13 +110,15 @@ class RunInputs:
 
     @property
     def search_quality_spec(self) -> QualitySpec:
-        """The quality by which the search judges: its tasks, or the text if it has no tasks.
+        """The quality by which the search judges: the text if its objective is measured on it, else the tasks.
 
-        An objective that is measured on the text adds the text to the tasks.
+        The text is also read if there are no tasks, and with `sensitivity.compare` the tasks are asked beside the text.
         """
         spec, recipe = self._searched_spec, self.recipe
         by_text = recipe.search.objective == "score" and SCORES[recipe.sensitivity.score].source == "text"
-        return replace(spec, text=None) if spec.tasks and not by_text else spec
+        if not by_text:
+            return replace(spec, text=None) if spec.tasks else spec
+        return spec if recipe.sensitivity.compare else replace(spec, tasks=())
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:

@@ -67,7 +67,8 @@ def stages_of(run: RunContext, costs: Costs = COSTS) -> dict[str, StageEstimate]
 
 
 def test_seconds_follow_from_units_and_their_costs(inputs):
-    found = stages_of(context(inputs, "healing.curve=[0.5]", "healing.baselines=[linear_window]", "search.speed=bytes"))
+    common = ("healing.curve=[0.5]", "search.speed=bytes", "sensitivity.compare=true")
+    found = stages_of(context(inputs, *common, "healing.baselines=[linear_window]"))
     assert list(found) == ["evaluate", "sensitivity", "search", "heal", "curve", "measure", "throughput"]
     assert found["evaluate"].seconds == pytest.approx(4)
     assert found["sensitivity"].seconds == pytest.approx(270), "items are the same, whatever their shares"
@@ -78,10 +79,21 @@ def test_seconds_follow_from_units_and_their_costs(inputs):
     assert (found["heal"].units, found["heal"].tokens) == (2, 2048)
     # Two plans are judged half-way. Before healing the baseline is `all_linear_window`, which the search judges.
     assert found["curve"].units == 2 and found["curve"].seconds == pytest.approx(12)
-    other = stages_of(context(inputs, "healing.curve=[0.5]", "healing.baselines=[linear]", "search.speed=bytes"))
+    other = stages_of(context(inputs, *common, "healing.baselines=[linear]"))
     assert other["curve"].units == 3 and other["curve"].seconds == pytest.approx(18), "a baseline of another window"
     # The base, three uniform plans, and two healed plans, each timed together with the parent.
     assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
+
+
+def test_without_comparison_the_sweep_and_the_search_read_the_text_alone(inputs):
+    both = stages_of(context(inputs, "sensitivity.compare=true", "search.speed=bytes"))
+    text = stages_of(context(inputs, "search.speed=bytes"))
+    assert (both["sensitivity"].seconds, text["sensitivity"].seconds) == pytest.approx((270, 180))
+    assert both["search"].units == text["search"].units
+    assert text["search"].seconds == pytest.approx(both["search"].seconds / 2), "tasks and text cost the same here"
+    by_tasks = stages_of(context(inputs, "search.objective=quality", "search.speed=bytes"))
+    each_s = [found["search"].seconds / found["search"].units for found in (by_tasks, text)]
+    assert each_s[0] == pytest.approx(each_s[1])
 
 
 def test_servers_are_asked_in_waves(inputs, monkeypatch):
