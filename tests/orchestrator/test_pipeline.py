@@ -103,7 +103,7 @@ def recipe_values() -> dict:
             "zero_stage": 1,
         },
         "throughput": {"concurrency": [1, 2], "prompt_tokens": 16, "new_tokens": 4},
-        "sensitivity": {"score": "nll", "treatments": ["none", "linear_window"], "shares": 4},
+        "sensitivity": {"score": "nll", "treatments": ["none", "linear_window"], "shares": 4, "compare": True},
         # Each worker's start costs more than all of its units; several are there where tests disturb them.
         "placement": {"workers": 1},
     }
