@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def _write(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    with _readable():
+    with _readable(), _without_bar():
         dtype = _dtype(file)
         loaded, found = load(file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True)
     lacking = sorted(set(found["missing_keys"]) - set(getattr(loaded, "_tied_weights_keys", None) or ()))
@@ -122,6 +123,23 @@ def _dtype(file: Path) -> str:
         name = tensor.tensor_type.name
         sizes[name] = sizes.get(name, 0) + int(tensor.n_elements)
     return _KEPT_TYPES.get(max(sizes, key=lambda name: sizes[name]), "bfloat16")
+
+
+_BAR = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Hides the bar that transformers always draws while it dequantizes."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    with _BAR:  # two threads would restore each other's stand-in
+        bar: Any = reader.tqdm
+        reader.tqdm = lambda tensors, **_: tensors
+        try:
+            yield
+        finally:
+            reader.tqdm = bar
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from layerboost.costs.probe import decode_costs, evaluation_costs, healing_costs
 from layerboost.costs.twins import Twins
 from layerboost.plan import TREATMENTS, Treatment
 from layerboost.search.baselines import baseline_plans, is_of_same_budget
+from layerboost.search.loop import fixed_points
 from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.placement import find_nodes
 from orchestrator.run.context import RunContext
@@ -60,7 +61,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[s
             healed = healing_costs(
                 twins,
                 inputs.healing_spec,
-                treatments=every,
+                treatments=healed_treatments(inputs),
                 n_workers=healing.n_workers,
                 teacher=None if teacher is None else replace(inputs.source, revision=teacher.commit).load(teacher.path),
             )
@@ -77,8 +78,8 @@ def calibration_parts(inputs: RunInputs) -> list[str]:
     return [LOADING, JUDGING, DECODING, *([HEALING] if inputs.recipe.healing.tokens else [])]
 
 
-def timed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
-    """Returns every treatment that a plan of the run can have: softmax, none and the middle one first."""
+def healed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
+    """Returns every treatment that a healed plan can have: softmax, none, those that are searched, and baselines'."""
     recipe = inputs.recipe
     of_baselines = [
         treatment
@@ -87,8 +88,13 @@ def timed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
         for plan in baseline_plans(name, inputs.n_layers, window=recipe.search.window).values()
         for treatment in plan.treatments
     ]
-    first = (Treatment.SOFTMAX, Treatment.NONE, Treatment(recipe.search.middle))
-    return tuple(dict.fromkeys((*first, *inputs.treatments, *of_baselines)))
+    return tuple(dict.fromkeys((*inputs.treatments, *of_baselines)))
+
+
+def timed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
+    """Returns every treatment that a plan of the run can have, also those that each search tries in all layers."""
+    of_points = [t for _, plan in fixed_points(inputs.search_spec, inputs.n_layers) for t in plan.treatments]
+    return tuple(dict.fromkeys((*healed_treatments(inputs), *of_points)))
 
 
 def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
@@ -174,7 +180,7 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
         "quality": inputs._fingerprint(spec),
         **_plugin_treatments(inputs),
         "plans": [recipe.search.middle, recipe.search.window, list(recipe.sensitivity.treatments)],
-        "timed": [treatment.value for treatment in timed_treatments(inputs)],
+        "timed": [[t.value for t in found] for found in (timed_treatments(inputs), healed_treatments(inputs))],
         "healing": inputs.healing_spec.to_dict() if recipe.healing.tokens else None,
         "teacher": recipe.healing.teacher,
         "sampled": inputs.sampling is not None,

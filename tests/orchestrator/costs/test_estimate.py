@@ -13,6 +13,7 @@ import pytest
 import orchestrator.costs.measure as calibration
 from layerboost.costs.costs import Costs, DecodeCosts, EvaluationCosts, HealingCosts
 from layerboost.plan import Plan
+from layerboost.search.loop import fixed_points
 from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import pipeline
 from orchestrator.checks.preflight import preflight
@@ -254,10 +255,13 @@ def test_a_calibration_that_is_recorded_is_used(inputs, monkeypatch):
 
 
 def test_every_treatment_that_a_plan_can_have_is_timed(inputs):
-    names = [t.value for t in calibration.timed_treatments(context(inputs, "healing.baselines=[window]").inputs)]
-    assert names[:3] == ["softmax", "none", "linear_window"] and names[3:] == ["window"]
-    plain = calibration.timed_treatments(context(inputs, "healing.baselines=[]").inputs)
-    assert [t.value for t in plain] == ["softmax", "none", "linear_window"]
+    both = context(inputs, "healing.baselines=[window, parent]").inputs
+    assert {t.value for t in calibration.healed_treatments(both)} == {"softmax", "none", "linear_window", "window"}
+    plain = context(inputs, "healing.baselines=[]", "search.middle=window").inputs
+    assert {t.value for t in calibration.healed_treatments(plain)} == {"softmax", "none", "window"}
+    uniform = {plan.treatments[0] for _, plan in fixed_points(plain.search_spec, plain.n_layers)}
+    assert set(calibration.timed_treatments(plain)) == uniform | set(calibration.healed_treatments(plain))
+    assert len(uniform) == 4
 
 
 def run_with(monkeypatch, run: RunContext, stage) -> None:
