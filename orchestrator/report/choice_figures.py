@@ -11,18 +11,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter, ScalarFormatter
 
+from layerboost.search.baselines import CONTROL
 from orchestrator.report.canvas import BLUE, FAINT, INK, ORANGE, STYLE, Picture, new_figure, saved
-from orchestrator.report.healing_figures import line_looks
+from orchestrator.report.healing_figures import LineLook, line_looks
 
 _PANELS = (("tpot_ms_p50", "decode latency (ms per token)"), ("peak_memory_mib", "peak memory (MiB)"))
 
 
-def lengths_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | None:
+def lengths_picture(
+    table: pd.DataFrame, names: Mapping[str, str], looks: Mapping[str, LineLook] | None = None
+) -> Picture | None:
     """Draws decode latency and peak memory over the length of the prompt, a panel each, a line for each plan.
 
     Args:
         table: rows of lengths.csv.
         names: what to call a plan_id in the legend.
+        looks: how the line of a plan_id looks in all pictures; the markers of an unhealed plan are hollow.
 
     Returns:
         The picture; None where no plan was timed at two lengths.
@@ -38,9 +42,11 @@ def lengths_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
         panels = figure.subplots(2, 1, sharex=True)
         parts = []
         several = table["concurrency"].nunique() > 1
-        for (key, rows), look in zip(lines, line_looks([key for key, _ in lines]).values(), strict=True):
+        looks = looks or line_looks(list(dict.fromkeys(key[0] for key, _ in lines)))
+        for key, rows in lines:
             name = _line_name(rows, names) + (f", concurrency {key[2]}" if several else "")
-            colour, dashes, marker = look
+            colour, dashes, marker = looks[key[0]]
+            is_healed = bool(rows["healed"].fillna(False).iloc[0])
             for axes, (column, label) in zip(panels, _PANELS, strict=True):
                 axes.plot(
                     rows["prompt_tokens"].astype(float),
@@ -49,6 +55,7 @@ def lengths_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
                     linestyle=dashes,
                     marker=marker,
                     markersize=4.5,
+                    markerfacecolor=colour if is_healed else "white",
                     linewidth=1.4,
                     label=name,
                 )
@@ -70,12 +77,15 @@ def lengths_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
         return saved(figure, f"Decode latency and peak memory over length, {span}. {'; '.join(parts)}.")
 
 
-def halving_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | None:
+def halving_picture(
+    table: pd.DataFrame, names: Mapping[str, str], looks: Mapping[str, LineLook] | None = None
+) -> Picture | None:
     """Draws quality over the tokens of healing, a line for each plan; those dropped on the way are grey.
 
     Args:
         table: rows of halving.csv.
         names: what to call a plan_id in the legend.
+        looks: how the line of a plan_id looks in all pictures.
 
     Returns:
         The picture; None without a finite quality.
@@ -85,7 +95,7 @@ def halving_picture(table: pd.DataFrame, names: Mapping[str, str]) -> Picture | 
         return None
     # The picture counts every plan of the last rung as a survivor, even where that rung decides against it.
     survivors = set(table.loc[table["rung"] == table["rung"].max(), "plan_id"])
-    styles = line_looks(sorted(survivors))
+    styles = looks or line_looks(sorted(survivors))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(7.6, 4.4)
         axes = figure.subplots()
@@ -181,5 +191,7 @@ def _log_both(axes: Axes, span: list[float]) -> None:
 
 def _line_name(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
     row = rows.iloc[0]
+    if row["origin"] in ("base", CONTROL):  # the two are one plan
+        return row["origin"]
     name = names.get(row["plan_id"], row["plan_id"])
-    return name if row["origin"] == "base" or row["healed"] else f"{name}, not healed"
+    return name if row["healed"] else f"{name}, not healed"

@@ -135,8 +135,8 @@ def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
                 y_error=scale * _known(row[f"{y}_stderr"]),
                 shape="star" if is_base else "circle" if shown(row["healed"], "yes") == "yes" else "triangle",
                 look="front" if on_front else "named" if is_named else "faint",
-                label=" ".join(filter(None, (number, row["origin"] if is_named else ""))),
-                must_label=bool(on_front or is_base),
+                label=" ".join(filter(None, (number, row["origin"] if is_named else "", _lost(row["flags"])))),
+                must_label=bool(on_front or is_base or pd.notna(row["flags"])),
                 name=f"Plan {row['plan']}, {place}: {'; '.join(f'{term} {value}' for term, value in details)}",
                 plan=row["plan"],
                 details=(("place", place), *details),
@@ -146,6 +146,19 @@ def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
             )
         )
     return found
+
+
+_MOST_LOSSES = 2
+"""Losses that the label of a point names; the page has all of them."""
+
+
+def _lost(flags: object) -> str:
+    """Returns what stands beside a flagged point: the names of its losses, without their sizes."""
+    names = [loss.rsplit(" ", 1)[0] for loss in text_of(flags).split("; ") if loss != "-"]
+    if not names:
+        return ""
+    more = f" and {len(names) - _MOST_LOSSES} more" if len(names) > _MOST_LOSSES else ""
+    return f"(lost {', '.join(names[:_MOST_LOSSES])}{more})"
 
 
 def point_details(row: pd.Series) -> tuple[tuple[str, str], ...]:
@@ -226,6 +239,8 @@ def _warned(row: pd.Series) -> list[str]:
 def _front_table(pareto: pd.DataFrame, condition: Condition) -> Table:
     rows = front_and_base(pareto, condition)
     header, cells = list(FRONT_HEADER), [list(found) for found in front_cells(rows)]
+    for line in cells:  # a number stays on a line with its letter
+        line[2] = line[2].replace(" ", "\u00a0").replace(",\u00a0", ", ")
     text_columns = {0, 1, 2, 3, 4}
     if rows["control_retained"].notna().any():
         header.append("of the control")

@@ -25,10 +25,15 @@ from orchestrator.report.canvas import (
     saved,
 )
 
+LineLook = tuple[str, str, str]
+"""Colour, dashes and marker of a line."""
+
 HELD_OUT = "held-out divergence"
 
 
-def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
+def healing_picture(
+    curves: pd.DataFrame, names: Mapping[str, str] | None = None, looks: Mapping[str, LineLook] | None = None
+) -> Picture | None:
     """Draws the loss over the tokens seen, one line for each healed plan, one panel for each phase.
 
     Where the divergence on held-out text was measured, it has its own panel.
@@ -36,6 +41,7 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
     Args:
         curves: rows of healing_curves.csv.
         names: what to call a plan_id in the legend.
+        looks: how the line of a plan_id looks in all pictures.
 
     Returns:
         The picture; None without a finite loss.
@@ -49,7 +55,7 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
         figure = new_figure(7.6, 0.9 + 2.9 * len(phases))
         grid = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
         ids = sorted(curves["plan_id"].unique())
-        looks = line_looks(ids)
+        looks = looks or line_looks(ids)
         for axes, (phase, rows) in zip(grid, phases, strict=True):
             lines: list[Any] = list(rows.groupby("plan_id"))
             for plan_id, line in lines:
@@ -85,12 +91,15 @@ def healing_picture(curves: pd.DataFrame, names: Mapping[str, str] | None = None
         return saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
 
 
-def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> Picture | None:
+def quality_curve_picture(
+    table: pd.DataFrame, names: Mapping[str, str] | None = None, looks: Mapping[str, LineLook] | None = None
+) -> Picture | None:
     """Draws the quality retained over the tokens of healing (log axis, 0 at its left end), one line for each plan.
 
     Args:
         table: rows of healing_quality.csv.
         names: what to call a plan_id in the legend.
+        looks: how the line of a plan_id looks in all pictures.
 
     Returns:
         The picture; None where no plan has two points.
@@ -102,7 +111,7 @@ def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None =
     with matplotlib.rc_context(STYLE):
         figure = new_figure(7.6, 4.2)
         axes = figure.subplots()
-        looks = line_looks([plan_id for plan_id, _ in lines])
+        looks = looks or line_looks([plan_id for plan_id, _ in lines])
         parts = []
         for plan_id, line in lines:
             colour, dashes, marker = looks[plan_id]
@@ -136,7 +145,7 @@ def quality_curve_picture(table: pd.DataFrame, names: Mapping[str, str] | None =
         return saved(figure, f"Quality retained over tokens of healing, first to last point. {'; '.join(parts)}.")
 
 
-def line_looks(plan_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+def line_looks(plan_ids: Sequence[str]) -> dict[str, LineLook]:
     """Assigns a colour, dashes and a marker to each plan."""
     return dict(zip(plan_ids, cycle(_LINES), strict=False))
 

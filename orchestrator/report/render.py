@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import pandas as pd
@@ -11,8 +12,8 @@ from orchestrator.report.certainty_figures import correlation_picture, interacti
 from orchestrator.report.choice_figures import halving_picture, lengths_picture, speed_picture
 from orchestrator.report.data import ReportData
 from orchestrator.report.figures import pareto_picture, sensitivity_picture, strips_picture
-from orchestrator.report.front import conditions, marked, plan_labels
-from orchestrator.report.healing_figures import healing_picture, quality_curve_picture
+from orchestrator.report.front import conditions, letter_counts, marked, plan_labels
+from orchestrator.report.healing_figures import healing_picture, line_looks, quality_curve_picture
 from orchestrator.report.html import Drawings, page
 from orchestrator.report.tables import to_csv
 
@@ -79,20 +80,48 @@ def render(data: ReportData) -> dict[str, bytes]:
 def _draw(data: ReportData) -> Drawings:
     labels = plan_labels(data.pareto, data.candidates)
     names = _names(labels, data.pareto)
+    legend = legend_names(names, {key: plan for key, (_, plan) in labels.items()})
+    in_lines = {key for table in _LINES_OF for key in getattr(data, table)["plan_id"]}
+    looks = line_looks([*(key for key in names if key in in_lines), *sorted(in_lines.difference(names))])
     found = conditions(data.pareto)
     return Drawings(
         names=names,
         front=pareto_picture(marked(data.pareto, found[0])) if found else None,
         plans=strips_picture(list(labels.values())[:MAX_STRIPS]),
         sensitivity=sensitivity_picture(data.sensitivity),
-        healing=healing_picture(data.healing_curves, names),
-        quality_curve=quality_curve_picture(data.quality_curve, names),
+        healing=healing_picture(data.healing_curves, legend, looks),
+        quality_curve=quality_curve_picture(data.quality_curve, legend, looks),
         correlations=correlation_picture(data.correlations),
         interactions=interaction_picture(data.interactions),
-        lengths=lengths_picture(data.lengths, names),
-        halving=halving_picture(data.halving, names),
+        lengths=lengths_picture(data.lengths, legend, looks),
+        halving=halving_picture(data.halving, legend, looks),
         speed=speed_picture(data.speed),
     )
+
+
+_LINES_OF = ("lengths", "healing_curves", "quality_curve", "halving")
+"""Tables whose pictures have a line for each plan, which looks alike in all of them."""
+
+_LONGEST_LETTERS = 36
+"""Layers up to which a legend names a plan by its letters."""
+
+
+def legend_names(names: Mapping[str, str], plans: Mapping[str, str]) -> dict[str, str]:
+    """Names each plan for legends: a baseline by its name, any other by its letters, with its point on the front.
+
+    Args:
+        names: names of the plans by plan_id, which hold the plan_id.
+        plans: letters of the plans by plan_id.
+    """
+    rest = {key: " ".join(name.replace(key, "").split()) for key, name in names.items()}
+    letters = {
+        key: plan if len(plan) <= _LONGEST_LETTERS else f"{letter_counts(plan)}, {key}" for key, plan in plans.items()
+    }
+    n_alike = Counter(rest.values())
+    return {
+        key: f"{letters[key]} {text}".strip() if not text or text.startswith("(point") or n_alike[text] > 1 else text
+        for key, text in rest.items()
+    }
 
 
 def _names(labels: Mapping[str, tuple[str, str]], pareto: pd.DataFrame) -> dict[str, str]:

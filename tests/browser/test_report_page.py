@@ -9,7 +9,7 @@ from orchestrator.report.choice import halving_table, lengths_table, speed_table
 from orchestrator.report.comparison import Run, render_comparison
 from orchestrator.report.render import render
 from orchestrator.report.tables import pareto_table
-from tests.report_rows import pareto_rows, sample
+from tests.report_rows import pareto_row, pareto_rows, sample
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
@@ -39,11 +39,24 @@ def pages(tmp_path_factory):
         speed=speed_table([speed]),
     )
     folder = tmp_path_factory.mktemp("pages")
+    (folder / "deep.html").write_bytes(render(sample(pareto=pareto_table(deep_rows())))["report.html"])
     other = sample(title="another/model", recipe_yaml="model: {path: another/model}")
     for files in (render(data), render_comparison([Run("one", data), Run("two", other)])):
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return folder
+
+
+def deep_rows():
+    """Plans of 30 layers under one serving condition, with everything that the table of the front can show."""
+    more = {"feasible": True, "control_retained": 0.99, "control_retained_stderr": 0.004}
+    lost = {"flags": "retrieval@64 -0.41; generation write -0.30; calibration quiz +0.08"}
+    plans = ["S" * 30, "SNWLS" * 6, "SNNWL" * 6]
+    return [
+        pareto_row(plans[0], "base", **more),
+        pareto_row(plans[1], quality=0.49, tok_per_s=120.0, healed=True, **more, **lost),
+        pareto_row(plans[2], quality=0.48, tok_per_s=150.0, healed=True, **more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +110,17 @@ def test_no_serious_fault_of_accessibility_on_any_screen(opened, name):
             if fault["impact"] in ("serious", "critical")
         ]
         assert serious == [], f"at {width} in {scheme}"
+
+
+def test_the_front_of_a_deep_model_is_whole_at_1280_pixels(opened):
+    page = opened("deep.html", 1280)
+    view = page.locator(".view")
+    assert view.count() == 1 and view.is_visible(), "a single condition needs no switch"
+    table = view.get_by_role("table")
+    assert table.locator("tbody tr").count() == 3
+    assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
+    flagged = view.locator("svg.chart:visible .labels text").all_text_contents()
+    assert "2 (lost retrieval@64, generation write and 1 more)" in flagged
 
 
 def test_the_switch_works_by_keyboard(opened):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from layerboost.plan import Plan
+from orchestrator.report import render as rendering
 from orchestrator.report.data import ReportData
 from orchestrator.report.healing import (
     BASELINE_COLUMNS,
@@ -23,7 +24,7 @@ from orchestrator.report.healing import (
     quality_curve_table,
 )
 from orchestrator.report.healing_figures import healing_picture, quality_curve_picture
-from orchestrator.report.render import render
+from orchestrator.report.render import legend_names, render
 from orchestrator.report.tables import pareto_table, read_csv, to_csv
 
 GUIDED, OTHER = Plan.parse("SLLN", 8), Plan.parse("NLLS", 8)
@@ -211,4 +212,37 @@ def test_a_plan_is_called_as_it_was_healed():
     )
     losses, curve = healing_table(loss_rows()), quality_curve_table(curve_rows())
     data = ReportData("m", "", pareto=pareto, healing_curves=losses, quality_curve=curve)
-    assert f"linear_window {OTHER.plan_id}: 50.0 % to 87.5 %" in render(data)["report.html"].decode()
+    assert "; linear_window: 50.0 % to 87.5 %" in render(data)["report.html"].decode()
+
+
+def test_legends_name_plans_by_what_a_reader_knows():
+    plans = {"01": "SSNN", "02": "NNSS", "03": "SNSN", "04": "NSNS", "05": "SSSS", "06": "S" * 80}
+    names = {
+        "01": "01 (point 2)",
+        "02": "02",
+        "03": "cosine 03",
+        "04": "cosine 04 (point 1)",
+        "05": "base (point 3) 05",
+        "06": "06",
+    }
+    assert legend_names(names, plans) == {
+        "01": "SSNN (point 2)",
+        "02": "NNSS",
+        "03": "cosine",
+        "04": "cosine (point 1)",
+        "05": "base (point 3)",
+        "06": "80 S, 06",
+    }
+    both = {"03": "cosine 03", "04": "cosine 04"}
+    assert legend_names(both, plans) == {"03": "SNSN cosine", "04": "NSNS cosine"}, "no two plans share a name"
+
+
+def test_a_plan_looks_alike_in_all_pictures(monkeypatch):
+    seen = []
+    for name in ("healing_picture", "quality_curve_picture", "lengths_picture", "halving_picture"):
+        monkeypatch.setattr(rendering, name, lambda table, names, looks: seen.append(looks))
+    render(
+        ReportData("m", "", healing_curves=healing_table(loss_rows()), quality_curve=quality_curve_table(curve_rows()))
+    )
+    assert len(seen) == 4 and all(looks == seen[0] for looks in seen)
+    assert len(set(seen[0].values())) == len(seen[0]) == 2
