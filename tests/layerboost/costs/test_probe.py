@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerboost.checkpoint import load_model, load_tokenizer
 from layerboost.costs import probe
 from layerboost.costs.costs import Costs, EvaluationCosts, mixed
 from layerboost.costs.probe import (
     decode_costs,
+    document_count,
     evaluation_costs,
     extrapolated_s,
     healing_costs,
@@ -21,10 +26,13 @@ from layerboost.costs.probe import (
     scaled_s,
 )
 from layerboost.costs.twins import LayerCosts, Twins
+from layerboost.evaluation.plan_evaluation import PlanEvaluation
 from layerboost.evaluation.scores import QualitySpec
 from layerboost.healing.spec import HealingSpec
 from layerboost.plan import Plan, Treatment
+from layerboost.speed.decoding import timed_generation
 from layerboost.text.sampling import SamplingSpec
+from tests.models import tiny_model
 
 
 class Clock:
@@ -120,3 +128,70 @@ def test_a_probe_of_a_tiny_model_is_quick_and_leaves_it_as_it_was(inputs, one_th
 def test_what_is_the_same_for_any_number_is_not_scaled():
     assert scaled_s(1.0, 1, 1.7, 8, 80) == pytest.approx(0.9 + 80 * 0.1)
     assert scaled_s(2.0, 1, 1.7, 8, 80) == pytest.approx(1.7)
+
+
+class WorkClock(Clock):
+    """Advances by a fixed time for each token that a decoder layer runs and for each position that the head reads."""
+
+    LAYER_S, HEAD_S = 1e-3, 7e-3
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, vocabulary: int):
+        super().__init__(monkeypatch)
+        run_layer, run_linear = LlamaDecoderLayer.forward, nn.Linear.forward
+
+        def layer(module, hidden_states, *arguments, **named):
+            self.now += self.LAYER_S * hidden_states.shape[:-1].numel()
+            return run_layer(module, hidden_states, *arguments, **named)
+
+        def linear(module, values):
+            self.now += self.HEAD_S * values.shape[:-1].numel() * (module.out_features == vocabulary)
+            return run_linear(module, values)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
+        monkeypatch.setattr(nn.Linear, "forward", linear)
+
+    def spent(self, run: Callable[[], object]) -> float:
+        before = self.now
+        run()
+        return self.now - before
+
+
+@pytest.mark.parametrize("deeper", [3, 7, 20])
+def test_a_deep_model_costs_what_is_concluded_from_its_twins(inputs, monkeypatch, one_thread, deeper):
+    tokenizer = load_tokenizer(str(inputs.model))
+    model, n_layers = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=12), 12
+    clock = WorkClock(monkeypatch, len(tokenizer))
+    monkeypatch.setattr("layerboost.costs.twins.DEEPER", deeper)
+    spec = QualitySpec(text=str(inputs.folder / "judge.txt"), n_sequences=4, sequence_tokens=32)
+    every, swept = (Treatment.SOFTMAX, Treatment.NONE, Treatment.WINDOW), (Treatment.NONE, Treatment.WINDOW)
+    found = evaluation_costs(Twins(model, 8), tokenizer, spec, treatments=every, swept=swept)
+    judge = PlanEvaluation(model, tokenizer, spec)
+    for treatment in every:
+        actual_s = clock.spent(partial(judge.read_text, [Plan.uniform(treatment, n_layers, 8)]))
+        assert found.text_s[treatment.value] == pytest.approx(actual_s, rel=0.02), treatment
+    single = [
+        Plan(
+            tuple(treatment if layer == at else Treatment.SOFTMAX for layer in range(n_layers)),
+            8 if treatment.needs_window else None,
+        )
+        for treatment in swept
+        for at in range(n_layers)
+    ]
+    assert found.sweep_s["text"] == pytest.approx(clock.spent(lambda: judge.read_text(single)), rel=0.05)
+
+    decoded = decode_costs(Twins(model, 8), concurrency=3, prompt_tokens=100, treatments=every)
+    prompts = torch.randint(len(tokenizer), (3, 100))
+    clock_s = clock.spent(lambda: timed_generation(model, prompts, 1))
+    assert decoded.prefill_s["softmax"] == pytest.approx(clock_s, rel=0.02)
+    assert decoded.step_s["softmax"] == pytest.approx(3 * (12 * clock.LAYER_S + clock.HEAD_S), rel=0.02)
+
+
+def test_tasks_are_counted_and_timed(inputs, one_thread):
+    model, tokenizer = load_model(str(inputs.model)), load_tokenizer(str(inputs.model))
+    spec = QualitySpec((str(inputs.folder / "task.yaml"),))
+    every = (Treatment.SOFTMAX, Treatment.NONE)
+    found = evaluation_costs(Twins(model, 8), tokenizer, spec, treatments=every, swept=[Treatment.NONE])
+    assert document_count(spec) == 8
+    assert set(found.sweep_s) == {"tasks"} and found.sweep_s["tasks"] > found.tasks_s["softmax"] > 0
+    assert found.score_s > 0 and found.prepare_s > 0 and found.direct_s > 0
+    assert found.text_s == {"softmax": 0.0, "none": 0.0}
