@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import re
 import shutil
 import threading
 import uuid
@@ -28,6 +29,20 @@ class GgufError(ValueError):
 def is_gguf(path: str | Path) -> bool:
     """Returns whether a path names a GGUF file."""
     return str(path).endswith(SUFFIX)
+
+
+def check_package() -> None:
+    """Raises GgufError if the package that reads GGUF files is missing."""
+    try:
+        import gguf  # noqa: F401 - transformers needs it
+    except ImportError:
+        raise GgufError("reading a GGUF file needs the package gguf: pip install 'layerboost[gguf]'") from None
+
+
+def check_whole(file: Path) -> None:
+    """Raises GgufError if a GGUF file is one of the parts into which a large model is split."""
+    if re.search(r"-\d{5}-of-\d{5}$", file.stem):
+        raise GgufError("is one part of a split model; join the parts with `llama-gguf-split --merge`")
 
 
 def read_config(file: Path) -> PreTrainedConfig:
@@ -82,17 +97,18 @@ def unpack(file: Path, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         _write(file, part)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
+        part.rename(folder)
+    except Exception:
+        # Another process may have been faster; if it holds the run folder by now, it has swept this part away.
+        if not folder.is_dir():
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(file: Path, folder: Path) -> None:
     """Writes the dequantized model and the tokenizer of a GGUF file into a new folder."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -106,8 +122,9 @@ def _write(file: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantized
     # The loaded model refuses to be saved, because it still counts as quantized.
-    model = type(loaded)(config).to(getattr(loaded, "dtype", None))
-    model.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
@@ -145,10 +162,7 @@ def _without_bar() -> Iterator[None]:
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     """Turns whatever goes wrong with a GGUF file into one kind of error."""
-    try:
-        import gguf  # noqa: F401 - transformers needs it
-    except ImportError:
-        raise GgufError("reading a GGUF file needs the package gguf: pip install 'layerboost[gguf]'") from None
+    check_package()
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, RuntimeError) as error:

@@ -27,7 +27,7 @@ from ..families import decoder_layers
 from ..healing.spec import HEAL, TRANSFER, HealingSpec
 from ..healing.training import CurveRow, heal_locally
 from ..plan import Plan, Treatment
-from ..speed.decoding import prefill_chunk_tokens, random_tokens, timed_generation
+from ..speed.decoding import last_logits, prefill_chunk_tokens, random_tokens, timed_generation
 from ..text.batches import PackedText
 from ..text.sampling import SamplingSpec, sample_documents
 from .costs import DecodeCosts, EvaluationCosts, HealingCosts
@@ -67,6 +67,8 @@ def extrapolated_s(run: Callable[[int], object], total: int, *, first: int = 1, 
 
     The first run warms up and is repeated. The last two runs give the cost of each further unit.
     """
+    if total == 0:
+        return 0.0
     n = min(first, total)
     warm_up_s = _timed(partial(run, n))
     points = [(n, min(warm_up_s, _timed(partial(run, n))))]
@@ -95,7 +97,7 @@ def evaluation_costs(
         twins: Twins of the untouched parent, on the device and with the threads of a worker.
         tokenizer: Its tokenizer.
         spec: What is judged by.
-        treatments: Treatments whose uniform plans are judged, with those of `swept`.
+        treatments: Treatments whose uniform plans are judged; they include softmax and those of `swept`.
         swept: Treatments that single layers get in a sweep.
     """
     n_layers, costs = twins.n_layers, EvaluationCosts(0.0, 0.0, {}, {}, 0.0, {})
@@ -136,9 +138,10 @@ def _task_costs(
     def of_all_s(one_s: float, few_s: float) -> float:
         return scaled_s(one_s, n_one, few_s, n_few, n_all)
 
+    judges = {twins.few: of_few[0], twins.one: PlanEvaluation(twins.one, tokenizer, few)}
+
     def answered_s(model: PreTrainedModel, plan: Plan) -> float:
-        judge = PlanEvaluation(model, tokenizer, few)
-        n_items = len(judge.items)
+        judge, n_items = judges[model], len(judges[model].items)
         return extrapolated_s(lambda n: judge.answer([plan], judge.items[:n]), n_items, first=max(1, n_items // 2))
 
     answered = twins.layer_costs(treatments, answered_s)
@@ -156,13 +159,16 @@ def _task_costs(
     student = convert(twins.few, Plan(mixed_layers, twins.window)).eval()
     evaluate(student, tokenizer, one)  # warms up
     direct_s = of_all_s(*(_timed(partial(evaluate, student, tokenizer, quality)) for quality in (one, few)))
-    few_layers_s = of_all.uniform_s(twins.n_few)
+    # Without anything to answer, tasks have the model generate, which grows with its layers.
+    few_layers_s = sum(of_all.uniform_s(twins.n_few).values())
+    deeper = sum(tasks_s.values()) / few_layers_s if few_layers_s else twins.n_layers / twins.n_few
     return EvaluationCosts(
         prepare_s=of_all_s(of_one[1], of_few[1]),
-        score_s=of_all_s(*scoring_s),
+        # While scores are computed, tasks have the model generate.
+        score_s=of_all_s(*scoring_s) * (twins.n_layers / twins.n_few if of_few[0].generating else 1.0),
         tasks_s=tasks_s,
         text_s={},
-        direct_s=direct_s * sum(tasks_s.values()) / sum(few_layers_s.values()),
+        direct_s=direct_s * deeper,
         sweep_s={"tasks": _swept_s(of_all, swept, twins.n_layers)},
     )
 
@@ -233,10 +239,7 @@ def healing_costs(
     A step is timed on as many tokens as take about `ENOUGH_S` and scaled to those of a whole step.
     """
     share, vocabulary = -(-spec.batch_sequences // n_workers), twins.model.config.get_text_config().vocab_size
-    forward_s = _forward_s(twins.few, _LEAST_TOKENS)
-    n_tokens = int(_LEAST_TOKENS * ENOUGH_S / max(1e-6, _STEP_FORWARDS * forward_s))
-    sequence_tokens = min(spec.sequence_tokens, max(_LEAST_TOKENS, n_tokens))
-    batch = min(share, max(1, n_tokens // sequence_tokens))
+    sequence_tokens, batch = _step_size(twins, spec, share)
     scale = share * spec.sequence_tokens / (batch * sequence_tokens)
     transfer_step_s = 0.0
 
@@ -262,20 +265,36 @@ def healing_costs(
     steps_s = costs.uniform_s(twins.n_layers)
     if teacher is not None:
         # The student's own parent was the teacher in what was timed.
-        more_s = Twins(teacher, twins.window).deep_s(partial(_forward_s, n_tokens=sequence_tokens))
-        less_s = twins.deep_s(partial(_forward_s, n_tokens=sequence_tokens))
-        added_s = share * spec.sequence_tokens / sequence_tokens * (more_s - less_s)
+        more_s, less_s = (_forward_s(of, sequence_tokens, batch) for of in (teacher, twins.model))
+        added_s = scale * (more_s - less_s)
         steps_s = {name: max(0.0, seconds + added_s) for name, seconds in steps_s.items()}
     return HealingCosts(steps_s, transfer_step_s, n_trained(twins.model, spec))
 
 
+def _step_size(twins: Twins, spec: HealingSpec, share: int) -> tuple[int, int]:
+    """Returns the tokens of a sequence, and the sequences, of a step that takes about `ENOUGH_S`, at most a whole one.
+
+    The size doubles until a forward pass takes its share of that time: few tokens keep a GPU from its speed, and their
+    time says nothing of many.
+    """
+    sequence_tokens, batch = min(_LEAST_TOKENS, spec.sequence_tokens), 1
+    while _forward_s(twins.few, sequence_tokens, batch) < ENOUGH_S / _STEP_FORWARDS / 2:
+        if sequence_tokens < spec.sequence_tokens:
+            sequence_tokens = min(spec.sequence_tokens, 2 * sequence_tokens)
+        elif batch < share:
+            batch = min(share, 2 * batch)
+        else:
+            break
+    return sequence_tokens, batch
+
+
 @torch.inference_mode()
-def _forward_s(model: PreTrainedModel, n_tokens: int) -> float:
-    """Returns the seconds of a forward pass over one sequence of random tokens."""
-    tokens = random_tokens(model, 1, n_tokens, seed=0)
+def _forward_s(model: PreTrainedModel, n_tokens: int, n_sequences: int = 1) -> float:
+    """Returns the seconds of a forward pass over sequences of random tokens, with the logits of the last ones alone."""
+    tokens = random_tokens(model, n_sequences, n_tokens, seed=0)
 
     def run() -> None:
-        model(input_ids=tokens, use_cache=False)
+        last_logits(model, tokens)
         _synchronize(model)
 
     run()  # warms up

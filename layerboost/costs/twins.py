@@ -1,7 +1,8 @@
 """Stands a model of few layers in for a deep one, so that timing it takes a fraction of the deep one's time.
 
-All layers of a model do the same work, so a cost grows linearly with the number of layers: two depths give the part
-that does not depend on it (embedding, head, scoring) and the part of each layer.
+The layers of a model do about the same work, so a cost grows linearly with the number of layers: two depths give the
+part that does not depend on it (embedding, head, scoring) and the part of each layer. Where layers differ, as sliding
+and global attention do, the first ones stand for all.
 """
 
 from __future__ import annotations

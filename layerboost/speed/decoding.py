@@ -267,9 +267,18 @@ def random_tokens(model: PreTrainedModel, n_sequences: int, n_tokens: int, seed:
 
 def _forward(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache | None) -> tuple[Cache, torch.Tensor]:
     """Makes one forward call and returns the cache and the greedy next token of each sequence (n, 1)."""
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(type(model).forward) else {}
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last_only)
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **_last_only(model))
     return output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+
+def last_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the logits (n, vocabulary) of each sequence's last token, without a cache."""
+    return model(input_ids=tokens, use_cache=False, **_last_only(model)).logits[:, -1]
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, int]:
+    """Returns the argument that has a model compute the logits of the last token alone, if its family takes it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(type(model).forward) else {}
 
 
 @functools.cache

@@ -90,8 +90,10 @@ def _unpack(file: Path, field: str, cache: Path, any_family: bool) -> tuple[Path
     if not file.is_file():
         siblings = [str(path) for path in file.parent.glob(f"*{gguf.SUFFIX}")] if file.parent.is_dir() else []
         raise InputError(field, file, f"no such file; {nearest(str(file), siblings) or 'give a GGUF file'}")
-    content = gguf.content_of(file)
     try:
+        gguf.check_package()
+        gguf.check_whole(file)
+        content = gguf.content_of(file)
         folder = gguf.folder_for(file, cache, content)
         if not folder.is_dir():
             _check_decoder(gguf.read_config(file), str(file), field, any_family)

@@ -28,7 +28,7 @@ from tasks.engines import ENGINES
 def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) -> ModelFacts:
     """Checks a recipe against the model, the texts, the folder and the machine; it starts nothing.
 
-    It writes nothing either, but the model of a GGUF file, which is unpacked into the folder once.
+    It writes nothing either, except the model of a GGUF file, which is unpacked into the folder once.
 
     Args:
         recipe: a recipe from `load_recipe`.

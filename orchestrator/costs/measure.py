@@ -17,6 +17,7 @@ from layerboost.search.baselines import baseline_plans, is_of_same_budget
 from layerboost.search.loop import fixed_points
 from layerboost.speed.hardware import hardware_name
 from orchestrator.checks.placement import find_nodes
+from orchestrator.recipe.errors import first_line
 from orchestrator.run.context import RunContext
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.kinds import CALIBRATION, COSTS
@@ -80,12 +81,14 @@ def calibration_parts(inputs: RunInputs) -> list[str]:
 
 def healed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
     """Returns every treatment that a healed plan can have: softmax, none, those that are searched, and baselines'."""
-    recipe = inputs.recipe
+    search, healing = inputs.recipe.search, inputs.recipe.healing
     of_baselines = [
         treatment
-        for name in recipe.healing.baselines
-        if not is_of_same_budget(name)
-        for plan in baseline_plans(name, inputs.n_layers, window=recipe.search.window).values()
+        for name in healing.baselines
+        if healing.tokens and not is_of_same_budget(name)
+        for plan in baseline_plans(
+            name, inputs.n_layers, middle=Treatment(search.middle), window=search.window
+        ).values()
         for treatment in plan.treatments
     ]
     return tuple(dict.fromkeys((*inputs.treatments, *of_baselines)))
@@ -115,7 +118,7 @@ def costs_of(run: RunContext, *, on_cluster: bool) -> Costs:
             process does, ahead of a run, and says so where the folder cannot be written.
     """
     nodes = nodes_of(run)
-    identity = calibration_identity(run.inputs, nodes, _device_name())
+    identity = calibration_identity(run.inputs, nodes, _hardware(run))
     recorded, parts = run.recorded(identity, COSTS), calibration_parts(run.inputs)
     run.progress.start_stage(CALIBRATION, len(parts), recorded=len(parts) if recorded is not None else 0)
     if recorded is not None:
@@ -137,7 +140,7 @@ def _record_ahead(run: RunContext, identity: Identity, result: dict[str, Any]) -
         with run.folder.lock():
             run.record(CALIBRATION, identity, result)
     except (RunFolderLockedError, OSError) as error:
-        run.progress.note("the calibration is not recorded", because=str(error).splitlines()[0])
+        run.progress.note("the calibration is not recorded", because=first_line(error))
 
 
 def _measured(run: RunContext, nodes: tuple[NodeResources, ...], on_cluster: bool) -> Costs:
@@ -200,6 +203,11 @@ def _conditions(inputs: RunInputs) -> list[tuple[int, int]]:
     if recipe.lengths is not None:
         found.append((recipe.lengths.concurrency, max(recipe.lengths.prompt_tokens)))
     return list(dict.fromkeys(found))
+
+
+def _hardware(run: RunContext) -> str:
+    """Returns what the costs are measured on; a cluster's workers may be other machines than this one."""
+    return _device_name() if run.address is None else f"{_device_name()}, a cluster"
 
 
 def _device_name() -> str:

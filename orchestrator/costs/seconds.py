@@ -66,7 +66,8 @@ class UnitSeconds:
         """
         costs = self._costs.healing
         assert costs is not None
-        transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s else 0
+        has_weights = plan is None or any(treatment.has_weights for treatment in plan.treatments)
+        transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and has_weights else 0
         step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
         n_phases = 2 if transfer else 1
         overhead_s = (_HEALING_JOB_S + n_phases * _HEALING_PHASE_S) * self._costs.slowness + 2 * self._costs.load_s

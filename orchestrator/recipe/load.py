@@ -157,7 +157,8 @@ def looks_local(name: str) -> bool:
 
 def _local_path(name: str, folder: Path) -> str:
     if (found := _find_local(name, folder)) is not None:
-        return str(found.resolve())
+        # The file's own name stays, also if it is a link, because its suffix says what it holds.
+        return str(found.parent.resolve() / found.name) if found.is_file() else str(found.resolve())
     return os.path.normpath(folder / Path(name).expanduser()) if looks_local(name) else name
 
 

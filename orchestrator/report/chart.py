@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from matplotlib.ticker import MaxNLocator
@@ -49,6 +49,7 @@ class Point:
         shape: a key of `SHAPES`.
         look: the CSS class that colours the point.
         label: the text beside the point; empty for no text.
+        short_label: the text on a narrow screen, where it differs.
         must_label: whether the label stays even where it covers something.
         name: everything about the plan in words, for a screen reader.
         plan: the plan string.
@@ -72,6 +73,7 @@ class Point:
     hollow: bool = False
     flagged: bool = False
     in_front: bool = False
+    short_label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ def charts(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[Chart]:
     """Draws the same points for a wide and for a narrow screen; without points there is no chart."""
     if not points:
         return []
+    short = [p if p.short_label is None else replace(p, label=p.short_label) for p in points]
     return [
         draw(points, x_axis, y_axis, "wide", 760, 430),
-        draw(points, x_axis, y_axis, "narrow", 328, 340),
+        draw(short, x_axis, y_axis, "narrow", 328, 340),
     ]
 
 

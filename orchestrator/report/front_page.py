@@ -125,6 +125,7 @@ def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
         on_front, is_named = pd.notna(row["point"]), row["origin"] not in FOUND
         is_base = row["origin"] == "base"
         number = str(int(row["point"])) if on_front else ""
+        called = " ".join(filter(None, (number, row["origin"] if is_named else "")))
         details = point_details(row)
         place = f"point {number} on the front" if on_front else "not on the front"
         found.append(
@@ -135,8 +136,9 @@ def points(rows: pd.DataFrame, axes: Axes) -> list[Point]:
                 y_error=scale * _known(row[f"{y}_stderr"]),
                 shape="star" if is_base else "circle" if shown(row["healed"], "yes") == "yes" else "triangle",
                 look="front" if on_front else "named" if is_named else "faint",
-                label=" ".join(filter(None, (number, row["origin"] if is_named else "", _lost(row["flags"])))),
-                must_label=bool(on_front or is_base or pd.notna(row["flags"])),
+                label=" ".join(filter(None, (called, _lost(row["flags"])))),
+                short_label=called,
+                must_label=bool(on_front or is_base),
                 name=f"Plan {row['plan']}, {place}: {'; '.join(f'{term} {value}' for term, value in details)}",
                 plan=row["plan"],
                 details=(("place", place), *details),

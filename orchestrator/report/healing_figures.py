@@ -28,6 +28,9 @@ from orchestrator.report.canvas import (
 LineLook = tuple[str, str, str]
 """Colour, dashes and marker of a line."""
 
+_SHOWN_SHARE = 0.02
+"""Share of the highest loss that a line must reach to count in the choice of the axis."""
+
 HELD_OUT = "held-out divergence"
 
 
@@ -74,9 +77,12 @@ def healing_picture(
             axes.set_title("loss" if pd.isna(phase) else phase, loc="left")
             axes.set_ylabel("loss")
             axes.grid(linewidth=0.6)
-            positive = rows["loss"].min() > 0
-            if positive and rows["loss"].max() / rows["loss"].min() > 20:
+            # The control loses next to nothing, and would press all other lines together.
+            highest = rows.groupby("plan_id")["loss"].transform("max")
+            lowest = rows.loc[highest >= _SHOWN_SHARE * highest.max(), "loss"].min()
+            if lowest > 0 and rows["loss"].max() / lowest > 20:
                 axes.set_yscale("log")
+                axes.set_ylim(bottom=lowest / 2)
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -87,7 +93,10 @@ def healing_picture(
         figure.legend(list(by_name.values()), list(by_name), loc="outside upper left", ncols=2)
         ends = curves.groupby(["phase", "plan_id"], sort=False, dropna=False)["loss"].agg(["first", "last"])
         spans: list[Any] = list(ends.iterrows())
-        parts = [f"{plan} {phase}: {row['first']:.3g} to {row['last']:.3g}" for (phase, plan), row in spans]
+        parts = [
+            f"{(names or {}).get(plan, plan)} {phase}: {row['first']:.3g} to {row['last']:.3g}"
+            for (phase, plan), row in spans
+        ]
         return saved(figure, f"Healing loss over tokens, first to last value. {'; '.join(parts)}.")
 
 

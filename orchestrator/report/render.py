@@ -13,6 +13,7 @@ from orchestrator.report.choice_figures import halving_picture, lengths_picture,
 from orchestrator.report.data import ReportData
 from orchestrator.report.figures import pareto_picture, sensitivity_picture, strips_picture
 from orchestrator.report.front import conditions, letter_counts, marked, plan_labels
+from orchestrator.report.front_page import FOUND
 from orchestrator.report.healing_figures import healing_picture, line_looks, quality_curve_picture
 from orchestrator.report.html import Drawings, page
 from orchestrator.report.tables import to_csv
@@ -81,7 +82,9 @@ def _draw(data: ReportData) -> Drawings:
     labels = plan_labels(data.pareto, data.candidates)
     names = _names(labels, data.pareto)
     legend = legend_names(names, {key: plan for key, (_, plan) in labels.items()})
-    in_lines = {key for table in _LINES_OF for key in getattr(data, table)["plan_id"]}
+    halving = data.halving[data.halving["rung"] == data.halving["rung"].max()]  # the others are grey
+    drawn = (data.lengths, data.healing_curves, data.quality_curve, halving)
+    in_lines = {key for table in drawn for key in table["plan_id"]}
     looks = line_looks([*(key for key in names if key in in_lines), *sorted(in_lines.difference(names))])
     found = conditions(data.pareto)
     return Drawings(
@@ -99,15 +102,15 @@ def _draw(data: ReportData) -> Drawings:
     )
 
 
-_LINES_OF = ("lengths", "healing_curves", "quality_curve", "halving")
-"""Tables whose pictures have a line for each plan, which looks alike in all of them."""
+_BY_LETTERS = {"", *FOUND}
+"""Origins that many plans have."""
 
 _LONGEST_LETTERS = 36
 """Layers up to which a legend names a plan by its letters."""
 
 
 def legend_names(names: Mapping[str, str], plans: Mapping[str, str]) -> dict[str, str]:
-    """Names each plan for legends: a baseline by its name, any other by its letters, with its point on the front.
+    """Names each plan for legends: a baseline by its name, a found or given one by its letters, with its point if any.
 
     Args:
         names: names of the plans by plan_id, which hold the plan_id.
@@ -119,7 +122,9 @@ def legend_names(names: Mapping[str, str], plans: Mapping[str, str]) -> dict[str
     }
     n_alike = Counter(rest.values())
     return {
-        key: f"{letters[key]} {text}".strip() if not text or text.startswith("(point") or n_alike[text] > 1 else text
+        key: f"{letters[key]} {text}".strip()
+        if n_alike[text] > 1 or text.split(" (")[0] in _BY_LETTERS or text.startswith("(")
+        else text
         for key, text in rest.items()
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from layerboost.evaluation.scores import quality
 from layerboost.healing.rungs import agreement
 from layerboost.plan import Plan
-from orchestrator.results.plans import quality_cells
+from orchestrator.results.plans import judged_like, quality_cells, search_base_key
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.state import RunState
 
@@ -81,7 +81,11 @@ def _note(values: dict[str, dict[int, dict[Plan, float]]], rung: int, plan: Plan
 
 
 def _final_qualities(records: RecordReader, state: RunState) -> dict[Plan, float]:
-    """Returns the quality after the whole budget for those plans of the rungs that were healed on it."""
-    halved = {entry.plan for entry in state.halving}
+    """Returns the quality after the whole budget, as the rungs measure it, for those of their plans healed on it."""
+    halved, base = {entry.plan for entry in state.halving}, records.scores(search_base_key(state))
     healed = {entry.plan: records.scores(entry.quality_key) for entry in state.healed}
-    return {plan: quality(scores)[0] for plan, scores in healed.items() if plan in halved and scores is not None}
+    return {
+        plan: quality(scores if base is None else judged_like(base, scores))[0]
+        for plan, scores in healed.items()
+        if plan in halved and scores is not None
+    }

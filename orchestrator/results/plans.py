@@ -39,11 +39,11 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
         (entry.plan, entry.concurrency, entry.key) for entry in (state.speed or SpeedFit()).measured
     ]
     concurrency = max((at for _, at, _ in timed), default=0)
-    measured = {}
+    measured: dict[Plan, float] = {}
     for plan, at, key in timed:
         record = records.result(key, TIMINGS) if at == concurrency else None
-        if record is not None:
-            measured[plan] = record["output_throughput_tok_per_s"]
+        if record is not None:  # the base comes before its healed control, which is the same plan
+            measured.setdefault(plan, record["output_throughput_tok_per_s"])
     base_tok_per_s = measured.get(Plan.uniform(Treatment.SOFTMAX, state.n_layers))
     nan = float("nan")
     points = [
@@ -74,15 +74,19 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
 _TRIAL_COLUMNS = ("origin", "remove_below", "keep_above", "status", "quality", "quality_stderr", "objective")
 
 
+def judged_like(base: Scores, scores: Scores) -> Scores:
+    """Returns the metrics by which the search judged its base; it may have judged by fewer tasks, or by the text."""
+    judged_by = {(metric.task, metric.metric) for metric in base.primary()}
+    return Scores(
+        [replace(metric, primary=True) for metric in scores.metrics if (metric.task, metric.metric) in judged_by]
+    )
+
+
 def _baseline_trial(records: RecordReader, entry: BaselineEntry, base: Scores | None) -> Trial:
     """Turns a baseline into a trial, with the scores restricted to the metrics by which `base` was judged."""
     scores = records.scores(entry.key)
     if scores is not None and base is not None:
-        judged_by = {(metric.task, metric.metric) for metric in base.primary()}
-        # The search may judge by the text alone, which is no finalist's main metric.
-        scores = Scores(
-            [replace(metric, primary=True) for metric in scores.metrics if (metric.task, metric.metric) in judged_by]
-        )
+        scores = judged_like(base, scores)
     value, stderr = (None, None) if scores is None else quality(scores)
     return Trial(
         entry.plan,
@@ -204,6 +208,8 @@ def _error(state: RunState, finalist: Finalist, missing: list[str]) -> str:
     errors = [
         failure.error
         for failure in state.failures
-        if failure.stage in ("measure", "speed", "throughput") and failure.name.get("plan") == str(finalist.plan)
+        if failure.stage in ("measure", "speed", "throughput")
+        and failure.name.get("plan") == str(finalist.plan)
+        and failure.name.get("healed", "no") == ("no" if finalist.healed_key is None else "yes")
     ]
     return errors[0] if errors else f"no record of {' and '.join(missing)}"

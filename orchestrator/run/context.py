@@ -39,7 +39,7 @@ class RunContext:
         progress: Receives its progress.
         address: Address of the cluster; None for this machine.
         is_ahead: Whether stages are only asked for their units, before a run or for `--dry-run`. They then start and
-            write nothing, and the results on which their units depend may be missing.
+            record nothing, and the results on which their units depend may be missing.
 
     Attributes:
         listings: The units that each stage has listed so far, by the names of `PARTS_OF_STAGES`.

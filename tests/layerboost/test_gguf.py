@@ -97,6 +97,26 @@ def test_a_damaged_file_is_refused(model, tmp_path, damage):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_part_of_a_split_model_is_refused(tmp_path):
+    with pytest.raises(gguf.GgufError, match="join the parts"):
+        gguf.check_whole(tmp_path / "big-00001-of-00003.gguf")
+    gguf.check_whole(tmp_path / "big-7b.gguf")
+
+
+def test_a_part_that_another_process_swept_away_is_no_loss(model, tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(model, file)
+    folder = unpacked(file, tmp_path / "cache")
+
+    def fail(file, part):
+        raise OSError("swept away")
+
+    monkeypatch.setattr(gguf, "_write", fail)
+    gguf.unpack(file, folder)
+    with pytest.raises(OSError, match="swept away"):
+        gguf.unpack(file, tmp_path / "cache" / "elsewhere")
+
+
 def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
     real_import = builtins.__import__
 

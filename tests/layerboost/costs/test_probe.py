@@ -43,6 +43,19 @@ class Clock:
         monkeypatch.setattr(probe.time, "perf_counter", lambda: self.now)
 
 
+def test_nothing_takes_no_time():
+    assert extrapolated_s(lambda n: pytest.fail("there is nothing to run"), 0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("token_s", "expected"), [(1.0, (64, 1)), (2e-4, (256, 1)), (2e-5, (512, 4)), (1e-9, (512, 6))]
+)
+def test_a_step_of_healing_is_timed_on_as_much_as_takes_long_enough(inputs, monkeypatch, token_s, expected):
+    monkeypatch.setattr(probe, "_forward_s", lambda model, tokens, sequences: token_s * tokens * sequences)
+    twins = Twins(load_model(str(inputs.model)), 8)
+    assert probe._step_size(twins, HealingSpec(100_000, sequence_tokens=512, batch_sequences=6), 6) == expected
+
+
 def test_what_is_timed_whole_is_not_extrapolated(monkeypatch):
     clock, sizes = Clock(monkeypatch), []
 

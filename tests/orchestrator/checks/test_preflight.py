@@ -82,6 +82,13 @@ def test_a_gguf_file_is_unpacked_into_the_run_folder_once(inputs, capsys, monkey
         run_preflight(inputs, "model.path=./other.gguf")
 
 
+def test_a_gguf_file_may_be_a_link_as_in_the_hubs_cache(inputs):
+    file = gguf_inputs(inputs)
+    blob = file.rename(inputs.folder / "blob")
+    file.symlink_to(blob)
+    assert run_preflight(inputs).gguf_content == gguf.content_of(blob)
+
+
 def test_a_gguf_file_needs_a_run_folder_on_a_disk(inputs):
     gguf_inputs(inputs)
     with pytest.raises(InputError, match=r"model\.path: .*memory://runs/x cannot be; give a folder on a shared disk"):
