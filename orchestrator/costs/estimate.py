@@ -200,13 +200,15 @@ class _Estimator:
         slower = max(1.0, THREADS_USED * self.healers.threads / each.threads)
         ratio = self._ratio(listing, lambda unit: self.seconds.healed_s(unit.work[1], None, slower)) or 1.0
         named = {unit.name["rung"] for unit in listing.units}
+        quality = self.inputs.search_quality_spec
+        judge_s = self.costs.evaluation.direct_s if quality.tasks else self.seconds.judged_s(None, quality)
         seconds, n_tokens = 0.0, 0
         for number, rung in enumerate(ladder, start=1):
             n_left = sum(unit.name["rung"] == number for unit in listing.todo) if number in named else rung.n_plans
             if not n_left:
                 continue
             spec = self.inputs.healing_spec_at(rung.share)
-            judged_s = self._workers_s(n_left, n_left * self.costs.evaluation.direct_s)
+            judged_s = self._workers_s(n_left, n_left * judge_s, has_tasks=bool(quality.tasks))
             healed_s = -(-n_left // n_at_once) * self.seconds.healed_s(spec, None, slower)
             seconds += TUNE_S * self.costs.slowness + ratio * healed_s + judged_s
             n_tokens += n_left * spec.steps * spec.tokens_per_step

@@ -116,7 +116,9 @@ def test_halving_adds_its_rungs(inputs):
     overrides = ("healing.halving={plans: 4, first: 0.25, rungs: 1}", "healing.curve=[]")
     found = stages_of(context(inputs, *overrides))
     assert (found["halving"].units, found["halving"].tokens) == (4, 4 * 256)
-    assert found["halving"].seconds == pytest.approx(4 * 4 * 1.0 + 4 * 6.0)
+    assert found["halving"].seconds == pytest.approx(4 * 4 * 1.0 + 4 * 2.0), "rungs are judged by the text"
+    both = stages_of(context(inputs, *overrides, "sensitivity.compare=true"))
+    assert both["halving"].seconds == pytest.approx(4 * 4 * 1.0 + 4 * 6.0)
     assert found["heal"].units == 1
     run = context(inputs, *overrides)
     for number in range(4):
