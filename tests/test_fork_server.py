@@ -34,7 +34,8 @@ class Worker:
 
 told = []
 for _ in range(2):  # Each cluster has a raylet of its own.
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    # Without an address Ray would join a cluster that another test has started meanwhile.
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     given = {"env_vars": {"GIVEN": "value"}}
     for options in ({}, {}, {"runtime_env": given}, {"runtime_env": given}):
         worker = Worker.options(**options).remote()
