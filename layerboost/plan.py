@@ -201,6 +201,11 @@ class Plan:
         return self.treatments.count(treatment)
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether every layer keeps softmax attention, so that the plan stands for the untouched model."""
+        return self.count(Treatment.SOFTMAX) == len(self)
+
+    @property
     def has_weights(self) -> bool:
         """Whether any layer gets additional parameters, which attention transfer fits."""
         return any(treatment.has_weights for treatment in set(self.treatments))

@@ -60,6 +60,11 @@ class EvaluationUnit:
             raise ValueError(f"trained: {self.trained} says neither plan nor healing; give both")
 
 
+def plan_unit(plan: Plan) -> EvaluationUnit:
+    """Returns the unit that judges a plan on the parent's weights; softmax in every layer means the untouched model."""
+    return EvaluationUnit(plan=None if plan.is_untouched else plan)
+
+
 def base_unit() -> EvaluationUnit:
     """Returns the unit that judges the untouched parent."""
     return EvaluationUnit()
@@ -217,8 +222,7 @@ class PlanEvaluator:
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
         """Returns `quality`, `quality_stderr`, `scores` and `evaluation_s`; an all-softmax plan is the base itself."""
-        untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-        result = self._worker.run(EvaluationUnit(plan=None if untouched else plan))
+        result = self._worker.run(plan_unit(plan))
         value, stderr = quality(Scores.from_dict(result["scores"]))
         return {"quality": value, "quality_stderr": stderr, **result}
 

@@ -333,7 +333,7 @@ def decode_costs(twins: Twins, *, concurrency: int, prompt_tokens: int, treatmen
     steps_s: dict[tuple[PreTrainedModel, Plan], float] = {}
 
     def prefill_s(model: PreTrainedModel, plan: Plan) -> float:
-        variant = model if set(plan.treatments) == {Treatment.SOFTMAX} else convert(model, plan).eval()
+        variant = model if plan.is_untouched else convert(model, plan).eval()
         timed_generation(variant, prompts[:1, :8], 2)  # warms up
         first_s, _, _ = timed_generation(variant, prompts[:, :chunk_tokens], 1)
         last_s, decoded_s, _ = timed_generation(variant, prompts, 1 + _DECODE_STEPS, n_filled=n_filled)

@@ -7,7 +7,6 @@ and global attention do, the first ones stand for all.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ def first_layers(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
         n_layers: Layers to keep, at most as many as it has.
     """
     deep = model.config.num_hidden_layers
-    values = copy.deepcopy(model.config).to_dict()
+    values = model.config.to_dict()
     for name, value in values.items():
         if isinstance(value, list) and len(value) == deep:  # what the config says of each layer
             values[name] = value[:n_layers]

@@ -17,7 +17,7 @@ _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are normalized at once, in numbers: few enough for a CPU's caches, enough to keep a GPU busy."""
 
 _CHUNKS_A_PRODUCT = {"cpu": 8, "cuda": 1}
-"""Such chunks whose logits come out of one product with the head, whose weights are then read once for all of them."""
+"""Number of such chunks whose logits one product computes, so that the head's weights are read once for all of them."""
 
 _Reader = Callable[[torch.Tensor], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]
 """Maps token ids (batch, tokens) to a row per position that predicts a token, and a function from rows to logits."""

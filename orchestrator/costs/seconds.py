@@ -66,7 +66,7 @@ class UnitSeconds:
         """
         costs = self._costs.healing
         assert costs is not None
-        has_weights = plan is None or any(treatment.has_weights for treatment in plan.treatments)
+        has_weights = plan is None or plan.has_weights
         transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and has_weights else 0
         step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
         n_phases = 2 if transfer else 1

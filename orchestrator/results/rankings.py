@@ -188,7 +188,7 @@ def _treated(tried: Iterable[tuple[Plan, str | None, str]]) -> Tried:
     """Returns the first origin of each plan that treats a layer and whose scores have a key."""
     found: Tried = {}
     for plan, key, origin in tried:
-        if key is not None and plan.count(Treatment.SOFTMAX) < len(plan):
+        if key is not None and not plan.is_untouched:
             found.setdefault((plan, key), origin)
     return found
 

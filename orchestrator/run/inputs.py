@@ -33,7 +33,7 @@ from orchestrator.run.content import model_content, shipped
 from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity, plugin_identity
 from orchestrator.run.model_facts import ModelFacts
 from tasks.engines import ENGINES
-from tasks.evaluation import EvaluationUnit
+from tasks.evaluation import EvaluationUnit, plan_unit
 from tasks.sampling import SampleUnit
 from tasks.timing import ThroughputUnit
 
@@ -59,12 +59,6 @@ class SweepSource:
     def context_tokens(self) -> int | None:
         """The tokens of a sequence; None for tasks, whose items differ in length."""
         return None if self.spec.tasks else self.spec.sequence_tokens
-
-
-def plan_unit(plan: Plan) -> EvaluationUnit:
-    """Returns the unit that judges a plan on the parent's weights; softmax in every layer means the untouched model."""
-    untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-    return EvaluationUnit(plan=None if untouched else plan)
 
 
 @dataclass(frozen=True)

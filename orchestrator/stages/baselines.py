@@ -40,8 +40,7 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
                 seed=healing.seed,
             )
             for origin, plan in plans.items():
-                untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-                if plan not in candidates and untouched == (name == CONTROL):
+                if plan not in candidates and plan.is_untouched == (name == CONTROL):
                     found.setdefault(plan, origin)
     return found
 

@@ -13,10 +13,9 @@ from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import CurvePoint
 from orchestrator.run.folder import unit_key
-from orchestrator.run.inputs import plan_unit
 from orchestrator.run.kinds import CURVE, HEALINGS
 from orchestrator.run.records import find_record
-from tasks.evaluation import EvaluationUnit
+from tasks.evaluation import EvaluationUnit, plan_unit
 
 _SNAPSHOTS = "snapshots"
 

@@ -143,8 +143,7 @@ def _model(run: RunContext) -> SpeedModel | None:
 
 
 def _unit(run: RunContext, plan: Plan, concurrency: int) -> ThroughputUnit:
-    untouched = plan.count(Treatment.SOFTMAX) == len(plan)
-    return throughput_unit(run, None if untouched else plan, concurrency)
+    return throughput_unit(run, None if plan.is_untouched else plan, concurrency)
 
 
 def _recorded_alike(
