@@ -101,9 +101,9 @@ def probe_vocabulary(args: argparse.Namespace) -> dict[str, Any]:
     def loss(n_tokens: int) -> torch.Tensor:
         of_student, of_teacher = student[:, :n_tokens], states[1][:, :n_tokens]
         if args.side == "chunks":
-            at_once = positions_at_once(args.vocabulary, student.device)
+            chunk, block = positions_at_once(args.vocabulary, student.device)
             arguments = (of_student, of_teacher, to_logits, to_logits, input_ids[:, :n_tokens])
-            return distillation_loss(*arguments, chunk_tokens=at_once)
+            return distillation_loss(*arguments, chunk_tokens=chunk, block_tokens=block)
         logs = [to_logits(x[:, :-1]).log_softmax(-1).flatten(0, 1) for x in (of_student, of_teacher)]
         return F.kl_div(logs[0], logs[1].detach(), log_target=True, reduction="batchmean")
 

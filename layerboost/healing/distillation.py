@@ -105,6 +105,8 @@ class Distillation(nn.Module):
                 divergence_weight=divergence_weight,
             )
         head = self.student.get_output_embeddings()
+        head_trains = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+        chunk, block = positions_at_once(self.student.config.vocab_size, input_ids.device, head_trains=head_trains)
         return distillation_loss(
             student_states,
             teacher_states,
@@ -112,12 +114,13 @@ class Distillation(nn.Module):
             self._head(self.teacher),
             input_ids,
             targets=targets,
-            head_trains=torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()),
+            head_trains=head_trains,
             divergence=self.spec.divergence,
             temperature=self.spec.temperature,
             divergence_weight=divergence_weight,
             cross_entropy_weight=cross_entropy_weight,
-            chunk_tokens=positions_at_once(self.student.config.vocab_size, input_ids.device),
+            chunk_tokens=chunk,
+            block_tokens=block,
         )
 
     def _run(

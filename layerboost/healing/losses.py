@@ -24,13 +24,27 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states (N, d) to logits (N, vocabulary)."""
 
 
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
-"""Maximum number of logits that exist at once: 16 MiB in fp32 on a CPU, and enough to keep a GPU busy."""
+_LOGITS_OF_PRODUCT = {"cpu": 2**25, "cuda": 2**26}
+"""Maximum number of logits of one product with the head's weights: large products run fastest."""
+_POSITIONS_OF_PRODUCT = {"cpu": 512}
+"""Maximum number of positions of one product, where more of them bring no speed."""
+_LOGITS_OF_TERMS = {"cpu": 2**18, "cuda": 2**26}
+"""Maximum number of logits whose softmax and gradient exist at once: 1 MiB in fp32 stays in the cache of a CPU."""
+_LOGITS_WITH_GRAPH = {"cpu": 2**22, "cuda": 2**26}
+"""Maximum number of logits that autograd keeps at once while the head is trained."""
 
 
-def positions_at_once(vocabulary: int, device: torch.device) -> int:
-    """Returns the number of positions per chunk, chosen so that memory does not grow with the vocabulary."""
-    return max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cuda"]) // vocabulary)
+def positions_at_once(vocabulary: int, device: torch.device, *, head_trains: bool = False) -> tuple[int, int]:
+    """Returns `chunk_tokens` and `block_tokens` of `distillation_loss`, so that memory does not grow with the text."""
+
+    def within(limits: dict[str, int]) -> int:
+        return max(1, limits.get(device.type, limits["cuda"]) // vocabulary)
+
+    if head_trains:
+        return within(_LOGITS_WITH_GRAPH), within(_LOGITS_WITH_GRAPH)
+    chunk = within(_LOGITS_OF_PRODUCT)
+    chunk = min(chunk, _POSITIONS_OF_PRODUCT.get(device.type, chunk))
+    return chunk, min(chunk, within(_LOGITS_OF_TERMS))
 
 
 def divergence_and_gradient(
@@ -87,6 +101,7 @@ def distillation_loss(
     divergence_weight: float = 1.0,
     cross_entropy_weight: float = 0.0,
     chunk_tokens: int = 1024,
+    block_tokens: int | None = None,
 ) -> torch.Tensor:
     """Returns the mean over targets of the divergence from the teacher's next token and the text's cross-entropy.
 
@@ -101,6 +116,8 @@ def distillation_loss(
         temperature: Both logits are divided by it and the divergence is multiplied by its square (Hinton et al., 2015).
         divergence_weight, cross_entropy_weight: Weights of the two terms.
         chunk_tokens: Number of positions whose logits exist at the same time.
+        block_tokens: Number of positions whose probabilities exist at the same time; None for those of a chunk. It has
+            no effect while the head is trained.
 
     Returns:
         Scalar in fp32 (fp64 for states in fp64), nats per target; zero if there are no targets.
@@ -113,7 +130,7 @@ def distillation_loss(
     scale = 1.0 / max(len(next_ids), 1)
     terms = _Terms(Divergence(divergence), temperature, divergence_weight, cross_entropy_weight)
     arguments = (student_states, teacher_states, next_ids, scale, student_head, teacher_head, terms, chunk_tokens)
-    return _recomputed_loss(*arguments) if head_trains else _ChunkedLoss.apply(*arguments)
+    return _recomputed_loss(*arguments) if head_trains else _ChunkedLoss.apply(*arguments, block_tokens or chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -161,22 +178,30 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_head: Head,
         terms: _Terms,
         chunk_tokens: int,
+        block_tokens: int,
     ) -> torch.Tensor:
         total = torch.zeros((), device=states.device, dtype=wide(states[:0]).dtype)
         ctx.gradient = torch.empty_like(states) if states.requires_grad else None
+        buffer: torch.Tensor | None = None  # the same for all chunks, because new memory costs time
         for part in _chunks(len(states), chunk_tokens):
             chunk = states[part].detach().requires_grad_(states.requires_grad)
             with torch.set_grad_enabled(states.requires_grad):
                 logits = head(chunk)
-            loss, gradient = terms(wide(logits.detach()), wide(teacher_head(teacher_states[part])), next_ids[part])
-            total += loss * scale
+            of_student, of_teacher = logits.detach(), teacher_head(teacher_states[part])
+            if buffer is None:
+                buffer = torch.empty_like(of_student)
+            by_logits = buffer[: len(chunk)]
+            for block in _chunks(len(chunk), block_tokens):
+                loss, gradient = terms(wide(of_student[block]), wide(of_teacher[block]), next_ids[part][block])
+                total += loss * scale
+                by_logits[block] = gradient.mul_(scale)
             if ctx.gradient is not None:
-                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, gradient.mul_(scale).to(logits.dtype))
+                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, by_logits)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.gradient * grad_outputs[0], *[None] * 7
+        return ctx.gradient * grad_outputs[0], *[None] * 8
 
 
 def _recomputed_loss(

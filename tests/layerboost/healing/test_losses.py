@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerboost.healing.divergences import Divergence
-from layerboost.healing.losses import distillation_loss, relative_error
+from layerboost.healing.losses import distillation_loss, positions_at_once, relative_error
 
 
 def naive_divergence(kind, student, teacher):
@@ -42,7 +42,7 @@ def naive_loss(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("divergence", list(Divergence))
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+@pytest.mark.parametrize(("chunk_tokens", "block_tokens"), [(1, None), (5, 2), (1000, None), (1000, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_value_and_gradient_are_those_of_the_definition(
     tolerance,
     divergence,
     chunk_tokens,
+    block_tokens,
     masked,
     head_trains,
     temperature,
@@ -89,6 +90,7 @@ def test_value_and_gradient_are_those_of_the_definition(
                 targets=targets,
                 head_trains=head_trains,
                 chunk_tokens=chunk_tokens,
+                block_tokens=block_tokens,
                 **settings,
             )
         else:
@@ -108,7 +110,7 @@ def test_chunks_are_as_close_as_the_plain_form_in_fp32(divergence):
     for chunked in (True, False):
         states = student.clone().requires_grad_()
         if chunked:
-            settings = {"divergence": divergence, "chunk_tokens": 10}
+            settings = {"divergence": divergence, "chunk_tokens": 10, "block_tokens": 4}
             loss = distillation_loss(states, teacher, lambda x: x, lambda x: x, input_ids, **settings)
         else:
             probabilities = (x[0, :-1].softmax(-1) for x in (states, teacher))
@@ -132,6 +134,14 @@ def test_only_chunks_of_logits_exist_and_the_students_are_worked_out_once():
     loss.backward()
     assert max(seen) == 10
     assert sum(seen) == 4 * 16
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("vocabulary", [7, 2048, 49_152, 10**9])
+def test_what_exists_at_once_does_not_grow_with_the_vocabulary(vocabulary, head_trains):
+    chunk_tokens, block_tokens = positions_at_once(vocabulary, torch.device("cpu"), head_trains=head_trains)
+    assert 1 <= block_tokens <= chunk_tokens
+    assert chunk_tokens == 1 or chunk_tokens * vocabulary <= 2**25
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))
