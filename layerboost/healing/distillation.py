@@ -15,6 +15,7 @@ from .attention_transfer import AttentionTransfer, draw_windows, full_windows
 from .fused_loss import fused_divergence, fused_heads
 from .losses import Head, distillation_loss, positions_at_once, relative_error
 from .spec import TRANSFER, HealingSpec
+from .teacher_states import TeacherStates
 
 
 class Distillation(nn.Module):
@@ -23,13 +24,22 @@ class Distillation(nn.Module):
     Args:
         teacher, student: Causal language models with the same vocabulary.
         spec: Gives the loss weights and the temperature.
+        stored: Where the teacher's final hidden states are kept; None computes them each time. Without a split head,
+            or with a loss over every layer, they are computed each time, too.
     """
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, spec: HealingSpec):
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        spec: HealingSpec,
+        stored: TeacherStates | None = None,
+    ):
         super().__init__()
         check_teacher(teacher, student, spec)
         self.teacher, self.student, self.spec = teacher, student, spec
         self.splits_head = all(_has_split_head(model) for model in (teacher, student))
+        self.stored = stored if self.splits_head else None
         can_fuse = self.splits_head and not spec.cross_entropy_weight
         # A tuple keeps the heads from being registered as modules a second time.
         self.fused_heads = fused_heads(teacher, student, spec.divergence, spec.temperature) if can_fuse else None
@@ -56,8 +66,7 @@ class Distillation(nn.Module):
             return self._measured(input_ids, position_ids, targets)
         spec = self.spec
         with_layers = spec.hidden_weight > 0
-        with torch.no_grad():
-            teacher_states, teacher_layers = self._run(self.teacher, input_ids, position_ids, with_layers)
+        teacher_states, teacher_layers = self._teach(input_ids, position_ids, with_layers)
         student_states, student_layers = self._run(self.student, input_ids, position_ids, with_layers)
         loss = self._divergence(
             student_states,
@@ -79,7 +88,7 @@ class Distillation(nn.Module):
     ) -> torch.Tensor:
         with full_windows(self.student):
             student_states, _ = self._run(self.student, input_ids, position_ids, False)
-            teacher_states, _ = self._run(self.teacher, input_ids, position_ids, False)
+        teacher_states, _ = self._teach(input_ids, position_ids, False)
         return self._divergence(student_states, teacher_states, input_ids, targets)
 
     def _divergence(
@@ -122,6 +131,19 @@ class Distillation(nn.Module):
             chunk_tokens=chunk,
             block_tokens=block,
         )
+
+    @torch.no_grad()
+    def _teach(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, with_layers: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Returns what `_run` returns for the teacher."""
+        if self.stored is None or with_layers:
+            return self._run(self.teacher, input_ids, position_ids, with_layers)
+
+        def compute() -> torch.Tensor:
+            return self._run(self.teacher, input_ids, position_ids, False)[0]
+
+        return self.stored.states(input_ids, position_ids, compute), ()
 
     def _run(
         self, model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None, with_layers: bool
@@ -177,11 +199,17 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, spec: Heal
         )
 
 
-def make_trainee(phase: str, teacher: PreTrainedModel, student: PreTrainedModel, spec: HealingSpec) -> nn.Module:
+def make_trainee(
+    phase: str,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    spec: HealingSpec,
+    stored: TeacherStates | None = None,
+) -> nn.Module:
     """Returns the module to train in a phase, after making the right parameters of `student` trainable, in place.
 
     `transfer` trains the feature maps. `heal` adds LoRA, or copies the student's parameters (`full`), so that the
-    teacher, which may share them, does not change. The teacher is frozen.
+    teacher, which may share them, does not change. The teacher is frozen; its states may be `stored`.
     """
     teacher.requires_grad_(False).eval()
     student.eval()
@@ -195,7 +223,7 @@ def make_trainee(phase: str, teacher: PreTrainedModel, student: PreTrainedModel,
         student.requires_grad_(True)
     if spec.activation_checkpointing:
         _checkpoint_activations(student)
-    return Distillation(teacher, student, spec)
+    return Distillation(teacher, student, spec, stored)
 
 
 def _checkpoint_activations(student: PreTrainedModel) -> None:

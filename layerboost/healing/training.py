@@ -31,6 +31,7 @@ from .spec import (
     mark_steps,
     phases_of,
 )
+from .teacher_states import TeacherStates
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -251,6 +252,7 @@ def heal_locally(
     spec: HealingSpec,
     *,
     teacher: PreTrainedModel | None = None,
+    stored: TeacherStates | None = None,
     on_step: Callable[[CurveRow], None] = lambda row: None,
     on_mark: Callable[[float, PreTrainedModel], None] | None = None,
     marks: Sequence[float] = (),
@@ -266,6 +268,7 @@ def heal_locally(
         spec: How to heal.
         teacher: The model whose predictions the student learns; the parent itself if None. Attention is always
             transferred from the parent.
+        stored: Where the teacher's hidden states are kept for further healings on the same text.
         on_step: Called with each row of the loss curve.
         marks, on_mark: Shares of the budget at which `on_mark` is called with the share and the current student, for
             measurements; it must not change the student.
@@ -290,7 +293,8 @@ def heal_locally(
 
     with _left_as_they_were(model, *([] if teacher is None else [teacher])):
         for phase in phases_of(spec, plan, model.config.hidden_size):
-            trainee = make_trainee(phase.name, model if phase.name == TRANSFER else teacher or model, student, spec)
+            taught_by = model if phase.name == TRANSFER else teacher or model
+            trainee = make_trainee(phase.name, taught_by, student, spec, stored)
             engine = TorchEngine(trainee, spec, accumulation_rounds(spec), phase.gradient_clip)
             run_phase(engine, phase, batches, spec, held_out=held_out, device=device, on_step=after_step)
         finish_student(student, spec)

@@ -135,6 +135,8 @@ class HealingSection(Section):
         activation_checkpointing: run the student's layers again in the backward pass instead of keeping activations.
         checkpoint_every_steps: number of steps between two checkpoints, from which an interrupted healing resumes.
         max_failures: number of worker failures that a healing survives.
+        teacher_cache_gib: size of the teacher's hidden states that are kept in a run folder on a disk while several
+            plans heal on the same text, so that they are computed once; 0 keeps none.
     """
 
     tokens: CountOrZero = 0
@@ -172,6 +174,7 @@ class HealingSection(Section):
     activation_checkpointing: bool = False
     checkpoint_every_steps: Count = 50
     max_failures: CountOrZero = 3
+    teacher_cache_gib: Weight = 8.0
 
     @field_validator("text", mode="before")
     @classmethod

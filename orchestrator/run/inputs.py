@@ -346,6 +346,11 @@ class RunInputs:
         assert self.sampling is not None
         return {name: getattr(self.sampling, name) for name in ("max_tokens", "seed", "temperature")}
 
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """Returns the identity of what the teacher of all healings computes for a text."""
+        return {"model": self.model, "teacher": self._healing["teacher"]}
+
     def healing(self, plan: Plan, spec: HealingSpec | None = None) -> dict[str, Any]:
         """Returns the identity of healing a plan by a spec; None means the recipe's spec.
 

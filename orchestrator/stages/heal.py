@@ -21,6 +21,7 @@ from orchestrator.stages.curve import curve_entries, curve_units, measure_curves
 from orchestrator.stages.halving import halve, halving_units
 from orchestrator.stages.healing_jobs import (
     CHECKPOINTS,
+    TEACHER_CACHE,
     healed_name,
     healed_unit,
     healing_job,
@@ -108,6 +109,8 @@ def heal(run: RunContext) -> bool:
         run.folder.remove(f"{CHECKPOINTS}/{key}")
         if not run.inputs.recipe.healing.curve:
             run.folder.remove(snapshot_folder(key))
+    if len(keys) == len(identities):
+        run.folder.remove(TEACHER_CACHE)
     run.state.healed = [healed_entry(run, plan, origins[plan], key) for plan, key in keys.items()]
     return True
 
@@ -171,6 +174,7 @@ def _heal(run: RunContext, plan: Plan, origin: str, identity: dict[str, Any]) ->
                 plan=plan,
                 phase=step.phase,
                 loss=f"{step.loss:.4f}",
+                tok_per_s=round(step.tok_per_s),
                 left_s=round(step.remaining_s),
             )
 

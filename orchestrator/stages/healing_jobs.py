@@ -11,16 +11,20 @@ from layerboost.text.sources import TextSource
 from orchestrator.recipe.healing import SAMPLED
 from orchestrator.run.content import shipped
 from orchestrator.run.context import RunContext
+from orchestrator.run.folder import unit_key
 from orchestrator.stages.curve import snapshot_folder
 from orchestrator.stages.sampled import sampled_folder
 from tasks.cluster.resources import WorkerResources
 from tasks.evaluation import EvaluationUnit
-from tasks.healing.job import Checkpoints, HealingJob, HealingText, Snapshots, Survival, ZeroSettings
+from tasks.healing.job import Checkpoints, HealingJob, HealingText, Snapshots, Survival, TeacherCache, ZeroSettings
 from tasks.healing.run import HealingResult
 from tasks.pool.finished import SHRUNK
 
 CHECKPOINTS = "healing"
 """Folder inside the run folder that holds the checkpoints of running healings."""
+
+TEACHER_CACHE = "teacher_states"
+"""Folder inside the run folder that holds the teacher's hidden states while plans are healed."""
 
 
 def healed_name(plan: Plan) -> str:
@@ -68,6 +72,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
         checkpoints=Checkpoints(folder.place(CHECKPOINTS), key, healing.checkpoint_every_steps),
         output=healed_folder(run, plan),
         snapshots=Snapshots(folder.place(snapshot_folder(key)), healing.curve),
+        teacher_cache=_teacher_cache(run),
         workers=workers,
         zero=ZeroSettings(healing.zero_stage, healing.offload_optimizer),
         # A step counts as long as all steps between two checkpoints, because it may have to write a checkpoint.
@@ -77,6 +82,16 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
         ),
         card={"healing method": spec.method},
     )
+
+
+def _teacher_cache(run: RunContext) -> TeacherCache | None:
+    """Returns where healings of this run share the teacher's states; None if there is one healing, or no disk."""
+    healing = run.inputs.recipe.healing
+    n_healings = healing.candidates + len(healing.baselines) + (0 if healing.halving is None else healing.halving.plans)
+    if not (healing.teacher_cache_gib and run.folder.is_local and n_healings > 1):
+        return None
+    name = unit_key(run.inputs.teacher)
+    return TeacherCache(run.folder.place(f"{TEACHER_CACHE}/{name}"), healing.teacher_cache_gib)
 
 
 def rung_job(run: RunContext, plan: Plan, key: str, spec: HealingSpec, workers: WorkerResources) -> HealingJob:

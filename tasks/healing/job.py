@@ -44,7 +44,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class HealingProgress:
-    """Reports one step to the driver; `remaining_s` follows from the pace since the job (re)started its phase."""
+    """Reports one step to the driver; `remaining_s` and `tok_per_s` are of the steps since the job (re)started."""
 
     phase: str
     step: int
@@ -53,6 +53,7 @@ class HealingProgress:
     loss: float
     elapsed_s: float
     remaining_s: float
+    tok_per_s: float
 
 
 class ProgressClock:
@@ -63,8 +64,11 @@ class ProgressClock:
 
     def progress(self, row: CurveRow, total_steps: int) -> HealingProgress:
         elapsed_s = time.monotonic() - self.start
-        remaining_s = elapsed_s / (row.step - self.first_step) * (total_steps - row.step)
-        return HealingProgress(row.phase, row.step, total_steps, row.tokens, row.loss, elapsed_s, remaining_s)
+        of_each_s = elapsed_s / (row.step - self.first_step)
+        remaining_s, tok_per_s = of_each_s * (total_steps - row.step), row.tokens / row.step / of_each_s
+        return HealingProgress(
+            row.phase, row.step, total_steps, row.tokens, row.loss, elapsed_s, remaining_s, tok_per_s
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,20 @@ class Snapshots:
 
 
 @dataclass(frozen=True)
+class TeacherCache:
+    """Says where the jobs of one teacher and dtype share its hidden states.
+
+    Attributes:
+        folder: a local folder that all workers reach. ZeRO stage 3 does not use it: all workers must run the teacher,
+            whose weights are divided among them, or none.
+        max_gib: size from which on nothing is added.
+    """
+
+    folder: str
+    max_gib: float = 8.0
+
+
+@dataclass(frozen=True)
 class ZeroSettings:
     """Says how DeepSpeed's ZeRO divides what the workers hold.
 
@@ -184,6 +202,7 @@ class HealingJob:
         output: the folder or fsspec URL of the healed checkpoint; rank 0's host must reach it. With None the job saves
             no checkpoint but a snapshot of what was trained after the last step.
         snapshots: the states on the way that are kept.
+        teacher_cache: where jobs on the same text share what the teacher computes; None computes it in each job.
         workers: the workers of the Train job; a transfer by layer fits as many layers at once.
         zero: the division of the state among the workers.
         survival: the failures that the job survives.
@@ -200,6 +219,7 @@ class HealingJob:
     checkpoints: Checkpoints
     output: str | None
     snapshots: Snapshots = Snapshots()
+    teacher_cache: TeacherCache | None = None
     workers: WorkerResources = _ONE_WORKER
     zero: ZeroSettings = ZeroSettings()
     survival: Survival = Survival()
@@ -273,6 +293,9 @@ def located(job: HealingJob) -> HealingJob:
         output=None if job.output is None else absolute(job.output),
         checkpoints=replace(job.checkpoints, storage_path=absolute(job.checkpoints.storage_path)),
         snapshots=replace(job.snapshots, url=None if job.snapshots.url is None else absolute(job.snapshots.url)),
+        teacher_cache=None
+        if job.teacher_cache is None
+        else replace(job.teacher_cache, folder=absolute(job.teacher_cache.folder)),
     )
 
 

@@ -19,6 +19,7 @@ from layerboost.convert import convert
 from layerboost.healing.adapters import load_trained
 from layerboost.healing.distillation import make_trainee
 from layerboost.healing.spec import HEAL, TRANSFER, HeldOut, Phase, annealing_start, last_step, phases_of
+from layerboost.healing.teacher_states import TeacherStates
 from layerboost.healing.training import CurveRow, NonFiniteLossError, run_phase, split_held_out, student_from
 from layerboost.storage.errors import DiskFullError, is_disk_full, retried
 from layerboost.storage.publish import publish_folder, publish_tensors
@@ -146,7 +147,7 @@ class _Worker:
         if state_file is not None and phase.first_step + start >= self._end_of(phase):
             return saved_parameters(state_file, student.dtype) if keeps else {}
         teacher = self._load_teacher(parent) if phase.name == HEAL else parent
-        trainee = make_trainee(phase.name, teacher, student, self.spec)
+        trainee = make_trainee(phase.name, teacher, student, self.spec, self._teacher_states())
         del parent, teacher
         engine = make_engine(trainee, self.job, phase, self.world_size, state_file)
         clock = ProgressClock(phase.first_step + start)
@@ -222,6 +223,12 @@ class _Worker:
             revision=teacher.revision,
             trust_remote_code=teacher.trust_remote_code,
         )
+
+    def _teacher_states(self) -> TeacherStates | None:
+        cache = self.job.teacher_cache
+        if cache is None or self.job.zero.stage == 3:
+            return None
+        return TeacherStates(cache.folder, cache.max_gib * 2**30)
 
     def _snapshot(self, step: int, trained: dict[str, torch.Tensor]) -> None:
         url = self.job.snapshots.file(step)

@@ -140,6 +140,7 @@ def test_a_run_ends_with_the_front_a_report_and_checkpoints_that_load(undisturbe
         assert plan_of(load_model(str(out / "healed" / plan_id))).plan_id == plan_id
     assert not list((out / "healing").glob("*")), "checkpoints of finished healing are removed"
     assert not list((out / "snapshots").glob("*")), "snapshots that are judged are removed"
+    assert not (out / "teacher_states").exists(), "the teacher's states are removed when all plans are healed"
     assert len(list((out / "texts").glob("*/*.safetensors"))) == len(list((out / "records" / "sample").glob("*")))
     curves = table(out, "healing_quality.csv")
     assert set(curves["plan_id"]) == set(healed["plan_id"])

@@ -37,7 +37,7 @@ from layerboost.storage.publish import publish_folder, publish_tensors, read_ten
 from layerboost.text.batches import GlobalBatches, PackedText
 from layerboost.text.documents import pack, read_documents
 from layerboost.text.sources import TextSource, pack_sources
-from tasks.healing.job import HealingJob, StepEvent
+from tasks.healing.job import HealingJob, StepEvent, TeacherCache
 from tasks.healing.orphaned_groups import freeing_groups_of_the_dead
 from tasks.healing.run import heal
 from tasks.healing.worker import Progress, read_progress
@@ -196,6 +196,33 @@ def test_killed_workers_end_with_the_losses_and_snapshots_of_the_undisturbed_run
         student = student_from(parent, PLAN, SPEC, load_file(url))
         with torch.no_grad():
             torch.testing.assert_close(student(input_ids=ids).logits, expected[share], rtol=0, atol=1e-3)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("zero_stage", "n_workers", "is_kept"), [(1, 1, True), (2, 2, True), (3, 2, False)])
+def test_jobs_on_the_same_text_share_what_the_teacher_computes(
+    cluster, folder, local, tmp_path, zero_stage, n_workers, is_kept
+):
+    kept = tmp_path / "states"
+    settings = {
+        "zero_stage": zero_stage,
+        "n_workers": n_workers,
+        "zero_options": SHARD_TINY if zero_stage == 3 else None,
+        "teacher_cache": TeacherCache(str(kept), 1.0),
+    }
+    first = job_of(folder, f"first-{zero_stage}", **settings)
+    check_result(heal(first), first, local)
+    files = {file: file.stat().st_mtime_ns for file in kept.glob("*")}
+    assert len(files) == (4 * (STEPS - TRANSFER_STEPS) if is_kept else 0)
+    assert all(file.suffix == ".safetensors" for file in files)
+
+    second = job_of(folder, f"second-{zero_stage}", **settings)
+    for file in list(files)[:2]:
+        file.write_bytes(b"damaged")
+    check_result(heal(second), second, local)
+    now = {file: file.stat().st_mtime_ns for file in kept.glob("*")}
+    assert now.keys() == files.keys()
+    assert sum(now[file] != files[file] for file in files) == (2 if is_kept else 0)  # the others were only read
 
 
 @pytest.mark.cluster
