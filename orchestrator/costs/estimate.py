@@ -31,6 +31,7 @@ from orchestrator.run.kinds import CURVE, HALVING, LENGTHS, REFINE, SAMPLE, SPEE
 from orchestrator.run.placement import Placement
 from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.halving import ladder_for
+from orchestrator.stages.healing_jobs import teacher_cache
 from orchestrator.text_tables import duration, format_table
 from tasks.engines import ENGINES
 from tasks.timing import ThroughputUnit
@@ -212,7 +213,8 @@ class _Estimator:
             healed_s = -(-n_left // n_at_once) * self.seconds.healed_s(spec, None, slower)
             seconds += TUNE_S * self.costs.slowness + ratio * healed_s + judged_s
             n_tokens += n_left * spec.steps * spec.tokens_per_step
-        checkpoints_mib = n_at_once * self.room.checkpoints_mib() + most * self.room.trained_mib()
+        kept_mib = self.room.teacher_states_mib(self.inputs.healing_spec, teacher_cache(self.run))
+        checkpoints_mib = n_at_once * self.room.checkpoints_mib() + most * self.room.trained_mib() + kept_mib
         return StageEstimate(
             HALVING,
             listing.n_expected,
@@ -233,6 +235,7 @@ class _Estimator:
 
         expected_s = sum(map(healed_s, listing.todo)) + listing.n_open * self.seconds.healed_s(spec, None)
         each_mib = self.room.weights_mib + self.room.snapshots_mib(spec)
+        kept_mib = self.room.teacher_states_mib(spec, teacher_cache(self.run))
         return StageEstimate(
             "heal",
             listing.n_expected,
@@ -241,7 +244,7 @@ class _Estimator:
             n_left * spec.steps * spec.tokens_per_step,
             self.healers.gpus * self.healers.n_workers,
             self.room.healing_mib(spec),
-            self.room.checkpoints_mib() + n_left * each_mib if n_left else 0.0,
+            self.room.checkpoints_mib() + kept_mib + n_left * each_mib if n_left else 0.0,
             listing.n_open,
         )
 

@@ -7,6 +7,7 @@ from layerboost.healing.spec import HealingSpec, mark_steps
 from layerboost.speed.byte_model import decode_bytes
 from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
 from orchestrator.run.inputs import RunInputs
+from tasks.healing.job import TeacherCache
 
 _ACTIVATION_VALUES = 34
 """Values that a layer keeps for the backward pass, per token and hidden dimension (Korthikanti et al. 2022)."""
@@ -73,6 +74,14 @@ class Room:
         """Returns the size of a snapshot of the trained parameters."""
         costs = self._costs
         return 0.0 if costs.healing is None else costs.healing.n_trained * costs.dtype_bytes / MIB
+
+    def teacher_states_mib(self, spec: HealingSpec, cache: TeacherCache | None) -> float:
+        """Returns the size of the teacher's hidden states that healings on the same text share."""
+        if cache is None:
+            return 0.0
+        width = self._inputs.facts.config.get_text_config().hidden_size
+        n_tokens = spec.steps * spec.tokens_per_step
+        return min(cache.max_gib * 1024, n_tokens * width * self._costs.dtype_bytes / MIB)
 
     def snapshots_mib(self, spec: HealingSpec) -> float:
         return len(mark_steps(spec, self._inputs.recipe.healing.curve)) * self.trained_mib()

@@ -107,6 +107,21 @@ def branches_table(rows: Iterable[Row]) -> pd.DataFrame:
     return frame(sorted(checked, key=lambda row: row["plan_id"]), BRANCH_COLUMNS)
 
 
+def pace_sentences(paces: Iterable[Row]) -> Iterator[str]:
+    """Yields a sentence on the speed of the healings' steps, and on the share of their time beside these steps."""
+    timed = [pace for pace in paces if pace["tok_per_s"]]
+    if not timed:
+        return
+    slowest, fastest = (round(of(pace["tok_per_s"] for pace in timed)) for of in (min, max))
+    speed = f"{slowest:,}" if slowest == fastest else f"{slowest:,} to {fastest:,}"
+    whole_s = sum(pace["duration_s"] for pace in timed)
+    beside = max(0.0, 1 - sum(pace["tokens"] / pace["tok_per_s"] for pace in timed) / whole_s)
+    yield (
+        f"Healing ran at {speed} tokens a second; the start and end of its jobs, and their checkpoints, took "
+        f"{beside:.0%} of its time."
+    )
+
+
 def early_stop_sentences(stops: Iterable[Row], names: Mapping[str, str]) -> Iterator[str]:
     """Yields one sentence for each healed plan that stopped before its budget was spent."""
     for stop in stops:

@@ -37,6 +37,7 @@ from orchestrator.report.healing import (
     branch_sentences,
     branches_cells,
     early_stop_sentences,
+    pace_sentences,
     quality_curve_cells,
 )
 
@@ -101,6 +102,7 @@ def page(data: ReportData, drawings: Drawings) -> bytes:
         tiers=tiers_cells(data.tiers),
         uncertain=[(names.get(key, key), plan, text) for key, plan, text in tier_sentences(data.tiers)],
         healing=[
+            *pace_sentences(data.healing_paces),
             *early_stop_sentences(data.early_stops, names),
             *baseline_sentences(data.baselines, names),
             *branch_sentences(data.branches, names),

@@ -49,6 +49,16 @@ def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
     return found
 
 
+def healing_paces(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
+    """Returns the speed of each healing's steps, its tokens and its seconds with start and checkpoints."""
+    found = (records.healing(entry.key) for entry in state.healed)
+    return [
+        # Records of earlier versions have no speed.
+        {"tok_per_s": record.get("tok_per_s"), "tokens": record["tokens"], "duration_s": record["duration_s"]}
+        for record in found
+    ]
+
+
 def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:
     """Yields the rows of healing_quality.csv: each healed plan before healing, at shares of its budget and as saved."""
     base = records.scores(state.base_key)

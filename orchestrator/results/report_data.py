@@ -19,7 +19,14 @@ from orchestrator.results.best_plan import best_rows, feasible, verdict
 from orchestrator.results.cost import cost_table
 from orchestrator.results.estimates import estimate_rows
 from orchestrator.results.halving import fidelity_rows, halving_rows
-from orchestrator.results.healing import baseline_rows, branch_rows, early_stops, healing_rows, quality_curve_rows
+from orchestrator.results.healing import (
+    baseline_rows,
+    branch_rows,
+    early_stops,
+    healing_paces,
+    healing_rows,
+    quality_curve_rows,
+)
 from orchestrator.results.plans import candidate_rows, pareto_rows
 from orchestrator.results.rankings import (
     correlation_rows,
@@ -77,6 +84,7 @@ def report_data(folder: RunFolder) -> ReportData:
         baselines=baselines_table(baseline_rows(records, state)),
         branches=branches_table(branch_rows(records, state)),
         early_stops=early_stops(records, state),
+        healing_paces=healing_paces(records, state),
         environment=state.environment,
         estimates=estimates_table(estimate_rows(folder, state)),
         cost=cost_table(records, state),

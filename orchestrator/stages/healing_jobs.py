@@ -47,6 +47,7 @@ def healing_result(job: HealingJob, result: HealingResult, duration_s: float) ->
         "curve": [row.to_dict() for row in result.curve],
         "held_out": [{"step": at.step, "divergence": at.divergence} for at in result.measured],
         "stopped_early": result.stopped_early,
+        "tok_per_s": result.tok_per_s,
         "snapshots": [
             {"step": step, "share": shares.get(step, step / job.spec.steps)} for step in sorted(result.snapshots)
         ],
@@ -72,7 +73,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
         checkpoints=Checkpoints(folder.place(CHECKPOINTS), key, healing.checkpoint_every_steps),
         output=healed_folder(run, plan),
         snapshots=Snapshots(folder.place(snapshot_folder(key)), healing.curve),
-        teacher_cache=_teacher_cache(run),
+        teacher_cache=teacher_cache(run),
         workers=workers,
         zero=ZeroSettings(healing.zero_stage, healing.offload_optimizer),
         # A step counts as long as all steps between two checkpoints, because it may have to write a checkpoint.
@@ -84,7 +85,7 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
     )
 
 
-def _teacher_cache(run: RunContext) -> TeacherCache | None:
+def teacher_cache(run: RunContext) -> TeacherCache | None:
     """Returns where healings of this run share the teacher's states; None if there is one healing, or no disk."""
     healing = run.inputs.recipe.healing
     n_healings = healing.candidates + len(healing.baselines) + (0 if healing.halving is None else healing.halving.plans)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,8 @@ class HealingResult:
         curve: the loss of each step; for a transfer, by layer or joint, the sum over the layers.
         final_loss: the last loss of the curve.
         wall_s: seconds since the driver's start; for a resumed run since its last start.
+        tok_per_s: median speed of the healing phase's steps, without the job's start and its checkpoints; None if no
+            step was timed.
         measured: the divergence on the held-out sequences, if the spec asks for it.
         stopped_early: whether the run stopped before its budget was spent, because the curve was flat.
         snapshots: the URL of the trained parameters after a step, by that step.
@@ -53,6 +56,7 @@ class HealingResult:
     curve: tuple[CurveRow, ...]
     final_loss: float
     wall_s: float
+    tok_per_s: float | None = None
     measured: tuple[HeldOut, ...] = ()
     stopped_early: bool = False
     snapshots: Mapping[int, str] = field(default_factory=dict)
@@ -96,6 +100,7 @@ def heal(job: HealingJob, *, on_progress: Callable[[HealingProgress], None] | No
         curve=tuple(done.curve),
         final_loss=last.loss,
         wall_s=time.monotonic() - start,
+        tok_per_s=job.spec.tokens_per_step / statistics.median(done.step_s) if done.step_s else None,
         measured=tuple(done.measured),
         stopped_early=last.step < job.spec.steps,
         snapshots=done.snapshots,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -72,9 +73,13 @@ def run_healing_worker(job: HealingJob, listener: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Progress:
-    """Holds how far a run is; a checkpoint stores it next to the state, and the run returns it. It grows in place."""
+    """Holds how far a run is; a checkpoint stores it next to the state, and the run returns it. It grows in place.
+
+    `step_s` are the seconds of each step of the healing phase, without snapshots and checkpoints.
+    """
 
     curve: list[CurveRow] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
     measured: list[HeldOut] = field(default_factory=list)
     snapshots: dict[int, str] = field(default_factory=dict)
 
@@ -82,6 +87,7 @@ class Progress:
     def from_dict(cls, data: dict[str, Any]) -> Progress:
         return cls(
             curve=[CurveRow(**row) for row in data["curve"]],
+            step_s=list(data.get("step_s", [])),  # checkpoints of earlier versions have none
             measured=[HeldOut(**row) for row in data["measured"]],
             snapshots={int(step): url for step, url in data["snapshots"].items()},
         )
@@ -151,8 +157,12 @@ class _Worker:
         del parent, teacher
         engine = make_engine(trainee, self.job, phase, self.world_size, state_file)
         clock = ProgressClock(phase.first_step + start)
+        step_start = time.monotonic()
 
         def on_step(row: CurveRow) -> None:
+            nonlocal step_start
+            if phase.name == HEAL:
+                self.done.step_s.append(time.monotonic() - step_start)
             self.hung.alive()
             self.done.curve.append(row)
             if self.rank == 0 and self.listener is not None:
@@ -166,6 +176,7 @@ class _Worker:
                 self.job.on_step(StepEvent(phase.name, row.step, self.rank))
             if is_going:
                 raise TerminationNoticeError(f"a worker will be ended; stopped after the checkpoint of step {row.step}")
+            step_start = time.monotonic()
 
         run_phase(
             engine,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ from orchestrator.stages.baselines import baselines
 from orchestrator.stages.candidates import candidates
 from orchestrator.stages.curve import curve_entries, measure_curves, snapshot_folder
 from orchestrator.stages.heal import healed_entry, plans_to_heal
-from orchestrator.stages.healing_jobs import healed_name, healed_unit, healing_job
+from orchestrator.stages.healing_jobs import TEACHER_CACHE, healed_name, healed_unit, healing_job, teacher_cache
 from tasks.cluster.resources import NodeResources, WorkerResources
 from tasks.evaluation import EvaluationUnit, cosine_unit
 
@@ -58,6 +59,7 @@ def test_what_only_memory_depends_on_is_no_part_of_the_identity(inputs):
         "healing.offload_optimizer=true",
         "healing.transfer=by_layer",
         "healing.curve=[0.5]",
+        "healing.teacher_cache_gib=0",
         "healing.baselines=[last]",
         "placement.healing_workers=1",
         "placement.cpus_per_worker=1",
@@ -221,6 +223,21 @@ def give_tokens(run, n_tokens_of_unit) -> None:
         n_tokens = n_tokens_of_unit(unit)
         write_token_rows(f"{sampled.sampled_folder(run)}/{unit.first:09d}.safetensors", [[1, 5, 2]])
         run.record("sample", run.inputs.sample(unit), {"tokens": n_tokens, "duration_s": 1.0})
+
+
+def test_the_teachers_states_are_kept_where_several_plans_share_them(inputs, monkeypatch):
+    one = ("healing.candidates=1", "healing.baselines=[]")
+    assert teacher_cache(context(inputs, *one)) is None
+    for several in (("healing.candidates=2", one[1]), (one[0], "healing.baselines=[parent]")):
+        cache = teacher_cache(context(inputs, *several))
+        assert cache is not None and cache.max_gib == 8
+        assert Path(cache.folder).parent == inputs.folder.parent / "out" / TEACHER_CACHE
+        assert teacher_cache(context(inputs, *several, "healing.teacher_cache_gib=0")) is None
+    run = context(inputs, *several)
+    other = teacher_cache(context(inputs, *several, "model.dtype=bfloat16"))
+    assert other is not None and other.folder != cache.folder, "states of another dtype lie elsewhere"
+    monkeypatch.setattr(run.folder, "is_local", False)
+    assert teacher_cache(run) is None
 
 
 def test_documents_are_sampled_until_they_fill_their_share(inputs):
