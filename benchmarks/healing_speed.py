@@ -10,8 +10,9 @@ student's weights, and AdamW steps the adapters in their own dtype. All sides ta
 in turn; a ratio is the median of the pairs. The losses of the first step are compared, to ensure that all compute the
 same. `two_candidates` is the time that two candidates take which share the teacher's states, over the time of one.
 
-With --workers our steps are those of a Ray Train job with DeepSpeed engines and one thread per worker, while Trainer
-has all threads in its single process.
+With --workers our steps are those of a Ray Train job with DeepSpeed engines, whose workers share the threads that
+Trainer and the loop have in a single process. Each pair runs two jobs on the same tokens, of which the second finds the
+states that the teacher had in the first; the job without stored states is timed, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,23 +85,43 @@ class Ours:
 
 
 class OursOnRay:
-    """Takes steps of healing jobs, timed in their first worker without the start and the end of the jobs."""
+    """Takes steps of healing jobs, timed in their first worker without the start and the end of the jobs.
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, spec: HealingSpec, folder: str):
+    All jobs heal on the same text. `after` names another side, whose last job has stored the teacher's states.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        spec: HealingSpec,
+        folder: str,
+        *,
+        stores: bool = False,
+        after: OursOnRay | None = None,
+    ):
         import ray  # only here, since a machine with a GPU may have neither Ray nor DeepSpeed
 
         self.args, self.plan, self.spec, self.folder, self.jobs = args, plan, spec, folder, 0
+        self.stores, self.after, self.cache = stores, after, ""
+        if ray.is_initialized():
+            return
         # The workers import this file by its module name, so its folder must be on their path.
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-        ray.init(address="local", num_cpus=args.workers, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=args.threads, include_dashboard=False, log_to_driver=False)
 
     def take(self, n: int) -> tuple[float, list[float]]:
         """Returns the seconds of `n` steps after two that warm up, and the losses of all steps."""
         from tasks.cluster.resources import WorkerResources
-        from tasks.healing.job import Checkpoints, HealingJob, HealingText, ZeroSettings
+        from tasks.healing.job import Checkpoints, HealingJob, HealingText, TeacherCache, ZeroSettings
         from tasks.healing.run import heal
 
         self.jobs += 1
+        if self.stores:
+            self.cache = f"{self.folder}/states-{self.jobs}"
+        elif self.after is not None:
+            self.cache = self.after.cache
+        Path(self.folder).mkdir(exist_ok=True)
         times = Path(self.folder) / f"times-{self.jobs}"
         job = HealingJob(
             parent=ModelSource(str(Path(self.args.model).resolve())),
@@ -108,8 +130,9 @@ class OursOnRay:
             text=HealingText((TextSource(str(self.args.text.resolve())),)),
             output=f"{self.folder}/healed",
             checkpoints=Checkpoints(f"{self.folder}/storage", f"job-{self.jobs}", every_steps=10**6),
-            workers=WorkerResources(self.args.workers, 1.0, 0.0),
+            workers=WorkerResources(self.args.workers, self.args.threads / self.args.workers, 0.0),
             zero=ZeroSettings(stage=1),
+            teacher_cache=TeacherCache(self.cache) if self.cache else None,
             on_step=functools.partial(note_time, str(times)),
         )
         losses = [row.loss for row in heal(job).curve]
@@ -239,7 +262,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, help="time a healing job with this many single-threaded workers")
+    parser.add_argument("--workers", type=int, help="time healing jobs with this many workers")
     parser.add_argument("--text", type=Path, help="with --workers: text that the job reads")
     parser.add_argument("--out", type=Path, help="append the row to this CSV")
     arguments = parser.parse_args()
@@ -269,35 +292,41 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory()
     ours: Ours | OursOnRay = Ours(model, plan, text, spec)
     if arguments.workers:
-        ours = OursOnRay(arguments, plan, spec, scratch.name)
+        ours = OursOnRay(arguments, plan, spec, f"{scratch.name}/ours")
         tokenizer, wanted = load_tokenizer(arguments.model), 4 * spec.batch_sequences  # the rows of our first steps
         text = PackedText(pack(read_documents(arguments.text), tokenizer, spec.sequence_tokens, limit_sequences=wanted))
-    sides = {
+    sides: dict[str, Any] = {
         "ours": ours,
         "trainer": Theirs(load(), load(), plan, text, spec),
         "loop": PlainLoop(model, plan, text, spec),
     }
-    if not arguments.workers:
+    other = Plan.parse(str(plan)[::-1], arguments.window)
+    if arguments.workers:
+        first_job = OursOnRay(arguments, plan, spec, f"{scratch.name}/first", stores=True)
+        sides |= {
+            "first": first_job,
+            "second": OursOnRay(arguments, other, spec, f"{scratch.name}/second", after=first_job),
+        }
+    else:
         stored = TeacherStates(scratch.name, 2**40)
-        other = Plan.parse(str(plan)[::-1], arguments.window)
         sides |= {"first": Ours(model, plan, text, spec, stored), "second": Ours(model, other, text, spec, stored)}
     first = {name: side.take(2)[1][0] for name, side in sides.items()}
     # Narrow dtypes round whole logits otherwise than logits in chunks.
     tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
-    for name in ("trainer", "loop", *(("first",) if "first" in sides else ())):
+    for name in ("trainer", "loop", "first"):
         if abs(first["ours"] - first[name]) > tolerance * max(1.0, abs(first["ours"])):
             sys.exit(f"the sides do not compute the same: {first['ours']} against {first[name]} of {name}")
     tokens = arguments.steps * spec.tokens_per_step
     rates: list[dict[str, float]] = []
     for pair in range(arguments.pairs):
         # The second candidate finds what the first has stored; the others change places.
-        names = [name for name in sides if name not in ("first", "second")]
-        names = names[pair % len(names) :] + names[: pair % len(names)] + [n for n in ("first", "second") if n in sides]
+        alone = ["ours", "trainer", "loop"]
+        names = [*alone[pair % 3 :], *alone[: pair % 3], "first", "second"]
         rates.append({name: tokens / sides[name].take(arguments.steps)[0] for name in names})
         print(f"pair {pair + 1}: " + ", ".join(f"{name} {rates[-1][name]:.0f} tok/s" for name in sides), flush=True)
     ratios = sorted(rate["ours"] / rate["trainer"] for rate in rates)
     of_loop = sorted(rate["ours"] / rate["loop"] for rate in rates)
-    two = sorted(rate["ours"] / rate["first"] + rate["ours"] / rate["second"] for rate in rates if "first" in rate)
+    two = sorted(rate["ours"] / rate["first"] + rate["ours"] / rate["second"] for rate in rates)
     row = {
         "model": (arguments.model and Path(arguments.model).name) or arguments.shape,
         "plan": str(plan),
@@ -325,17 +354,13 @@ def main() -> None:
         "loop_ratio": statistics.median(of_loop),
         "loop_ratio_low": of_loop[0],
         "loop_ratio_high": of_loop[-1],
+        "two_candidates": statistics.median(two),
+        "two_candidates_low": two[0],
+        "two_candidates_high": two[-1],
     }
-    if two:
-        row |= {
-            "two_candidates": statistics.median(two),
-            "two_candidates_low": two[0],
-            "two_candidates_high": two[-1],
-        }
     for name, values in (("Trainer", ratios), ("the plain loop", of_loop)):
         print(f"{statistics.median(values):.2f}x of {name} ({values[0]:.2f} to {values[-1]:.2f})")
-    if two:
-        print(f"two candidates take {statistics.median(two):.2f}x the time of one ({two[0]:.2f} to {two[-1]:.2f})")
+    print(f"two candidates take {statistics.median(two):.2f}x the time of one ({two[0]:.2f} to {two[-1]:.2f})")
     if arguments.out:
         is_new = not arguments.out.exists()
         with arguments.out.open("a", newline="") as file:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerboost.checkpoint import ModelSource
+from layerboost.environ import keep_freed_memory
 from layerboost.healing.spec import TRANSFER, HealingSpec, Phase, mark_steps, phases_of
 from layerboost.healing.training import CurveRow, accumulation_rounds
 from layerboost.plan import Plan
@@ -305,6 +306,7 @@ def prepare_process(job: HealingJob) -> None:
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(job.workers.threads)
+    keep_freed_memory()
     logging.getLogger().setLevel(logging.WARNING)  # Ray reports every checkpoint outside its own loggers
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
