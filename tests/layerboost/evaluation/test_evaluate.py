@@ -108,6 +108,22 @@ def tasks(tmp_path_factory) -> dict[str, str]:
                 {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
             ],
         ),
+        "contexts": _write_task(  # as winogrande: the choices are what comes before, and the target is common to them
+            folder,
+            "contexts",
+            [
+                {"contexts": list(_sentences(2, seed=10 + n)), "gold": n % 2, "ending": f"{WORDS[n]} {WORDS[n + 1]}"}
+                for n in range(len(WORDS) - 1)
+            ],
+            output_type="multiple_choice",
+            doc_to_text="gold",
+            doc_to_choice="contexts",
+            doc_to_target="ending",
+            metric_list=[
+                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+            ],
+        ),
         "ending": _write_task(
             folder,
             "ending",
@@ -183,7 +199,7 @@ def scores(model, tokenizer, tasks, text) -> Scores:
     return evaluate(model, tokenizer, spec)
 
 
-@pytest.mark.parametrize("name", ["choice", "ending", "rolling", "answer"])
+@pytest.mark.parametrize("name", ["choice", "contexts", "ending", "rolling", "answer"])
 def test_every_kind_of_task_scores_exactly_as_lm_eval_alone(model, tokenizer, tasks, scores, name):
     results = _simple_evaluate(model, tokenizer, tasks[name], batch_size=4)["results"][name]
     expected = {key: value for key, value in results.items() if "," in key}
@@ -479,15 +495,15 @@ def test_scores_survive_json(scores):
 
 def test_quality_is_the_mean_of_one_metric_of_each_task(scores):
     primary = {score.task: score.metric for score in scores.primary()}
-    assert primary == {"choice": "acc", "ending": "acc", "rolling": "word_perplexity", "answer": "exact_match@first"}
+    accuracies = dict.fromkeys(("choice", "contexts", "ending"), "acc")
+    assert primary == accuracies | {"rolling": "word_perplexity", "answer": "exact_match@first"}
     value, stderr = quality(scores)
     expected = [
-        scores.get("choice", "acc").value,
-        scores.get("ending", "acc").value,
+        *(scores.get(task, "acc").value for task in accuracies),
         1 / scores.get("rolling", "word_perplexity").value,
         scores.get("answer", "exact_match@first").value,
     ]
-    assert value == pytest.approx(sum(expected) / 4)
+    assert value == pytest.approx(sum(expected) / 5)
     assert stderr is None  # lm-eval reports no standard error for word perplexity
     without = Scores([score for score in scores.metrics if score.task in ("choice", "ending")])
     errors = [scores.get(task, "acc").stderr for task in ("choice", "ending")]
