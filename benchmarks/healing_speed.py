@@ -286,7 +286,8 @@ def main() -> None:
         learning_rate=1e-3,
         warmup_fraction=0.0,
     )
-    shape = (256, arguments.sequence_tokens)
+    n_rows = spec.batch_sequences * (2 + arguments.pairs * arguments.steps)  # so that no side meets a row twice
+    shape = (n_rows, arguments.sequence_tokens)
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     text = PackedText(ids)
     scratch = tempfile.TemporaryDirectory()

@@ -6,8 +6,8 @@
 Values of benchmarks must equal those of `lm_eval.simple_evaluate` to the last digit for the untouched model. A plan is
 judged together with others, which changes the order of floating-point sums; its column `difference` is the largest
 difference of a metric. The likelihood is compared with one forward pass for each sequence. The script ends with exit
-code 1 if the untouched model's values differ, or, in float32, its likelihood by more than 1e-4: in bfloat16 the logits
-of a token are rounded to two digits, otherwise in each batch.
+code 1 if the untouched model's values differ, or, in float32, its likelihood by more than 1e-4: in bfloat16 logits
+are rounded to two or three digits, and the size of a batch changes how.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _LOGITS_OF_PRODUCT = {"cpu": 2**25, "cuda": 2**26}
 _POSITIONS_OF_PRODUCT = {"cpu": 512}
 """Maximum number of positions of one product, where more of them bring no speed."""
 _LOGITS_OF_TERMS = {"cpu": 2**18, "cuda": 2**26}
-"""Maximum number of logits whose softmax and gradient exist at once: 1 MiB in fp32 stays in the cache of a CPU."""
+"""Maximum number of logits per thread whose softmax exists at once: 1 MiB in fp32 stays in the cache of a CPU."""
 _LOGITS_WITH_GRAPH = {"cpu": 2**22, "cuda": 2**26}
 """Maximum number of logits that autograd keeps at once while the head is trained."""
 
@@ -44,7 +44,8 @@ def positions_at_once(vocabulary: int, device: torch.device, *, head_trains: boo
         return within(_LOGITS_WITH_GRAPH), within(_LOGITS_WITH_GRAPH)
     chunk = within(_LOGITS_OF_PRODUCT)
     chunk = min(chunk, _POSITIONS_OF_PRODUCT.get(device.type, chunk))
-    return chunk, min(chunk, within(_LOGITS_OF_TERMS))
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return chunk, min(chunk, n_threads * within(_LOGITS_OF_TERMS))
 
 
 def divergence_and_gradient(
@@ -188,15 +189,15 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(states.requires_grad):
                 logits = head(chunk)
             of_student, of_teacher = logits.detach(), teacher_head(teacher_states[part])
-            if buffer is None:
+            if buffer is None and ctx.gradient is not None:
                 buffer = torch.empty_like(of_student)
-            by_logits = buffer[: len(chunk)]
             for block in _chunks(len(chunk), block_tokens):
                 loss, gradient = terms(wide(of_student[block]), wide(of_teacher[block]), next_ids[part][block])
                 total += loss * scale
-                by_logits[block] = gradient.mul_(scale)
-            if ctx.gradient is not None:
-                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, by_logits)
+                if buffer is not None:
+                    buffer[: len(chunk)][block] = gradient.mul_(scale)
+            if buffer is not None:
+                (ctx.gradient[part],) = torch.autograd.grad(logits, chunk, buffer[: len(chunk)])
         return total
 
     @staticmethod

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
+import shutil
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-from ..storage.errors import is_disk_full
+from ..storage.errors import is_disk_full, retried
 
 log = logging.getLogger(__name__)
 
 _STATES = "states"
+_WRITES_PER_SCAN = 32
+"""Number of files that a process writes before it counts again what all processes have written."""
 
 
 class TeacherStates:
@@ -31,12 +34,13 @@ class TeacherStates:
     Args:
         folder: A local folder for one teacher in one dtype.
         max_bytes: Size of the folder's files from which on no more are added.
+        reserved_bytes: Free space of the disk below which no more are added, because healing needs it for checkpoints.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: float):
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path, max_bytes: float, *, reserved_bytes: float = 2**31):
+        self.folder, self.max_bytes, self.reserved_bytes = Path(folder), max_bytes, reserved_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._n_bytes = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        self._n_bytes, self._writes = 0, 0
 
     def states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, compute: Callable[[], torch.Tensor]
@@ -63,33 +67,51 @@ class TeacherStates:
         return [self.folder / f"{hashlib.sha256(row.tobytes()).hexdigest()}.safetensors" for row in rows]
 
     def _read(self, file: Path, n_tokens: int) -> torch.Tensor | None:
-        """Returns the states (T, d) in a file; None if there is none, or a damaged one."""
+        """Returns the states (T, d) in a file; None if there is none, or a damaged one, which is removed."""
         try:
-            states = load_file(file)[_STATES]
+            states = load(retried(file.read_bytes)())[_STATES]
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError) as error:
             log.warning("stored teacher states: %s is damaged (%s) and written again", file, error)
+            file.unlink(missing_ok=True)
             return None
         return states if len(states) == n_tokens else None
 
     def _write(self, file: Path, states: torch.Tensor) -> None:
         n_bytes = states.numel() * states.element_size()
-        if self._n_bytes + n_bytes > self.max_bytes:
-            return
-        part = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self.folder, suffix=".writing")
-            os.close(handle)
-            save_file({_STATES: states.detach().cpu().contiguous()}, part)
-            os.replace(part, file)
-            self._n_bytes += n_bytes
+            if not self._has_room(n_bytes) or file.exists():
+                return
+            retried(_replace)(file, states.detach().cpu().contiguous())
+        except FileNotFoundError:
+            return  # another process has just deleted the folder
         except Exception as error:
-            if part is not None:
-                with suppress(FileNotFoundError):
-                    os.unlink(part)
             if not is_disk_full(error):
                 raise
-            self.max_bytes = 0  # healing needs the room that is left for its checkpoints
-            log.warning("stored teacher states: %s is full, so no more of them are kept", self.folder)
+            self.max_bytes = 0
+            log.warning("stored teacher states: the disk of %s is full, so no more of them are kept", self.folder)
+        else:
+            self._n_bytes += n_bytes
+            self._writes += 1
+
+    def _has_room(self, n_bytes: int) -> bool:
+        if self._writes % _WRITES_PER_SCAN == 0 and self.max_bytes:
+            self._n_bytes = 0
+            for file in os.scandir(self.folder):
+                with suppress(FileNotFoundError):
+                    self._n_bytes += file.stat().st_size
+        has_space = shutil.disk_usage(self.folder).free - n_bytes >= self.reserved_bytes
+        return has_space and self._n_bytes + n_bytes <= self.max_bytes
+
+
+def _replace(file: Path, states: torch.Tensor) -> None:
+    """Writes a file that appears whole; what a kill leaves has a name that the run folder clears away."""
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_file({_STATES: states}, part)
+        os.replace(part, file)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)

@@ -213,8 +213,7 @@ class _Estimator:
             healed_s = -(-n_left // n_at_once) * self.seconds.healed_s(spec, None, slower)
             seconds += TUNE_S * self.costs.slowness + ratio * healed_s + judged_s
             n_tokens += n_left * spec.steps * spec.tokens_per_step
-        kept_mib = self.room.teacher_states_mib(self.inputs.healing_spec, teacher_cache(self.run))
-        checkpoints_mib = n_at_once * self.room.checkpoints_mib() + most * self.room.trained_mib() + kept_mib
+        checkpoints_mib = n_at_once * self.room.checkpoints_mib() + most * self.room.trained_mib()
         return StageEstimate(
             HALVING,
             listing.n_expected,

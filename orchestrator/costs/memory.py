@@ -79,7 +79,8 @@ class Room:
         """Returns the size of the teacher's hidden states that healings on the same text share."""
         if cache is None:
             return 0.0
-        width = self._inputs.facts.config.get_text_config().hidden_size
+        taught_by = self._inputs.facts.teacher or self._inputs.facts
+        width = taught_by.config.get_text_config().hidden_size
         n_tokens = spec.steps * spec.tokens_per_step
         return min(cache.max_gib * 1024, n_tokens * width * self._costs.dtype_bytes / MIB)
 

@@ -29,9 +29,9 @@ class ReportData:
     baselines: pd.DataFrame = field(default_factory=lambda: baselines_table([]))
     branches: pd.DataFrame = field(default_factory=lambda: branches_table([]))
     early_stops: list[dict[str, Any]] = field(default_factory=list)
-    healing_paces: list[dict[str, Any]] = field(default_factory=list)
-    """`tok_per_s` of the steps, `tokens` and `duration_s` of each healing."""
     """`plan_id`, `tokens` and `budget` of each healed plan that stopped before its budget was spent."""
+    healing_paces: list[float] = field(default_factory=list)
+    """Tokens per second of the steps of each healing, in the order of the healed plans."""
     rankings: pd.DataFrame = field(default_factory=lambda: rankings_table([]))
     correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
     interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -107,19 +107,13 @@ def branches_table(rows: Iterable[Row]) -> pd.DataFrame:
     return frame(sorted(checked, key=lambda row: row["plan_id"]), BRANCH_COLUMNS)
 
 
-def pace_sentences(paces: Iterable[Row]) -> Iterator[str]:
-    """Yields a sentence on the speed of the healings' steps, and on the share of their time beside these steps."""
-    timed = [pace for pace in paces if pace["tok_per_s"]]
-    if not timed:
+def pace_sentences(tok_per_s: Sequence[float]) -> Iterator[str]:
+    """Yields a sentence on the speed of the healings' steps, if any was timed."""
+    if not tok_per_s:
         return
-    slowest, fastest = (round(of(pace["tok_per_s"] for pace in timed)) for of in (min, max))
+    slowest, fastest = round(min(tok_per_s)), round(max(tok_per_s))
     speed = f"{slowest:,}" if slowest == fastest else f"{slowest:,} to {fastest:,}"
-    whole_s = sum(pace["duration_s"] for pace in timed)
-    beside = max(0.0, 1 - sum(pace["tokens"] / pace["tok_per_s"] for pace in timed) / whole_s)
-    yield (
-        f"Healing ran at {speed} tokens a second; the start and end of its jobs, and their checkpoints, took "
-        f"{beside:.0%} of its time."
-    )
+    yield f"Healing took its steps at {speed} tokens a second (medians, without the start of jobs and checkpoints)."
 
 
 def early_stop_sentences(stops: Iterable[Row], names: Mapping[str, str]) -> Iterator[str]:

@@ -49,14 +49,10 @@ def early_stops(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
     return found
 
 
-def healing_paces(records: RecordReader, state: RunState) -> list[dict[str, Any]]:
-    """Returns the speed of each healing's steps, its tokens and its seconds with start and checkpoints."""
-    found = (records.healing(entry.key) for entry in state.healed)
-    return [
-        # Records of earlier versions have no speed.
-        {"tok_per_s": record.get("tok_per_s"), "tokens": record["tokens"], "duration_s": record["duration_s"]}
-        for record in found
-    ]
+def healing_paces(records: RecordReader, state: RunState) -> list[float]:
+    """Returns the tokens per second of each healing's steps; records of earlier versions have none."""
+    found = (records.healing(entry.key).get("tok_per_s") for entry in state.healed)
+    return [tok_per_s for tok_per_s in found if tok_per_s]
 
 
 def quality_curve_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, Any]]:

@@ -109,8 +109,7 @@ def heal(run: RunContext) -> bool:
         run.folder.remove(f"{CHECKPOINTS}/{key}")
         if not run.inputs.recipe.healing.curve:
             run.folder.remove(snapshot_folder(key))
-    if len(keys) == len(identities):
-        run.folder.remove(TEACHER_CACHE)
+    run.folder.remove(TEACHER_CACHE)
     run.state.healed = [healed_entry(run, plan, origins[plan], key) for plan, key in keys.items()]
     return True
 

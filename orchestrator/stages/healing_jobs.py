@@ -86,10 +86,14 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
 
 
 def teacher_cache(run: RunContext) -> TeacherCache | None:
-    """Returns where healings of this run share the teacher's states; None if there is one healing, or no disk."""
+    """Returns where healings of this run share the teacher's states.
+
+    It is None if there is one healing, or no disk, and where the states of the last layer are not all that is needed.
+    """
     healing = run.inputs.recipe.healing
     n_healings = healing.candidates + len(healing.baselines) + (0 if healing.halving is None else healing.halving.plans)
-    if not (healing.teacher_cache_gib and run.folder.is_local and n_healings > 1):
+    is_usable = healing.zero_stage < 3 and not healing.hidden_weight
+    if not (healing.teacher_cache_gib and run.folder.is_local and n_healings > 1 and is_usable):
         return None
     name = unit_key(run.inputs.teacher)
     return TeacherCache(run.folder.place(f"{TEACHER_CACHE}/{name}"), healing.teacher_cache_gib)

@@ -45,7 +45,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class HealingProgress:
-    """Reports one step to the driver; `remaining_s` and `tok_per_s` are of the steps since the job (re)started."""
+    """Reports one step to the driver; the last two follow from its phase since the job (re)started."""
 
     phase: str
     step: int

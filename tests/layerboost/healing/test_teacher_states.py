@@ -51,7 +51,7 @@ def text_of(n_sequences: int = 12, *, documents: bool = False) -> PackedText:
 )
 def test_healings_that_share_a_teacher_equal_those_that_do_not(tmp_path, runs, documents, dtype, settings):
     model, text, spec = tiny_model().to(dtype), text_of(documents=documents), spec_of(4, **settings)
-    stored = TeacherStates(tmp_path, 2**30)
+    stored = TeacherStates(tmp_path, 2**30, reserved_bytes=0)
     for number, plan in enumerate(PLANS):
         curves, weights = [], []
         for shared in (None, stored):
@@ -69,13 +69,17 @@ def test_healings_that_share_a_teacher_equal_those_that_do_not(tmp_path, runs, d
 
 def test_states_are_found_by_their_sequence_alone(tmp_path, runs):
     teacher, student = tiny_model(), convert(tiny_model(seed=1), PLANS[1])
-    module = make_trainee(HEAL, teacher, student, spec_of(1), TeacherStates(tmp_path, 2**30))
+    module = make_trainee(HEAL, teacher, student, spec_of(1), TeacherStates(tmp_path, 2**30, reserved_bytes=0))
     text = text_of(7)
     text, new = text[:6], text[6:]
     expected = module(text.input_ids)
     assert len(runs) == 1
     other = make_trainee(
-        HEAL, teacher, convert(tiny_model(seed=1), PLANS[1]), spec_of(1), TeacherStates(tmp_path, 2**30)
+        HEAL,
+        teacher,
+        convert(tiny_model(seed=1), PLANS[1]),
+        spec_of(1),
+        TeacherStates(tmp_path, 2**30, reserved_bytes=0),
     )
     torch.testing.assert_close(other(text.input_ids.flip(0)), expected)  # another order, another process
     assert len(runs) == 1
@@ -91,13 +95,15 @@ def test_states_are_found_by_their_sequence_alone(tmp_path, runs):
 def test_a_loss_over_all_layers_and_a_folder_that_is_full_run_the_teacher(tmp_path, runs):
     teacher, text = tiny_model(), text_of(4)
     student = convert(tiny_model(seed=1), PLANS[1])
-    module = make_trainee(HEAL, teacher, student, spec_of(1, hidden_weight=0.5), TeacherStates(tmp_path, 2**30))
+    module = make_trainee(
+        HEAL, teacher, student, spec_of(1, hidden_weight=0.5), TeacherStates(tmp_path, 2**30, reserved_bytes=0)
+    )
     for _ in range(2):
         module(text.input_ids)
     assert len(runs) == 2
     assert list(Path(tmp_path).iterdir()) == []
-    each = 16 * 32 * 4
-    stored = TeacherStates(tmp_path, 2.5 * each)
+    each = 16 * 32 * 4 + 256  # with room for the header of a file
+    stored = TeacherStates(tmp_path, 2.5 * each, reserved_bytes=0)
     module = make_trainee(HEAL, teacher, convert(tiny_model(seed=1), PLANS[1]), spec_of(1), stored)
     module(text.input_ids)
     assert len(list(Path(tmp_path).iterdir())) == 2
@@ -105,13 +111,13 @@ def test_a_loss_over_all_layers_and_a_folder_that_is_full_run_the_teacher(tmp_pa
     assert len(runs) == 3
     module(text.input_ids[2:])
     assert len(runs) == 4
-    again = TeacherStates(tmp_path, 2.5 * each)  # what lies there already counts
+    again = TeacherStates(tmp_path, 2.5 * each, reserved_bytes=0)  # what lies there already counts
     again.states(text_of(1).input_ids, None, lambda: torch.zeros(1, 16, 32))
     assert len(list(Path(tmp_path).iterdir())) == 2
 
 
 def test_damaged_and_deleted_files_are_written_again(tmp_path, caplog):
-    stored, text = TeacherStates(tmp_path / "states", 2**30), text_of(2)
+    stored, text = TeacherStates(tmp_path / "states", 2**30, reserved_bytes=0), text_of(2)
     states, n_computed = torch.randn(2, 16, 8), 0
 
     def compute() -> torch.Tensor:
@@ -135,8 +141,40 @@ def test_damaged_and_deleted_files_are_written_again(tmp_path, caplog):
     assert n_computed == 3
 
 
+def test_several_processes_keep_to_one_limit_and_leave_the_disk_some_room(tmp_path, monkeypatch):
+    each = 16 * 8 * 4 + 256
+    several = [TeacherStates(tmp_path / "states", 40 * each, reserved_bytes=0) for _ in range(4)]
+    for _ in range(40):
+        for stored in several:
+            stored.states(text_of(1).input_ids, None, lambda: torch.randn(1, 16, 8))
+    # A process counts what the others wrote after 32 files of its own.
+    assert 40 <= len(list((tmp_path / "states").iterdir())) <= 40 + 3 * 32
+    free = shutil.disk_usage(tmp_path).free
+    for reserved, n_kept in ((2 * free, 0), (free // 2, 1)):
+        stored = TeacherStates(tmp_path / str(reserved), 2**30, reserved_bytes=reserved)
+        stored.states(text_of(1).input_ids, None, lambda: torch.randn(1, 16, 8))
+        assert len(list((tmp_path / str(reserved)).iterdir())) == n_kept
+
+
+def test_a_passing_storage_error_is_tried_again(tmp_path, monkeypatch):
+    stored, states, n_tried = TeacherStates(tmp_path, 2**30, reserved_bytes=0), torch.randn(1, 16, 8), 0
+    original = teacher_states.save_file
+
+    def flaky(tensors, file) -> None:
+        nonlocal n_tried
+        n_tried += 1
+        if n_tried == 1:
+            raise OSError(errno.EIO, "the file server is away")
+        original(tensors, file)
+
+    monkeypatch.setattr(teacher_states, "save_file", flaky)
+    monkeypatch.setattr("layerboost.storage.errors.RETRY_DELAYS_S", (0.0,))
+    stored.states(text_of(1).input_ids, None, lambda: states)
+    assert n_tried == 2 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_full_disk_keeps_no_more_and_leaves_nothing_half_written(tmp_path, monkeypatch, caplog):
-    stored, states, n_tried = TeacherStates(tmp_path, 2**30), torch.randn(2, 16, 8), 0
+    stored, states, n_tried = TeacherStates(tmp_path, 2**30, reserved_bytes=0), torch.randn(2, 16, 8), 0
 
     def full(tensors, file) -> None:
         nonlocal n_tried
@@ -157,4 +195,4 @@ def test_a_full_disk_keeps_no_more_and_leaves_nothing_half_written(tmp_path, mon
 
     monkeypatch.setattr(teacher_states, "save_file", broken)
     with pytest.raises(PermissionError):  # anything else is no matter of room and must be seen
-        TeacherStates(tmp_path, 2**30).states(text_of(2).input_ids, None, lambda: states)
+        TeacherStates(tmp_path, 2**30, reserved_bytes=0).states(text_of(2).input_ids, None, lambda: states)

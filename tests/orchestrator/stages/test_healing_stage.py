@@ -232,10 +232,12 @@ def test_the_teachers_states_are_kept_where_several_plans_share_them(inputs, mon
         cache = teacher_cache(context(inputs, *several))
         assert cache is not None and cache.max_gib == 8
         assert Path(cache.folder).parent == inputs.folder.parent / "out" / TEACHER_CACHE
-        assert teacher_cache(context(inputs, *several, "healing.teacher_cache_gib=0")) is None
+        for without in ("teacher_cache_gib=0", "zero_stage=3", "hidden_weight=0.1"):
+            assert teacher_cache(context(inputs, *several, f"healing.{without}")) is None
     run = context(inputs, *several)
     other = teacher_cache(context(inputs, *several, "model.dtype=bfloat16"))
     assert other is not None and other.folder != cache.folder, "states of another dtype lie elsewhere"
+    assert cache == healing_job(run, PLAN, "key", WorkerResources(1, 1.0, 0.0)).teacher_cache
     monkeypatch.setattr(run.folder, "is_local", False)
     assert teacher_cache(run) is None
 
