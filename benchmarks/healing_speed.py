@@ -3,6 +3,7 @@
     python benchmarks/healing_speed.py --model MODEL --plan NNNNLSLSLLSS --window 16
     python benchmarks/healing_speed.py --shape small-llm          # random weights, a real model's share of vocabulary
     python benchmarks/healing_speed.py --model MODEL --text TEXT --workers 2   # as a healing job runs on this machine
+    python benchmarks/healing_speed.py --model MODEL --parts   # where the time of our own step goes
 
 One other side is `transformers.Trainer` with peft's LoRA of the same rank on the same converted model, a second copy of
 the parent as teacher and the plain KL of whole logits. The plain loop is the same without Trainer: its teacher has the
@@ -18,6 +19,7 @@ states that the teacher had in the first; the job without stored states is timed
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import functools
 import os
@@ -26,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,30 @@ class Ours:
         )
         self.done += n
         return time.perf_counter() - start, losses
+
+
+def time_parts(ours: Ours, n_steps: int) -> dict[str, float]:
+    """Returns the median seconds of the parts of a step, the same calls as in `Distillation` and `TorchEngine`."""
+    trainee, engine, seconds = ours.engine.module, ours.engine, collections.defaultdict(list)
+
+    def timed(part: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        seconds[part].append(time.perf_counter() - start)
+        return result
+
+    for step in range(n_steps + 1):
+        ids = ours.batches.batch(step).input_ids.long().to(ours.device)
+        with torch.no_grad():
+            of_teacher, _ = timed("teacher's layers", lambda ids=ids: trainee._run(trainee.teacher, ids, None, False))
+        of_student, _ = timed("student's layers", lambda ids=ids: trainee._run(trainee.student, ids, None, False))
+        loss = timed(
+            "heads and loss, with its gradient",
+            lambda ids=ids, s=of_student, t=of_teacher: trainee._divergence(s, t, ids, None),
+        )
+        timed("backward through the layers", lambda loss=loss: engine.backward(loss))
+        timed("optimizer", engine.step)
+    return {part: statistics.median(values[1:]) for part, values in seconds.items()}
 
 
 class OursOnRay:
@@ -264,6 +291,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="time healing jobs with this many workers")
     parser.add_argument("--text", type=Path, help="with --workers: text that the job reads")
+    parser.add_argument("--parts", action="store_true", help="time the parts of our own step, and nothing else")
     parser.add_argument("--out", type=Path, help="append the row to this CSV")
     arguments = parser.parse_args()
     if arguments.workers and not (arguments.model and arguments.text):
@@ -292,6 +320,11 @@ def main() -> None:
     text = PackedText(ids)
     scratch = tempfile.TemporaryDirectory()
     ours: Ours | OursOnRay = Ours(model, plan, text, spec)
+    if arguments.parts:
+        parts = time_parts(ours, arguments.pairs * arguments.steps)
+        for part, part_s in parts.items():
+            print(f"{part:34} {part_s:7.3f} s {part_s / sum(parts.values()):6.1%}")
+        return
     if arguments.workers:
         ours = OursOnRay(arguments, plan, spec, f"{scratch.name}/ours")
         tokenizer, wanted = load_tokenizer(arguments.model), 4 * spec.batch_sequences  # the rows of our first steps

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
+from ..evaluation.scores import Scores
 from ..evaluation.statistics import Difference, mean_of_differences, paired_difference
+from .drops import item_drops
 
 Method = Literal["spearman", "kendall"]
 
@@ -140,6 +142,36 @@ def split_half(matrix: DropMatrix, *, n_splits: int = 200, seed: int = 0) -> Spl
     low, high = np.quantile(spearman, [0.025, 0.975])
     kendall = float(np.median(_correlations(first, second, "kendall")))
     return SplitHalf(float(np.median(spearman)), float(low), float(high), kendall, sum(halves.values()))
+
+
+def reliability(matrix: DropMatrix, *, n_splits: int = 200, seed: int = 0) -> float:
+    """Estimates how the ranking by these items correlates with the ranking by as many other items.
+
+    It is the median Spearman correlation of `split_half`, which is one of half as many items, carried to all of them by
+    the formula of Spearman (1910) and Brown (1910). A correlation below 0 stays as it is.
+
+    Args:
+        matrix, n_splits, seed: As in `split_half`.
+    """
+    half = split_half(matrix, n_splits=n_splits, seed=seed).spearman
+    return 2 * half / (1 + half) if half > 0 else half
+
+
+def score_reliability(base: Scores, by_treatment: Mapping[str, Sequence[Scores]], score: str) -> dict[str, float]:
+    """Returns the `reliability` of each treatment's ranking by a score.
+
+    Args:
+        base: Scores of the untouched model.
+        by_treatment: Scores of the plans that treat one layer, first layer first.
+        score: A score that is a mean of items.
+    """
+    found = {}
+    for treatment, of_layers in by_treatment.items():
+        drops = [item_drops(base, of_layer, score) for of_layer in of_layers]
+        found[treatment] = reliability(
+            DropMatrix({task: np.stack([each[task] for each in drops]) for task in drops[0]})
+        )
+    return found
 
 
 def items_until_stable(matrix: DropMatrix, *, threshold: float = 0.9, n_splits: int = 200, seed: int = 0) -> int | None:

@@ -129,7 +129,8 @@ class _Estimator:
 
     def _sensitivity(self, listing: StageUnits) -> StageEstimate:
         inputs = self.inputs
-        is_adaptive = inputs.recipe.sensitivity.adaptive is not None
+        ends_early = inputs.recipe.sensitivity.stable_at is not None
+        is_adaptive = inputs.recipe.sensitivity.adaptive is not None or ends_early
         sources = inputs.sweep_sources[:1] if is_adaptive else inputs.sweep_sources
         of_source: dict[tuple[Any, Any], list[Unit]] = {}
         for unit in listing.units:

@@ -121,6 +121,27 @@ class Recipe(Section):
                     list(self.sensitivity.treatments),
                     f"lacks {', '.join(lacking)}, whose costs search.refine needs; add it",
                 )
+        if self.sensitivity.stable_at is not None:
+            needs_all = {
+                "sensitivity.compare": self.sensitivity.compare,
+                "sensitivity.texts": self.sensitivity.texts,
+                "sensitivity.context_tokens": self.sensitivity.context_tokens,
+                "sensitivity.adaptive": self.sensitivity.adaptive is not None,
+                "search.refine": self.search.refine is not None,
+            }
+            if not described.ranks_texts:
+                raise InputError(
+                    "sensitivity.stable_at",
+                    self.sensitivity.stable_at,
+                    f"stops reading a text, which the {score} score does not rank by; leave it out, or use nll",
+                )
+            if given := [name for name, value in needs_all.items() if value]:
+                raise InputError(
+                    "sensitivity.stable_at",
+                    self.sensitivity.stable_at,
+                    f"reads a part of the text, and {given[0]} needs all of it or has a rule of its own; "
+                    "leave one of them out",
+                )
         if self.sensitivity.adaptive is not None and self.sensitivity.treatments != ("none",):
             raise InputError(
                 "sensitivity.treatments",

@@ -213,6 +213,9 @@ class SensitivitySection(Section):
         shares: number of parts into which the items are cut. A lost worker loses at most one part, and at most this
             many workers can help. `auto` depends on the tokens of the items, not on the workers
             (`layerboost.evaluation.shares`).
+        stable_at: read no more of the text once every treatment's ranking of the layers is this reliable: the
+            estimated rank correlation with the ranking by as many other sequences
+            (`layerboost.sensitivity.ranking.reliability`). Without a value all sequences are read.
         adaptive: score layers by the chosen score until their tier is certain.
     """
 
@@ -226,6 +229,7 @@ class SensitivitySection(Section):
         tuple[Annotated[int, BeforeValidator(as_number), Field(ge=2)], ...], AfterValidator(unique_entries)
     ] = ()
     shares: AutoCount = "auto"
+    stable_at: Annotated[Number, Field(gt=0, lt=1)] | None = None
     adaptive: AdaptiveSection | None = None
 
 

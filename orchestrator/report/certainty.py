@@ -7,7 +7,7 @@ rows does not depend on the order in which they came.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -192,6 +192,17 @@ def by_score(interactions: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Groups the rows by score, in the order of `SCORES`."""
     groups: list[Any] = list(interactions.groupby("score"))
     return sorted(groups, key=lambda group: _score_rank(group[0]))
+
+
+def reading_sentences(stable: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yields a sentence on how much of the text the sweep read, if it could end early."""
+    if stable is None:
+        return
+    certain = ", ".join(f"{value:.2f} for {treatment}" for treatment, value in stable["reliability"].items())
+    yield (
+        f"The sweep read {stable['sequences']} of {stable['of']} sequences; "
+        f"rankings by as many others would correlate with its own at about {certain}."
+    )
 
 
 def stability_sentences(rankings: pd.DataFrame) -> list[str]:

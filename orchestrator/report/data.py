@@ -32,6 +32,8 @@ class ReportData:
     """`plan_id`, `tokens` and `budget` of each healed plan that stopped before its budget was spent."""
     healing_paces: list[float] = field(default_factory=list)
     """Tokens per second of the steps of each healing, in the order of the healed plans."""
+    stable: dict[str, Any] | None = None
+    """`sequences` read `of` all and `reliability` by treatment, if the sweep could end early."""
     rankings: pd.DataFrame = field(default_factory=lambda: rankings_table([]))
     correlations: pd.DataFrame = field(default_factory=lambda: correlations_table([]))
     interactions: pd.DataFrame = field(default_factory=lambda: interactions_table([]))

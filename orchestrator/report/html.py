@@ -18,7 +18,12 @@ from orchestrator.report.candidates_page import (
 )
 from orchestrator.report.canvas import GRID, INK, PAPER, Picture
 from orchestrator.report.cells import text_of
-from orchestrator.report.certainty import interaction_sentences, stability_sentences, tier_sentences
+from orchestrator.report.certainty import (
+    interaction_sentences,
+    reading_sentences,
+    stability_sentences,
+    tier_sentences,
+)
 from orchestrator.report.certainty_page import correlations_cells, interactions_cells, rankings_cells, tiers_cells
 from orchestrator.report.chart import SHAPES
 from orchestrator.report.choice import fidelity_sentences, speed_sentences
@@ -95,7 +100,7 @@ def page(data: ReportData, drawings: Drawings) -> bytes:
         cost=plain_cells("What each stage took", data.cost),
         sensitivity=list(sensitivity_cells(data.sensitivity)),
         rankings=rankings_cells(data.rankings),
-        stability=stability_sentences(data.rankings),
+        stability=[*reading_sentences(data.stable), *stability_sentences(data.rankings)],
         correlations=correlations_cells(data.correlations),
         interactions=interactions_cells(data.interactions),
         independence=interaction_sentences(data.interactions),

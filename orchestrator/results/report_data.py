@@ -88,6 +88,7 @@ def report_data(folder: RunFolder) -> ReportData:
         environment=state.environment,
         estimates=estimates_table(estimate_rows(folder, state)),
         cost=cost_table(records, state),
+        stable=state.stable,
         rankings=rankings_table(ranking_rows(found)),
         correlations=correlations_table(correlation_rows(found)),
         interactions=interactions_table(interaction_rows(records, state, ablations)),

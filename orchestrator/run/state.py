@@ -42,6 +42,7 @@ class RunState:
     Attributes:
         sensitivity: The ablations; those on the source of the chosen score come first.
         adaptive: `spent`, `tiers` and `error` of an adaptive sweep; else None.
+        stable: `sequences` read `of` all, and `reliability` by treatment, of a sweep that may end early; else None.
         trials: Points of the search.
         baselines: Plans that the candidates are compared with.
         healed: The healed plans.
@@ -65,6 +66,7 @@ class RunState:
     base_key: str | None = None
     sensitivity: list[AblationEntry] = field(default_factory=list)
     adaptive: dict[str, Any] | None = None
+    stable: dict[str, Any] | None = None
     trials: list[Trial] = field(default_factory=list)
     baselines: list[BaselineEntry] = field(default_factory=list)
     healed: list[HealedEntry] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """Runs stage `sensitivity`: it treats one layer at a time, and sweeps all these plans together over shares of items.
 
 For each source of items (the tasks, the text, further texts and lengths) the shares are swept first. When all shares of
-a source are recorded, they are joined to the scores of each plan, which later stages read. The order of work depends
-only on the records, so that an interrupted run resumes where it stopped.
+a source are recorded, they are joined to the scores of each plan, which later stages read. With
+`sensitivity.stable_at` the shares of a text are swept in rounds, until the first ones of them give stable rankings. The
+order of work depends only on the records, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from layerboost.evaluation.shares import Share, auto_shares, shares
 from layerboost.plan import Plan, Treatment
+from layerboost.sensitivity.ranking import score_reliability
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import AblationEntry
 from orchestrator.run.folder import unit_key
@@ -24,6 +26,9 @@ from tasks.evaluation import EvaluationUnit, cosine_unit
 from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
 from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
+
+_FIRST_SEQUENCES = 4
+"""Sequences that are read before rankings may count as stable; two halves of fewer say little."""
 
 
 def units(run: RunContext) -> None:
@@ -41,8 +46,9 @@ def sensitivity(run: RunContext) -> bool:
     if run.inputs.recipe.sensitivity.adaptive is not None:
         return adaptive_sensitivity(run)
     sweep = Sweep(run, run.inputs.sweep_sources)
+    is_complete = sweep.run()
     run.state.sensitivity = list(sweep.entries())
-    return sweep.run()
+    return is_complete
 
 
 class Sweep:
@@ -50,7 +56,8 @@ class Sweep:
 
     def __init__(self, run: RunContext, sources: Sequence[SweepSource]):
         self._run, self._sources = run, sources
-        self._plans = run.inputs.sweep_plans
+        self._plans, self._stable_at = run.inputs.sweep_plans, run.inputs.recipe.sensitivity.stable_at
+        self._reliability: dict[int, dict[str, float]] = {}
         self._handed_out: set[SweepWork] = set()
         self._units: dict[tuple[SweepSource, Share], Unit] = {}
         self._answers_read: dict[tuple[SweepSource, Share, str], dict[str, Any]] = {}
@@ -66,15 +73,20 @@ class Sweep:
         return recipe.compare or recipe.score == "cosine"
 
     def entries(self) -> Iterator[AblationEntry]:
-        """Yields the entries of `run.json`: each plan's record under each source, with the record of its base."""
+        """Yields the entries of `run.json`: each plan's record under each source, with the record of its base.
+
+        There are none of a source before it is certain which of its shares are used.
+        """
         inputs = self._run.inputs
         for source in self._sources:
-            base_key = unit_key(inputs.plan_scores(self._plans[Treatment.SOFTMAX.value][0], source.spec))
+            if self._stable_at is not None and self._used(source) is None:
+                continue
+            base_key = unit_key(self._scores_identity(source, self._base))
             for treatment, plans in self._plans.items():
                 if treatment == Treatment.SOFTMAX.value:
                     continue
                 for layer, plan in enumerate(plans):
-                    key = unit_key(inputs.plan_scores(plan, source.spec))
+                    key = unit_key(self._scores_identity(source, plan))
                     yield AblationEntry(source.name, source.context_tokens, layer, treatment, key, base_key)
         if self._has_cosine:
             tokens = self._text_source.context_tokens
@@ -106,7 +118,27 @@ class Sweep:
         if todo:
             self.list_units()
         run.progress.end_stage()
+        self._tell_what_was_saved()
         return not failures
+
+    def _tell_what_was_saved(self) -> None:
+        """Notes in the state and in progress how much of the text was read, if reading could end early."""
+        if self._stable_at is None:
+            return
+        (source,) = self._sources
+        cut, used = self._shares(source), self._used(source)
+        if cut is None or used is None:
+            return  # units failed
+        reliability = self._reliability_of(source, used)
+        self._run.state.stable = {"sequences": used[-1].stop, "of": cut[-1].stop, "reliability": reliability}
+        self._run.progress.note(
+            f"rankings from {used[-1].stop} of {cut[-1].stop} sequences",
+            **{f"reliability_{treatment}": f"{value:.3f}" for treatment, value in reliability.items()},
+        )
+
+    @property
+    def _base(self) -> Plan:
+        return self._plans[Treatment.SOFTMAX.value][0]
 
     @property
     def _text_source(self) -> SweepSource:
@@ -124,12 +156,20 @@ class Sweep:
         for source in self._sources:
             beside.append(Unit(SHARES, (inputs.count(source.spec),), {"source": source.name}))
             every = (plan for plans in self._plans.values() for plan in plans)
-            beside += [Unit(SCORES, (inputs.plan_scores(plan, source.spec),), {"plan": str(plan)}) for plan in every]
+            beside += [Unit(SCORES, (self._scores_identity(source, plan),), {"plan": str(plan)}) for plan in every]
             cut = self._shares(source)
             if cut is None:
                 n_open += 0 if self._is_scored(source) else self._expected_shares(source)
-            else:
-                units += [self._unit(source, share) for share in cut]
+                continue
+            used = self._used(source)
+            if used is None:  # every share may still be needed; those that are not begun have no name yet
+                missing = self._missing(source, cut)
+                used = [share for share in cut if not missing[share] or self._is_handed_out(source, share)]
+                n_open += len(cut) - len(used)
+            units += [self._unit(source, share) for share in used]
+            beside += [
+                self._unit(source, share) for share in cut if share not in used and self._is_swept(source, share)
+            ]
         if self._has_cosine:
             identity = inputs.scores(cosine_unit(), self._text_source.spec)
             units.append(Unit(SCORES, (identity,), self._name(cosine_unit()), cosine_unit()))
@@ -179,12 +219,66 @@ class Sweep:
         n_expected = auto_shares(sequences) if isinstance(n_shares, str) else n_shares
         return min(n_expected, len(sequences) or n_expected)
 
+    def _used(self, source: SweepSource) -> list[Share] | None:
+        """Returns the shares that the scores are made of; None while the items are not counted or shares decide it.
+
+        These are all shares, or with `stable_at` the first ones that give stable rankings. Recorded shares behind them
+        are not used, so that the result does not depend on how many were swept at once.
+        """
+        cut = self._shares(source)
+        if cut is None or self._stable_at is None:
+            return cut
+        missing = self._missing(source, cut)
+        for n, share in enumerate(cut, start=1):
+            if missing[share]:
+                return None
+            if n == len(cut):
+                return cut
+            if share.stop >= _FIRST_SEQUENCES:
+                of_each = self._reliability_of(source, cut[:n])
+                if of_each and min(of_each.values()) >= self._stable_at:
+                    return cut[:n]
+        return None
+
+    def _reliability_of(self, source: SweepSource, used: Sequence[Share]) -> dict[str, float]:
+        """Returns the reliability of each treatment's ranking by some shares; a single layer or sequence has none."""
+        if used[-1].stop < 2 or len(self._plans[Treatment.NONE.value]) < 2:
+            return {}
+        if len(used) not in self._reliability:
+            scores = {
+                name: [joined_text_scores(self._answers(source, used, plan, "nll", "kl")) for plan in plans]
+                for name, plans in self._plans.items()
+            }
+            (base,) = scores.pop(Treatment.SOFTMAX.value)
+            score = self._run.inputs.recipe.sensitivity.score
+            self._reliability[len(used)] = score_reliability(base, scores, score)
+        return self._reliability[len(used)]
+
+    def _scores_identity(self, source: SweepSource, plan: Plan) -> Identity:
+        """Returns the identity of a plan's scores, which names the sequences if they are not all."""
+        identity, used = self._run.inputs.plan_scores(plan, source.spec), None
+        if self._stable_at is not None:
+            used = self._used(source)
+        if used is None or used == self._shares(source):
+            return identity
+        return {**identity, "sample": [used[0].start, used[-1].stop, used[0].seed]}
+
+    def _is_handed_out(self, source: SweepSource, share: Share) -> bool:
+        return any(
+            isinstance(unit, SweepUnit) and (unit.spec, unit.share) == (source.spec, share) for unit in self._handed_out
+        )
+
+    def _is_swept(self, source: SweepSource, share: Share) -> bool:
+        return all((source, share, name) in self._answers_read for name in self._plans)
+
     def _is_scored(self, source: SweepSource) -> bool:
         return not self._unscored(source)
 
     def _unscored(self, source: SweepSource) -> list[Plan]:
         plans = [plan for of_treatment in self._plans.values() for plan in of_treatment]
-        recorded = self._run.all_recorded([self._run.inputs.plan_scores(plan, source.spec) for plan in plans])
+        if self._stable_at is not None and self._used(source) is None:
+            return plans
+        recorded = self._run.all_recorded([self._scores_identity(source, plan) for plan in plans])
         return [plan for plan, scores in zip(plans, recorded, strict=True) if scores is None]
 
     def _missing(self, source: SweepSource, cut: Sequence[Share]) -> dict[Share, list[str]]:
@@ -209,7 +303,8 @@ class Sweep:
     def _more_units(self) -> list[SweepWork]:
         """Returns the next units while the stage runs; the number of shares is known once the items are counted."""
         units = self._next_units()
-        if any(isinstance(unit, SweepUnit) for unit in units):  # the items of a source are counted by now
+        # The items of a source are counted by now, or its rankings are stable and it needs no more shares.
+        if any(isinstance(unit, SweepUnit) for unit in units) or self._stable_at is not None:
             self._run.progress.set_total(self.list_units().n_expected)
         return units
 
@@ -229,7 +324,13 @@ class Sweep:
         cut = self._shares(source)
         if cut is None:
             return [CountUnit(source.spec)]
-        missing = self._missing(source, cut)
+        used = self._used(source)
+        if used is None:
+            n_first = sum(share.start < _FIRST_SEQUENCES for share in cut)
+            left = [share for share, names in self._missing(source, cut).items() if names]
+            n_recorded = len(cut) - len(left)
+            used = left[: max(n_first - n_recorded, self._run.n_workers())]
+        missing = self._missing(source, used)
         if any(missing.values()):
             return [
                 SweepUnit(source.spec, share, tuple(plan for name in names for plan in self._plans[name]))
@@ -238,12 +339,12 @@ class Sweep:
             ]
         if source.name == TASKS_SOURCE:
             return [
-                ScoreUnit(source.spec, plan, tuple(cut), self._answers(source, cut, plan, "log_p", "greedy"))
+                ScoreUnit(source.spec, plan, tuple(used), self._answers(source, used, plan, "log_p", "greedy"))
                 for plan in unscored
             ]
         for plan in unscored:
-            scores = joined_text_scores(self._answers(source, cut, plan, "nll", "kl"))
-            identity = self._run.inputs.plan_scores(plan, source.spec)
+            scores = joined_text_scores(self._answers(source, used, plan, "nll", "kl"))
+            identity = self._scores_identity(source, plan)
             self._run.record(SENSITIVITY, identity, {"scores": scores.to_dict(), "duration_s": 0.0})
         return []
 
@@ -263,7 +364,8 @@ class Sweep:
         if isinstance(unit, CountUnit):
             run.record(SWEEP, inputs.count(unit.spec), result)
         elif isinstance(unit, ScoreUnit):
-            run.record(SENSITIVITY, inputs.plan_scores(unit.plan, unit.spec), result)
+            source = next(source for source in self._sources if source.spec == unit.spec)
+            run.record(SENSITIVITY, self._scores_identity(source, unit.plan), result)
         elif isinstance(unit, EvaluationUnit):
             run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), result)
             run.progress.finish_unit(done.seconds, **self._name(unit))

@@ -13,6 +13,7 @@ from layerboost.sensitivity.ranking import (
     indistinct_neighbours,
     items_until_stable,
     rank_correlation,
+    reliability,
     split_half,
     straddles,
 )
@@ -84,6 +85,22 @@ def test_split_half_is_that_of_naive_random_halves(make):
     assert halves.kendall == pytest.approx(np.median(kendall), abs=0.08)
     assert halves.ci_low == pytest.approx(np.quantile(spearman, 0.025), abs=0.12)
     assert halves.ci_high == pytest.approx(np.quantile(spearman, 0.975), abs=0.05)
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0, 6.0])
+def test_reliability_is_the_correlation_with_a_ranking_by_as_many_other_items(noise):
+    rng = np.random.default_rng(7)
+    effects, estimated, actual = np.arange(20.0)[:, None], [], []
+    for _ in range(60):
+        these, others = (effects + noise * rng.standard_normal((20, 12)) for _ in range(2))
+        estimated.append(reliability(DropMatrix({"text": these}), n_splits=50))
+        actual.append(stats.spearmanr(these.mean(axis=1), others.mean(axis=1)).statistic)
+    assert np.mean(estimated) == pytest.approx(np.mean(actual), abs=0.02)
+
+
+def test_reliability_of_unrelated_halves_is_no_more_than_their_correlation():
+    drops = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    assert reliability(DropMatrix({"text": drops})) == split_half(DropMatrix({"text": drops})).spearman == -1
 
 
 def test_splits_depend_on_the_seed_alone():

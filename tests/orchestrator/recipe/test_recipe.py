@@ -358,6 +358,28 @@ def test_the_score_follows_from_what_there_is_to_judge_by():
             "leave one of them out",
         ),
         (["sensitivity.context_tokens=[64]", "quality.text=null"], "sensitivity.context_tokens", "needs quality.text"),
+        (["sensitivity.stable_at=1"], "sensitivity.stable_at", "less than 1"),
+        (["sensitivity.stable_at=0.9", "sensitivity.score=margin"], "sensitivity.stable_at", "does not rank by"),
+        (
+            ["sensitivity.stable_at=0.9", "sensitivity.score=nll", "sensitivity.compare=true"],
+            "sensitivity.stable_at",
+            "sensitivity.compare",
+        ),
+        (
+            [
+                "sensitivity.stable_at=0.9",
+                "sensitivity.score=nll",
+                "search.refine={plans: 8}",
+                "sensitivity.treatments=[none, linear_window]",
+            ],
+            "sensitivity.stable_at",
+            "search.refine",
+        ),
+        (
+            ["sensitivity.stable_at=0.9", "sensitivity.score=nll", "sensitivity.adaptive={removed: 3, middle: 2}"],
+            "sensitivity.stable_at",
+            "sensitivity.adaptive",
+        ),
         (["placement.activations_gib=0"], "placement.activations_gib", "must be auto or a number of GiB"),
     ],
 )

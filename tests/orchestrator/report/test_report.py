@@ -20,6 +20,7 @@ from orchestrator.report.certainty import (
     interaction_sentences,
     interactions_table,
     rankings_table,
+    reading_sentences,
     stability_sentences,
     tier_sentences,
     tiers_table,
@@ -588,6 +589,15 @@ def test_uncertain_tiers_are_named_for_each_plan():
     rows = tier_rows("NNSS", ("remove_below keep_above", "", "remove_below keep_above", ""), keep_above=0.05)
     assert tier_sentences(tiers_table(rows))[0][2] == "layer 0 could as well be softmax; layer 2 could as well be none."
     assert tier_sentences(tiers_table(tier_rows(straddles=[""] * 4)))[0][2] == "no layer's interval holds a threshold."
+
+
+def test_the_page_says_how_much_of_the_text_the_sweep_read():
+    stable = {"sequences": 6, "of": 16, "reliability": {"none": 0.987, "window": 0.951}}
+    (sentence,) = reading_sentences(stable)
+    assert "read 6 of 16 sequences" in sentence and "0.99 for none, 0.95 for window" in sentence
+    assert not list(reading_sentences(None))
+    page = render(replace(sample(), stable=stable))["report.html"].decode()
+    assert sentence in page
 
 
 def test_page_shows_how_sure_the_ranking_is(files):

@@ -23,6 +23,7 @@ STATE: dict[str, Any] = {
         {"source": "text", "context_tokens": 8, "layer": None, "treatment": "none", "key": "c", "base_key": None},
     ],
     "adaptive": None,
+    "stable": None,
     "trials": [
         {
             "plan": "NL",
