@@ -27,7 +27,7 @@ from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
 from tasks.sweep import CountUnit, ScoreUnit, SweepUnit, SweepWork, joined_text_scores, sweep_units
 
-_FIRST_SEQUENCES = 4
+FIRST_SEQUENCES = 4
 """Sequences that are read before rankings may count as stable; two halves of fewer say little."""
 
 
@@ -234,7 +234,7 @@ class Sweep:
                 return None
             if n == len(cut):
                 return cut
-            if share.stop >= _FIRST_SEQUENCES:
+            if share.stop >= FIRST_SEQUENCES:
                 of_each = self._reliability_of(source, cut[:n])
                 if of_each and min(of_each.values()) >= self._stable_at:
                     return cut[:n]
@@ -326,7 +326,7 @@ class Sweep:
             return [CountUnit(source.spec)]
         used = self._used(source)
         if used is None:
-            n_first = sum(share.start < _FIRST_SEQUENCES for share in cut)
+            n_first = sum(share.start < FIRST_SEQUENCES for share in cut)
             left = [share for share, names in self._missing(source, cut).items() if names]
             n_recorded = len(cut) - len(left)
             used = left[: max(n_first - n_recorded, self._run.n_workers())]
