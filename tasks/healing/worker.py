@@ -79,9 +79,9 @@ class Progress:
     """
 
     curve: list[CurveRow] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
     measured: list[HeldOut] = field(default_factory=list)
     snapshots: dict[int, str] = field(default_factory=dict)
+    step_s: list[float] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:

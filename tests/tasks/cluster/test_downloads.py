@@ -62,7 +62,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 _WORKERS = """
-    import json, sys
+    import json, sys, time
     from layerboost.evaluation.scores import QualitySpec
     from layerboost.plan import Plan
     from tasks.evaluation import EvaluationUnit, evaluate_units; from layerboost.checkpoint import ModelSource
@@ -72,12 +72,18 @@ _WORKERS = """
     repository, revision, text = sys.argv[1:]
     connect(num_cpus=3)
     pids = []
+
+    def on_result(done):
+        pids.append(done.worker.pid)
+        if len(set(pids)) == 1:
+            time.sleep(8)  # units are tiny, so the first worker would do all of them while the others start
+
     failures = evaluate_units(
         [EvaluationUnit(plan=Plan.parse(plan)) for plan in ("NSSS", "SNSS", "SSNS", "SSSN", "NNSS", "SSNN")],
         ModelSource(repository, revision=revision),
         QualitySpec(text=text, n_sequences=4, sequence_tokens=24, batch_size=4),
         resolve_workers(3, 1, 0, nodes=resources()),
-        on_result=lambda done: pids.append(done.worker.pid),
+        on_result=on_result,
     )
     print(json.dumps({"pids": pids, "failures": [failure.error for failure in failures]}))
 """
