@@ -147,7 +147,13 @@ def main() -> None:
         if plan == "untouched":
             is_equal = not any(row["difference"] for row in found[:-1])
             is_equal &= model.dtype != torch.float32 or found[-1]["difference"] <= NLL_TOLERANCE
-        rows += [{"plan": plan, "dtype": str(model.dtype).removeprefix("torch.")} | row for row in found]
+        about = {
+            "plan": plan,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "model": name,
+            "limit": arguments.limit,
+        }
+        rows += [about | row for row in found]
     if arguments.out:
         before = list(csv.DictReader(arguments.out.open())) if arguments.out.exists() else []
         write_rows(arguments.out, [*before, *rows])
