@@ -265,9 +265,17 @@ class RunInputs:
             "quality": self._fingerprint(spec),
         }
 
-    def plan_scores(self, plan: Plan, spec: QualitySpec) -> dict[str, Any]:
-        """Returns the identity of a plan's evaluation; softmax in every layer means the untouched model."""
-        return self.scores(plan_unit(plan), spec)
+    def plan_scores(self, plan: Plan, spec: QualitySpec, sample: Sequence[Share] | None = None) -> dict[str, Any]:
+        """Returns the identity of a plan's evaluation; softmax in every layer means the untouched model.
+
+        Args:
+            plan, spec: The plan, and the quality by which it is judged.
+            sample: Consecutive shares of the items that it is judged on; None means all items.
+        """
+        identity = self.scores(plan_unit(plan), spec)
+        if sample is None:
+            return identity
+        return {**identity, "sample": [sample[0].start, sample[-1].stop, sample[0].seed]}
 
     def count(self, spec: QualitySpec) -> dict[str, Any]:
         return {"unit": "count", "model": self.model, "quality": self._fingerprint(spec)}

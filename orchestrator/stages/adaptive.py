@@ -218,8 +218,7 @@ class Rounds:
 
     def _identity(self, plan: Plan, cut: Sequence[Share]) -> Identity:
         """Returns the identity of a plan's scores over some shares."""
-        identity = self._run.inputs.plan_scores(plan, self.source.spec)
-        return {**identity, "sample": [cut[0].start, cut[-1].stop, self._settings.seed]}
+        return self._run.inputs.plan_scores(plan, self.source.spec, cut)
 
     def _said(self, swept: Sequence[tuple[Share, Sequence[Plan]]]) -> list[dict[str, Any] | None]:
         """Reads the plans' recorded answers for each share; None for a share that is not recorded yet."""

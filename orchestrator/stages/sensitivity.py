@@ -77,20 +77,20 @@ class Sweep:
 
         There are none of a source before it is certain which of its shares are used.
         """
-        inputs = self._run.inputs
         for source in self._sources:
-            if self._stable_at is not None and self._used(source) is None:
+            identities = self._scores_identities(source)
+            if identities is None:
                 continue
-            base_key = unit_key(self._scores_identity(source, self._base))
+            base_key = unit_key(identities[self._base])
             for treatment, plans in self._plans.items():
                 if treatment == Treatment.SOFTMAX.value:
                     continue
                 for layer, plan in enumerate(plans):
-                    key = unit_key(self._scores_identity(source, plan))
+                    key = unit_key(identities[plan])
                     yield AblationEntry(source.name, source.context_tokens, layer, treatment, key, base_key)
         if self._has_cosine:
             tokens = self._text_source.context_tokens
-            key = unit_key(inputs.scores(cosine_unit(), self._text_source.spec))
+            key = unit_key(self._run.inputs.scores(cosine_unit(), self._text_source.spec))
             yield AblationEntry(TEXT_SOURCE, tokens, None, Treatment.NONE.value, key, None)
 
     def run(self) -> bool:
@@ -126,7 +126,8 @@ class Sweep:
         if self._stable_at is None:
             return
         (source,) = self._sources
-        cut, used = self._shares(source), self._used(source)
+        cut = self._shares(source)
+        used = None if cut is None else self._used(source, cut)
         if cut is None or used is None:
             return  # units failed
         reliability = self._reliability_of(source, used)
@@ -155,21 +156,22 @@ class Sweep:
         inputs, units, beside, n_open = self._run.inputs, [], [], 0
         for source in self._sources:
             beside.append(Unit(SHARES, (inputs.count(source.spec),), {"source": source.name}))
-            every = (plan for plans in self._plans.values() for plan in plans)
-            beside += [Unit(SCORES, (self._scores_identity(source, plan),), {"plan": str(plan)}) for plan in every]
+            identities = self._scores_identities(source) or {}
+            beside += [Unit(SCORES, (identity,), {"plan": str(plan)}) for plan, identity in identities.items()]
             cut = self._shares(source)
             if cut is None:
                 n_open += 0 if self._is_scored(source) else self._expected_shares(source)
                 continue
-            used = self._used(source)
+            used = self._used(source, cut)
             if used is None:  # every share may still be needed; those that are not begun have no name yet
-                missing = self._missing(source, cut)
-                used = [share for share in cut if not missing[share] or self._is_handed_out(source, share)]
+                missing, begun = self._missing(source, cut), self._begun(source)
+                used = [share for share in cut if not missing[share] or share in begun]
                 n_open += len(cut) - len(used)
+            else:  # shares behind those that are used may have been swept before that was certain
+                behind = cut[len(used) :]
+                missing = self._missing(source, behind)
+                beside += [self._unit(source, share) for share in behind if not missing[share]]
             units += [self._unit(source, share) for share in used]
-            beside += [
-                self._unit(source, share) for share in cut if share not in used and self._is_swept(source, share)
-            ]
         if self._has_cosine:
             identity = inputs.scores(cosine_unit(), self._text_source.spec)
             units.append(Unit(SCORES, (identity,), self._name(cosine_unit()), cosine_unit()))
@@ -219,14 +221,13 @@ class Sweep:
         n_expected = auto_shares(sequences) if isinstance(n_shares, str) else n_shares
         return min(n_expected, len(sequences) or n_expected)
 
-    def _used(self, source: SweepSource) -> list[Share] | None:
-        """Returns the shares that the scores are made of; None while the items are not counted or shares decide it.
+    def _used(self, source: SweepSource, cut: list[Share]) -> list[Share] | None:
+        """Returns the shares of all that the scores are made of; None while further shares decide it.
 
         These are all shares, or with `stable_at` the first ones that give stable rankings. Recorded shares behind them
         are not used, so that the result does not depend on how many were swept at once.
         """
-        cut = self._shares(source)
-        if cut is None or self._stable_at is None:
+        if self._stable_at is None:
             return cut
         missing = self._missing(source, cut)
         for n, share in enumerate(cut, start=1):
@@ -254,32 +255,34 @@ class Sweep:
             self._reliability[len(used)] = score_reliability(base, scores, score)
         return self._reliability[len(used)]
 
-    def _scores_identity(self, source: SweepSource, plan: Plan) -> Identity:
-        """Returns the identity of a plan's scores, which names the sequences if they are not all."""
-        identity, used = self._run.inputs.plan_scores(plan, source.spec), None
+    def _scores_identities(self, source: SweepSource) -> dict[Plan, Identity] | None:
+        """Returns the identity of each plan's scores, which names the sequences if they are not all.
+
+        It is None while it is not certain which shares are used.
+        """
+        sample = None
         if self._stable_at is not None:
-            used = self._used(source)
-        if used is None or used == self._shares(source):
-            return identity
-        return {**identity, "sample": [used[0].start, used[-1].stop, used[0].seed]}
+            cut = self._shares(source)
+            used = None if cut is None else self._used(source, cut)
+            if used is None:
+                return None
+            sample = None if used == cut else used
+        every = (plan for plans in self._plans.values() for plan in plans)
+        return {plan: self._run.inputs.plan_scores(plan, source.spec, sample) for plan in every}
 
-    def _is_handed_out(self, source: SweepSource, share: Share) -> bool:
-        return any(
-            isinstance(unit, SweepUnit) and (unit.spec, unit.share) == (source.spec, share) for unit in self._handed_out
-        )
-
-    def _is_swept(self, source: SweepSource, share: Share) -> bool:
-        return all((source, share, name) in self._answers_read for name in self._plans)
+    def _begun(self, source: SweepSource) -> set[Share]:
+        """Returns the shares of a source that were handed out."""
+        return {unit.share for unit in self._handed_out if isinstance(unit, SweepUnit) and unit.spec == source.spec}
 
     def _is_scored(self, source: SweepSource) -> bool:
         return not self._unscored(source)
 
     def _unscored(self, source: SweepSource) -> list[Plan]:
-        plans = [plan for of_treatment in self._plans.values() for plan in of_treatment]
-        if self._stable_at is not None and self._used(source) is None:
-            return plans
-        recorded = self._run.all_recorded([self._scores_identity(source, plan) for plan in plans])
-        return [plan for plan, scores in zip(plans, recorded, strict=True) if scores is None]
+        identities = self._scores_identities(source)
+        if identities is None:
+            return [plan for of_treatment in self._plans.values() for plan in of_treatment]
+        recorded = self._run.all_recorded(list(identities.values()))
+        return [plan for plan, scores in zip(identities, recorded, strict=True) if scores is None]
 
     def _missing(self, source: SweepSource, cut: Sequence[Share]) -> dict[Share, list[str]]:
         """Returns for each share the treatments whose answers are not recorded yet."""
@@ -324,7 +327,7 @@ class Sweep:
         cut = self._shares(source)
         if cut is None:
             return [CountUnit(source.spec)]
-        used = self._used(source)
+        used = self._used(source, cut)
         if used is None:
             n_first = sum(share.start < FIRST_SEQUENCES for share in cut)
             left = [share for share, names in self._missing(source, cut).items() if names]
@@ -342,10 +345,11 @@ class Sweep:
                 ScoreUnit(source.spec, plan, tuple(used), self._answers(source, used, plan, "log_p", "greedy"))
                 for plan in unscored
             ]
+        identities = self._scores_identities(source)
+        assert identities is not None  # no share is missing
         for plan in unscored:
             scores = joined_text_scores(self._answers(source, used, plan, "nll", "kl"))
-            identity = self._scores_identity(source, plan)
-            self._run.record(SENSITIVITY, identity, {"scores": scores.to_dict(), "duration_s": 0.0})
+            self._run.record(SENSITIVITY, identities[plan], {"scores": scores.to_dict(), "duration_s": 0.0})
         return []
 
     def _answers(self, source: SweepSource, cut: Sequence[Share], plan: Plan, *names: str) -> tuple:
@@ -364,8 +368,7 @@ class Sweep:
         if isinstance(unit, CountUnit):
             run.record(SWEEP, inputs.count(unit.spec), result)
         elif isinstance(unit, ScoreUnit):
-            source = next(source for source in self._sources if source.spec == unit.spec)
-            run.record(SENSITIVITY, self._scores_identity(source, unit.plan), result)
+            run.record(SENSITIVITY, inputs.plan_scores(unit.plan, unit.spec), result)
         elif isinstance(unit, EvaluationUnit):
             run.record(SENSITIVITY, inputs.scores(unit, self._text_source.spec), result)
             run.progress.finish_unit(done.seconds, **self._name(unit))

@@ -1,4 +1,4 @@
-"""What a process asks of its C library, and the variables it sets for a while."""
+"""Tests what a process asks of its C library, and that the variables it sets for a while are restored."""
 
 from __future__ import annotations
 
