@@ -33,11 +33,15 @@ class EvaluationCosts:
 
 @dataclass(frozen=True)
 class HealingCosts:
-    """Holds the seconds of one worker's step in each phase, and the number of trained parameters."""
+    """Holds the seconds of one worker's step in each phase, and the number of trained parameters.
+
+    `step_s` includes the teacher's forward pass, which takes `teacher_step_s`; healings that share it do without.
+    """
 
     step_s: ByTreatment
     transfer_step_s: float
     n_trained: int
+    teacher_step_s: float
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and the run's tokens.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,12 +105,12 @@ def evaluation_costs(
     if spec.tasks:
         costs = _task_costs(twins, tokenizer, replace(spec, text=None, retrieval=()), treatments, swept)
     if spec.text is not None:
-        text = _text_costs(twins, tokenizer, replace(spec, tasks=(), retrieval=()), treatments)
+        text, plan_s = _text_costs(twins, tokenizer, replace(spec, tasks=(), retrieval=()), treatments)
         # A pass of any other plan runs the untouched model beside it, for the divergence.
-        base_s = n_layers * text.layer_s[Treatment.SOFTMAX]
-        beside_s = {name: seconds + text.fixed_s + base_s for name, seconds in text.uniform_s(n_layers).items()}
-        text_s = beside_s | {Treatment.SOFTMAX.value: text.fixed_s + base_s}
-        swept_s = _swept_s(text, swept, n_layers)
+        base_s = text.fixed_s + n_layers * text.layer_s[Treatment.SOFTMAX]
+        beside_s = {name.value: base_s + plan_s + n_layers * each_s for name, each_s in text.layer_s.items()}
+        text_s = beside_s | {Treatment.SOFTMAX.value: base_s}
+        swept_s = _swept_s(text, swept, n_layers, plan_s)
         costs = replace(
             costs,
             text_s=text_s,
@@ -169,14 +170,19 @@ def _task_costs(
         tasks_s=tasks_s,
         text_s={},
         direct_s=direct_s * deeper,
-        sweep_s={"tasks": _swept_s(of_all, swept, twins.n_layers)},
+        sweep_s={"tasks": _swept_s(of_all, swept, twins.n_layers, of_all.fixed_s)},
     )
 
 
 def _text_costs(
     twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec, treatments: Sequence[Treatment]
-) -> LayerCosts:
-    """Times reading the text of a spec; returns the costs of all its sequences, for one plan by itself."""
+) -> tuple[LayerCosts, float]:
+    """Times reading the text of a spec.
+
+    Returns:
+        The costs of all its sequences, and the seconds that do not depend on the layers for a plan that is read beside
+        the untouched model; these are fewer than for that model, whose logits both plans' divergences need.
+    """
     judges = {model: PlanEvaluation(model, tokenizer, spec) for model in (twins.one, twins.few)}
     sequences = judges[twins.few].sequences
     assert sequences is not None
@@ -184,15 +190,19 @@ def _text_costs(
     def read_s(model: PreTrainedModel, plan: Plan) -> float:
         return extrapolated_s(lambda n: judges[model].read_text([plan], torch.arange(n)), len(sequences))
 
-    found = twins.layer_costs(treatments, read_s)
-    # The untouched model ran beside every plan but its own: with all of its layers and one more reading of the logits.
-    softmax_s, n_few = found.layer_s[Treatment.SOFTMAX], twins.n_few
-    beside_s = softmax_s + found.fixed_s / n_few
-    layer_s = {
-        treatment: each_s if treatment is Treatment.SOFTMAX else max(0.0, each_s - beside_s)
-        for treatment, each_s in found.layer_s.items()
-    }
-    return LayerCosts(found.fixed_s, layer_s)
+    base = twins.layer_costs([Treatment.SOFTMAX], read_s)
+    few_base_s, one_base_s = (base.fixed_s + n * base.layer_s[Treatment.SOFTMAX] for n in (twins.n_few, 1))
+    others = [treatment for treatment in treatments if treatment is not Treatment.SOFTMAX]
+    # The untouched model ran beside each of these plans, with all layers of the twin.
+    beside_s = {name: read_s(twins.few, twins.plan(name, twins.n_few)) - few_base_s for name in others}
+    plan_s, layer_s = base.fixed_s, dict(base.layer_s)
+    if others and twins.n_few > 1:
+        of_one_s = read_s(twins.one, twins.plan(others[0], 1)) - one_base_s
+        each_s = (beside_s[others[0]] - of_one_s) / (twins.n_few - 1)
+        plan_s = max(0.0, of_one_s - max(0.0, each_s))
+    for name, seconds in beside_s.items():
+        layer_s[name] = max(0.0, seconds - plan_s) / twins.n_few
+    return LayerCosts(base.fixed_s, {name: layer_s[name] for name in treatments}), plan_s
 
 
 def _retrieval_s(twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: QualitySpec) -> float:
@@ -205,14 +215,14 @@ def _retrieval_s(twins: Twins, tokenizer: PreTrainedTokenizerBase, spec: Quality
     return n_sequences * twins.deep_s(partial(_forward_s, n_tokens=longest))
 
 
-def _swept_s(costs: LayerCosts, swept: Sequence[Treatment], n_layers: int) -> float:
+def _swept_s(costs: LayerCosts, swept: Sequence[Treatment], n_layers: int, plan_s: float) -> float:
     """Returns the seconds of a sweep: each plan shares the layers below its own, and the untouched model, with others.
 
-    The plan that treats layer l runs that layer and the softmax layers above it.
+    The plan that treats layer l runs that layer and the softmax layers above it, and takes `plan_s` apart from layers.
     """
     above = n_layers * (n_layers - 1) // 2
     softmax_s = costs.layer_s[Treatment.SOFTMAX]
-    plans_s = sum(n_layers * (costs.layer_s[treatment] + costs.fixed_s) + above * softmax_s for treatment in swept)
+    plans_s = sum(n_layers * (costs.layer_s[treatment] + plan_s) + above * softmax_s for treatment in swept)
     return costs.fixed_s + n_layers * softmax_s + plans_s
 
 
@@ -236,15 +246,17 @@ def healing_costs(
 ) -> HealingCosts:
     """Times steps of healing on random tokens; each of `n_workers` workers runs its share of a batch.
 
-    A step is timed on as many tokens as take about `ENOUGH_S` and scaled to those of a whole step.
+    Steps are timed on few tokens and extrapolated to those of a whole step. What does not grow with the tokens (reading
+    the weights, updating the trained parameters) is told apart by timing softmax on a quarter of those tokens too.
     """
     share, vocabulary = -(-spec.batch_sequences // n_workers), twins.model.config.get_text_config().vocab_size
-    sequence_tokens, batch = _step_size(twins, spec, share)
-    scale = share * spec.sequence_tokens / (batch * sequence_tokens)
-    transfer_step_s = 0.0
+    small, large = _step_sizes(twins, spec, share)
+    scale = share * spec.sequence_tokens / math.prod(large)
+    transfer_s = 0.0
 
-    def step_s(model: PreTrainedModel, plan: Plan) -> float:
-        nonlocal transfer_step_s
+    def step_s(model: PreTrainedModel, plan: Plan, size: tuple[int, int]) -> float:
+        nonlocal transfer_s
+        sequence_tokens, batch = size
         has_transfer = plan.treatments[0].has_weights and spec.transfer_fraction > 0
         n_steps = (2 if has_transfer else 1) * (1 + _HEALING_STEPS)
         short = replace(
@@ -257,35 +269,71 @@ def healing_costs(
         )
         text = PackedText(torch.randint(vocabulary, (n_steps * batch, sequence_tokens)))
         found = _step_seconds(model, plan, text, short)
-        if TRANSFER in found:  # it trains each layer by itself, without the head
-            transfer_step_s = scale * found[TRANSFER] * twins.n_layers / twins.n_few
+        transfer_s = found.get(TRANSFER, transfer_s)
         return found[HEAL]
 
-    costs = twins.layer_costs(treatments, step_s).scaled(scale)
-    steps_s = costs.uniform_s(twins.n_layers)
+    of_large = twins.layer_costs(treatments, partial(step_s, size=large))
+    constant = LayerCosts(0.0, dict.fromkeys(treatments, 0.0))
+    if small != large:
+        of_small = twins.layer_costs([Treatment.SOFTMAX], partial(step_s, size=small))
+        constant = _constant_part(of_small, math.prod(small), of_large, math.prod(large))
+    whole = _scaled_beyond(constant, of_large, scale)
+    # Transfer trains each layer by itself, without the head, so that its step grows as those of layers do.
+    deeper = twins.n_layers / twins.n_few
+    layer_s, whole_layer_s = (costs.layer_s[Treatment.SOFTMAX] for costs in (of_large, whole))
+    transfer_step_s = transfer_s * deeper * (whole_layer_s / layer_s if layer_s else scale)
+    steps_s = whole.uniform_s(twins.n_layers)
+    teacher_step_s = scale * twins.deep_s(partial(_forward_s, n_tokens=large[0], n_sequences=large[1]))
     if teacher is not None:
         # The student's own parent was the teacher in what was timed.
-        more_s, less_s = (_forward_s(of, sequence_tokens, batch) for of in (teacher, twins.model))
-        added_s = scale * (more_s - less_s)
-        steps_s = {name: max(0.0, seconds + added_s) for name, seconds in steps_s.items()}
-    return HealingCosts(steps_s, transfer_step_s, n_trained(twins.model, spec))
+        own_s, teacher_step_s = teacher_step_s, scale * _forward_s(teacher, *large)
+        steps_s = {name: max(0.0, seconds + teacher_step_s - own_s) for name, seconds in steps_s.items()}
+    return HealingCosts(steps_s, transfer_step_s, n_trained(twins.model, spec), teacher_step_s)
 
 
-def _step_size(twins: Twins, spec: HealingSpec, share: int) -> tuple[int, int]:
-    """Returns the tokens of a sequence, and the sequences, of a step that takes about `ENOUGH_S`, at most a whole one.
+def _step_sizes(twins: Twins, spec: HealingSpec, share: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns two sizes of a step, each as the tokens of a sequence and the sequences, at most a whole step.
 
-    The size doubles until a forward pass takes its share of that time: few tokens keep a GPU from its speed, and their
-    time says nothing of many.
+    The smaller one takes about `ENOUGH_S`: it doubles until a forward pass takes its share of that time, since few
+    tokens keep a GPU from its speed, and their time says nothing of many. The larger one has four times its tokens.
     """
-    sequence_tokens, batch = min(_LEAST_TOKENS, spec.sequence_tokens), 1
-    while _forward_s(twins.few, sequence_tokens, batch) < ENOUGH_S / _STEP_FORWARDS / 2:
+    sizes = [(min(_LEAST_TOKENS, spec.sequence_tokens), 1)]
+    while sizes[-1] != (spec.sequence_tokens, share):
+        sequence_tokens, batch = sizes[-1]
         if sequence_tokens < spec.sequence_tokens:
-            sequence_tokens = min(spec.sequence_tokens, 2 * sequence_tokens)
-        elif batch < share:
-            batch = min(share, 2 * batch)
+            sizes.append((min(spec.sequence_tokens, 2 * sequence_tokens), batch))
         else:
-            break
-    return sequence_tokens, batch
+            sizes.append((sequence_tokens, min(share, 2 * batch)))
+    enough_s = ENOUGH_S / _STEP_FORWARDS / 2
+    small = next((n for n, size in enumerate(sizes) if _forward_s(twins.few, *size) >= enough_s), len(sizes) - 1)
+    return sizes[small], sizes[min(small + 2, len(sizes) - 1)]
+
+
+def _constant_part(small: LayerCosts, n_small: int, large: LayerCosts, n_large: int) -> LayerCosts:
+    """Returns the part of costs that does not grow with the tokens; it is that of a softmax layer for all treatments.
+
+    Args:
+        small: Costs of softmax with `n_small` tokens.
+        n_small, n_large: Numbers of tokens, the second one larger.
+        large: Costs of all treatments with `n_large` tokens.
+    """
+
+    def constant_s(small_s: float, large_s: float) -> float:
+        return min(large_s, max(0.0, (n_large * small_s - n_small * large_s) / (n_large - n_small)))
+
+    softmax_s = constant_s(small.layer_s[Treatment.SOFTMAX], large.layer_s[Treatment.SOFTMAX])
+    layer_s = {treatment: min(each_s, softmax_s) for treatment, each_s in large.layer_s.items()}
+    return LayerCosts(constant_s(small.fixed_s, large.fixed_s), layer_s)
+
+
+def _scaled_beyond(constant: LayerCosts, costs: LayerCosts, scale: float) -> LayerCosts:
+    """Returns the costs of `scale` times the tokens; a part of `costs` is constant."""
+
+    def scaled(constant_s: float, seconds: float) -> float:
+        return constant_s + scale * (seconds - constant_s)
+
+    layer_s = {name: scaled(constant.layer_s[name], each_s) for name, each_s in costs.layer_s.items()}
+    return LayerCosts(scaled(constant.fixed_s, costs.fixed_s), layer_s)
 
 
 @torch.inference_mode()

@@ -229,13 +229,18 @@ class _Estimator:
 
     def _heal(self, listing: StageUnits) -> StageEstimate:
         spec, n_left = self.inputs.healing_spec, len(listing.todo) + listing.n_open
+        kept_mib = self.room.teacher_states_mib(spec, teacher_cache(self.run))
+        # The first healing of the run keeps the teacher's states for the others.
+        first = listing.units[0] if listing.units else None
 
         def healed_s(unit: Unit) -> float:
-            return self.seconds.healed_s(spec, unit.work)
+            return self.seconds.healed_s(spec, unit.work, runs_teacher=unit is first or not kept_mib)
 
-        expected_s = sum(map(healed_s, listing.todo)) + listing.n_open * self.seconds.healed_s(spec, None)
+        first_s, open_s = (self.seconds.healed_s(spec, None, runs_teacher=runs) for runs in (True, not kept_mib))
+        expected_s = sum(map(healed_s, listing.todo)) + listing.n_open * open_s
+        if first is None and listing.n_open:
+            expected_s += first_s - open_s
         each_mib = self.room.weights_mib + self.room.snapshots_mib(spec)
-        kept_mib = self.room.teacher_states_mib(spec, teacher_cache(self.run))
         return StageEstimate(
             "heal",
             listing.n_expected,

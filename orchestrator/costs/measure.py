@@ -177,6 +177,7 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
     healing, evaluating = healing_workers(placement), placement.evaluating()
     return {
         "unit": "calibration",
+        "version": 2,  # of what is timed, and of the fields of `Costs`
         "model": inputs.model,
         "hardware": hardware,
         "workers": [evaluating.cpus, evaluating.gpus, healing.n_workers, healing.cpus, healing.gpus],

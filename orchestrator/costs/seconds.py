@@ -59,16 +59,20 @@ class UnitSeconds:
         """Returns the seconds of judging a healed plan's branches: with both, and with each of them zeroed."""
         return 3 * self.mixed(self._costs.evaluation.text_s, None)
 
-    def healed_s(self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0) -> float:
+    def healed_s(
+        self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0, *, runs_teacher: bool = True
+    ) -> float:
         """Returns the seconds of healing a plan; None stands for an average plan.
 
-        Steps take `slower` times as long as with all threads.
+        Steps take `slower` times as long as with all threads. A healing that finds the teacher's states of an earlier
+        one does not run it.
         """
         costs = self._costs.healing
         assert costs is not None
         has_weights = plan is None or plan.has_weights
         transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and has_weights else 0
         step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
+        step_s -= 0.0 if runs_teacher else min(step_s, costs.teacher_step_s)
         n_phases = 2 if transfer else 1
         overhead_s = (_HEALING_JOB_S + n_phases * _HEALING_PHASE_S) * self._costs.slowness + 2 * self._costs.load_s
         return overhead_s + slower * (transfer * costs.transfer_step_s + (spec.steps - transfer) * step_s)

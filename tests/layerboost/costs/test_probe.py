@@ -48,12 +48,47 @@ def test_nothing_takes_no_time():
 
 
 @pytest.mark.parametrize(
-    ("token_s", "expected"), [(1.0, (64, 1)), (2e-4, (256, 1)), (2e-5, (512, 4)), (1e-9, (512, 6))]
+    ("token_s", "expected"),
+    [
+        (1.0, ((64, 1), (256, 1))),
+        (2e-4, ((256, 1), (512, 2))),
+        (2e-5, ((512, 4), (512, 6))),
+        (1e-9, ((512, 6), (512, 6))),
+    ],
 )
 def test_a_step_of_healing_is_timed_on_as_much_as_takes_long_enough(inputs, monkeypatch, token_s, expected):
     monkeypatch.setattr(probe, "_forward_s", lambda model, tokens, sequences: token_s * tokens * sequences)
     twins = Twins(load_model(str(inputs.model)), 8)
-    assert probe._step_size(twins, HealingSpec(100_000, sequence_tokens=512, batch_sequences=6), 6) == expected
+    assert probe._step_sizes(twins, HealingSpec(100_000, sequence_tokens=512, batch_sequences=6), 6) == expected
+
+
+@pytest.mark.parametrize("deeper", [2, 7, 20])
+def test_what_a_step_costs_apart_from_its_tokens_is_not_scaled(inputs, monkeypatch, deeper):
+    monkeypatch.setattr("layerboost.costs.twins.DEEPER", deeper)
+    monkeypatch.setattr(probe, "_forward_s", lambda model, n_tokens, n_sequences: 1.0)  # the least size is enough
+    slope = {Treatment.SOFTMAX: 3e-3, Treatment.NONE: 1e-3, Treatment.WINDOW: 4e-3}
+
+    def step_seconds(model, plan, text, spec):
+        n_tokens = spec.batch_sequences * spec.sequence_tokens
+        layers_s = sum(0.05 + slope[treatment] * n_tokens for treatment in plan.treatments)
+        return {"heal": 0.2 + 7e-3 * n_tokens + layers_s}
+
+    monkeypatch.setattr(probe, "_step_seconds", step_seconds)
+    model = tiny_model("llama", num_hidden_layers=12)
+    spec = HealingSpec(100_000, sequence_tokens=512, batch_sequences=4)
+    found = healing_costs(Twins(model, 8), spec, treatments=tuple(slope))
+    for treatment, each_s in slope.items():
+        assert found.step_s[treatment.value] == pytest.approx(0.2 + 7e-3 * 2048 + 12 * (0.05 + each_s * 2048))
+    assert found.teacher_step_s == pytest.approx(2048 / 256)
+    two = healing_costs(Twins(model, 8), spec, treatments=tuple(slope), n_workers=2)
+    assert two.step_s["none"] == pytest.approx(0.2 + 7e-3 * 1024 + 12 * (0.05 + 1e-3 * 1024))
+
+
+def test_a_constant_part_is_neither_negative_nor_more_than_all():
+    small, large = LayerCosts(1.0, {Treatment.SOFTMAX: 1.0}), LayerCosts(0.5, {Treatment.SOFTMAX: 4.5})
+    found = probe._constant_part(small, 1, large, 4)
+    assert (found.fixed_s, found.layer_s[Treatment.SOFTMAX]) == (0.5, 0.0), "a slow moment hit the smaller size"
+    assert probe._scaled_beyond(found, large, 10).uniform_s(2)["softmax"] == pytest.approx(0.5 + 2 * 45)
 
 
 def test_what_is_timed_whole_is_not_extrapolated(monkeypatch):
@@ -95,9 +130,9 @@ def test_a_sweep_shares_the_layers_below_the_treated_one():
     # The model itself has the head (10) and 3 softmax layers (2 each). Each plan has the head and its own layer, and
     # those that treat layers 0, 1 and 2 have 2, 1 and 0 softmax layers above it.
     base_s, none_s, linear_s = 10 + 6, 3 * (10 + 0.5) + 3 * 2, 3 * (10 + 3) + 3 * 2
-    assert probe._swept_s(costs, [Treatment.NONE], 3) == pytest.approx(base_s + none_s)
+    assert probe._swept_s(costs, [Treatment.NONE], 3, 10) == pytest.approx(base_s + none_s)
     both = [Treatment.NONE, Treatment.LINEAR_WINDOW]
-    assert probe._swept_s(costs, both, 3) == pytest.approx(base_s + none_s + linear_s)
+    assert probe._swept_s(costs, both, 3, 10) == pytest.approx(base_s + none_s + linear_s)
 
 
 def test_the_warm_up_is_timed_too_and_the_shorter_time_counts(monkeypatch):

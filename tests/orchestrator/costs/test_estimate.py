@@ -40,7 +40,7 @@ COSTS = Costs(
     n_parameters=2**20,
     dtype_bytes=4,
     evaluation=EvaluationCosts(0.0, 0.0, EACH, EACH, 6.0, {"tasks": 90.0, "text": 180.0}),
-    healing=HealingCosts({"softmax": 1.0, "none": 0.2, "linear_window": 2.6}, 0.5, 2**18),
+    healing=HealingCosts({"softmax": 1.0, "none": 0.2, "linear_window": 2.6}, 0.5, 2**18, 0.0),
     decode=(
         DecodeCosts(1, 16, dict.fromkeys(TREATMENTS, 1.0), dict.fromkeys(TREATMENTS, 0.1)),
         DecodeCosts(9, 16, dict.fromkeys(TREATMENTS, 5.0), dict.fromkeys(TREATMENTS, 0.3)),
@@ -105,6 +105,17 @@ def test_servers_are_asked_in_waves(inputs, monkeypatch):
     # The base, three uniform plans and the base again. Each runs 36 requests, 9 at a time, three times, and one more
     # wave to warm up.
     assert stages_of(run)["throughput"].seconds == pytest.approx(5 * (1 + 3 * 4) * (5.0 + 3 * 0.3))
+
+
+def test_all_healings_but_the_first_do_without_the_teacher(inputs):
+    taught = replace(COSTS, healing=replace(COSTS.healing, teacher_step_s=0.1))
+    two = ("healing.candidates=2", "healing.baselines=[]", "healing.curve=[]")
+    apart = stages_of(context(inputs, *two, "healing.teacher_cache_gib=0"), taught)["heal"]
+    assert apart.seconds == pytest.approx(2 * 16 * 1.0), "a step of each includes the teacher"
+    shared = stages_of(context(inputs, *two), taught)["heal"]
+    assert shared.seconds == pytest.approx(16 * 1.0 + 16 * 0.9)
+    named = stages_of(context(inputs, *two, "healing.baselines=[parent]"), taught)["heal"]
+    assert named.seconds == pytest.approx(3 * 16 * 1.0 - 2 * 16 * 0.1)
 
 
 def test_transfer_steps_cost_their_own(inputs):
