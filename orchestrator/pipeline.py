@@ -15,6 +15,7 @@ import sys
 
 import yaml
 
+from layerboost.costs.costs import Costs
 from layerboost.storage.errors import DiskFullError, is_disk_full
 from orchestrator.exit_codes import EXIT_DONE, EXIT_FAILED
 from orchestrator.recipe.recipe import Recipe
@@ -35,6 +36,7 @@ from orchestrator.stages.heal import heal
 from orchestrator.stages.measure import measure
 from orchestrator.stages.search import search
 from orchestrator.stages.sensitivity import sensitivity
+from orchestrator.text_tables import duration
 from tasks.cluster import connection
 
 STAGES = {"evaluate": evaluate, "sensitivity": sensitivity, "search": search, "heal": heal, "report": measure}
@@ -138,12 +140,18 @@ def _go_on_counting(context: RunContext) -> dict[str, float]:
 def _estimate(context: RunContext) -> None:
     """Estimates the cost of the run before its first call, and reports it."""
     from orchestrator.costs.estimate import estimate_stages, expected_line
-    from orchestrator.costs.measure import costs_of
+    from orchestrator.costs.measure import HEALING, costs_of
 
     if context.state.estimates:
         return
+
+    def on_part(part: str, costs: Costs) -> None:
+        if part == HEALING:
+            seconds = sum(stage.seconds for stage in estimate_stages(context, costs) if stage.stage == "heal")
+            context.progress.note(f"expected: {duration(seconds)} of healing; the other stages are being timed")
+
     try:
-        stages = estimate_stages(context, costs_of(context, on_cluster=True))
+        stages = estimate_stages(context, costs_of(context, on_cluster=True, on_part=on_part))
     except Exception as error:  # a failed calibration must not stop the run
         if is_disk_full(error):
             raise

@@ -27,7 +27,7 @@ from orchestrator.costs.seconds import (
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import StageEstimate
 from orchestrator.run.inputs import TASKS_SOURCE, SweepSource
-from orchestrator.run.kinds import CURVE, HALVING, LENGTHS, REFINE, SAMPLE, SPEED, THROUGHPUT
+from orchestrator.run.kinds import CURVE, HALVING, LENGTHS, RACE, REFINE, SAMPLE, SPEED, THROUGHPUT
 from orchestrator.run.placement import Placement
 from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.halving import ladder_for
@@ -79,7 +79,7 @@ def estimate_table(stages: Sequence[StageEstimate], device_mib: float | None) ->
 _LESS_TO_JUDGE = "lower placement.activations_gib or quality.batch_size"
 _LESS_TO_HEAL = "lower healing.micro_batch_sequences, or set healing.activation_checkpointing or zero_stage: 3"
 _REMEDY = {
-    **dict.fromkeys(("evaluate", "sensitivity", "search", REFINE, CURVE, "measure"), _LESS_TO_JUDGE),
+    **dict.fromkeys(("evaluate", "sensitivity", "search", RACE, REFINE, CURVE, "measure"), _LESS_TO_JUDGE),
     **dict.fromkeys(("heal", HALVING), _LESS_TO_HEAL),
     **dict.fromkeys((SPEED, THROUGHPUT, LENGTHS), "lower throughput.concurrency or prompt_tokens"),
 }
@@ -110,6 +110,7 @@ class _Estimator:
             "sensitivity": self._sensitivity,
             SPEED: self._timing,
             "search": self._search,
+            RACE: self._race,
             REFINE: self._refine,
             SAMPLE: self._sample,
             HALVING: self._halving,
@@ -162,14 +163,22 @@ class _Estimator:
         return costs.sweep_s["text"] * (source.spec.n_sequences or 1) * source.spec.sequence_tokens / of_text
 
     def _search(self, listing: StageUnits) -> StageEstimate:
-        spec = self.inputs.search_quality_spec
+        spec, share = self.inputs.first_quality_spec, self.inputs.first_share
 
         def judged_s(plan: Any) -> float:
-            return self.seconds.judged_s(plan, spec)
+            return share * self.seconds.judged_s(plan, spec)
 
         return self._judging(
             listing, lambda unit: judged_s(unit.work), judged_s(None), has_tasks=bool(spec.tasks), start_s=TUNE_S
         )
+
+    def _race(self, listing: StageUnits) -> StageEstimate:
+        spec = self.inputs.search_quality_spec
+
+        def judged_s(plan: Plan | None) -> float:
+            return SHARED_LAYERS * self.seconds.judged_s(plan, spec)
+
+        return self._judging(listing, lambda unit: judged_s(unit.work), judged_s(None), has_tasks=bool(spec.tasks))
 
     def _refine(self, listing: StageUnits) -> StageEstimate:
         has_tasks = self.inputs.sweep_sources[0].name == TASKS_SOURCE

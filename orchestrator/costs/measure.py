@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from layerboost.costs.costs import Costs
+from layerboost.costs.costs import Costs, DecodeCosts, EvaluationCosts, HealingCosts
 from layerboost.costs.probe import decode_costs, evaluation_costs, healing_costs, sample_token_s, slowness, threads
 from layerboost.costs.twins import Twins
 from layerboost.plan import TREATMENTS, Treatment
@@ -29,11 +29,13 @@ from tasks.cluster.resources import NodeResources, WorkerResources, with_node_to
 from tasks.timing import measuring_threads
 
 
-def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[str | Costs]:
+def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[tuple[str, Costs]]:
     """Loads the model and measures the costs in this process, with as many threads as each kind of worker has.
 
+    Healing, which takes most of a run, is timed first, so that an estimate can be given early.
+
     Yields:
-        The name of each of `calibration_parts` when it is done, and the costs at the end.
+        The name of each of `calibration_parts` when it is done, and the costs that are known by then, the others 0.
     """
     recipe, spec, every = inputs.recipe, inputs.full_spec, timed_treatments(inputs)
     placement = Placement(recipe, nodes)
@@ -43,19 +45,19 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[s
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
     load_s = time.perf_counter() - start
     twins = Twins(model, recipe.search.window)
-    yield LOADING
-    with threads(n_threads):
-        swept = [Treatment(name) for name in recipe.sensitivity.treatments]
-        evaluation = evaluation_costs(twins, tokenizer, spec, treatments=every, swept=swept)
-        sampled_s = None if inputs.sampling is None else sample_token_s(twins, tokenizer, inputs.sampling)
-    yield JUDGING
-    with threads(measuring_threads(placement.measuring())):
-        decode = tuple(
-            decode_costs(twins, concurrency=n, prompt_tokens=tokens, treatments=every)
-            for n, tokens in _conditions(inputs)
-        )
-    yield DECODING
-    healed = None
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    zero = dict.fromkeys((treatment.value for treatment in every), 0.0)
+    costs = Costs(
+        slowness(),
+        load_s,
+        n_parameters,
+        model.dtype.itemsize,
+        EvaluationCosts(0.0, 0.0, zero, zero, 0.0, {"tasks": 0.0, "text": 0.0}),
+        HealingCosts(zero, 0.0, 0, 0.0) if recipe.healing.tokens else None,
+        tuple(DecodeCosts(n, tokens, zero, zero) for n, tokens in _conditions(inputs)),
+        None,
+    )
+    yield LOADING, costs
     if recipe.healing.tokens:
         teacher = inputs.facts.teacher
         with threads(healing.threads):
@@ -66,17 +68,28 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[s
                 n_workers=healing.n_workers,
                 teacher=None if teacher is None else replace(inputs.source, revision=teacher.commit).load(teacher.path),
             )
-        yield HEALING
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield Costs(slowness(), load_s, n_parameters, model.dtype.itemsize, evaluation, healed, decode, sampled_s)
+        costs = replace(costs, healing=healed)
+        yield HEALING, costs
+    with threads(n_threads):
+        swept = [Treatment(name) for name in recipe.sensitivity.treatments]
+        evaluation = evaluation_costs(twins, tokenizer, spec, treatments=every, swept=swept)
+        sampled_s = None if inputs.sampling is None else sample_token_s(twins, tokenizer, inputs.sampling)
+    costs = replace(costs, evaluation=evaluation, sample_token_s=sampled_s)
+    yield JUDGING, costs
+    with threads(measuring_threads(placement.measuring())):
+        decode = tuple(
+            decode_costs(twins, concurrency=n, prompt_tokens=tokens, treatments=every)
+            for n, tokens in _conditions(inputs)
+        )
+    yield DECODING, replace(costs, decode=decode)
 
 
-LOADING, JUDGING, DECODING, HEALING = "load", "judge", "decode", "heal"
+LOADING, HEALING, JUDGING, DECODING = "load", "heal", "judge", "decode"
 
 
 def calibration_parts(inputs: RunInputs) -> list[str]:
     """Returns the names of the parts of a calibration, in order; they are the units of its progress."""
-    return [LOADING, JUDGING, DECODING, *([HEALING] if inputs.recipe.healing.tokens else [])]
+    return [LOADING, *([HEALING] if inputs.recipe.healing.tokens else []), JUDGING, DECODING]
 
 
 def healed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
@@ -109,13 +122,14 @@ def nodes_of(run: RunContext) -> tuple[NodeResources, ...]:
     return nodes
 
 
-def costs_of(run: RunContext, *, on_cluster: bool) -> Costs:
+def costs_of(run: RunContext, *, on_cluster: bool, on_part: Callable[[str, Costs], None] | None = None) -> Costs:
     """Returns the recorded costs, or measures and records them now.
 
     Args:
         run: The run.
         on_cluster: Whether a worker of the run's cluster measures, while the run holds its folder. Otherwise this
             process does, ahead of a run, and says so where the folder cannot be written.
+        on_part: Called with the name of each part that is measured, and the costs that are known by then.
     """
     nodes = nodes_of(run)
     identity = calibration_identity(run.inputs, nodes, _hardware(run))
@@ -124,7 +138,7 @@ def costs_of(run: RunContext, *, on_cluster: bool) -> Costs:
     if recorded is not None:
         costs = Costs.from_dict(recorded["costs"])
     else:
-        costs = _measured(run, nodes, on_cluster)
+        costs = _measured(run, nodes, on_cluster, on_part or (lambda part, costs: None))
         result = {"costs": costs.to_dict()}
         if on_cluster:
             run.record(CALIBRATION, identity, result)
@@ -143,9 +157,11 @@ def _record_ahead(run: RunContext, identity: Identity, result: dict[str, Any]) -
         run.progress.note("the calibration is not recorded", because=first_line(error))
 
 
-def _measured(run: RunContext, nodes: tuple[NodeResources, ...], on_cluster: bool) -> Costs:
+def _measured(
+    run: RunContext, nodes: tuple[NodeResources, ...], on_cluster: bool, on_part: Callable[[str, Costs], None]
+) -> Costs:
     """Measures the costs and reports each part that is done."""
-    parts: Iterator[str | Costs] = calibrate(run.inputs, nodes)
+    parts: Iterator[tuple[str, Costs]] = calibrate(run.inputs, nodes)
     if on_cluster:
         import ray
 
@@ -154,13 +170,14 @@ def _measured(run: RunContext, nodes: tuple[NodeResources, ...], on_cluster: boo
         work = ray.remote(calibrate).options(**options, max_retries=0, num_returns="streaming")
         stream: Any = work.remote(run.inputs, nodes)
         parts = (ray.get(part) for part in stream)
-    start = time.monotonic()
-    for part in parts:
-        if isinstance(part, Costs):
-            return part
+    start, costs = time.monotonic(), None
+    for part, costs in parts:
         run.progress.finish_unit(time.monotonic() - start, part=part)
+        on_part(part, costs)
         start = time.monotonic()
-    raise RuntimeError("calibration: it ended without a result; run the same command again")
+    if costs is None:
+        raise RuntimeError("calibration: it ended without a result; run the same command again")
+    return costs
 
 
 def _plugin_treatments(inputs: RunInputs) -> dict[str, Any]:

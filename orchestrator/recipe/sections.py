@@ -246,6 +246,23 @@ class RefineSection(Section):
     plans: Count = 48
 
 
+class RaceSection(Section):
+    """Has the search judge its plans on the first items alone, and only those that may be on the front on all of them.
+
+    Attributes:
+        first: share of the text's sequences, and of each benchmark's `limit`, that are the first items; at least
+            `FIRST_SEQUENCES` and `FIRST_DOCUMENTS`.
+        confidence: a plan drops out if another one that is at least as fast is better with this confidence.
+    """
+
+    first: Annotated[Number, Field(gt=0, lt=1)] = 0.25
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
+
+
+FIRST_SEQUENCES, FIRST_DOCUMENTS = 4, 16
+"""Least numbers of items with which a race begins; fewer say little of the differences between plans."""
+
+
 class SearchSection(Section):
     """Configures the search for plans.
 
@@ -268,6 +285,7 @@ class SearchSection(Section):
         keep_above: range `[low, high]` of the upper threshold; without a value it is chosen in the same way.
         plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none.
         refine: improve the plans that would be healed; without a value this is off.
+        race: stop asking about plans that lose on the first items; without a value all plans are judged in full.
     """
 
     method: Annotated[str, OneOf(METHODS.names)] = "thresholds"
@@ -283,6 +301,7 @@ class SearchSection(Section):
     keep_above: Range | None = None
     plans: Annotated[tuple[PlanLetters, ...], AfterValidator(unique_entries)] = ()
     refine: RefineSection | None = None
+    race: RaceSection | None = None
 
     @model_validator(mode="after")
     def _thresholds_do_not_cross(self) -> SearchSection:

@@ -91,6 +91,16 @@ def scores_cells(pareto: pd.DataFrame) -> Table | None:
     )
 
 
+def race_sentences(candidates: pd.DataFrame) -> Iterator[str]:
+    """Yields a sentence on the plans that dropped out of the race, if there are any."""
+    beaten = candidates["status"].eq("beaten")
+    if beaten.any():
+        yield (
+            f"{beaten.sum()} of {len(candidates)} plans dropped out after the first items, because another plan that "
+            "is at least as fast was better for certain. They have no quality; their objective is that of these items."
+        )
+
+
 def searched_cells(candidates: pd.DataFrame) -> Table | None:
     """Lists every plan that the search tried."""
     if candidates.empty:

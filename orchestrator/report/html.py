@@ -12,6 +12,7 @@ import jinja2
 from orchestrator.report.candidates_page import (
     candidates_cells,
     failure_lines,
+    race_sentences,
     scores_cells,
     searched_cells,
     sensitivity_cells,
@@ -119,6 +120,7 @@ def page(data: ReportData, drawings: Drawings) -> bytes:
         ],
         candidates=candidates_cells(data.pareto),
         scores=scores_cells(data.pareto),
+        race=list(race_sentences(data.candidates)),
         searched=searched_cells(data.candidates),
         environment=list(flat(data.environment)),
     )

@@ -71,7 +71,16 @@ def candidate_rows(records: RecordReader, state: RunState, predict: Predictor) -
     return rows
 
 
-_TRIAL_COLUMNS = ("origin", "remove_below", "keep_above", "status", "quality", "quality_stderr", "objective")
+_TRIAL_COLUMNS = (
+    "origin",
+    "remove_below",
+    "keep_above",
+    "status",
+    "quality",
+    "quality_stderr",
+    "objective",
+    "beaten_by",
+)
 
 
 def judged_like(base: Scores, scores: Scores) -> Scores:

@@ -84,12 +84,13 @@ class Trial(Entry):
         plan: The plan that was tried.
         origin: The source of the plan: a fixed point's name, `given`, `search` or `refined`.
         remove_below, keep_above: Thresholds that gave the plan; None for other methods.
-        status: `ok`, `failed`, or `open` if it is not evaluated yet.
+        status: `ok`, `failed`, `open` if it is not evaluated yet, or `beaten` if it lost the race on the first items.
         error: The error of a failed point; else None.
-        quality, quality_stderr: Quality as the search measures it; None if it is not recorded.
-        objective: What the search maximises besides speed; None if `quality` is None.
-        speedup: Predicted throughput divided by the base's; None if `quality` is None.
-        key: Key of its scores.
+        quality, quality_stderr: Quality as the search measures it; None if it is not recorded, or not on all items.
+        objective: What the search maximises besides speed; None if it is not recorded.
+        speedup: Predicted throughput divided by the base's; None if `objective` is None.
+        key: Key of its scores on all items.
+        beaten_by: `plan_id` of a plan that is as fast and better with the race's confidence; None if it is not beaten.
     """
 
     plan: Plan
@@ -103,13 +104,17 @@ class Trial(Entry):
     objective: float | None = None
     speedup: float | None = None
     key: str | None = None
+    beaten_by: str | None = None
 
     def proposal(self) -> dict[str, Any]:
         """Returns the members for the record of the trials, which leave out everything measured of the plan."""
         return {name: value for name, value in self.to_dict().items() if name not in _JUDGED}
 
 
-_JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key")
+BEATEN = "beaten"
+"""Status of a plan of the search that is not judged on all items, because another plan beats it on the first ones."""
+
+_JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key", "beaten_by")
 
 
 @dataclass(frozen=True)

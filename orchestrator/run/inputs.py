@@ -29,6 +29,7 @@ from layerboost.text.sources import sources_identity
 from layerboost.version import __version__
 from orchestrator.recipe.healing import SAMPLED, HealingText
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.sections import FIRST_DOCUMENTS, FIRST_SEQUENCES
 from orchestrator.run.content import model_content, shipped
 from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity, plugin_identity
 from orchestrator.run.model_facts import ModelFacts
@@ -113,6 +114,34 @@ class RunInputs:
         if not by_text:
             return replace(spec, text=None) if spec.tasks else spec
         return spec if recipe.sensitivity.compare else replace(spec, tasks=())
+
+    @cached_property
+    def first_quality_spec(self) -> QualitySpec:
+        """The quality by which the search judges each plan that it proposes: with a race, the first items alone."""
+        spec, race = self.search_quality_spec, self.recipe.search.race
+        if race is None:
+            return spec
+
+        def first(n: int | None, least: int) -> int | None:
+            return None if n is None else min(n, max(least, math.ceil(race.first * n)))
+
+        if spec.text is not None:
+            spec = replace(spec, n_sequences=first(spec.n_sequences, FIRST_SEQUENCES))
+        return replace(spec, limit=first(spec.limit, FIRST_DOCUMENTS)) if spec.tasks else spec
+
+    @property
+    def first_share(self) -> float:
+        """The share of all items that the first ones are, by number."""
+        first, spec = self.first_quality_spec, self.search_quality_spec
+        counts = [(first.n_sequences, spec.n_sequences)] if spec.text is not None else []
+        counts += [(first.limit, spec.limit)] * len(spec.tasks)
+        shares = [1.0 if not n or not of_all else n / of_all for n, of_all in counts]
+        return sum(shares) / len(shares)
+
+    @property
+    def races(self) -> bool:
+        """Whether plans race: with few items, and benchmarks without a limit, the first ones are all of them."""
+        return self.first_quality_spec != self.search_quality_spec
 
     @cached_property
     def sweep_sources(self) -> tuple[SweepSource, ...]:
@@ -298,7 +327,7 @@ class RunInputs:
         return {
             "unit": "search",
             "model": self.model,
-            "quality": self._fingerprint(self.search_quality_spec),
+            "quality": self._fingerprint(self.first_quality_spec),
             "objective": recipe.sensitivity.score if recipe.search.objective == "score" else "quality",
             "costs": {treatment.value: list(of_layers) for treatment, of_layers in costs.items()},
             "speed": {"models": list(speed_models), "condition": vars(self.condition)},

@@ -12,6 +12,9 @@ SENSITIVITY = "sensitivity"
 SPEED = "speed"
 """Name in progress and failures of the timings to which speed models are fitted."""
 
+RACE = "race"
+"""Name in progress and failures of judging the plans on all items that no other plan beats on the first ones."""
+
 REFINE = "refine"
 
 SAMPLE = "sample"
@@ -36,7 +39,7 @@ TRIALS = "search-trials"
 CALIBRATION = "calibration"
 
 PARTS_OF_STAGES = (
-    *("evaluate", SENSITIVITY, SPEED, "search", REFINE, SAMPLE, HALVING, "heal", CURVE),
+    *("evaluate", SENSITIVITY, SPEED, "search", RACE, REFINE, SAMPLE, HALVING, "heal", CURVE),
     *("measure", THROUGHPUT, LENGTHS),
 )
 """The stages for which progress, the estimate and the cost table count units, in the order of a run.
@@ -60,7 +63,7 @@ class Kind:
     earlier: tuple[str, ...] = ()
 
 
-_JUDGING = ("evaluate", SENSITIVITY, "search", REFINE, CURVE, "measure")
+_JUDGING = ("evaluate", SENSITIVITY, "search", RACE, REFINE, CURVE, "measure")
 
 SCORES = Kind("scores", (*_JUDGING, HALVING_SCORES), earlier=_JUDGING)
 """Scores of one model by one quality; every stage uses the recorded ones, whichever stage made them."""

@@ -14,12 +14,13 @@ from layerboost.search.methods import METHODS
 from layerboost.search.proposers import make_proposer
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import SpeedFit, Trial
+from orchestrator.run.entries import BEATEN, SpeedFit, Trial
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import FOUND_TRIALS, SCORES, SPEED, TRIALS
+from orchestrator.run.kinds import FOUND_TRIALS, RACE, SCORES, SPEED, TRIALS
 from orchestrator.run.records import all_records, each_of_kind, find_records, time_and_worker
 from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.objective import objective
+from orchestrator.stages.race import race, race_units
 from orchestrator.stages.refine import refine, refine_units
 from orchestrator.stages.speed import layer_times, measure_speed, speed_units, speedup
 from tasks.evaluation import EvaluationUnit, plan_evaluator_maker
@@ -46,20 +47,24 @@ def units(run: RunContext) -> None:
     if trials is None:
         points = fixed_points(run.inputs.search_spec, run.inputs.n_layers)
         _set_trials(run, [Trial(plan, origin, status="open") for origin, plan in points], {})
+        race_units(run, None, n_expected=len(points) + _n_distinct(run.inputs.search_spec))
         refine_units(run, known=False)
         return
     judged: dict[Plan, dict[str, Any]] = {}
+    trials = race_units(run, trials)
     _set_trials(run, trials, judged)
-    _set_trials(run, [*trials, *refine_units(run, known=True)], judged)
+    is_known = run.is_settled(RACE)
+    _set_trials(run, [*trials, *refine_units(run, known=is_known)], judged)
 
 
 def search(run: RunContext) -> bool:
     """Evaluates the fixed points and the searched plans; a failure is reported and the other plans continue."""
     measure_speed(run)
     trials = _Trials(run).searched()
+    run.progress.end_stage()
+    trials = race(run, trials)
     judged: dict[Plan, dict[str, Any]] = {}
     _set_trials(run, trials, judged)
-    run.progress.end_stage()
     _set_trials(run, [*trials, *refine(run)], judged)
     return True
 
@@ -72,7 +77,7 @@ def _is_scored(run: RunContext) -> bool:
 
 def _list_plans(run: RunContext, plans: Sequence[Plan], n_open: int) -> StageUnits:
     """Lists plans that the search judges; the plan with softmax in every layer is the untouched model."""
-    spec = run.inputs.search_quality_spec
+    spec = run.inputs.first_quality_spec
     distinct = dict.fromkeys(plans)
     units = [Unit(SCORES, (run.inputs.plan_scores(plan, spec),), {"plan": str(plan)}, plan) for plan in distinct]
     return run.list_units("search", units, n_open=n_open)
@@ -155,7 +160,7 @@ class _Trials:
         return state, _list_plans(self._run, met, max(n_open, min(1, state.n_left)))
 
     def _search(self, listing: StageUnits) -> tuple[list[TrialResult], list[UnitFailure[Plan]]]:
-        run, inputs, spec = self._run, self._run.inputs, self._run.inputs.search_quality_spec
+        run, inputs, spec = self._run, self._run.inputs, self._run.inputs.first_quality_spec
         state, workers = self._state(), run.workers()
         run.begin(listing, workers=workers.n_workers)
 
@@ -197,10 +202,14 @@ def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[st
             if record is not None:
                 judged[plan] = _judged(run, plan, record.result, base)
     unknown: dict[str, Any] = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
-    run.state.trials = [
-        replace(trial, key=keys[trial.plan], **(judged.get(trial.plan, unknown) if trial.status == "ok" else unknown))
-        for trial in trials
-    ]
+
+    def with_values(trial: Trial) -> Trial:
+        if trial.status == BEATEN:
+            return trial
+        known = judged.get(trial.plan, unknown) if trial.status == "ok" else unknown
+        return replace(trial, key=keys[trial.plan], **known)
+
+    run.state.trials = [with_values(trial) for trial in trials]
 
 
 def _judged(run: RunContext, plan: Plan, values: Values, base: Values) -> dict[str, Any]:
@@ -223,7 +232,7 @@ def _trial(point: TrialResult) -> Trial:
 
 def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
     """Returns `quality`, `quality_stderr` and `scores` of every recorded plan, by plan_id."""
-    wanted = run.inputs.scores(EvaluationUnit(), run.inputs.search_quality_spec)
+    wanted = run.inputs.scores(EvaluationUnit(), run.inputs.first_quality_spec)
     known: dict[str, dict[str, Any]] = {}
     for record in all_records(run.folder, SCORES):
         if {**record.identity, "plan": None} != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
@@ -209,8 +210,7 @@ def test_rows_compare_expected_and_actual(tmp_path):
 
 
 def made_up_calibration(inputs, nodes):
-    yield from calibration.calibration_parts(inputs)
-    yield COSTS
+    yield from ((part, COSTS) for part in calibration.calibration_parts(inputs))
 
 
 def dry_run(run: RunContext) -> int:
@@ -225,7 +225,7 @@ def test_a_dry_run_leaves_its_calibration_and_nothing_else(inputs, monkeypatch, 
     assert "total" in first.out
     parts = [line.split()[1:] for line in first.err.splitlines() if " done " in line]
     assert [(at, found) for at, _, found, *_ in parts] == [
-        (f"{number}/4", f"part={name}") for number, name in enumerate(["load", "judge", "decode", "heal"], start=1)
+        (f"{number}/4", f"part={name}") for number, name in enumerate(["load", "heal", "judge", "decode"], start=1)
     ]
     assert [path.relative_to(run.folder.path).parts[:2] for path in Path(run.folder.path).rglob("*.json")] == [
         ("records", "calibration")
@@ -234,6 +234,30 @@ def test_a_dry_run_leaves_its_calibration_and_nothing_else(inputs, monkeypatch, 
     assert dry_run(context(inputs)) == 0
     second = capsys.readouterr()
     assert second.out == first.out and "calibration 4/4" in second.err
+
+
+def test_what_healing_takes_is_said_before_the_rest_is_timed(inputs, monkeypatch):
+    def parts(inputs, nodes):
+        costs = replace(COSTS, healing=replace(COSTS.healing, step_s=dict.fromkeys(TREATMENTS, 0.0)))
+        for part in calibration.calibration_parts(inputs):
+            costs = COSTS if part == "heal" else costs
+            yield part, costs
+
+    monkeypatch.setattr(calibration, "calibrate", parts)
+    run, printed = context(inputs), io.StringIO()
+    monkeypatch.setattr(calibration, "_measured", functools.partial(_measured_here, calibration._measured))
+    run.progress = Progress(printed)
+    pipeline._estimate(run)
+    lines = printed.getvalue().splitlines()
+    early = [number for number, line in enumerate(lines) if line.startswith("expected:")]
+    assert len(early) == 2 and "of healing; the other stages are being timed" in lines[early[0]]
+    assert "part=heal" in lines[early[0] - 1] and "in all" in lines[early[1]]
+    heal = next(stage for stage in run.state.estimates if stage.stage == "heal")
+    assert duration(heal.seconds) in lines[early[0]]
+
+
+def _measured_here(measured, run, nodes, on_cluster, on_part):
+    return measured(run, nodes, False, on_part)
 
 
 def test_a_dry_run_says_where_it_cannot_keep_its_calibration(inputs, monkeypatch, capsys):
@@ -280,7 +304,7 @@ def test_every_treatment_that_a_plan_can_have_is_timed(inputs):
 def run_with(monkeypatch, run: RunContext, stage) -> None:
     """Runs the command with one made-up stage."""
     monkeypatch.setattr(pipeline, "STAGES", {"evaluate": stage})
-    monkeypatch.setattr(calibration, "costs_of", lambda run, on_cluster: COSTS)
+    monkeypatch.setattr(calibration, "costs_of", lambda run, on_cluster, on_part: COSTS)
     monkeypatch.setattr(pipeline, "_write_report", lambda folder: None)
     pipeline.run(
         run.inputs.recipe,

@@ -185,7 +185,7 @@ def test_each_record_belongs_to_one_stage(inputs, cluster):
 )
 def test_after_a_change_of_the_recipe_healing_is_to_do(inputs, cluster, change, capsys, monkeypatch):
     finished(inputs)
-    monkeypatch.setattr(calibration, "calibrate", lambda inputs, nodes: iter([COSTS]))
+    monkeypatch.setattr(calibration, "calibrate", lambda inputs, nodes: iter([("load", COSTS)]))
     run = context(inputs, change)
     assert pipeline.dry_run(run.inputs.recipe, run.folder, run.inputs.facts) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}

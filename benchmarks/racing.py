@@ -1,0 +1,186 @@
+"""Compares a search in which plans race (`search.race`) with one that judges every plan on the whole text.
+
+    layerboost run RECIPE --out DIR --until search
+    python benchmarks/racing.py DIR --orders 3 --work WORK --out NAME.csv
+
+Both searches propose plans as the run's search does, from its layers' costs and its predicted speeds, and judge them by
+the NLL of its text. Each order draws the sequences anew, so that the race begins with other ones. `hypervolume` is that
+of (exp(-NLL drop), predicted speed-up) over the corner (0, 1), of the plans that were judged on the whole text;
+`evaluation_s` counts the seconds of all passes, one plan at a time while plans are proposed and eight at a time at the
+end of a race. `lost` counts plans that dropped out and would be on the front of all plans of their search. What was
+read is kept under --work: the same command continues an earlier one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results_csv import write_rows
+
+from layerboost.evaluation.plan_evaluation import PlanEvaluation
+from layerboost.evaluation.race import winners
+from layerboost.plan import Plan, Treatment
+from layerboost.search.loop import SearchState, fixed_points
+from layerboost.search.pareto import front, hypervolume
+from layerboost.search.proposers import make_proposer
+from orchestrator.checks.preflight import preflight
+from orchestrator.recipe.load import load_recipe
+from orchestrator.results.sensitivity import cost_matrix
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import RunInputs
+from orchestrator.run.progress import Progress
+from orchestrator.run.state import RECIPE_FILE, load_state
+from orchestrator.stages.search import _rest_time
+from orchestrator.stages.speed import layer_times, speedup
+
+PLANS_AT_ONCE = 8
+REFERENCE = (0.0, 1.0)
+
+
+class Reader:
+    """Reads sequences under plans, and keeps their NLL and the seconds that it took in a file.
+
+    Sequences are read one at a time, so that the NLL of each one does not depend on which others are read.
+    """
+
+    def __init__(self, evaluation: PlanEvaluation, file: Path):
+        self._evaluation, self._file = evaluation, file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._known = {(row["plans"], row["sequence"]): row for row in map(json.loads, lines)}
+
+    def nll(self, plans: Sequence[Plan], sequences: Sequence[int]) -> tuple[np.ndarray, float]:
+        """Returns the NLL of each sequence under each plan, (n_plans, n_sequences), and the seconds."""
+        rows = [self._row(plans, sequence) for sequence in sequences]
+        return np.array([row["nll"] for row in rows]).T, sum(row["seconds"] for row in rows)
+
+    def _row(self, plans: Sequence[Plan], sequence: int) -> dict[str, Any]:
+        key = " ".join(map(str, plans)), sequence
+        if key not in self._known:
+            start = time.perf_counter()
+            nll = self._evaluation.read_text(plans, torch.tensor([sequence])).nll[:, 0].tolist()
+            row = {"plans": key[0], "sequence": sequence, "nll": nll, "seconds": time.perf_counter() - start}
+            self._known[key] = row
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return self._known[key]
+
+
+class Searches:
+    """Runs searches with the proposals and speeds of a finished run."""
+
+    def __init__(self, run: RunContext, reader: Reader):
+        self._run, self._reader = run, reader
+        self._spec, self._n_layers = run.inputs.search_spec, run.inputs.n_layers
+        self._base = Plan.uniform(Treatment.SOFTMAX, self._n_layers)
+
+    def search(self, sequences: Sequence[int]) -> tuple[dict[Plan, np.ndarray], float]:
+        """Returns the drop of each plan on each sequence, in the order of the search, and the seconds."""
+        run, spec = self._run, self._spec
+        costs, times = cost_matrix(run.folder, run.state), layer_times(run)
+        seconds, nll = 0.0, {}
+
+        def judge(plan: Plan, values: Any, base: Any) -> tuple[float, float]:
+            return float(np.mean(nll[self._base] - nll[plan])), speedup(run, plan)
+
+        state = SearchState(spec, make_proposer(spec, costs, times, _rest_time(run, times)), judge, {})
+        while (plan := state.next_plan()) is not None:
+            found, took_s = self._reader.nll([plan], sequences)
+            nll[plan], seconds = found[0], seconds + took_s
+            state.finish(plan, {"quality": 0.0})
+        return {plan: values - nll[self._base] for plan, values in nll.items()}, seconds
+
+    def race(self, first: Sequence[int], every: Sequence[int], confidence: float) -> dict[str, Any]:
+        """Returns the drops of the plans that stay, the seconds of each part, and the plans that drop out."""
+        drops, first_s = self.search(first)
+        plans, fixed = list(drops), {plan for _, plan in fixed_points(self._spec, self._n_layers)}
+        beaten_by = winners(
+            [speedup(self._run, plan) for plan in plans],
+            [{"text": drops[plan]} for plan in plans],
+            [plan not in fixed for plan in plans],
+            confidence=confidence,
+        )
+        out = [plan for plan, winner in zip(plans, beaten_by, strict=True) if winner is not None and plan not in fixed]
+        stay = sorted((plan for plan in plans if plan not in out), key=str)
+        nll, rest_s = {}, 0.0
+        for start in range(0, len(stay), PLANS_AT_ONCE):
+            group = stay[start : start + PLANS_AT_ONCE]
+            found, took_s = self._reader.nll(group, every)
+            nll |= dict(zip(group, found, strict=True))
+            rest_s += took_s
+        judged = {plan: values - nll[self._base] for plan, values in nll.items()}
+        return {"judged": judged, "out": out, "first_s": first_s, "rest_s": rest_s}
+
+    def points(self, drops: dict[Plan, np.ndarray]) -> list[tuple[float, float]]:
+        return [(math.exp(-float(values.mean())), speedup(self._run, plan)) for plan, values in drops.items()]
+
+
+def open_run(folder: RunFolder) -> RunContext:
+    """Returns the context of a finished run, with its recipe as it was resolved."""
+    recipe = load_recipe(Path(folder.place(RECIPE_FILE)), [])
+    inputs = RunInputs(recipe, preflight(recipe, folder))
+    return RunContext(inputs, folder, load_state(folder), Progress(io.StringIO()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="the --out of a run that has searched")
+    parser.add_argument("--orders", type=int, default=3)
+    parser.add_argument("--first", type=float, default=0.25)
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    run = open_run(RunFolder(args.folder))
+    source, spec = run.inputs.source, run.inputs.text_spec
+    evaluation = PlanEvaluation(source.load(), source.load_tokenizer(), spec)
+    assert evaluation.sequences is not None
+    n_sequences = len(evaluation.sequences)
+    searches = Searches(run, Reader(evaluation, args.work / "nll.jsonl"))
+    full, full_s = searches.search(range(n_sequences))
+    whole = hypervolume(searches.points(full), REFERENCE)
+    n_first = max(4, math.ceil(args.first * n_sequences))
+    rows = []
+    for order in range(args.orders):
+        drawn = np.random.default_rng(order).permutation(n_sequences).tolist()
+        found = searches.race(drawn[:n_first], range(n_sequences), args.confidence)
+        area = hypervolume(searches.points(found["judged"]), REFERENCE)
+        # Whether a plan that dropped out was on the front can only be told by judging it, which is not counted.
+        every = found["judged"] | {plan: full[plan] for plan in found["out"] if plan in full}
+        on_front = front(searches.points(every))
+        lost = sum(is_on for plan, is_on in zip(every, on_front, strict=True) if plan in found["out"])
+        rows.append(
+            {
+                "order": order,
+                "sequences": n_sequences,
+                "first_sequences": n_first,
+                "confidence": args.confidence,
+                "plans": len(found["judged"]) + len(found["out"]),
+                "out": len(found["out"]),
+                "out_judged_too": len(every) - len(found["judged"]),
+                "lost": lost,
+                "hypervolume_full": round(whole, 5),
+                "hypervolume_race": round(area, 5),
+                "hypervolume_ratio": round(area / whole, 4),
+                "evaluation_s_full": round(full_s, 1),
+                "evaluation_s_race": round(found["first_s"] + found["rest_s"], 1),
+                "evaluation_s_ratio": round((found["first_s"] + found["rest_s"]) / full_s, 3),
+            }
+        )
+        print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    if args.out:
+        write_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

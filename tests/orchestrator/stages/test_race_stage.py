@@ -1,0 +1,205 @@
+"""Tests the race of stage `search` without a cluster: who is judged in full, what is listed, and resuming."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from layerboost.evaluation.evaluate import text_scores
+from layerboost.evaluation.scores import QualityError
+from layerboost.plan import Plan, Treatment
+from orchestrator.checks.preflight import preflight
+from orchestrator.recipe.load import load_recipe
+from orchestrator.results.plans import candidate_rows
+from orchestrator.results.reading import RecordReader
+from orchestrator.run.context import RunContext
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import RunInputs
+from orchestrator.run.progress import Progress
+from orchestrator.run.state import RunState
+from orchestrator.stages.candidates import candidates
+from orchestrator.stages.search import search, units
+from tasks.cluster.resources import WorkerResources
+from tasks.pool.finished import Finished, WorkerInfo
+from tasks.pool.pool import UnitFailure
+
+COSTS = {Treatment.NONE: [0.1, 0.3, 0.2], Treatment.LINEAR_WINDOW: [0.05, 0.1, 0.15]}
+SETTINGS = (
+    "search.speed=bytes",
+    "quality.tasks=[]",
+    "quality.sequences=8",
+    "sensitivity.treatments=[none, linear_window]",
+    "search.method=swaps",
+    "search.trials=20",
+    "search.race={first: 0.5, confidence: 0.95}",
+    "healing.candidates=1",
+)
+
+
+@pytest.fixture
+def stage(inputs, monkeypatch):
+    """Gives a function that runs the stage; it returns the context, and the plans judged on some and on all items."""
+    module, racing = sys.modules["orchestrator.stages.search"], sys.modules["orchestrator.stages.race"]
+    monkeypatch.setattr(module, "cost_matrix", lambda folder, state: COSTS)
+    monkeypatch.setattr(RunContext, "workers", lambda run: WorkerResources(1, 1, 0))
+    worker = WorkerInfo("here", "node", 1)
+
+    def run_stage(*overrides, fails=(), dies_after_units=None):
+        first, full = [], []
+
+        def search_here(state, make_evaluator, resources, *, on_plan, on_failure, **_):
+            while (plan := state.next_plan()) is not None:
+                first.append(plan)
+                values = {"quality": 0.5, "quality_stderr": 0.0, "scores": _scores(plan, 4), "evaluation_s": 1.0}
+                state.finish(plan, values)
+                on_plan(Finished(plan, values, 1.0, worker))
+            return state.results()
+
+        def sweep_here(todo, source, spec, resources, *, on_result, **_):
+            failures = []
+            for number, unit in enumerate(todo):
+                if number == dies_after_units:
+                    raise KeyboardInterrupt
+                assert unit.spec == spec and spec.n_sequences == 8 and len(unit.plans) <= 8
+                if set(map(str, unit.plans)) & set(fails):
+                    failures.append(UnitFailure(unit, "it failed", 1))
+                    continue
+                full.append(unit.plans)
+                on_result(Finished(unit, {"scores": [_scores(plan, 8) for plan in unit.plans]}, 1.0, worker))
+            return failures
+
+        monkeypatch.setattr(module, "run_search", search_here)
+        monkeypatch.setattr(racing, "sweep_units", sweep_here)
+        recipe = load_recipe(inputs.recipe, [*SETTINGS, *overrides])
+        folder = RunFolder(inputs.folder.parent / "out")
+        run = RunContext(RunInputs(recipe, preflight(recipe, folder)), folder, RunState("m", 3, "nll", {}), Progress())
+        try:
+            search(run)
+        except KeyboardInterrupt:
+            assert dies_after_units is not None
+        return run, first, full
+
+    return run_stage
+
+
+def _scores(plan, n_sequences):
+    """Returns scores in which layers add up, plans differ a little from item to item, and the first items are easy."""
+    loss = sum(
+        COSTS.get(treatment, [0.4] * 3)[i] for i, treatment in enumerate(plan.treatments) if treatment != "softmax"
+    )
+    nll = [1.0 + 0.1 * n + loss * (1 + 0.01 * (n % 3)) for n in range(n_sequences)]
+    return text_scores(nll, [loss / 2] * n_sequences, primary=True).to_dict()
+
+
+def test_only_plans_that_may_be_on_the_front_are_judged_in_full(stage):
+    run, first, full = stage()
+    trials = {trial.plan: trial for trial in run.state.trials}
+    beaten = {plan: trial for plan, trial in trials.items() if trial.status == "beaten"}
+    assert len(beaten) >= 5 and set(first) == set(trials)
+    assert {plan for unit in full for plan in unit} == set(trials) - set(beaten)
+    by_id = {plan.plan_id: trial for plan, trial in trials.items()}
+    for trial in beaten.values():
+        winner = by_id[trial.beaten_by]
+        assert trial.origin == winner.origin == "search", "reference plans neither drop out nor win"
+        assert winner.speedup >= trial.speedup and winner.objective > trial.objective
+        assert (trial.quality, trial.quality_stderr, trial.key) == (None, None, None)
+    judged = [trial for trial in trials.values() if trial.status == "ok"]
+    for trial in judged:
+        assert trial.quality is not None and trial.key is not None and trial.beaten_by is None
+        loss = float(_scores(trial.plan, 8)["metrics"][0]["value"]) - 1.35
+        assert trial.objective == pytest.approx(-loss, abs=1e-9), "on all items"
+    assert candidates(run)[0] not in beaten
+
+
+def test_tables_tell_who_dropped_out_and_why(stage):
+    run, _, _ = stage()
+    rows = candidate_rows(RecordReader(run.folder), run.state, lambda plan, concurrency: None)
+    beaten = [row for row in rows if row["status"] == "beaten"]
+    assert beaten and not any(row["on_front"] for row in beaten)
+    assert {row["beaten_by"] for row in beaten} <= {row["plan_id"] for row in rows if row["status"] == "ok"}
+
+
+def test_as_many_plans_stay_as_are_healed(stage):
+    everyone, _, _ = stage("healing.candidates=40")
+    assert {trial.status for trial in everyone.state.trials} == {"ok"}
+    some, _, _ = stage("healing.candidates=12")
+    stayed = [trial for trial in some.state.trials if trial.origin == "search" and trial.status == "ok"]
+    out = [trial for trial in some.state.trials if trial.status == "beaten"]
+    assert len(stayed) >= 12 and out
+    assert max(trial.objective for trial in out) <= sorted(trial.objective for trial in stayed)[-1]
+
+
+def test_a_race_that_was_killed_judges_the_same_plans_together(stage):
+    _, _, begun = stage(dies_after_units=1)
+    assert len(begun) == 1
+    run, first, rest = stage()
+    assert not first and not set(begun) & set(rest)
+    again, first, full = stage()
+    assert not first and not full and again.state.trials == run.state.trials
+
+
+def test_a_plan_that_fails_in_the_race_is_named_and_tried_again(stage):
+    run, _, _ = stage(fails={"SSS"})
+    failed = [trial for trial in run.state.trials if trial.status == "failed"]
+    assert Plan.parse("SSS") in [trial.plan for trial in failed] and {trial.error for trial in failed} == {"it failed"}
+    assert [failure.stage for failure in run.state.failures] == ["race"]
+    again, first, full = stage()
+    assert not first and len(full) == 1 and not any(trial.status == "failed" for trial in again.state.trials)
+
+
+def test_an_objective_without_items_beats_nobody(stage, monkeypatch):
+    def no_items(base, scores, score):
+        raise QualityError(f"sensitivity.score: '{score}' has no items of its own; choose another one")
+
+    monkeypatch.setattr(sys.modules["orchestrator.stages.race"], "item_drops", no_items)
+    run, _, full = stage()
+    assert {trial.status for trial in run.state.trials} == {"ok"}
+    assert {plan for unit in full for plan in unit} == {trial.plan for trial in run.state.trials}
+
+
+def test_units_are_listed_ahead_as_they_are_done(stage, monkeypatch):
+    run, _, _ = stage()
+    monkeypatch.setattr(sys.modules["orchestrator.stages.search"], "_is_scored", lambda run: True)
+    ahead = RunContext(run.inputs, run.folder, RunState("m", 3, "nll", {}), Progress(), is_ahead=True)
+    units(ahead)
+    assert ahead.state.trials == run.state.trials
+    for name in ("search", "race"):
+        assert ahead.listings[name].is_complete and ahead.listings[name].keys() == run.listings[name].keys()
+
+
+def test_without_a_race_all_plans_are_judged_in_full_at_once(stage):
+    run, _, full = stage("search.race={first: 0.99}", "quality.sequences=4")
+    assert not run.inputs.races and run.inputs.first_share == 1.0
+    assert not full and "race" not in run.listings and {trial.status for trial in run.state.trials} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("race", "field"),
+    [
+        ("{first: 0}", "search.race.first"),
+        ("{first: 1}", "search.race.first"),
+        ("{confidence: 0.5}", "search.race.confidence"),
+        ("{confidence: 1}", "search.race.confidence"),
+        ("{share: 0.1}", "search.race.share"),
+    ],
+)
+def test_wrong_settings_are_named(inputs, race, field):
+    with pytest.raises(ValueError, match=field):
+        load_recipe(inputs.recipe, [f"search.race={race}"])
+
+
+def test_first_items_are_a_share_of_what_the_search_judges_by(inputs):
+    def spec(*overrides):
+        recipe = load_recipe(inputs.recipe, ["search.race={first: 0.25}", *overrides])
+        found = RunInputs(recipe, preflight(recipe, RunFolder(inputs.folder.parent / "out")))
+        return found.first_quality_spec, found.first_share
+
+    first, share = spec("quality.sequences=40", "quality.limit=100", "sensitivity.compare=true")
+    assert (first.n_sequences, first.limit, share) == (10, 25, 0.25)
+    first, share = spec("quality.sequences=40", "quality.limit=100")
+    assert (first.n_sequences, first.tasks) == (10, ())
+    first, share = spec("quality.sequences=10", "search.objective=quality", "quality.limit=20")
+    assert (first.text, first.limit, share) == (None, 16, 0.8), "no fewer than say something"
+    first, share = spec("search.objective=quality", "quality.limit=null")
+    assert (first.limit, share) == (None, 1.0), "how many there are is not known"
