@@ -6,16 +6,16 @@ import hashlib
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from ..storage.errors import is_disk_full, retried
+from ..storage.publish import publish_tensors
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class TeacherStates:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._has_room(n_bytes) or file.exists():
                 return
-            retried(_replace)(file, states.detach().cpu().contiguous())
+            publish_tensors({_STATES: states.detach().cpu()}, str(file))
         except FileNotFoundError:
             return  # another process has just deleted the folder
         except Exception as error:
@@ -104,14 +104,3 @@ class TeacherStates:
                     self._n_bytes += file.stat().st_size
         has_space = shutil.disk_usage(self.folder).free - n_bytes >= self.reserved_bytes
         return has_space and self._n_bytes + n_bytes <= self.max_bytes
-
-
-def _replace(file: Path, states: torch.Tensor) -> None:
-    """Writes a file that appears whole; what a kill leaves has a name that the run folder clears away."""
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        save_file({_STATES: states}, part)
-        os.replace(part, file)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(part)

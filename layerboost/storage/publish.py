@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,9 +53,13 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
 
 @retried
 def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes CPU tensors as one safetensors file, which replaces what is at `url`, a path or an fsspec URL."""
+    """Writes CPU tensors as one safetensors file, which replaces what is at `url`, a path or an fsspec URL.
+
+    Several processes may write the same file. What a kill leaves has a name that the run folder clears away.
+    """
     filesystem, path = fsspec.core.url_to_fs(url)
-    part = f"{path}.writing"
+    parent, _, name = path.rpartition("/")
+    part = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if isinstance(filesystem, LocalFileSystem):
         try:

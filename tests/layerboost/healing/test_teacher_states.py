@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from layerboost.convert import convert
-from layerboost.healing import teacher_states
 from layerboost.healing.distillation import Distillation, make_trainee
 from layerboost.healing.spec import HEAL
 from layerboost.healing.teacher_states import TeacherStates
 from layerboost.healing.training import heal_locally
 from layerboost.plan import Plan
+from layerboost.storage import publish
 from layerboost.text.batches import PackedText
 from tests.layerboost.healing.test_distillation import VOCABULARY, WINDOW, spec_of, tiny_model
 
@@ -158,16 +158,16 @@ def test_several_processes_keep_to_one_limit_and_leave_the_disk_some_room(tmp_pa
 
 def test_a_passing_storage_error_is_tried_again(tmp_path, monkeypatch):
     stored, states, n_tried = TeacherStates(tmp_path, 2**30, reserved_bytes=0), torch.randn(1, 16, 8), 0
-    original = teacher_states.save_file
+    original = publish.save_file
 
-    def flaky(tensors, file) -> None:
+    def flaky(tensors, file, **_) -> None:
         nonlocal n_tried
         n_tried += 1
         if n_tried == 1:
             raise OSError(errno.EIO, "the file server is away")
         original(tensors, file)
 
-    monkeypatch.setattr(teacher_states, "save_file", flaky)
+    monkeypatch.setattr(publish, "save_file", flaky)
     monkeypatch.setattr("layerboost.storage.errors.RETRY_DELAYS_S", (0.0,))
     stored.states(text_of(1).input_ids, None, lambda: states)
     assert n_tried == 2 and len(list(tmp_path.iterdir())) == 1
@@ -176,13 +176,13 @@ def test_a_passing_storage_error_is_tried_again(tmp_path, monkeypatch):
 def test_a_full_disk_keeps_no_more_and_leaves_nothing_half_written(tmp_path, monkeypatch, caplog):
     stored, states, n_tried = TeacherStates(tmp_path, 2**30, reserved_bytes=0), torch.randn(2, 16, 8), 0
 
-    def full(tensors, file) -> None:
+    def full(tensors, file, **_) -> None:
         nonlocal n_tried
         n_tried += 1
         Path(file).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(teacher_states, "save_file", full)
+    monkeypatch.setattr(publish, "save_file", full)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(stored.states(text_of(2).input_ids, None, lambda: states), states)
@@ -190,9 +190,9 @@ def test_a_full_disk_keeps_no_more_and_leaves_nothing_half_written(tmp_path, mon
     assert caplog.text.count("is full") == 1
     assert list(tmp_path.iterdir()) == []
 
-    def broken(tensors, file) -> None:
+    def broken(tensors, file, **_) -> None:
         raise PermissionError(errno.EACCES, "not yours")
 
-    monkeypatch.setattr(teacher_states, "save_file", broken)
+    monkeypatch.setattr(publish, "save_file", broken)
     with pytest.raises(PermissionError):  # anything else is no matter of room and must be seen
         TeacherStates(tmp_path, 2**30, reserved_bytes=0).states(text_of(2).input_ids, None, lambda: states)
