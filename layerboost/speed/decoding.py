@@ -42,7 +42,8 @@ class DecodeMeasurement:
         ttft_ms_p50: Median over the repeats of the prefill's milliseconds (time to first token); 0 if the prompts were
             not read.
         tpot_ms_p50: Median over all decode steps of all repeats (time per output token, without the first token).
-        peak_memory_mib: Bytes of the model's weights plus the growth over a whole untimed pass, as in `PeakMemory`.
+        peak_memory_mib: Bytes of the model's weights plus the growth over the last chunk of a prefill and a decode step
+            with a cache for all tokens, as in `PeakMemory`.
         kv_bytes_per_token: Bytes by which the live cache grows for each token of one sequence, past every window.
     """
 
@@ -96,8 +97,10 @@ def measure_decode(
 ) -> DecodeMeasurement:
     """Times greedy decoding of `concurrency` random prompts through the model's own forward and cache.
 
-    One whole pass precedes the timed ones. It warms up, and the memory is measured during it, so that the measurement
-    does not disturb the timings. Every step ends with a synchronisation, as in a server that sends out each token.
+    The end of a pass precedes the timed ones: the last chunk of the prefill, behind a cache that is filled with random
+    numbers, and a decode step. It warms up, and the memory, of which this is the peak, is measured during it, so that
+    the measurement does not disturb the timings. Every step ends with a synchronisation, as in a server that sends out
+    each token.
 
     Args:
         model: A causal language model, converted or not, on the device to be measured.
@@ -151,10 +154,12 @@ def measure_together(
     kv_bytes = [kv_bytes_per_token(model, seed=seed) for model in models]
     peaks_mib = []
     for model in models:
-        warm_up = prompts[:, : prefill_chunk_tokens(model, concurrency)]
-        timed_generation(model, warm_up, 2)  # so that memory which libraries allocate once does not count
+        chunk_tokens = prefill_chunk_tokens(model, concurrency)
+        # Memory that libraries allocate once does not count.
+        timed_generation(model, prompts[:, :chunk_tokens], 2)
+        before_last = max(n_filled, prompt_tokens - chunk_tokens)
         with PeakMemory(model) as memory:
-            timed_generation(model, prompts, new_tokens, n_filled)
+            timed_generation(model, prompts, 2, before_last, room_tokens=new_tokens)
         peaks_mib.append(memory.peak_mib)
     prefill_s = np.empty((len(models), repeats))
     steps_s = np.empty((len(models), repeats, new_tokens - 1))
@@ -287,7 +292,7 @@ def _forward_parameters(forward: Callable) -> frozenset[str]:
 
 
 def timed_generation(
-    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, n_filled: int = 0
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, n_filled: int = 0, *, room_tokens: int = 0
 ) -> tuple[float, list[float], torch.Tensor]:
     """Decodes a batch greedily, with a cache that has room for all tokens from the start.
 
@@ -296,12 +301,13 @@ def timed_generation(
         prompts: (concurrency, tokens), on the model's device.
         new_tokens: Tokens to generate for each sequence; the prefill gives the first.
         n_filled: First tokens of each prompt that are not read, but stand in the cache as random numbers.
+        room_tokens: New tokens that the cache has room for, if they are more than `new_tokens`.
 
     Returns:
         Seconds of the prefill, seconds of each decode step, generated tokens (concurrency, new_tokens).
     """
     synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    cache = preallocated_cache(model.config, prompts.shape[1] + new_tokens)
+    cache = preallocated_cache(model.config, prompts.shape[1] + max(new_tokens, room_tokens))
     if n_filled:
         fill_cache(cache, model, len(prompts), n_filled)
     chunks = prompts[:, n_filled:].split(prefill_chunk_tokens(model, len(prompts)), dim=1)

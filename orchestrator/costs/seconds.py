@@ -33,6 +33,10 @@ SHARED_LAYERS = 0.7
 """Cost of one more plan among plans that are judged together, as a share of judging it alone."""
 
 
+WARM_UP_PASSES = 0.2
+"""Passes that warm a model up before it is timed: two chunks of its prefill and a few steps."""
+
+
 class UnitSeconds:
     """Computes the seconds of single units of a run on one worker."""
 
@@ -97,13 +101,16 @@ class UnitSeconds:
         recipe = self._inputs.recipe.throughput
         asked = ServingCondition(concurrency, prompt_tokens, recipe.new_tokens)
         waves = 1 + recipe.repeats * asked.n_requests / concurrency
-        return waves * self._decoded_s(plan, concurrency, prompt_tokens) / (1 + recipe.repeats)
+        return waves * self._pass_s(plan, concurrency, prompt_tokens)
 
     def _decoded_s(self, plan: Plan | None, concurrency: int, prompt_tokens: int) -> float:
-        recipe = self._inputs.recipe.throughput
-        middle = self._inputs.recipe.search.middle
+        n_passes = WARM_UP_PASSES + self._inputs.recipe.throughput.repeats
+        return n_passes * self._pass_s(plan, concurrency, prompt_tokens)
+
+    def _pass_s(self, plan: Plan | None, concurrency: int, prompt_tokens: int) -> float:
+        recipe, middle = self._inputs.recipe.throughput, self._inputs.recipe.search.middle
         prefill_s, step_s = decode_s(self._costs.decode, plan, concurrency, prompt_tokens, middle=middle)
-        return (1 + recipe.repeats) * (prefill_s + (recipe.new_tokens - 1) * step_s)
+        return prefill_s + (recipe.new_tokens - 1) * step_s
 
 
 def decode_s(

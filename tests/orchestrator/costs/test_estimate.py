@@ -84,7 +84,7 @@ def test_seconds_follow_from_units_and_their_costs(inputs):
     other = stages_of(context(inputs, *common, "healing.baselines=[linear]"))
     assert other["curve"].units == 3 and other["curve"].seconds == pytest.approx(18), "a baseline of another window"
     # The base, three uniform plans, and two healed plans, each timed together with the parent.
-    assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 4 * (1.0 + 3 * 0.1))
+    assert found["throughput"].seconds == pytest.approx((4 + 2 * 2) * 3.2 * (1.0 + 3 * 0.1))
 
 
 def test_without_comparison_the_sweep_and_the_search_read_the_text_alone(inputs):
