@@ -121,6 +121,7 @@ class SweepWorker(EvaluationWorker):
         if evaluation.sequences is not None:
             order = share_order(len(evaluation.sequences), share)
             text = evaluation.read_text(unit.plans, order)
+            assert text.kl is not None
             return {"nll": text.nll.tolist(), "kl": text.kl.tolist()}
         items = self._items(unit.spec, share)
         asked = requests_of_items(items)

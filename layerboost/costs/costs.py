@@ -21,6 +21,7 @@ class EvaluationCosts:
         tasks_s, text_s: To judge a plan by the tasks and by the text, as `PlanEvaluation` does.
         direct_s: To judge a separate model, as `evaluate` does.
         sweep_s: To judge all single-layer plans, by source: `tasks` and `text`.
+        likelihood_s: To measure only the likelihood of the text under a plan.
     """
 
     prepare_s: float
@@ -29,6 +30,7 @@ class EvaluationCosts:
     text_s: ByTreatment
     direct_s: float
     sweep_s: dict[str, float]
+    likelihood_s: ByTreatment
 
 
 @dataclass(frozen=True)

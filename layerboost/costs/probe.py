@@ -101,7 +101,7 @@ def evaluation_costs(
         treatments: Treatments whose uniform plans are judged; they include softmax and those of `swept`.
         swept: Treatments that single layers get in a sweep.
     """
-    n_layers, costs = twins.n_layers, EvaluationCosts(0.0, 0.0, {}, {}, 0.0, {})
+    n_layers, costs = twins.n_layers, EvaluationCosts(0.0, 0.0, {}, {}, 0.0, {}, {})
     if spec.tasks:
         costs = _task_costs(twins, tokenizer, replace(spec, text=None, retrieval=()), treatments, swept)
     if spec.text is not None:
@@ -116,9 +116,16 @@ def evaluation_costs(
             text_s=text_s,
             direct_s=costs.direct_s + sum(text_s.values()) / len(text_s) + _retrieval_s(twins, tokenizer, spec),
             sweep_s=costs.sweep_s | {"text": swept_s},
+            # What a plan adds to the untouched model's pass is about what it takes without it.
+            likelihood_s=LayerCosts(plan_s, text.layer_s).uniform_s(n_layers),
         )
     zero = dict.fromkeys((treatment.value for treatment in treatments), 0.0)
-    return replace(costs, tasks_s=costs.tasks_s or zero, text_s=costs.text_s or zero)
+    return replace(
+        costs,
+        tasks_s=costs.tasks_s or zero,
+        text_s=costs.text_s or zero,
+        likelihood_s=costs.likelihood_s or zero,
+    )
 
 
 def _task_costs(
@@ -171,6 +178,7 @@ def _task_costs(
         text_s={},
         direct_s=direct_s * deeper,
         sweep_s={"tasks": _swept_s(of_all, swept, twins.n_layers, of_all.fixed_s)},
+        likelihood_s={},
     )
 
 

@@ -53,8 +53,10 @@ def evaluate(
     if spec.text is not None:
         check_context(model, spec)
         sequences = text_sequences(tokenizer, spec)
-        measured = score_sequences(model, sequences, base=base, batch_size=spec.batch_size)
-        scores.metrics += text_scores(measured.nll, measured.kl, measured.gaps, primary=not spec.tasks).metrics
+        beside = None if spec.likelihood_only else base
+        measured = score_sequences(model, sequences, base=beside, batch_size=spec.batch_size)
+        gaps = None if spec.likelihood_only else measured.gaps
+        scores.metrics += text_scores(measured.nll, measured.kl, gaps, primary=not spec.tasks).metrics
         scores.metrics += retrieval_scores(model, retrieval_items(tokenizer, spec), batch_tokens=batch_tokens(spec))
     return scores
 
@@ -90,6 +92,8 @@ def spec_fingerprint(spec: QualitySpec) -> str:
         "tasks": [task_identity(name) for name in spec.tasks],
         "text": None if spec.text is None else text_identity(spec.text),
     }
+    if not spec.likelihood_only:
+        del identity["likelihood_only"]  # as in records of versions that measured everything
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -210,13 +210,60 @@ class TextScores:
 
     Attributes:
         nll: (P, n) float64, nats per predicted token.
-        kl: (P, n) float64, KL(base || plan) in nats per predicted token.
-        gaps: (P, n, 15) float64, calibration of the most likely tokens (`calibration_error.bin_gaps`).
+        kl: (P, n) float64, KL(base || plan) in nats per predicted token; None if only the likelihood was measured.
+        gaps: (P, n, 15) float64, calibration of the most likely tokens (`calibration_error.bin_gaps`); None as `kl`.
     """
 
     nll: torch.Tensor
-    kl: torch.Tensor
-    gaps: torch.Tensor
+    kl: torch.Tensor | None
+    gaps: torch.Tensor | None
+
+    def of_plan(self, plan: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the NLL, KL and gaps of one plan's sequences."""
+        kl, gaps = (None if values is None else values[plan] for values in (self.kl, self.gaps))
+        return self.nll[plan], kl, gaps
+
+
+@torch.inference_mode()
+def text_likelihood(sweep: LayerSweep, sequences: torch.Tensor, *, batch_size: int = 8) -> TextScores:
+    """Measures only the likelihood of sequences under all plans of a sweep, with the NLL of `score_text`.
+
+    It takes less than half of the time for a plan by itself, because no other plan has to run beside it.
+
+    Args:
+        sweep: The model and the plans.
+        sequences: Token ids (n, tokens), at least two tokens long.
+        batch_size: Sequences in a pass; fewer if the sweep's budget requires it.
+    """
+    nll = torch.empty(len(sweep.paths), len(sequences), dtype=torch.float64)
+    batch_size = min(batch_size, sweep.rows_at_once(sequences.shape[1]))
+    rows, rows_a_product = _rows_at_once(sweep.model)
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        here = slice(start, start + len(batch))
+
+        def read(plans: list[int], states: list[torch.Tensor], batch: torch.Tensor = batch, here: slice = here) -> None:
+            for plan, of_plan in zip(plans, states, strict=True):
+                nll[plan, here] = _nll_of_states(sweep, batch, of_plan, rows, rows_a_product)
+
+        sweep.run(batch, read)
+    return TextScores(nll, None, None)
+
+
+def _nll_of_states(
+    sweep: LayerSweep, batch: torch.Tensor, states: torch.Tensor, rows: int, rows_a_product: int
+) -> torch.Tensor:
+    """Returns the mean NLL of each sequence, (B,) float64, from the final hidden states (B, T, d)."""
+    targets = batch[:, 1:].reshape(-1).to(states.device)
+    nll = torch.empty(len(targets), dtype=torch.float64)
+    predicting = torch.arange(batch.numel(), device=states.device).view(batch.shape)[:, :-1].flatten()
+    for first in range(0, len(targets), rows_a_product):
+        logits = sweep.logits(states.flatten(0, 1)[predicting[first : first + rows_a_product]])
+        for start in range(0, len(logits), rows):
+            here = slice(first + start, min(first + start + rows, len(targets)))
+            log_p = logits[start : start + rows].float().log_softmax(-1)
+            nll[here] = -log_p.gather(-1, targets[here, None]).squeeze(-1).double().cpu()
+    return nll.view(len(batch), -1).mean(1)
 
 
 @torch.inference_mode()

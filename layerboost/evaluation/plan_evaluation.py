@@ -12,7 +12,7 @@ from ..plan import Plan, Treatment
 from ..sweep.layer_sweep import DEFAULT_BUDGET_BYTES, LayerSweep
 from ..sweep.request_tries import n_common
 from .evaluate import batch_tokens, check_context, text_scores, text_sequences
-from .likelihood import Answers, TextScores, answer_requests, score_text
+from .likelihood import Answers, TextScores, answer_requests, score_text, text_likelihood
 from .lm_eval_requests import Benchmarks, Item
 from .retrieval import plans_retrieval_scores, retrieval_items
 from .scores import QualitySpec, Scores
@@ -100,18 +100,22 @@ class PlanEvaluation:
         return Answers(log_p, greedy)
 
     def read_text(self, plans: Sequence[Plan], indices: torch.Tensor | None = None) -> TextScores:
-        """Scores some sequences of the text (all if None), with the divergence from the untouched model."""
+        """Scores some sequences of the text (all if None), by all that the spec asks for."""
         assert self.sequences is not None
         sequences = self.sequences if indices is None else self.sequences[indices]
+        if self.spec.likelihood_only:
+            sweep = LayerSweep(self.model, plans, budget_bytes=self.budget_bytes)
+            return text_likelihood(sweep, sequences, batch_size=self.spec.batch_size)
         sweep = LayerSweep(self.model, [*plans, self._base], budget_bytes=self.budget_bytes)
         found = score_text(sweep, sequences, base=len(plans), batch_size=self.spec.batch_size)
+        assert found.kl is not None and found.gaps is not None
         return TextScores(found.nll[: len(plans)], found.kl[: len(plans)], found.gaps[: len(plans)])
 
     def scores(
         self,
         plan: Plan,
         answers: tuple[torch.Tensor, torch.Tensor] | None,
-        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        text: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None,
         items: Sequence[Item] | None = None,
     ) -> Scores:
         """Returns a plan's scores, given its answers (log_p and greedy) and the NLL, KL and gaps of each sequence.
@@ -119,7 +123,8 @@ class PlanEvaluation:
         Args:
             plan: The plan that was answered for; it is used only if a task has the model generate.
             answers: Two (n_requests,); None if the tasks were not asked.
-            text: Two (n_sequences,) and one (n_sequences, 15); None if the text was not read.
+            text: Two (n_sequences,) and one (n_sequences, 15), the last two None if only the likelihood was measured;
+                None if the text was not read.
             items: The items that were answered, all if None.
         """
         found = Scores()
@@ -129,7 +134,8 @@ class PlanEvaluation:
             found.metrics += self.benchmarks.scores(*answers, items=items, model=model)
         if text is not None:
             nll, kl, gaps = text
-            found.metrics += text_scores(nll.tolist(), kl.tolist(), gaps, primary=not self.spec.tasks).metrics
+            of_kl = None if kl is None else kl.tolist()
+            found.metrics += text_scores(nll.tolist(), of_kl, gaps, primary=not self.spec.tasks).metrics
         return found
 
     def run(self, plans: Sequence[Plan]) -> list[Scores]:
@@ -140,7 +146,7 @@ class PlanEvaluation:
             self.scores(
                 plan,
                 None if answers is None else (answers.log_p[i], answers.greedy[i]),
-                None if text is None else (text.nll[i], text.kl[i], text.gaps[i]),
+                None if text is None else text.of_plan(i),
             )
             for i, plan in enumerate(plans)
         ]

@@ -31,6 +31,8 @@ class QualitySpec:
         batch_size: Sequences or requests in a forward pass.
         num_fewshot: Number of examples in a prompt; None means each task's own number.
         retrieval: Distances in tokens over which the model must recall what the text said (`retrieval`).
+        likelihood_only: Whether of a text only the likelihood is measured, neither the divergence from the untouched
+            model nor the calibration.
     """
 
     tasks: tuple[str, ...] = ()
@@ -41,6 +43,7 @@ class QualitySpec:
     batch_size: int = 8
     num_fewshot: int | None = None
     retrieval: tuple[int, ...] = ()
+    likelihood_only: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))

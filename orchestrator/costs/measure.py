@@ -52,7 +52,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[t
         load_s,
         n_parameters,
         model.dtype.itemsize,
-        EvaluationCosts(0.0, 0.0, zero, zero, 0.0, {"tasks": 0.0, "text": 0.0}),
+        EvaluationCosts(0.0, 0.0, zero, zero, 0.0, {"tasks": 0.0, "text": 0.0}, zero),
         HealingCosts(zero, 0.0, 0, 0.0) if recipe.healing.tokens else None,
         tuple(DecodeCosts(n, tokens, zero, zero) for n, tokens in _conditions(inputs)),
         None,

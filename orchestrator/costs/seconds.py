@@ -56,7 +56,8 @@ class UnitSeconds:
             spec: What it is judged by; without tasks or text, those cost nothing.
         """
         costs = self._costs.evaluation
-        text_s = 0.0 if spec.text is None else self.mixed(costs.text_s, plan)
+        of_text = costs.likelihood_s if spec.likelihood_only else costs.text_s
+        text_s = 0.0 if spec.text is None else self.mixed(of_text, plan)
         return text_s + (self.mixed(costs.tasks_s, plan) + costs.score_s if spec.tasks else 0.0)
 
     def branches_s(self) -> float:

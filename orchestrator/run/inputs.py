@@ -108,12 +108,17 @@ class RunInputs:
         """The quality by which the search judges: the text if its objective is measured on it, else the tasks.
 
         The text is also read if there are no tasks, and with `sensitivity.compare` the tasks are asked beside the text.
+        Where finalists are judged by more than the text, and the likelihood alone is the objective, nothing else is
+        measured, because their scores are other records anyway.
         """
         spec, recipe = self._searched_spec, self.recipe
         by_text = recipe.search.objective == "score" and SCORES[recipe.sensitivity.score].source == "text"
         if not by_text:
             return replace(spec, text=None) if spec.tasks else spec
-        return spec if recipe.sensitivity.compare else replace(spec, tasks=())
+        if recipe.sensitivity.compare:
+            return spec
+        by_likelihood = recipe.sensitivity.score == "nll" and self.full_spec != self.text_spec
+        return replace(spec, tasks=(), likelihood_only=by_likelihood)
 
     @cached_property
     def first_quality_spec(self) -> QualitySpec:

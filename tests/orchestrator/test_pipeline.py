@@ -25,6 +25,7 @@ KILL_AT = {
     # Each stage has the first words of the progress line after which the driver is killed.
     "sensitivity": "sensitivity 4/9 done",
     "search": "search 2/",
+    "race": "race 2/",
     "refine": "refine 2/",
     "heal": "heal step ",
     "curve": "curve 2/",
@@ -87,6 +88,7 @@ def recipe_values() -> dict:
             "window": 8,
             "speed": "bytes",
             "plans": ["SNL"],
+            "race": {"first": 0.7},
             "refine": {"method": "greedy", "plans": 8},
         },
         "healing": {
@@ -116,7 +118,7 @@ def undisturbed(pristine_inputs, recipe_values, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(pristine_inputs, folder / "inputs")
-    quality = {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 4, "sequence_tokens": 32}
+    quality = {"tasks": ["./task.yaml"], "text": "judge.txt", "sequences": 6, "sequence_tokens": 32}
     inputs = Inputs(folder / "inputs", {"model": {"path": "./model"}, "quality": quality, **recipe_values})
     inputs.write_recipe()
     result = run(inputs, folder / "out")

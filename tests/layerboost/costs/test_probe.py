@@ -120,7 +120,7 @@ def test_a_plan_costs_what_its_layers_cost_alone():
 
 
 def test_costs_survive_json():
-    evaluation = EvaluationCosts(1, 2, {"softmax": 3}, {"softmax": 4}, 5, {"text": 6})
+    evaluation = EvaluationCosts(1, 2, {"softmax": 3}, {"softmax": 4}, 5, {"text": 6}, {"softmax": 7})
     costs = Costs(1, 2, 3, 4, evaluation, None, (), None)
     assert Costs.from_dict(costs.to_dict()) == costs
 

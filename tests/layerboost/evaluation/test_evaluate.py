@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -22,7 +23,7 @@ from layerboost.evaluation.lm_eval_run import BOOTSTRAP_ITERS
 from layerboost.evaluation.plan_evaluation import PlanEvaluation
 from layerboost.evaluation.scores import MetricScore, QualityError, QualitySpec, Scores, quality, retained
 from layerboost.evaluation.statistics import paired_difference
-from layerboost.evaluation.task_files import TaskFileError, UnknownTaskError, check_tasks
+from layerboost.evaluation.task_files import TaskFileError, UnknownTaskError, check_tasks, task_identity
 from layerboost.plan import Plan
 
 TEXT = "the a cat dog bird saw liked chased ran slept and then big small red old . house tree"
@@ -728,6 +729,38 @@ def test_parts_of_the_work_put_together_are_the_whole(model, tokenizer, tasks, t
     for i, plan in enumerate(PLANS[:2]):
         said = tuple(torch.cat([getattr(part, name)[i] for part in texts]) for name in ("nll", "kl", "gaps"))
         _assert_scores_equal(evaluation.scores(plan, (log_p[i], greedy[i]), said), whole[i])
+
+
+def test_only_the_likelihood_is_the_likelihood_of_everything(model, tokenizer, tasks, text):
+    every = QualitySpec(text=text, n_sequences=6, sequence_tokens=32, batch_size=2)
+    alone = dataclasses.replace(every, likelihood_only=True)
+    found, whole = (PlanEvaluation(model, tokenizer, spec).run(PLANS) for spec in (alone, every))
+    for plan, only, of_all in zip(PLANS, found, whole, strict=True):
+        assert only.metrics == [of_all.get("text", "nll")], "the same numbers, in the same order"
+        variant = model if plan.is_untouched else convert(model, plan)
+        apart = evaluate(variant, tokenizer, alone, base=model)
+        assert [metric.metric for metric in apart.metrics] == ["nll"]
+        assert apart.get("text", "nll").items == pytest.approx(only.get("text", "nll").items, rel=1e-5)
+    assert spec_fingerprint(alone) != spec_fingerprint(every)
+
+
+def test_the_fingerprint_of_a_spec_that_measures_everything_is_that_of_earlier_versions():
+    spec = QualitySpec(tasks=("arc_easy",), limit=7)
+    assert spec_fingerprint(spec) == hashlib.sha256(
+        json.dumps(
+            {
+                "tasks": [task_identity("arc_easy")],
+                "limit": 7,
+                "text": None,
+                "n_sequences": 64,
+                "sequence_tokens": 512,
+                "batch_size": 8,
+                "num_fewshot": None,
+                "retrieval": [],
+            },
+            sort_keys=True,
+        ).encode()
+    ).hexdigest()  # fmt: skip
 
 
 def test_some_items_score_as_lm_eval_scores_those_samples(model, tokenizer, tasks):

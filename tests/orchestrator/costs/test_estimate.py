@@ -40,7 +40,9 @@ COSTS = Costs(
     load_s=0.0,
     n_parameters=2**20,
     dtype_bytes=4,
-    evaluation=EvaluationCosts(0.0, 0.0, EACH, EACH, 6.0, {"tasks": 90.0, "text": 180.0}),
+    evaluation=EvaluationCosts(
+        0.0, 0.0, EACH, EACH, 6.0, {"tasks": 90.0, "text": 180.0}, dict.fromkeys(TREATMENTS, 0.5)
+    ),
     healing=HealingCosts({"softmax": 1.0, "none": 0.2, "linear_window": 2.6}, 0.5, 2**18, 0.0),
     decode=(
         DecodeCosts(1, 16, dict.fromkeys(TREATMENTS, 1.0), dict.fromkeys(TREATMENTS, 0.1)),
@@ -92,10 +94,10 @@ def test_without_comparison_the_sweep_and_the_search_read_the_text_alone(inputs)
     text = stages_of(context(inputs, "search.speed=bytes"))
     assert (both["sensitivity"].seconds, text["sensitivity"].seconds) == pytest.approx((270, 180))
     assert both["search"].units == text["search"].units
-    assert text["search"].seconds == pytest.approx(both["search"].seconds / 2), "tasks and text cost the same here"
+    assert text["search"].seconds == pytest.approx(both["search"].seconds / 8), "both cost the same, likelihood less"
     by_tasks = stages_of(context(inputs, "search.objective=quality", "search.speed=bytes"))
     each_s = [found["search"].seconds / found["search"].units for found in (by_tasks, text)]
-    assert each_s[0] == pytest.approx(each_s[1])
+    assert each_s == pytest.approx([2.0, 0.5]), "of the text only the likelihood is measured"
 
 
 def test_servers_are_asked_in_waves(inputs, monkeypatch):
