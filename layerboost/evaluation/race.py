@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
-from .statistics import mean_of_differences, paired_difference
+from .statistics import PairingError
 
 
 def winners(
@@ -24,7 +25,8 @@ def winners(
 
     The probability that a plan which is on the front is beaten is at most 1 - `confidence`, however many rivals it has:
     each comparison is made with the share of this risk that falls to it (Bonferroni). Speeds count as exact. If several
-    plans beat one, it is the one by which the lower bound of the difference is largest.
+    plans beat one, it is the one by which the lower bound of the difference is largest. The bound is that of
+    `statistics.mean_of_differences`.
 
     Args:
         speeds: Speed of each plan; higher is better.
@@ -36,26 +38,45 @@ def winners(
     Raises:
         PairingError: Two plans have different numbers of items of a task.
     """
-    return [_winner(plan, speeds, losses, rivals, confidence) for plan in range(len(speeds))]
+    if not losses:
+        return []
+    by_task = []
+    for task in losses[0]:
+        counts = {len(of_plan[task]) for of_plan in losses}
+        if len(counts) > 1:
+            raise PairingError(f"items: {task} has {sorted(counts)} of them; score all plans over the same items")
+        by_task.append(np.stack([of_plan[task] for of_plan in losses]))
+    fast, may_win = np.asarray(speeds, dtype=np.float64), np.asarray(rivals, dtype=bool)
+    if min(values.shape[1] for values in by_task) < 2:
+        return [None] * len(losses)  # a single item does not say how much items differ
+    found: list[int | None] = []
+    for plan in range(len(losses)):
+        faster = np.flatnonzero(may_win & (fast >= fast[plan]) & (np.arange(len(fast)) != plan))
+        if not len(faster):
+            found.append(None)
+            continue
+        low = _lower_bounds(by_task, plan, faster, (1 - confidence) / len(faster))
+        best = int(np.argmax(low))
+        found.append(int(faster[best]) if low[best] > 0 else None)
+    return found
 
 
-def _winner(
-    plan: int,
-    speeds: Sequence[float],
-    losses: Sequence[Mapping[str, np.ndarray]],
-    rivals: Sequence[bool],
-    confidence: float,
-) -> int | None:
-    faster = [n for n in range(len(speeds)) if rivals[n] and n != plan and speeds[n] >= speeds[plan]]
-    best, margin = None, 0.0
-    for rival in faster:
-        differences = [
-            paired_difference(items.tolist(), losses[rival][task].tolist(), confidence=None)
-            for task, items in losses[plan].items()
-        ]
-        # One side of the interval holds half of the risk.
-        interval = 1 - 2 * (1 - confidence) / len(faster)
-        low = mean_of_differences(differences, confidence=interval).ci_low
-        if low is not None and low > margin:
-            best, margin = rival, low
-    return best
+def _lower_bounds(by_task: list[np.ndarray], plan: int, others: np.ndarray, risk: float) -> np.ndarray:
+    """Returns lower bounds of how much more a plan loses than each other one, which hold with probability 1 - `risk`.
+
+    Args:
+        by_task: (n_plans, n_items) for each task.
+        plan, others: Index of the plan, and those of the other ones (n,).
+        risk: Probability of a difference below its bound.
+    """
+    mean, variance, spread = (np.zeros(len(others)) for _ in range(3))
+    for losses in by_task:
+        differences = losses[plan] - losses[others]
+        n_items = differences.shape[1]
+        of_mean = differences.var(axis=1, ddof=1) / n_items
+        mean += differences.mean(axis=1) / len(by_task)
+        variance += of_mean
+        spread += of_mean**2 / (n_items - 1)
+    # Welch and Satterthwaite's degrees of freedom; without any variance the mean is exact.
+    degrees = np.divide(variance**2, spread, out=np.full(len(others), np.inf), where=spread > 0)
+    return mean - stdtrit(degrees, 1 - risk) * np.sqrt(variance) / len(by_task)

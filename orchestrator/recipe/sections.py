@@ -247,16 +247,18 @@ class RefineSection(Section):
 
 
 class RaceSection(Section):
-    """Has the search judge its plans on the first items alone, and only those that may be on the front on all of them.
+    """Has the search judge its plans on the first items alone, and only those that may be healed on all of them.
 
     Attributes:
         first: share of the text's sequences, and of each benchmark's `limit`, that are the first items; at least
             `FIRST_SEQUENCES` and `FIRST_DOCUMENTS`.
         confidence: a plan drops out if another one that is at least as fast is better with this confidence.
+        leaders: number of plans that are judged on all items, for each plan that is healed or tried by halving.
     """
 
     first: Annotated[Number, Field(gt=0, lt=1)] = 0.25
     confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
+    leaders: Count = 4
 
 
 FIRST_SEQUENCES, FIRST_DOCUMENTS = 4, 16
@@ -285,7 +287,7 @@ class SearchSection(Section):
         keep_above: range `[low, high]` of the upper threshold; without a value it is chosen in the same way.
         plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none.
         refine: improve the plans that would be healed; without a value this is off.
-        race: stop asking about plans that lose on the first items; without a value all plans are judged in full.
+        race: judge only the most promising plans on all items; without a value all plans are.
     """
 
     method: Annotated[str, OneOf(METHODS.names)] = "thresholds"

@@ -92,12 +92,14 @@ def scores_cells(pareto: pd.DataFrame) -> Table | None:
 
 
 def race_sentences(candidates: pd.DataFrame) -> Iterator[str]:
-    """Yields a sentence on the plans that dropped out of the race, if there are any."""
-    beaten = candidates["status"].eq("beaten")
-    if beaten.any():
+    """Yields a sentence on the plans that were not judged on all items, if there are any."""
+    partly = candidates["share"].lt(1)
+    if partly.any():
         yield (
-            f"{beaten.sum()} of {len(candidates)} plans dropped out after the first items, because another plan that "
-            "is at least as fast was better for certain. They have no quality; their objective is that of these items."
+            f"{partly.sum()} of {len(candidates)} plans were judged on the first items alone "
+            f"({candidates['share'].min():.0%} of them), because others promised more; their quality is estimated from "
+            f"what they keep there. {candidates['beaten_by'].notna().sum()} of them are beaten for certain by a plan "
+            "that is at least as fast."
         )
 
 

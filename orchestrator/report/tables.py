@@ -49,10 +49,11 @@ CANDIDATE_COLUMNS = {
     "quality_stderr": "float64",
     "output_throughput_tok_per_s": "float64",  # measured; empty where it was not
     "on_front": "boolean",
-    "status": "str",  # ok | failed | beaten
+    "status": "str",  # ok | failed
     "objective": "float64",  # the search maximises it: minus the drop of the score, or the quality
     "predicted_throughput_tok_per_s": "float64",
     "predicted_throughput_stderr": "float64",
+    "share": "float64",  # of the items that it was judged on; below 1 where it did not lead the race
     "beaten_by": "str",  # plan_id of a plan that is better for certain on the first items; empty where there is none
 }
 """Columns of candidates.csv, in order. The table has one row for each distinct plan that was tried.

@@ -79,6 +79,7 @@ _TRIAL_COLUMNS = (
     "quality",
     "quality_stderr",
     "objective",
+    "share",
     "beaten_by",
 )
 

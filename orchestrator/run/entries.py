@@ -84,12 +84,13 @@ class Trial(Entry):
         plan: The plan that was tried.
         origin: The source of the plan: a fixed point's name, `given`, `search` or `refined`.
         remove_below, keep_above: Thresholds that gave the plan; None for other methods.
-        status: `ok`, `failed`, `open` if it is not evaluated yet, or `beaten` if it lost the race on the first items.
+        status: `ok`, `failed`, or `open` if it is not evaluated yet.
         error: The error of a failed point; else None.
-        quality, quality_stderr: Quality as the search measures it; None if it is not recorded, or not on all items.
-        objective: What the search maximises besides speed; None if it is not recorded.
-        speedup: Predicted throughput divided by the base's; None if `objective` is None.
+        quality, quality_stderr: Quality as the search measures it; None if it is not recorded.
+        objective: What the search maximises besides speed; None if `quality` is None.
+        speedup: Predicted throughput divided by the base's; None if `quality` is None.
         key: Key of its scores on all items.
+        share: Share of the items that it was judged on; below 1 if it did not lead the race.
         beaten_by: `plan_id` of a plan that is as fast and better with the race's confidence; None if it is not beaten.
     """
 
@@ -104,6 +105,7 @@ class Trial(Entry):
     objective: float | None = None
     speedup: float | None = None
     key: str | None = None
+    share: float = 1.0
     beaten_by: str | None = None
 
     def proposal(self) -> dict[str, Any]:
@@ -111,10 +113,7 @@ class Trial(Entry):
         return {name: value for name, value in self.to_dict().items() if name not in _JUDGED}
 
 
-BEATEN = "beaten"
-"""Status of a plan of the search that is not judged on all items, because another plan beats it on the first ones."""
-
-_JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key", "beaten_by")
+_JUDGED = ("quality", "quality_stderr", "objective", "speedup", "key", "share", "beaten_by")
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,18 @@ class RunInputs:
         return sum(shares) / len(shares)
 
     @property
+    def n_healed(self) -> int:
+        """The largest number of the search's plans that are healed, or tried by halving."""
+        healing = self.recipe.healing
+        return max(healing.candidates, 0 if healing.halving is None else healing.halving.plans)
+
+    @property
+    def n_leaders(self) -> int:
+        """The number of the search's plans that a race judges on all items."""
+        race = self.recipe.search.race
+        return 0 if race is None else race.leaders * self.n_healed
+
+    @property
     def races(self) -> bool:
         """Whether plans race: with few items, and benchmarks without a limit, the first ones are all of them."""
         return self.first_quality_spec != self.search_quality_spec

@@ -26,8 +26,8 @@ def candidates(run: RunContext, n: int | None = None) -> list[Plan]:
 
 
 def _faster_plans(run: RunContext) -> dict[Plan, Trial]:
-    """Returns the trials of the plans that are faster than the base, slowest first."""
-    trials = [trial for trial in run.state.trials if trial.quality is not None]
+    """Returns the trials of the plans that are faster than the base and judged on all items, slowest first."""
+    trials = [trial for trial in run.state.trials if trial.quality is not None and trial.share == 1]
     distinct = {trial.plan: trial for trial in reversed(trials)}
     found = [trial for trial in distinct.values() if trial.origin in CANDIDATE_ORIGINS and _speedup(trial) > 1]
     return {trial.plan: trial for trial in sorted(found, key=lambda trial: (_speedup(trial), str(trial.plan)))}

@@ -1,8 +1,8 @@
-"""Runs the race in stage `search`: plans that lose on the first items are asked no more, the others are judged in full.
+"""Runs the race in stage `search`: plans are judged on the first items, and the most promising of them on all items.
 
-With `search.race` the search judges its plans on the first items alone (`RunInputs.first_quality_spec`). Then the plans
-that another one beats with the recipe's confidence drop out, and the others are judged on all items, several of them
-together, because plans share layers.
+With `search.race` the search judges its plans on the first items alone (`RunInputs.first_quality_spec`). Then plans
+that another one beats with the recipe's confidence drop out. Of the rest, those that may be healed are judged on all
+items, several of them together, because plans share layers.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from layerboost.evaluation.race import winners
-from layerboost.evaluation.scores import QualityError, Scores
+from layerboost.evaluation.scores import QualityError, Scores, quality, retained
 from layerboost.plan import Plan, Treatment
+from layerboost.search.loop import fixed_points
 from layerboost.sensitivity.drops import item_drops
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import BEATEN, Trial
+from orchestrator.run.entries import Trial
 from orchestrator.run.kinds import RACE, SCORES
 from orchestrator.run.records import time_and_worker
 from orchestrator.run.state import CANDIDATE_ORIGINS
 from orchestrator.run.units import StageUnits, Unit
+from orchestrator.stages.candidates import candidates
 from orchestrator.stages.objective import objective
 from orchestrator.stages.speed import speedup
 from tasks.pool.finished import Finished
@@ -31,25 +31,22 @@ from tasks.sweep import PlansUnit, SweepWork, sweep_units
 _PLANS_OF_A_UNIT = 8
 """Number of plans that one worker judges together: enough for them to share most of their layers."""
 
-_STAYING = 0.5
-"""Share of the plans that is expected to stay in the race, before any of them is judged."""
 
-
-def race_units(run: RunContext, trials: list[Trial] | None, *, n_expected: int = 0) -> list[Trial]:
+def race_units(run: RunContext, trials: list[Trial] | None) -> list[Trial]:
     """Lists the plans that are judged in full, which are open while the first items are not judged.
 
     Args:
         run: The run.
         trials: The points of the search; None while they are not known.
-        n_expected: Expected number of plans of the search, if they are not known.
 
     Returns:
-        The points with those marked that are out of the race; without points none.
+        The points with those marked that are not judged in full; without points none.
     """
     if not run.inputs.races:
         return trials or []
     if trials is None:
-        run.list_units(RACE, [], n_open=round(_STAYING * n_expected))
+        n_reference = len(fixed_points(run.inputs.search_spec, run.inputs.n_layers))
+        run.list_units(RACE, [], n_open=n_reference + run.inputs.n_leaders)
         return []
     raced = _raced(run, trials)
     _list_plans(run, raced)
@@ -57,7 +54,7 @@ def race_units(run: RunContext, trials: list[Trial] | None, *, n_expected: int =
 
 
 def race(run: RunContext, trials: list[Trial]) -> list[Trial]:
-    """Judges the plans that may be on the front in full, and returns the points with the other ones marked.
+    """Judges the leaders in full, and returns the points with the other ones marked.
 
     A plan whose judging fails is reported, and its point has failed.
     """
@@ -93,71 +90,114 @@ def race(run: RunContext, trials: list[Trial]) -> list[Trial]:
             assert isinstance(failure.unit, PlansUnit)
             run.failed(RACE, _name(failure.unit), failure.error)
             errors |= dict.fromkeys(failure.unit.plans, failure.error)
-    n_out = len({trial.plan for trial in raced if trial.status == BEATEN})
-    run.progress.note("the race", plans=len({trial.plan for trial in raced}), beaten=n_out)
+    points = {trial.plan: trial for trial in raced}.values()
+    run.progress.note(
+        "the race",
+        plans=len(points),
+        beaten=sum(trial.beaten_by is not None for trial in points),
+        judged_in_full=sum(trial.share == 1 for trial in points),
+    )
     run.progress.end_stage()
     return [
         replace(trial, status="failed", error=errors[trial.plan])
-        if trial.status == "ok" and trial.plan in errors
+        if _is_judged(trial) and trial.plan in errors
         else trial
-        for trial in raced
+        for trial in _raced(run, trials)  # once more, because now the untouched model is judged in full
     ]
 
 
 def _raced(run: RunContext, trials: list[Trial]) -> list[Trial]:
-    """Returns the points, with each plan of the search marked that another one beats on the first items.
+    """Returns the points, those that are not judged in full with their values on the first items.
 
-    Only plans that can be healed beat others. As many as are healed stay, whoever beats them: those with the best
-    objective first. Nobody is beaten if the objective is no mean of items, by which plans could be compared.
+    Their quality is that of the untouched model on all items times what they keep of it on the first ones; it is
+    unknown as long as that model is not judged in full.
     """
-    inputs, settings = run.inputs, run.inputs.recipe.search.race
-    assert settings is not None
-    spec, untouched = inputs.first_quality_spec, Plan.uniform(Treatment.SOFTMAX, inputs.n_layers)
+    inputs, untouched = run.inputs, Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
     plans = list(dict.fromkeys(trial.plan for trial in trials if trial.status == "ok"))
-    recorded = run.all_recorded([inputs.plan_scores(plan, spec) for plan in (untouched, *plans)])
-    base, *found = (None if record is None else Scores.from_dict(record["scores"]) for record in recorded)
+    identities = [inputs.plan_scores(plan, inputs.first_quality_spec) for plan in (untouched, *plans)]
+    identities.append(inputs.plan_scores(untouched, inputs.search_quality_spec))
+    base, *found, whole = (
+        None if record is None else Scores.from_dict(record["scores"]) for record in run.all_recorded(identities)
+    )
     judged = {plan: scores for plan, scores in zip(plans, found, strict=True) if scores is not None}
-    if base is None or not judged:
+    if base is None:
         return trials
-    by_plan = {trial.plan: trial for trial in reversed(trials)}
-    may_win = [by_plan[plan].origin in CANDIDATE_ORIGINS and inputs.plan_space.holds(plan) for plan in judged]
-    try:
-        losses = [_losses(run, base, scores) for scores in judged.values()]
-    except QualityError:
-        return trials
-    speeds = [speedup(run, plan) for plan in judged]
-    names, values = list(judged), {plan: objective(run, base, scores) for plan, scores in judged.items()}
-    winner_of = dict(zip(judged, winners(speeds, losses, may_win, confidence=settings.confidence), strict=True))
-    racing = [plan for plan in judged if by_plan[plan].origin == "search"]
-    out = sorted((plan for plan in racing if winner_of[plan] is not None), key=lambda plan: (values[plan], str(plan)))
-    n_out = max(0, len(racing) - _n_healed(run))
-    beaten_by = {plan: names[winner].plan_id for plan in out[:n_out] if (winner := winner_of[plan]) is not None}
-    return [
+    beaten_by = _beaten_by(run, trials, base, judged)
+    first = [
         replace(
             trial,
-            status=BEATEN,
-            beaten_by=beaten_by[trial.plan],
-            objective=values[trial.plan],
+            quality=quality(judged[trial.plan])[0],
+            objective=objective(run, base, judged[trial.plan]),
             speedup=speedup(run, trial.plan),
+            share=inputs.first_share,
+            beaten_by=beaten_by.get(trial.plan),
         )
-        if trial.plan in beaten_by
+        if trial.plan in judged
         else trial
         for trial in trials
     ]
+    in_full = {trial.plan for trial in trials if trial.origin != "search"} | _leaders(run, first)
+
+    def marked(trial: Trial, before: Trial) -> Trial:
+        if trial.plan not in judged or trial.plan in in_full:
+            return before
+        if whole is None:
+            return replace(trial, quality=None)
+        at_all = quality(whole)[0]
+        kept, stderr = retained(base, judged[trial.plan])
+        return replace(trial, quality=at_all * kept, quality_stderr=None if stderr is None else at_all * stderr)
+
+    return [marked(trial, before) for trial, before in zip(first, trials, strict=True)]
 
 
-def _losses(run: RunContext, base: Scores, scores: Scores) -> dict[str, np.ndarray]:
-    """Returns what a plan lost on each item by the objective, by task."""
-    recipe = run.inputs.recipe
+def _beaten_by(
+    run: RunContext, trials: list[Trial], base: Scores, judged: dict[Plan, Scores]
+) -> dict[Plan, str | None]:
+    """Returns the id of a plan that beats each plan of the search, or None.
+
+    Only plans that can be healed beat others. Nobody does if the objective is no mean of items.
+    """
+    recipe, settings = run.inputs.recipe, run.inputs.recipe.search.race
+    assert settings is not None
+    score = "benchmark" if run.inputs.first_quality_spec.tasks else "nll"
     if recipe.search.objective == "score":
-        return item_drops(base, scores, recipe.sensitivity.score)
-    return item_drops(base, scores, "benchmark" if run.inputs.first_quality_spec.tasks else "nll")
+        score = recipe.sensitivity.score
+    try:
+        losses = [item_drops(base, scores, score) for scores in judged.values()]
+    except QualityError:
+        return {}
+    origins = {trial.plan: trial.origin for trial in reversed(trials)}
+    may_win = [origins[plan] in CANDIDATE_ORIGINS and run.inputs.plan_space.holds(plan) for plan in judged]
+    names, speeds = list(judged), [speedup(run, plan) for plan in judged]
+    found = winners(speeds, losses, may_win, confidence=settings.confidence)
+    return {
+        plan: None if winner is None or origins[plan] != "search" else names[winner].plan_id
+        for plan, winner in zip(names, found, strict=True)
+    }
 
 
-def _n_healed(run: RunContext) -> int:
-    """Returns how many of the search's plans are healed at most."""
-    healing = run.inputs.recipe.healing
-    return max(healing.candidates, 0 if healing.halving is None else healing.halving.plans)
+def _leaders(run: RunContext, first: list[Trial]) -> set[Plan]:
+    """Returns the plans of the search that are judged in full: those that would be healed by the first items.
+
+    Plans that are beaten are among them only if there are not enough others to heal.
+    """
+    before = run.state.trials
+    first = [replace(trial, share=1.0) for trial in first]
+    unbeaten = [replace(trial, quality=None) if trial.beaten_by is not None else trial for trial in first]
+    leaders: dict[Plan, None] = {}
+    try:
+        for points, n in ((unbeaten, run.inputs.n_leaders), (first, run.inputs.n_healed)):
+            run.state.trials = points
+            new = [plan for plan in candidates(run, n) if plan not in leaders]
+            leaders |= dict.fromkeys(new[: max(0, n - len(leaders))])
+    finally:
+        run.state.trials = before
+    return set(leaders)
+
+
+def _is_judged(trial: Trial) -> bool:
+    """Returns whether a point is one that is judged on all items."""
+    return trial.status == "ok" and trial.share == 1
 
 
 def _list_plans(run: RunContext, trials: Sequence[Trial]) -> StageUnits:
@@ -168,11 +208,11 @@ def _list_plans(run: RunContext, trials: Sequence[Trial]) -> StageUnits:
 
 
 def _units(run: RunContext, trials: Sequence[Trial]) -> list[PlansUnit]:
-    """Returns the plans that are still in the race, those with the same first layers together.
+    """Returns the plans that are judged on all items, those with the same first layers together.
 
     The units depend on nothing else, so that a run that was interrupted rounds as one that was not.
     """
-    plans = sorted({trial.plan for trial in trials if trial.status == "ok"}, key=str)
+    plans = sorted({trial.plan for trial in trials if _is_judged(trial)}, key=str)
     return [
         PlansUnit(run.inputs.search_quality_spec, tuple(plans[first : first + _PLANS_OF_A_UNIT]))
         for first in range(0, len(plans), _PLANS_OF_A_UNIT)

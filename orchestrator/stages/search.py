@@ -14,7 +14,7 @@ from layerboost.search.methods import METHODS
 from layerboost.search.proposers import make_proposer
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
-from orchestrator.run.entries import BEATEN, SpeedFit, Trial
+from orchestrator.run.entries import SpeedFit, Trial
 from orchestrator.run.folder import unit_key
 from orchestrator.run.kinds import FOUND_TRIALS, RACE, SCORES, SPEED, TRIALS
 from orchestrator.run.records import all_records, each_of_kind, find_records, time_and_worker
@@ -47,7 +47,7 @@ def units(run: RunContext) -> None:
     if trials is None:
         points = fixed_points(run.inputs.search_spec, run.inputs.n_layers)
         _set_trials(run, [Trial(plan, origin, status="open") for origin, plan in points], {})
-        race_units(run, None, n_expected=len(points) + _n_distinct(run.inputs.search_spec))
+        race_units(run, None)
         refine_units(run, known=False)
         return
     judged: dict[Plan, dict[str, Any]] = {}
@@ -193,7 +193,7 @@ def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[st
     """
     untouched, spec = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers), run.inputs.search_quality_spec
     keys = {plan: unit_key(run.inputs.plan_scores(plan, spec)) for plan in {trial.plan: None for trial in trials}}
-    ok = dict.fromkeys(trial.plan for trial in trials if trial.status == "ok")
+    ok = dict.fromkeys(trial.plan for trial in trials if trial.status == "ok" and trial.share == 1)
     unread = [plan for plan in ok if plan not in judged]
     base = run.recorded(run.inputs.plan_scores(untouched, spec)) if unread else None
     if base is not None:
@@ -204,7 +204,7 @@ def _set_trials(run: RunContext, trials: list[Trial], judged: dict[Plan, dict[st
     unknown: dict[str, Any] = dict.fromkeys(("quality", "quality_stderr", "objective", "speedup"))
 
     def with_values(trial: Trial) -> Trial:
-        if trial.status == BEATEN:
+        if trial.share < 1:
             return trial
         known = judged.get(trial.plan, unknown) if trial.status == "ok" else unknown
         return replace(trial, key=keys[trial.plan], **known)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from layerboost.evaluation.race import winners
-from layerboost.evaluation.statistics import PairingError
+from layerboost.evaluation.statistics import PairingError, mean_of_differences, paired_difference
 
 
 def test_a_plan_drops_out_if_a_rival_of_its_speed_is_better_for_certain():
@@ -39,6 +41,33 @@ def test_one_task_agrees_with_the_one_sided_paired_test(seed):
         assert winner is None or p_values[winner] < 0.1 / len(faster)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_several_tasks_agree_with_the_bounds_of_single_comparisons(seed):
+    rng = np.random.default_rng(seed)
+    n_plans, confidence = 9, 0.9
+    losses = [
+        {task: rng.normal(rng.uniform(0, 0.2), spread, n) for task, n, spread in (("a", 3, 0.02), ("b", 20, 0.2))}
+        for _ in range(n_plans)
+    ]
+    speeds = rng.choice([1.0, 1.1, 1.2], n_plans).tolist()
+    found = winners(speeds, losses, [True] * n_plans, confidence=confidence)
+    for plan, winner in enumerate(found):
+        faster = [n for n in range(n_plans) if n != plan and speeds[n] >= speeds[plan]]
+        low = {
+            rival: mean_of_differences(
+                [
+                    paired_difference(losses[plan][task].tolist(), losses[rival][task].tolist(), confidence=None)
+                    for task in ("a", "b")
+                ],
+                confidence=1 - 2 * (1 - confidence) / len(faster),
+            ).ci_low
+            for rival in faster
+        }
+        best = max(low, key=low.get, default=None)
+        assert winner == (best if best is not None and low[best] > 0 else None)
+    assert any(winner is None for winner in found) and any(winner is not None for winner in found)
+
+
 def test_tasks_have_equal_weights_and_a_single_item_proves_nothing():
     short, long = np.array([0.0, 0.01]), np.linspace(0.0, 0.01, 50)
     better = {"few": short, "many": long}
@@ -50,8 +79,17 @@ def test_tasks_have_equal_weights_and_a_single_item_proves_nothing():
     assert winners([1.0, 1.0], single, [True, True], confidence=0.95) == [None, None]
 
 
+def test_thousands_of_plans_take_seconds():
+    rng = np.random.default_rng(0)
+    losses = [{"text": row} for row in rng.normal(size=(3000, 16))]
+    start = time.process_time()
+    assert len(winners(rng.normal(size=3000).tolist(), losses, [True] * 3000, confidence=0.95)) == 3000
+    assert time.process_time() - start < 20
+    assert winners([], [], [], confidence=0.95) == []
+
+
 def test_plans_of_different_items_are_not_compared():
-    with pytest.raises(PairingError, match="3 of the base against 2"):
+    with pytest.raises(PairingError, match="a has \\[2, 3\\] of them"):
         winners([1.0, 1.0], [{"a": np.zeros(3)}, {"a": np.zeros(2)}], [True, True], confidence=0.95)
 
 

@@ -1,7 +1,8 @@
-"""Tests the race of stage `search` without a cluster: who is judged in full, what is listed, and resuming."""
+"""Tests the race of stage `search` without a cluster: who is judged on all items, what is listed, and resuming."""
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ from layerboost.evaluation.scores import QualityError
 from layerboost.plan import Plan, Treatment
 from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.load import load_recipe
+from orchestrator.report.candidates_page import race_sentences
+from orchestrator.report.tables import candidates_table
 from orchestrator.results.plans import candidate_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
@@ -92,42 +95,63 @@ def _scores(plan, n_sequences):
     return text_scores(nll, [loss / 2] * n_sequences, primary=True).to_dict()
 
 
-def test_only_plans_that_may_be_on_the_front_are_judged_in_full(stage):
+def test_reference_plans_and_the_most_promising_are_judged_in_full(stage):
     run, first, full = stage()
     trials = {trial.plan: trial for trial in run.state.trials}
-    beaten = {plan: trial for plan, trial in trials.items() if trial.status == "beaten"}
-    assert len(beaten) >= 5 and set(first) == set(trials)
-    assert {plan for unit in full for plan in unit} == set(trials) - set(beaten)
-    by_id = {plan.plan_id: trial for plan, trial in trials.items()}
-    for trial in beaten.values():
-        winner = by_id[trial.beaten_by]
-        assert trial.origin == winner.origin == "search", "reference plans neither drop out nor win"
-        assert winner.speedup >= trial.speedup and winner.objective > trial.objective
-        assert (trial.quality, trial.quality_stderr, trial.key) == (None, None, None)
-    judged = [trial for trial in trials.values() if trial.status == "ok"]
-    for trial in judged:
-        assert trial.quality is not None and trial.key is not None and trial.beaten_by is None
+    in_full = {plan: trial for plan, trial in trials.items() if trial.share == 1}
+    assert set(first) == set(trials) and {trial.status for trial in trials.values()} == {"ok"}
+    assert [str(plan) for unit in full for plan in unit] == sorted(map(str, in_full))
+    assert {str(plan) for plan, trial in in_full.items()} == {"SSS", "NNN", "WWW", "LLL", "NSS", "NSN"}
+    assert run.inputs.n_leaders == 4, "but all other plans are slower than the base, or beaten"
+    assert {trial.origin for trial in trials.values()} - {"search"} <= {trial.origin for trial in in_full.values()}
+    for trial in in_full.values():
         loss = float(_scores(trial.plan, 8)["metrics"][0]["value"]) - 1.35
         assert trial.objective == pytest.approx(-loss, abs=1e-9), "on all items"
-    assert candidates(run)[0] not in beaten
+        assert trial.quality == pytest.approx(math.exp(-1.35 - loss)) and trial.beaten_by is None
+        assert trial.key is not None
+    assert candidates(run)[0] in in_full
 
 
-def test_tables_tell_who_dropped_out_and_why(stage):
+def test_the_others_have_the_values_of_the_first_items(stage):
     run, _, _ = stage()
-    rows = candidate_rows(RecordReader(run.folder), run.state, lambda plan, concurrency: None)
-    beaten = [row for row in rows if row["status"] == "beaten"]
-    assert beaten and not any(row["on_front"] for row in beaten)
-    assert {row["beaten_by"] for row in beaten} <= {row["plan_id"] for row in rows if row["status"] == "ok"}
+    by_id = {trial.plan.plan_id: trial for trial in run.state.trials}
+    partly = [trial for trial in by_id.values() if trial.share < 1]
+    assert len(partly) > 5 and {trial.share for trial in partly} == {0.5}
+    for trial in partly:
+        loss = float(_scores(trial.plan, 4)["metrics"][0]["value"]) - 1.15
+        assert trial.objective == pytest.approx(-loss, abs=1e-9) and trial.key is None
+        assert trial.quality == pytest.approx(math.exp(-1.35 - loss)), "what it keeps of the base on all items"
+        assert 0 <= trial.quality_stderr < 0.01 and trial.speedup == run.inputs.predicted_speedup(trial.plan)
+    beaten = [trial for trial in partly if trial.beaten_by is not None]
+    assert len(beaten) > 5
+    for trial in beaten:
+        winner = by_id[trial.beaten_by]
+        assert trial.origin == winner.origin == "search", "reference plans neither drop out nor win"
+        assert winner.speedup >= trial.speedup
+    rows = {row["plan_id"]: row for row in candidate_rows(RecordReader(run.folder), run.state, lambda *_: None)}
+    assert {rows[plan_id]["share"] for plan_id in by_id} == {0.5, 1.0}
+    assert {rows[trial.plan.plan_id]["beaten_by"] for trial in beaten} <= set(by_id)
+    text = " ".join(race_sentences(candidates_table(rows.values())))
+    assert f"{len(partly)} of {len(by_id)} plans" in text and f"{len(beaten)} of them are beaten" in text
 
 
-def test_as_many_plans_stay_as_are_healed(stage):
-    everyone, _, _ = stage("healing.candidates=40")
-    assert {trial.status for trial in everyone.state.trials} == {"ok"}
-    some, _, _ = stage("healing.candidates=12")
-    stayed = [trial for trial in some.state.trials if trial.origin == "search" and trial.status == "ok"]
-    out = [trial for trial in some.state.trials if trial.status == "beaten"]
-    assert len(stayed) >= 12 and out
-    assert max(trial.objective for trial in out) <= sorted(trial.objective for trial in stayed)[-1]
+def test_as_many_plans_are_judged_in_full_as_may_be_healed(stage, monkeypatch):
+    def in_full(*overrides):
+        run, _, _ = stage(*overrides)
+        return {trial.plan for trial in run.state.trials if trial.origin == "search" and trial.share == 1}, run
+
+    def not_reference(plans):
+        return {plan for plan in plans if len(set(plan.treatments)) > 1}
+
+    most, run = in_full("healing.candidates=8", "search.race={first: 0.5, leaders: 1}")
+    assert len(not_reference(most)) == 8 == len(candidates(run)), "beaten plans too, if there are not enough others"
+    halved, _ = in_full("healing.halving={plans: 8, first: 0.25, rungs: 1}", "search.race={first: 0.5, leaders: 1}")
+    assert halved == most
+    nobody = lambda speeds, losses, rivals, *, confidence: [None] * len(speeds)  # noqa: E731
+    monkeypatch.setattr(sys.modules["orchestrator.stages.race"], "winners", nobody)
+    few, run = in_full("healing.candidates=2", "search.race={first: 0.5, leaders: 1}")
+    more, _ = in_full("healing.candidates=2", "search.race={first: 0.5, leaders: 3}")
+    assert len(not_reference(few)) == 2 and len(not_reference(more)) == 6 and few < more
 
 
 def test_a_race_that_was_killed_judges_the_same_plans_together(stage):
@@ -154,8 +178,8 @@ def test_an_objective_without_items_beats_nobody(stage, monkeypatch):
 
     monkeypatch.setattr(sys.modules["orchestrator.stages.race"], "item_drops", no_items)
     run, _, full = stage()
-    assert {trial.status for trial in run.state.trials} == {"ok"}
-    assert {plan for unit in full for plan in unit} == {trial.plan for trial in run.state.trials}
+    assert {trial.beaten_by for trial in run.state.trials} == {None}
+    assert len([plan for unit in full for plan in unit]) == 8
 
 
 def test_units_are_listed_ahead_as_they_are_done(stage, monkeypatch):
