@@ -4,15 +4,16 @@
     python benchmarks/racing.py DIR --orders 3 --work WORK --out NAME.csv
 
 `everything` measures the divergence from the untouched model and the calibration beside the NLL, `likelihood` the NLL
-alone, and `race` as `search.race` does: the NLL of the first sequences, and then of all for the plans that no other one
-beats. All propose plans as the run's search does, from its layers' costs and its predicted speeds. Each order draws the
-sequences anew, so that the race begins with other ones.
+alone, and `race` as `search.race` does: the NLL of the first sequences, and then of all for the plans that lead. All
+propose plans as the run's search does, from its layers' costs and its predicted speeds. Each order draws the sequences
+anew, so that the race begins with other ones.
 
-`hypervolume` is that of (exp(-NLL drop), predicted speed-up) over the corner (0, 1), of the plans that were judged on
-the whole text. Seconds count all passes, one plan at a time while plans are proposed and eight at a time at the end of
-a race. Those of `everything` are measured on some plans, in turn with those of `likelihood`, and scaled. `lost` counts
-plans that dropped out and would be on the front of all plans of their search. What was read is kept under --work: the
-same command continues an earlier one.
+`hypervolume` is that of (exp(-NLL drop), predicted speed-up) over the corner (0, 1), of all plans of a search. For the
+comparison those of a race are judged on the whole text too; that is not counted in its seconds, which count all other
+passes, one plan at a time while plans are proposed and eight at a time at the end. Those of `everything` are measured
+on some plans, in turn with those of `likelihood`, and scaled. `wrong` counts plans that are beaten by a plan which
+loses more on the whole text, and `chosen_ratio` compares the hypervolumes of the plans that would be healed. What was
+read is kept under --work: the same command continues an earlier one.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ from layerboost.evaluation.plan_evaluation import PlanEvaluation
 from layerboost.evaluation.race import winners
 from layerboost.plan import Plan, Treatment
 from layerboost.search.loop import SearchState, fixed_points
-from layerboost.search.pareto import front, hypervolume
+from layerboost.search.pareto import hypervolume
 from layerboost.search.proposers import make_proposer
 from orchestrator.checks.preflight import preflight
 from orchestrator.recipe.load import load_recipe
 from orchestrator.results.sensitivity import cost_matrix
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Trial
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
 from orchestrator.run.state import RECIPE_FILE, load_state
+from orchestrator.stages.candidates import most_promising
 from orchestrator.stages.search import _rest_time
 from orchestrator.stages.speed import layer_times, speedup
 
@@ -98,26 +101,43 @@ class Searches:
             state.finish(plan, {"quality": 0.0})
         return {plan: values - nll[self._base] for plan, values in nll.items()}, seconds
 
-    def race(self, first: Sequence[int], every: Sequence[int], confidence: float) -> dict[str, Any]:
-        """Returns the drops of the plans that stay, the seconds of each part, and the plans that drop out."""
-        drops, first_s = self.search(first)
-        plans, fixed = list(drops), {plan for _, plan in fixed_points(self._spec, self._n_layers)}
+    def race(self, first: Sequence[int], every: Sequence[int], confidence: float, leaders: int) -> dict[str, Any]:
+        """Returns all plans with their drops on all sequences, what became of each of them, and the seconds."""
+        drops, seconds = self.search(first)
+        plans, fixed = list(drops), [plan for _, plan in fixed_points(self._spec, self._n_layers)]
         beaten_by = winners(
             [speedup(self._run, plan) for plan in plans],
             [{"text": drops[plan]} for plan in plans],
             [plan not in fixed for plan in plans],
             confidence=confidence,
         )
-        out = [plan for plan, winner in zip(plans, beaten_by, strict=True) if winner is not None and plan not in fixed]
-        stay = sorted((plan for plan in plans if plan not in out), key=str)
-        nll, rest_s = {}, 0.0
-        for start in range(0, len(stay), PLANS_AT_ONCE):
-            group = stay[start : start + PLANS_AT_ONCE]
-            found, took_s = self._reader.nll(group, every)
+        beaten = {plan: plans[by] for plan, by in zip(plans, beaten_by, strict=True) if by is not None}
+        leading = self.chosen({plan: drops[plan] for plan in plans if plan not in beaten}, leaders)
+        in_full, rest = ([plan for plan in plans if (plan in {*leading, *fixed}) == is_in] for is_in in (True, False))
+        nll, counted_s = self._groups(in_full, every)
+        others, _ = self._groups(rest, every)
+        whole = {plan: values - nll[self._base] for plan, values in (nll | others).items()}
+        return {"whole": whole, "beaten": beaten, "in_full": in_full, "seconds": seconds + counted_s}
+
+    def _groups(self, plans: Sequence[Plan], sequences: Sequence[int]) -> tuple[dict[Plan, np.ndarray], float]:
+        """Returns the NLL of plans that are read together in groups, and the seconds."""
+        nll, seconds, plans = {}, 0.0, sorted(plans, key=str)
+        for start in range(0, len(plans), PLANS_AT_ONCE):
+            group = plans[start : start + PLANS_AT_ONCE]
+            found, took_s = self._reader.nll(group, sequences)
             nll |= dict(zip(group, found, strict=True))
-            rest_s += took_s
-        judged = {plan: values - nll[self._base] for plan, values in nll.items()}
-        return {"judged": judged, "out": out, "first_s": first_s, "rest_s": rest_s}
+            seconds += took_s
+        return nll, seconds
+
+    def chosen(self, drops: dict[Plan, np.ndarray], n: int) -> list[Plan]:
+        """Returns the plans that a run would heal."""
+        fixed = {plan for _, plan in fixed_points(self._spec, self._n_layers)}
+        entries = [
+            Trial(plan, "search", objective=-float(values.mean()), speedup=speedup(self._run, plan))
+            for plan, values in drops.items()
+            if plan not in fixed and speedup(self._run, plan) > 1
+        ]
+        return [entries[index].plan for index in most_promising(self._run, entries, n)]
 
     def points(self, drops: dict[Plan, np.ndarray]) -> list[tuple[float, float]]:
         return [(math.exp(-float(values.mean())), speedup(self._run, plan)) for plan, values in drops.items()]
@@ -149,6 +169,7 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--first", type=float, default=0.25)
     parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--leaders", type=int, default=4, help="plans judged in full for each one that is healed")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="CSV to write (default: none)")
     args = parser.parse_args()
@@ -167,30 +188,36 @@ def main() -> None:
     rows = []
     for order in range(args.orders):
         drawn = np.random.default_rng(order).permutation(n_sequences).tolist()
-        found = searches.race(drawn[:n_first], range(n_sequences), args.confidence)
-        area = hypervolume(searches.points(found["judged"]), REFERENCE)
-        # Whether a plan that dropped out was on the front can only be told by judging it, which is not counted.
-        every = found["judged"] | {plan: full[plan] for plan in found["out"] if plan in full}
-        on_front = front(searches.points(every))
-        lost = sum(is_on for plan, is_on in zip(every, on_front, strict=True) if plan in found["out"])
+        n_healed = run.inputs.n_healed
+        found = searches.race(drawn[:n_first], range(n_sequences), args.confidence, args.leaders * n_healed)
+        area = hypervolume(searches.points(found["whole"]), REFERENCE)
+        healed = searches.chosen({plan: found["whole"][plan] for plan in found["in_full"]}, n_healed)
+        areas = [
+            hypervolume(searches.points({plan: of_plans[plan] for plan in plans}), REFERENCE)
+            for of_plans, plans in ((found["whole"], healed), (full, searches.chosen(full, n_healed)))
+        ]
         rows.append(
             {
                 "order": order,
                 "sequences": n_sequences,
                 "first_sequences": n_first,
                 "confidence": args.confidence,
-                "plans": len(found["judged"]) + len(found["out"]),
-                "out": len(found["out"]),
-                "out_judged_too": len(every) - len(found["judged"]),
-                "lost": lost,
+                "plans": len(found["whole"]),
+                "in_full": len(found["in_full"]),
+                "beaten": len(found["beaten"]),
+                "wrong": sum(
+                    found["whole"][plan].mean() < found["whole"][by].mean() for plan, by in found["beaten"].items()
+                ),
                 "hypervolume_full": round(whole, 5),
                 "hypervolume_race": round(area, 5),
                 "hypervolume_ratio": round(area / whole, 4),
+                "chosen_ratio": round(areas[0] / areas[1], 4),
                 "everything_s": round(ratio * full_s, 1),
                 "likelihood_s": round(full_s, 1),
-                "race_s": round(found["first_s"] + found["rest_s"], 1),
+                "race_s": round(found["seconds"], 1),
                 "likelihood_over_everything": round(1 / ratio, 3),
-                "race_over_everything": round((found["first_s"] + found["rest_s"]) / (ratio * full_s), 3),
+                "race_over_everything": round(found["seconds"] / (ratio * full_s), 3),
+                "race_over_likelihood": round(found["seconds"] / full_s, 3),
             }
         )
         print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
