@@ -25,6 +25,7 @@ from orchestrator.run.context import RunContext
 from orchestrator.run.disk import disk_full_message
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
+from orchestrator.run.kinds import HALVING
 from orchestrator.run.live_files import FAILED, watching
 from orchestrator.run.lock import RunFolderLockedError
 from orchestrator.run.model_facts import ModelFacts
@@ -147,7 +148,8 @@ def _estimate(context: RunContext) -> None:
 
     def on_part(part: str, costs: Costs) -> None:
         if part == HEALING:
-            seconds = sum(stage.seconds for stage in estimate_stages(context, costs) if stage.stage == "heal")
+            stages = estimate_stages(context, costs)
+            seconds = sum(stage.seconds for stage in stages if stage.stage in ("heal", HALVING))
             context.progress.note(f"expected: {duration(seconds)} of healing; the other stages are being timed")
 
     try:

@@ -262,6 +262,9 @@ def healing_costs(
     scale = share * spec.sequence_tokens / math.prod(large)
     transfer_s = 0.0
 
+    def n_rounds(n_sequences: int) -> int:
+        return -(-n_sequences // (spec.micro_batch_sequences or n_sequences))
+
     def step_s(model: PreTrainedModel, plan: Plan, size: tuple[int, int]) -> float:
         nonlocal transfer_s
         sequence_tokens, batch = size
@@ -285,7 +288,7 @@ def healing_costs(
     if small != large:
         of_small = twins.layer_costs([Treatment.SOFTMAX], partial(step_s, size=small))
         constant = _constant_part(of_small, math.prod(small), of_large, math.prod(large))
-    whole = _scaled_beyond(constant, of_large, scale)
+    whole = _scaled_beyond(constant, of_large, scale, n_rounds(share) / n_rounds(large[1]))
     # Transfer trains each layer by itself, without the head, so that its step grows as those of layers do.
     deeper = twins.n_layers / twins.n_few
     layer_s, whole_layer_s = (costs.layer_s[Treatment.SOFTMAX] for costs in (of_large, whole))
@@ -334,11 +337,14 @@ def _constant_part(small: LayerCosts, n_small: int, large: LayerCosts, n_large: 
     return LayerCosts(constant_s(small.fixed_s, large.fixed_s), layer_s)
 
 
-def _scaled_beyond(constant: LayerCosts, costs: LayerCosts, scale: float) -> LayerCosts:
-    """Returns the costs of `scale` times the tokens; a part of `costs` is constant."""
+def _scaled_beyond(constant: LayerCosts, costs: LayerCosts, scale: float, rounds: float = 1.0) -> LayerCosts:
+    """Returns the costs of `scale` times the tokens; a part of `costs` is constant, in each of `rounds` micro batches.
+
+    The update of the parameters is counted in each micro batch too, because it is not told apart from the rest.
+    """
 
     def scaled(constant_s: float, seconds: float) -> float:
-        return constant_s + scale * (seconds - constant_s)
+        return rounds * constant_s + scale * (seconds - constant_s)
 
     layer_s = {name: scaled(constant.layer_s[name], each_s) for name, each_s in costs.layer_s.items()}
     return LayerCosts(scaled(constant.fixed_s, costs.fixed_s), layer_s)

@@ -228,7 +228,7 @@ class TextScores:
 def text_likelihood(sweep: LayerSweep, sequences: torch.Tensor, *, batch_size: int = 8) -> TextScores:
     """Measures only the likelihood of sequences under all plans of a sweep, with the NLL of `score_text`.
 
-    It takes less than half of the time for a plan by itself, because no other plan has to run beside it.
+    It takes half to two thirds of the time for a plan by itself, because no other plan has to run beside it.
 
     Args:
         sweep: The model and the plans.

@@ -328,15 +328,22 @@ def timed_generation(
 
 
 def fill_cache(cache: Cache, model: PreTrainedModel, n_sequences: int, n_tokens: int) -> None:
-    """Fills a new cache as if it had seen `n_tokens` tokens, with random numbers that are the same in all heads."""
+    """Fills a new cache as if it had seen `n_tokens` tokens, with random numbers that are the same in all heads.
+
+    It is filled in the chunks of a prefill, because layers with a window hold all tokens of the last update.
+    """
     config = model.config.get_text_config()
-    shape = (n_sequences, kv_heads(config), n_tokens, head_dim(config))
+    chunk = prefill_chunk_tokens(model, n_sequences)
+    # The first piece takes the rest too, so that none has a single token, which layers take for a decode step.
+    pieces = [min(n_tokens, chunk + n_tokens % chunk), *[chunk] * (n_tokens // chunk - 1)]
+    shape = (n_sequences, kv_heads(config), -1, head_dim(config))
     for layer in cache.layers:
         if isinstance(layer, DummyLayer):
             continue
         assert isinstance(layer, CacheLayerMixin)
-        keys, values = torch.randn(2, n_tokens, shape[-1], device=model.device, dtype=model.dtype)
-        layer.update(keys.expand(shape), values.expand(shape))
+        both = torch.randn(2, n_tokens, shape[-1], device=model.device, dtype=model.dtype)
+        for keys, values in both.split(pieces, dim=1):
+            layer.update(keys.expand(shape), values.expand(shape))
         if isinstance(layer, LinearWindowLayer):
             norms = torch.rand((*shape[:2], 2 * shape[-1]), device=model.device)
             layer.state = torch.randn((*norms.shape, shape[-1]), device=model.device), norms

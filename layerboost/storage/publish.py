@@ -55,7 +55,7 @@ def publish_folder(write: Callable[[str], Any], output: str) -> None:
 def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Mapping[str, str] | None = None) -> None:
     """Writes CPU tensors as one safetensors file, which replaces what is at `url`, a path or an fsspec URL.
 
-    Several processes may write the same file. What a kill leaves has a name that the run folder clears away.
+    Several processes may write the same file. What a kill leaves on a disk has a name that the run folder clears away.
     """
     filesystem, path = fsspec.core.url_to_fs(url)
     parent, _, name = path.rpartition("/")
@@ -73,8 +73,12 @@ def publish_tensors(tensors: Mapping[str, torch.Tensor], url: str, metadata: Map
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "tensors")
         save_file(whole, file, metadata=dict(metadata or {}))
-        filesystem.put_file(file, part)
-    filesystem.mv(part, path)
+        try:
+            filesystem.put_file(file, part)
+            filesystem.mv(part, path)
+        finally:
+            with suppress(FileNotFoundError):
+                filesystem.rm_file(part)
 
 
 @retried

@@ -238,14 +238,15 @@ class _Estimator:
 
     def _heal(self, listing: StageUnits) -> StageEstimate:
         spec, n_left = self.inputs.healing_spec, len(listing.todo) + listing.n_open
-        kept_mib = self.room.teacher_states_mib(spec, teacher_cache(self.run))
-        # The first healing of the run keeps the teacher's states for the others.
-        first = listing.units[0] if listing.units else None
+        kept_mib, needed_mib = self.room.teacher_states_mib(spec, teacher_cache(self.run))
+        # The first healing keeps the teacher's states for the others, as far as there is room.
+        first = listing.todo[0] if listing.todo else None
+        found = kept_mib / needed_mib
 
         def healed_s(unit: Unit) -> float:
-            return self.seconds.healed_s(spec, unit.work, runs_teacher=unit is first or not kept_mib)
+            return self.seconds.healed_s(spec, unit.work, found_states=0.0 if unit is first else found)
 
-        first_s, open_s = (self.seconds.healed_s(spec, None, runs_teacher=runs) for runs in (True, not kept_mib))
+        first_s, open_s = (self.seconds.healed_s(spec, None, found_states=share) for share in (0.0, found))
         expected_s = sum(map(healed_s, listing.todo)) + listing.n_open * open_s
         if first is None and listing.n_open:
             expected_s += first_s - open_s

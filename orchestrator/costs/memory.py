@@ -75,14 +75,13 @@ class Room:
         costs = self._costs
         return 0.0 if costs.healing is None else costs.healing.n_trained * costs.dtype_bytes / MIB
 
-    def teacher_states_mib(self, spec: HealingSpec, cache: TeacherCache | None) -> float:
-        """Returns the size of the teacher's hidden states that healings on the same text share."""
-        if cache is None:
-            return 0.0
+    def teacher_states_mib(self, spec: HealingSpec, cache: TeacherCache | None) -> tuple[float, float]:
+        """Returns the size of the teacher's hidden states that healings on the same text share, and of all of them."""
         taught_by = self._inputs.facts.teacher or self._inputs.facts
         width = taught_by.config.get_text_config().hidden_size
         n_tokens = spec.steps * spec.tokens_per_step
-        return min(cache.max_gib * 1024, n_tokens * width * self._costs.dtype_bytes / MIB)
+        needed_mib = n_tokens * width * self._costs.dtype_bytes / MIB
+        return (0.0 if cache is None else min(cache.max_gib * 1024, needed_mib)), needed_mib
 
     def snapshots_mib(self, spec: HealingSpec) -> float:
         return len(mark_steps(spec, self._inputs.recipe.healing.curve)) * self.trained_mib()

@@ -65,19 +65,19 @@ class UnitSeconds:
         return 3 * self.mixed(self._costs.evaluation.text_s, None)
 
     def healed_s(
-        self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0, *, runs_teacher: bool = True
+        self, spec: HealingSpec, plan: Plan | None, slower: float = 1.0, *, found_states: float = 0.0
     ) -> float:
         """Returns the seconds of healing a plan; None stands for an average plan.
 
-        Steps take `slower` times as long as with all threads. A healing that finds the teacher's states of an earlier
-        one does not run it.
+        Steps take `slower` times as long as with all threads. `found_states` is the share of the text for which the
+        teacher's states of an earlier healing are found, so that it does not run.
         """
         costs = self._costs.healing
         assert costs is not None
         has_weights = plan is None or plan.has_weights
         transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and has_weights else 0
         step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
-        step_s -= 0.0 if runs_teacher else min(step_s, costs.teacher_step_s)
+        step_s -= found_states * min(step_s, costs.teacher_step_s)
         n_phases = 2 if transfer else 1
         overhead_s = (_HEALING_JOB_S + n_phases * _HEALING_PHASE_S) * self._costs.slowness + 2 * self._costs.load_s
         return overhead_s + slower * (transfer * costs.transfer_step_s + (spec.steps - transfer) * step_s)

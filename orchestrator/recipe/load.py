@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.recipe.errors import InputError, nearest
 from orchestrator.recipe.healing import HalvingSection, HealingText
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.recipe.sections import AdaptiveSection, LabelsSection, LengthsSection, RefineSection
+from orchestrator.recipe.sections import AdaptiveSection, LabelsSection, LengthsSection, RaceSection, RefineSection
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -212,6 +212,7 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     section = Recipe.model_fields[str(location[0])].annotation
     nested: dict[tuple[int | str, ...], type[BaseModel]] = {
         ("sensitivity", "adaptive"): AdaptiveSection,
+        ("search", "race"): RaceSection,
         ("search", "refine"): RefineSection,
         ("throughput", "lengths"): LengthsSection,
         ("healing", "halving"): HalvingSection,

@@ -250,10 +250,10 @@ class RaceSection(Section):
     """Has the search judge its plans on the first items alone, and only those that may be healed on all of them.
 
     Attributes:
-        first: share of the text's sequences, and of each benchmark's `limit`, that are the first items; at least
-            `FIRST_SEQUENCES` and `FIRST_DOCUMENTS`.
+        first: share of the text's sequences, and of each benchmark's `limit`, that are the first items; at least 4
+            sequences and 16 documents. Benchmarks without a limit are not cut.
         confidence: a plan drops out if another one that is at least as fast is better with this confidence.
-        leaders: number of plans that are judged on all items, for each plan that is healed or tried by halving.
+        leaders: number of plans that are judged on all items, for each candidate; as many as halving tries at least.
     """
 
     first: Annotated[Number, Field(gt=0, lt=1)] = 0.25
@@ -261,7 +261,7 @@ class RaceSection(Section):
     leaders: Count = 4
 
 
-FIRST_SEQUENCES, FIRST_DOCUMENTS = 4, 16
+LEAST_SEQUENCES, LEAST_DOCUMENTS = 4, 16
 """Least numbers of items with which a race begins; fewer say little of the differences between plans."""
 
 

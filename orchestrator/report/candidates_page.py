@@ -97,9 +97,9 @@ def race_sentences(candidates: pd.DataFrame) -> Iterator[str]:
     if partly.any():
         yield (
             f"{partly.sum()} of {len(candidates)} plans were judged on the first items alone "
-            f"({candidates['share'].min():.0%} of them), because others promised more; their quality is estimated from "
-            f"what they keep there. {candidates['beaten_by'].notna().sum()} of them are beaten for certain by a plan "
-            "that is at least as fast."
+            f"({candidates['share'].min():.0%} of them), because they would not be healed; their quality is estimated "
+            f"from what they keep there. {candidates['beaten_by'].notna().sum()} of them are beaten for certain by a "
+            "plan that is at least as fast."
         )
 
 
@@ -114,6 +114,7 @@ def searched_cells(candidates: pd.DataFrame) -> Table | None:
             row["origin"],
             row["status"],
             shown(row["on_front"], "yes"),
+            shown(row["share"], ".0%"),
             shown(row["window"], "d"),
             shown(row["remove_below"], ".4g"),
             shown(row["keep_above"], ".4g"),
@@ -124,7 +125,18 @@ def searched_cells(candidates: pd.DataFrame) -> Table | None:
         ]
         for _, row in candidates.iterrows()
     ]
-    header = ["plan", "id", "origin", "status", "on front", "window", "remove below", "keep above", "quality"]
+    header = [
+        "plan",
+        "id",
+        "origin",
+        "status",
+        "on front",
+        "judged on",
+        "window",
+        "remove below",
+        "keep above",
+        "quality",
+    ]
     header += ["objective", "predicted tok/s", "tok/s"]
     text_columns = frozenset(range(5))
     caption = "Every plan that was tried"

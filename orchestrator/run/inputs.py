@@ -29,7 +29,7 @@ from layerboost.text.sources import sources_identity
 from layerboost.version import __version__
 from orchestrator.recipe.healing import SAMPLED, HealingText
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.recipe.sections import FIRST_DOCUMENTS, FIRST_SEQUENCES
+from orchestrator.recipe.sections import LEAST_DOCUMENTS, LEAST_SEQUENCES
 from orchestrator.run.content import model_content, shipped
 from orchestrator.run.identity import LINEAR_WINDOW_ONLY, MEMORY_ONLY, plan_identity, plugin_identity
 from orchestrator.run.model_facts import ModelFacts
@@ -131,8 +131,8 @@ class RunInputs:
             return None if n is None else min(n, max(least, math.ceil(race.first * n)))
 
         if spec.text is not None:
-            spec = replace(spec, n_sequences=first(spec.n_sequences, FIRST_SEQUENCES))
-        return replace(spec, limit=first(spec.limit, FIRST_DOCUMENTS)) if spec.tasks else spec
+            spec = replace(spec, n_sequences=first(spec.n_sequences, LEAST_SEQUENCES))
+        return replace(spec, limit=first(spec.limit, LEAST_DOCUMENTS)) if spec.tasks else spec
 
     @property
     def first_share(self) -> float:
@@ -153,7 +153,7 @@ class RunInputs:
     def n_leaders(self) -> int:
         """The number of the search's plans that a race judges on all items."""
         race = self.recipe.search.race
-        return 0 if race is None else race.leaders * self.n_healed
+        return 0 if race is None else max(self.n_healed, race.leaders * self.recipe.healing.candidates)
 
     @property
     def races(self) -> bool:

@@ -13,7 +13,7 @@ SPEED = "speed"
 """Name in progress and failures of the timings to which speed models are fitted."""
 
 RACE = "race"
-"""Name in progress and failures of judging the plans on all items that no other plan beats on the first ones."""
+"""Name in progress and failures of judging the plans on all items that lead on the first ones."""
 
 REFINE = "refine"
 

@@ -12,7 +12,7 @@ from layerboost.plan import Plan
 from orchestrator.run.context import RunContext
 from orchestrator.run.entries import BaselineEntry, HealedEntry
 from orchestrator.run.folder import unit_key
-from orchestrator.run.kinds import HALVING, HEALINGS, REFINE
+from orchestrator.run.kinds import HALVING, HEALINGS, RACE, REFINE
 from orchestrator.run.records import find_record
 from orchestrator.run.units import StageUnits, Unit, recorded_seconds
 from orchestrator.stages.baselines import baselines, n_open_baselines
@@ -49,7 +49,7 @@ def units(run: RunContext) -> None:
     if not healing.tokens:
         return
     chosen = None
-    if run.is_settled("search", REFINE):
+    if run.is_settled("search", RACE, REFINE):
         chosen = candidates(run, None if healing.halving is None else healing.halving.plans)
     if healing.halving is not None:
         chosen = halving_units(run, chosen)

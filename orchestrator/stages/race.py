@@ -7,11 +7,13 @@ items, several of them together, because plans share layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from layerboost.evaluation.race import winners
+from layerboost.evaluation.scores import SCORES as SCORES_OF_PLANS
 from layerboost.evaluation.scores import QualityError, Scores, quality, retained
 from layerboost.plan import Plan, Treatment
 from layerboost.search.loop import fixed_points
@@ -26,6 +28,7 @@ from orchestrator.stages.candidates import candidates
 from orchestrator.stages.objective import objective
 from orchestrator.stages.speed import speedup
 from tasks.pool.finished import Finished
+from tasks.pool.pool import UnitFailure
 from tasks.sweep import PlansUnit, SweepWork, sweep_units
 
 _PLANS_OF_A_UNIT = 8
@@ -46,7 +49,8 @@ def race_units(run: RunContext, trials: list[Trial] | None) -> list[Trial]:
         return trials or []
     if trials is None:
         n_reference = len(fixed_points(run.inputs.search_spec, run.inputs.n_layers))
-        run.list_units(RACE, [], n_open=n_reference + run.inputs.n_leaders)
+        n_leaders = min(run.inputs.n_leaders, run.inputs.search_spec.trials)
+        run.list_units(RACE, [], n_open=n_reference + n_leaders)
         return []
     raced = _raced(run, trials)
     _list_plans(run, raced)
@@ -59,6 +63,8 @@ def race(run: RunContext, trials: list[Trial]) -> list[Trial]:
     A plan whose judging fails is reported, and its point has failed.
     """
     if not run.inputs.races:
+        if run.inputs.recipe.search.race is not None:
+            run.progress.note("no race: the first items are all that plans are judged by")
         return trials
     raced = _raced(run, trials)
     listing, spec = _list_plans(run, raced), run.inputs.search_quality_spec
@@ -77,19 +83,27 @@ def race(run: RunContext, trials: list[Trial]) -> list[Trial]:
                     run.record(RACE, run.inputs.plan_scores(plan, spec), result)
                     run.progress.finish_unit(each_s, plan=plan)
 
-        failures = sweep_units(
-            [unit for unit in _units(run, raced) if missing & set(unit.plans)],
-            run.inputs.source,
-            spec,
-            workers,
-            on_result=on_result,
-            n_workers=run.n_workers,
-            watch=run.watch(RACE, _name, n_workers=workers.n_workers, of_each=_PLANS_OF_A_UNIT),
-        )
+        def judge(units: list[PlansUnit]) -> list[UnitFailure[SweepWork]]:
+            watch = run.watch(RACE, _name, n_workers=workers.n_workers, of_each=max(len(unit.plans) for unit in units))
+            return sweep_units(
+                units,
+                run.inputs.source,
+                spec,
+                workers,
+                on_result=on_result,
+                n_workers=run.n_workers,
+                watch=watch,
+            )
+
+        failures = judge([unit for unit in _units(run, raced) if missing & set(unit.plans)])
+        # A plan that cannot be judged must not take those with it that were to be judged beside it.
+        together = [plan for failure in failures for plan in _plans_of(failure.unit) if plan in missing]
+        if together:
+            failures = judge([PlansUnit(spec, (plan,)) for plan in together])
         for failure in failures:
-            assert isinstance(failure.unit, PlansUnit)
             run.failed(RACE, _name(failure.unit), failure.error)
-            errors |= dict.fromkeys(failure.unit.plans, failure.error)
+            errors |= dict.fromkeys(_plans_of(failure.unit), failure.error)
+        errors |= _not_finite(run, [plan for plan in missing if plan not in errors])
     points = {trial.plan: trial for trial in raced}.values()
     run.progress.note(
         "the race",
@@ -155,7 +169,7 @@ def _beaten_by(
 ) -> dict[Plan, str | None]:
     """Returns the id of a plan that beats each plan of the search, or None.
 
-    Only plans that can be healed beat others. Nobody does if the objective is no mean of items.
+    Only plans that can be healed beat others. Nobody does if the objective is no mean of items in every task.
     """
     recipe, settings = run.inputs.recipe, run.inputs.recipe.search.race
     assert settings is not None
@@ -166,6 +180,9 @@ def _beaten_by(
         losses = [item_drops(base, scores, score) for scores in judged.values()]
     except QualityError:
         return {}
+    n_metrics = {len(SCORES_OF_PLANS[score].pairs(base, scores)) for scores in judged.values()}
+    if n_metrics != {len(of_plan) for of_plan in losses}:
+        return {}  # some tasks have no items
     origins = {trial.plan: trial.origin for trial in reversed(trials)}
     may_win = [origins[plan] in CANDIDATE_ORIGINS and run.inputs.plan_space.holds(plan) for plan in judged]
     names, speeds = list(judged), [speedup(run, plan) for plan in judged]
@@ -219,6 +236,25 @@ def _units(run: RunContext, trials: Sequence[Trial]) -> list[PlansUnit]:
     ]
 
 
-def _name(unit: SweepWork) -> dict[str, Any]:
+def _not_finite(run: RunContext, plans: Sequence[Plan]) -> dict[Plan, str]:
+    """Reports plans whose objective on all items is no finite number; returns the error of each."""
+    untouched, spec = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers), run.inputs.search_quality_spec
+    base, *found = run.all_recorded([run.inputs.plan_scores(plan, spec) for plan in (untouched, *plans)])
+    errors: dict[Plan, str] = {}
+    for plan, record in zip(plans, found, strict=True):
+        if base is None or record is None:
+            continue
+        value = objective(run, Scores.from_dict(base["scores"]), Scores.from_dict(record["scores"]))
+        if not math.isfinite(value):
+            errors[plan] = f"its objective on all items is {value}"
+            run.failed(RACE, {"plan": str(plan)}, errors[plan])
+    return errors
+
+
+def _plans_of(unit: SweepWork) -> tuple[Plan, ...]:
     assert isinstance(unit, PlansUnit)
-    return {"plans": " ".join(map(str, unit.plans))}
+    return unit.plans
+
+
+def _name(unit: SweepWork) -> dict[str, Any]:
+    return {"plans": " ".join(map(str, _plans_of(unit)))}

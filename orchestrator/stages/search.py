@@ -53,8 +53,8 @@ def units(run: RunContext) -> None:
     judged: dict[Plan, dict[str, Any]] = {}
     trials = race_units(run, trials)
     _set_trials(run, trials, judged)
-    is_known = run.is_settled(RACE)
-    _set_trials(run, [*trials, *refine_units(run, known=is_known)], judged)
+    refined = refine_units(run, known=run.is_settled(RACE))
+    _set_trials(run, _with_refined(trials, refined), judged)
 
 
 def search(run: RunContext) -> bool:
@@ -65,8 +65,14 @@ def search(run: RunContext) -> bool:
     trials = race(run, trials)
     judged: dict[Plan, dict[str, Any]] = {}
     _set_trials(run, trials, judged)
-    _set_trials(run, [*trials, *refine(run)], judged)
+    _set_trials(run, _with_refined(trials, refine(run)), judged)
     return True
+
+
+def _with_refined(trials: list[Trial], refined: list[Trial]) -> list[Trial]:
+    """Returns the points with those that refinement found; these are judged on all items, also if a race left them."""
+    found = {trial.plan for trial in refined}
+    return [replace(trial, share=1.0, beaten_by=None) if trial.plan in found else trial for trial in trials] + refined
 
 
 def _is_scored(run: RunContext) -> bool:

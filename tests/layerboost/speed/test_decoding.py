@@ -168,11 +168,13 @@ def test_peak_memory_sees_what_a_larger_batch_holds():
     assert kv_mib * 0.8 < large - small < kv_mib * 6
 
 
-@pytest.mark.parametrize("letters", ["SSSS", "SLWN"])
+@pytest.mark.parametrize(
+    ("family", "letters"), [("llama", "SSSS"), ("llama", "SLWN"), ("llama", "WWWW"), ("gemma3_text", "SSSS")]
+)
 @torch.inference_mode()
-def test_the_end_of_a_pass_has_the_peak_of_the_whole_pass(letters):
-    model = tiny_model("llama", num_key_value_heads=4, head_dim=512, initializer_range=0.02)
-    model = convert(model, Plan.parse(letters, 32)).eval()
+def test_the_end_of_a_pass_has_the_peak_of_the_whole_pass(family, letters):
+    model = tiny_model(family, num_key_value_heads=4, head_dim=512, initializer_range=0.02)
+    model = convert(model, Plan.parse(letters, 16)).eval()
     prompts = random_tokens(model, 4, 230, seed=0)
     with PeakMemory(model) as whole:
         timed_generation(model, prompts, 20)

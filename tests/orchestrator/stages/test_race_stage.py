@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -17,12 +18,14 @@ from orchestrator.report.tables import candidates_table
 from orchestrator.results.plans import candidate_rows
 from orchestrator.results.reading import RecordReader
 from orchestrator.run.context import RunContext
+from orchestrator.run.entries import Trial
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.inputs import RunInputs
 from orchestrator.run.progress import Progress
 from orchestrator.run.state import RunState
 from orchestrator.stages.candidates import candidates
-from orchestrator.stages.search import search, units
+from orchestrator.stages.heal import units as heal_units
+from orchestrator.stages.search import _with_refined, search, units
 from tasks.cluster.resources import WorkerResources
 from tasks.pool.finished import Finished, WorkerInfo
 from tasks.pool.pool import UnitFailure
@@ -163,13 +166,54 @@ def test_a_race_that_was_killed_judges_the_same_plans_together(stage):
     assert not first and not full and again.state.trials == run.state.trials
 
 
-def test_a_plan_that_fails_in_the_race_is_named_and_tried_again(stage):
-    run, _, _ = stage(fails={"SSS"})
-    failed = [trial for trial in run.state.trials if trial.status == "failed"]
-    assert Plan.parse("SSS") in [trial.plan for trial in failed] and {trial.error for trial in failed} == {"it failed"}
-    assert [failure.stage for failure in run.state.failures] == ["race"]
+def test_a_plan_that_fails_in_the_race_takes_no_other_with_it_and_is_tried_again(stage):
+    run, _, full = stage(fails={"NSN"})
+    failed = {str(trial.plan): trial for trial in run.state.trials if trial.status == "failed"}
+    assert list(failed) == ["NSN"] and failed["NSN"].error == "it failed" and failed["NSN"].quality is None
+    assert [(failure.stage, failure.name) for failure in run.state.failures] == [("race", {"plans": "NSN"})]
+    assert len(full) == 5 and {len(unit) for unit in full} == {1}, "the others are judged one by one"
     again, first, full = stage()
     assert not first and len(full) == 1 and not any(trial.status == "failed" for trial in again.state.trials)
+
+
+def test_a_plan_without_a_number_on_all_items_has_failed(stage, monkeypatch):
+    module = sys.modules["orchestrator.stages.race"]
+    monkeypatch.setattr(module, "_not_finite", functools.partial(_with_nan, module._not_finite, module))
+    run, _, _ = stage()
+    failed = [trial for trial in run.state.trials if trial.status == "failed"]
+    assert [str(trial.plan) for trial in failed] == ["NSS"] and "is nan" in failed[0].error
+    assert [failure.name for failure in run.state.failures] == [{"plan": "NSS"}]
+
+
+def _with_nan(not_finite, module, run, plans):
+    """Has one plan lose nan on all items."""
+    keep = module.objective
+    lost = float(_scores(Plan.parse("NSS"), 8)["metrics"][0]["value"])
+    module.objective = lambda run, base, scores: math.nan if scores.get("text", "nll").value == lost else 0.0
+    try:
+        return not_finite(run, plans)
+    finally:
+        module.objective = keep
+
+
+def test_what_refinement_finds_is_judged_on_all_items():
+    left, other = (Trial(Plan.parse(letters), "search", share=0.25, beaten_by="a") for letters in ("NSS", "SNS"))
+    refined = Trial(left.plan, "refined")
+    assert _with_refined([left, other], [refined]) == [Trial(left.plan, "search"), other, refined]
+
+
+def test_healings_are_open_while_the_race_is_not_run(stage, monkeypatch):
+    run, _, _ = stage(dies_after_units=0)
+    monkeypatch.setattr(sys.modules["orchestrator.stages.search"], "_is_scored", lambda run: True)
+    ahead = RunContext(run.inputs, run.folder, RunState("m", 3, "nll", {}), Progress(), is_ahead=True)
+    units(ahead)
+    heal_units(ahead)
+    assert not ahead.listings["race"].is_complete and ahead.listings["heal"].n_open >= 1
+    done, _, _ = stage()
+    after = RunContext(done.inputs, done.folder, RunState("m", 3, "nll", {}), Progress(), is_ahead=True)
+    units(after)
+    heal_units(after)
+    assert after.listings["race"].is_complete and not after.listings["heal"].n_open
 
 
 def test_an_objective_without_items_beats_nobody(stage, monkeypatch):
