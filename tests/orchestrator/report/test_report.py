@@ -60,7 +60,7 @@ DESIGN = {
     "drop_ci_low, drop_ci_high",
     "candidates": "plan_id, plan, window, origin, remove_below, keep_above, quality, quality_stderr, "
     "output_throughput_tok_per_s, on_front, status, objective, predicted_throughput_tok_per_s, "
-    "predicted_throughput_stderr",
+    "predicted_throughput_stderr, share, beaten_by",
     "pareto": "plan_id, plan, window, origin, healed, heal_tokens, n_softmax, n_linear_window, n_window, n_none, "
     "engine, hardware, concurrency, prompt_tokens, new_tokens, output_throughput_tok_per_s, output_throughput_stderr, "
     "ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, quality_stderr, "
@@ -209,9 +209,9 @@ def test_csv_holds_exact_floats_true_false_and_empty_cells():
     lines = text.splitlines()
     assert lines[0] == ",".join(names("candidates"))
     assert repr(0.1 / 3) in lines[1]
-    assert lines[1].endswith(",true,ok,,,")
+    assert lines[1].endswith(",true,ok,,,,,")
     assert ",SSSS,,base," in lines[1]
-    assert any(line.endswith(",,false,failed,,,") for line in lines)
+    assert any(line.endswith(",,false,failed,,,,,") for line in lines)
     assert not re.search(r"nan|None|<NA>|True|False", text)
 
 

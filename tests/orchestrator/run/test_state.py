@@ -38,6 +38,8 @@ STATE: dict[str, Any] = {
             "objective": -0.25,
             "speedup": 1.5,
             "key": "t",
+            "share": 1.0,
+            "beaten_by": None,
         }
     ],
     "baselines": [{"plan": "NS", "window": None, "origin": "first", "speedup": 1.25, "key": "f"}],
