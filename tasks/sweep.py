@@ -68,6 +68,19 @@ class PlansUnit:
     plans: tuple[Plan, ...]
 
 
+PLANS_OF_A_UNIT = 8
+"""Number of plans that one worker judges together: enough for them to share most of their layers."""
+
+
+def plans_units(spec: QualitySpec, plans: Sequence[Plan]) -> list[PlansUnit]:
+    """Returns the units that judge some plans, those with the same first layers together, because they share these."""
+    plans = sorted(plans, key=str)
+    return [
+        PlansUnit(spec, tuple(plans[first : first + PLANS_OF_A_UNIT]))
+        for first in range(0, len(plans), PLANS_OF_A_UNIT)
+    ]
+
+
 SweepWork = CountUnit | SweepUnit | ScoreUnit | PlansUnit | EvaluationUnit
 """Everything that a `SweepWorker` does."""
 

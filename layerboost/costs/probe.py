@@ -116,7 +116,8 @@ def evaluation_costs(
             text_s=text_s,
             direct_s=costs.direct_s + sum(text_s.values()) / len(text_s) + _retrieval_s(twins, tokenizer, spec),
             sweep_s=costs.sweep_s | {"text": swept_s},
-            # What a plan adds to the untouched model's pass is about what it takes without it.
+            # The likelihood is measured without the untouched model. A plan is taken to need the seconds then that it
+            # adds to a pass beside that model.
             likelihood_s=LayerCosts(plan_s, text.layer_s).uniform_s(n_layers),
         )
     zero = dict.fromkeys((treatment.value for treatment in treatments), 0.0)

@@ -29,10 +29,7 @@ from orchestrator.stages.objective import objective
 from orchestrator.stages.speed import speedup
 from tasks.pool.finished import Finished
 from tasks.pool.pool import UnitFailure
-from tasks.sweep import PlansUnit, SweepWork, sweep_units
-
-_PLANS_OF_A_UNIT = 8
-"""Number of plans that one worker judges together: enough for them to share most of their layers."""
+from tasks.sweep import PlansUnit, SweepWork, plans_units, sweep_units
 
 
 def race_units(run: RunContext, trials: list[Trial] | None) -> list[Trial]:
@@ -225,15 +222,11 @@ def _list_plans(run: RunContext, trials: Sequence[Trial]) -> StageUnits:
 
 
 def _units(run: RunContext, trials: Sequence[Trial]) -> list[PlansUnit]:
-    """Returns the plans that are judged on all items, those with the same first layers together.
+    """Returns the units of all plans that are judged on all items, also of those that are recorded.
 
-    The units depend on nothing else, so that a run that was interrupted rounds as one that was not.
+    They depend on nothing else, so that a run that was interrupted rounds as one that was not.
     """
-    plans = sorted({trial.plan for trial in trials if _is_judged(trial)}, key=str)
-    return [
-        PlansUnit(run.inputs.search_quality_spec, tuple(plans[first : first + _PLANS_OF_A_UNIT]))
-        for first in range(0, len(plans), _PLANS_OF_A_UNIT)
-    ]
+    return plans_units(run.inputs.search_quality_spec, list({trial.plan for trial in trials if _is_judged(trial)}))
 
 
 def _not_finite(run: RunContext, plans: Sequence[Plan]) -> dict[Plan, str]:

@@ -17,10 +17,7 @@ from orchestrator.run.state import REFINED
 from orchestrator.run.units import StageUnits, Unit
 from orchestrator.stages.candidates import candidates
 from tasks.pool.finished import Finished
-from tasks.sweep import PlansUnit, SweepWork, sweep_units
-
-_PLANS_OF_A_UNIT = 8
-"""Number of plans that one worker evaluates together: enough for them to share most of their layers."""
+from tasks.sweep import PLANS_OF_A_UNIT, PlansUnit, SweepWork, plans_units, sweep_units
 
 
 def refine(run: RunContext) -> list[Trial]:
@@ -43,7 +40,7 @@ def refine(run: RunContext) -> list[Trial]:
             on_result=rounds.record,
             more_units=rounds.more_units,
             n_workers=run.n_workers,
-            watch=run.watch(REFINE, _name, n_workers=workers.n_workers, of_each=_PLANS_OF_A_UNIT),
+            watch=run.watch(REFINE, _name, n_workers=workers.n_workers, of_each=PLANS_OF_A_UNIT),
         )
         for failure in failures:
             run.failed(REFINE, _name(failure.unit), failure.error)
@@ -133,7 +130,7 @@ class _Rounds:
             missing = [plan for plan in wanted if self._drop(plan) is None and plan not in self._handed_out]
             if missing:
                 self._handed_out |= set(missing)
-                return self._units(missing, self.spec)
+                return plans_units(self.spec, missing)
             for refiner, plans in proposed.items():
                 if plans:
                     drops = {plan: drop for plan in plans if (drop := self._drop(plan)) is not None}
@@ -147,15 +144,7 @@ class _Rounds:
         self._asked |= dict.fromkeys((plan, spec) for plan in found)
         missing = [plan for plan in found if recorded(identify(plan, spec)) is None and plan not in self._judged]
         self._judged |= set(missing)
-        return self._units(missing, spec)
-
-    def _units(self, plans: list[Plan], spec: QualitySpec) -> list[PlansUnit]:
-        # Plans with the same first layers are evaluated together, because they share the results of those layers.
-        plans = sorted(plans, key=str)
-        return [
-            PlansUnit(spec, tuple(plans[first : first + _PLANS_OF_A_UNIT]))
-            for first in range(0, len(plans), _PLANS_OF_A_UNIT)
-        ]
+        return plans_units(spec, missing)
 
     def _drop(self, plan: Plan) -> float | None:
         """Returns a plan's loss by the chosen score; None if it is not recorded."""
