@@ -84,7 +84,7 @@ def race(run: RunContext, trials: list[Trial]) -> list[Trial]:
             watch = run.watch(RACE, _name, n_workers=workers.n_workers, of_each=max(len(unit.plans) for unit in units))
             return sweep_units(
                 units,
-                run.inputs.source,
+                run.source,
                 spec,
                 workers,
                 on_result=on_result,
@@ -195,17 +195,12 @@ def _leaders(run: RunContext, first: list[Trial]) -> set[Plan]:
 
     Plans that are beaten are among them only if there are not enough others to heal.
     """
-    before = run.state.trials
     first = [replace(trial, share=1.0) for trial in first]
     unbeaten = [replace(trial, quality=None) if trial.beaten_by is not None else trial for trial in first]
     leaders: dict[Plan, None] = {}
-    try:
-        for points, n in ((unbeaten, run.inputs.n_leaders), (first, run.inputs.n_healed)):
-            run.state.trials = points
-            new = [plan for plan in candidates(run, n) if plan not in leaders]
-            leaders |= dict.fromkeys(new[: max(0, n - len(leaders))])
-    finally:
-        run.state.trials = before
+    for points, n in ((unbeaten, run.inputs.n_leaders), (first, run.inputs.n_healed)):
+        new = [plan for plan in candidates(run, n, trials=points) if plan not in leaders]
+        leaders |= dict.fromkeys(new[: max(0, n - len(leaders))])
     return set(leaders)
 
 
