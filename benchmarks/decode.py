@@ -4,15 +4,18 @@
     python benchmarks/decode.py gain --shape smallworld --concurrency 32 --context 512 2048 8192
     python benchmarks/decode.py constant --shape wide-12 --context 1024 32768
     python benchmarks/decode.py memory --shape wide-12 --concurrency 4 --context 2048
+    python benchmarks/decode.py sinks --shape wide-12 --concurrency 4 --context 2048
     python benchmarks/decode.py gain --shape qwen3-4b --dtype bfloat16 --concurrency 16 50 100 200 --context 512 8192
 
 `gain` times base and plans side by side in rounds. `limit` is the ratio of the bytes that one step must read, `share`
 the measured gain over the gain that the limit allows; the bytes of both sides are compared with the machine's copy
 bandwidth. `constant` times one step at each length, in turn, for a plan whose layers all have a constant state.
 `memory` measures the peak while prompts are read and continued, against the weights and the cache by the formula.
+`sinks` times plans of windows with and without sinks side by side, `affine` plans of maps and of nothing in their
+place; `speedup` and `prefill_speedup` are over those without.
 
 Weights are random, because a shape decodes at its real speed whatever they are. Contexts are random numbers in the
-cache, except for `memory`, which reads its prompts.
+cache, except for `memory`, `sinks` and `affine`, which read their prompts.
 """
 
 from __future__ import annotations
@@ -177,13 +180,45 @@ def memory(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
                 }
 
 
+def sinks(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
+    """Yields the speed of windows with sinks in every layer over that of the same windows without."""
+    n_layers = base.config.num_hidden_layers
+    for treatment in (Treatment.WINDOW, Treatment.LINEAR_WINDOW):
+        without, with_sinks = (Plan.uniform(treatment, n_layers, args.window, n) for n in (0, args.sinks))
+        yield from _side_by_side(args, base, f"{treatment} with {args.sinks} sinks", without, with_sinks)
+
+
+def affine(args: argparse.Namespace, base: Any) -> Iterator[dict[str, Any]]:
+    """Yields the speed with whole affine maps in every layer over that with nothing in their place."""
+    none, maps = (Plan.uniform(t, base.config.num_hidden_layers) for t in (Treatment.NONE, Treatment.AFFINE))
+    yield from _side_by_side(args, base, "affine over none", none, maps)
+
+
+def _side_by_side(args: argparse.Namespace, base: Any, name: str, one: Plan, other: Plan) -> Iterator[dict[str, Any]]:
+    models = [convert(base, plan) for plan in (one, other)]
+    for concurrency in args.concurrency:
+        for context in args.context:
+            setting = {"concurrency": concurrency, "prompt_tokens": context, "new_tokens": args.new_tokens}
+            first, second = measure_together(models, **setting, repeats=args.repeats)
+            yield {
+                "name": name,
+                "concurrency": concurrency,
+                "context": context,
+                "tpot_ms_p50": second.tpot_ms_p50,
+                "speedup": first.tpot_ms_p50 / second.tpot_ms_p50,
+                "ttft_ms_p50": second.ttft_ms_p50,
+                "prefill_speedup": first.ttft_ms_p50 / second.ttft_ms_p50,
+            }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gain", "constant", "memory"])
+    parser.add_argument("what", choices=["gain", "constant", "memory", "sinks", "affine"])
     parser.add_argument("--shape", choices=[*SHAPES, "smallworld"], default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--sinks", type=int, default=4, help="sinks of `sinks`, in tokens")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[4])
     parser.add_argument("--context", type=int, nargs="+", default=[512], help="tokens in the cache")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -202,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
         "transformers": transformers.__version__,
     }
     rows = []
-    for row in {"gain": gain, "constant": constant, "memory": memory}[args.what](args, base):
+    for row in {"gain": gain, "constant": constant, "memory": memory, "sinks": sinks, "affine": affine}[args.what](
+        args, base
+    ):
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         rows.append(row | about)
     if args.out:

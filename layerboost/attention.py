@@ -15,13 +15,19 @@ b is a softmax over the R features and therefore bounded, so that the state over
 length. Everything is divided by exp(m_t), where m_t is the largest score inside the window. The window's part of the
 denominator is then at least 1, and exp(a_r - m_t) is capped at exp(FEATURE_LOGIT_CAP), so that no step can overflow or
 divide by zero. The paper does not publish its feature map; this one is this project's own choice.
+
+Sinks are the first tokens of a sequence, or of each document in a packed row. Models put weight on them that they have
+no other place for (arXiv 2309.17453), so a windowed layer may keep them: they belong to the first sum above, wherever
+the window is, and never to the second.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +91,43 @@ class LinearWindow(nn.Module):
         return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
+@dataclass
+class Sinks:
+    """Says which keys of a call are sinks, which all later queries of their document see besides their window.
+
+    Attributes:
+        number: Most sinks of one document.
+        keys: (B, S) bool, the sinks among the keys.
+        n_apart: Number of keys at the front of the call that lie before every query's window, such as the sinks that a
+            cache kept. Only the sinks among them are seen.
+    """
+
+    number: int
+    keys: torch.Tensor
+    n_apart: int = 0
+
+
+def sink_tokens(
+    number: int, n_tokens: int, valid: torch.Tensor | None, segments: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns which tokens are sinks, (B, n_tokens) bool: the first `number` real ones of each document.
+
+    Args:
+        number: Sinks of a document.
+        n_tokens: Tokens from the start of the sequences.
+        valid: (B, n_tokens) bool, False for padding; None if there is none.
+        segments: (B, n_tokens) integer, one for each document of a packed row; None if each row is one document.
+        like: Any tensor of the batch, for its size and device.
+    """
+    if valid is None:
+        valid = torch.ones(like.shape[0], n_tokens, dtype=torch.bool, device=like.device)
+    counted = valid.long().cumsum(dim=1)
+    if segments is not None:
+        starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        counted = counted - ((counted - valid.long()) * starts).cummax(dim=1).values
+    return valid & (counted <= number)
+
+
 def naive_attention(
     treatment: Treatment,
     query: torch.Tensor,
@@ -93,6 +136,7 @@ def naive_attention(
     *,
     scaling: float,
     window: int | None = None,
+    sinks: int = 0,
     feature_map: LinearWindow | None = None,
     valid: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
@@ -105,7 +149,9 @@ def naive_attention(
         treatment: The treatment.
         key, value: (B, K, S, D) with S >= T; the queries are the last T tokens.
         scaling: Factor of the scores.
-        window: Window in tokens, for treatments that need one.
+        window: Window in tokens, for treatments that need one; the sinks are part of it.
+        sinks: First tokens of each document that stay in the window; the rest of it are the newest tokens. The keys
+            must then begin with the sequence.
         feature_map: Feature map, for treatments that have one.
         valid: (B, S) bool, False for padding. A query always sees its own key, so that padding stays finite.
         segments: (B, S) integer; tokens of different segments do not see each other.
@@ -117,11 +163,29 @@ def naive_attention(
     mechanism = treatment.mechanism
     if mechanism.pairs is None:
         return torch.zeros_like(query)
-    assert window is not None or not treatment.needs_window
-    inside, seen = seen_pairs(query, key, window if treatment.needs_window else None, valid, segments)
+    if treatment.needs_window:
+        assert window is not None
+        inside, seen = seen_pairs(query, key, window - sinks, valid, segments)
+        inside = inside | (seen & _first_tokens(sinks, key, valid, segments)[:, None])
+    else:
+        inside, seen = seen_pairs(query, key, None, valid, segments)
     older = seen & ~inside if mechanism.sees_older else None
     settings = {"scaling": scaling, "weights": feature_map, "softcap": softcap}
     return mechanism.pairs(query, key, value, inside, older, **settings)
+
+
+def _first_tokens(
+    number: int, key: torch.Tensor, valid: torch.Tensor | None, segments: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns which keys are among the first `number` real ones of their document, with every pair written out."""
+    batch, n_keys = key.shape[0], key.shape[2]
+    if valid is None:
+        valid = torch.ones(batch, n_keys, dtype=torch.bool, device=key.device)
+    if segments is None:
+        segments = torch.zeros(batch, n_keys, dtype=torch.long, device=key.device)
+    before = torch.ones(n_keys, n_keys, dtype=torch.bool, device=key.device).tril(-1)
+    earlier = before & valid[:, None] & (segments[:, :, None] == segments[:, None])
+    return valid & (earlier.sum(dim=-1) < number)
 
 
 def dense_attention(
@@ -171,16 +235,17 @@ def single_branch_attention(
     scaling: float,
     window: int,
     feature_map: LinearWindow,
+    sinks: Sinks | None = None,
     valid: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Computes `linear_window` without one of its branches, to measure a branch; every pair of tokens is written out.
 
-    Arguments and result are those of `naive_attention`. `zeroed` is `linear` (which leaves softmax inside the window)
-    or `window` (which leaves each query's own key and everything older than the window).
+    Arguments and result are those of `window_attention`. `zeroed` is `linear` (which leaves softmax inside the window
+    and over the sinks) or `window` (which leaves each query's own key and everything older than the window).
     """
-    within, seen = seen_pairs(query, key, window, valid, segments)
+    within, seen = seen_pairs(query, key, window, valid, segments, sinks)
     if zeroed == "linear":
         return dense_attention(query, key, value, within, None, scaling=scaling, softcap=softcap)
     own, _ = seen_pairs(query, key, 1, valid, segments)
@@ -194,10 +259,11 @@ def seen_pairs(
     window: int | None,
     valid: torch.Tensor | None,
     segments: torch.Tensor | None,
+    sinks: Sinks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the keys inside the window of each query, and all keys that it may see, (B, T, S) bool each.
 
-    Arguments are those of `naive_attention`; without a window the two results are the same.
+    Arguments are those of `window_attention`. Sinks count as inside; without a window the two results are the same.
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
     distance = torch.arange(n_keys - n_queries, n_keys, device=query.device)[:, None] - torch.arange(
@@ -208,7 +274,12 @@ def seen_pairs(
         seen = seen & (valid[:, None] | (distance == 0))
     if segments is not None:
         seen = seen & (segments[:, -n_queries:, None] == segments[:, None])
-    return seen if window is None else seen & (distance < window), seen
+    if window is None:
+        return seen, seen
+    if sinks is None:
+        return seen & (distance < window), seen
+    apart = torch.arange(n_keys, device=query.device) < sinks.n_apart
+    return seen & (((distance < window) & ~apart) | sinks.keys[:, None]), seen
 
 
 def window_attention(
@@ -218,27 +289,40 @@ def window_attention(
     *,
     scaling: float,
     window: int,
+    sinks: Sinks | None = None,
     valid: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Applies softmax inside a sliding window of `window` tokens, including the query's own, in time linear in T.
+    """Applies softmax over the newest tokens, including the query's own, and over the sinks, in time linear in T.
 
-    Arguments and result are those of `naive_attention`; `dropout` is the probability of dropping a weight. A single
-    query token is computed directly; more tokens are cut into chunks that see only the keys within their reach.
+    A single query token is computed directly; more tokens are cut into chunks that see only the keys within their
+    reach, and the sinks.
+
+    Args:
+        query, key, value, scaling, valid, segments, softcap: As in `naive_attention`.
+        window: The number of newest tokens; unlike the window of a plan it does not include the sinks.
+        sinks: The sinks among the keys; None if there are none.
+        dropout: Probability of dropping a weight.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`.
     """
     n_reach = query.shape[2] + window - 1
-    key, value = key[:, :, -n_reach:], value[:, :, -n_reach:]
-    valid, segments = (x if x is None else x[:, -n_reach:] for x in (valid, segments))
+    if sinks is None:
+        key, value = key[:, :, -n_reach:], value[:, :, -n_reach:]
+        valid, segments = (x if x is None else x[:, -n_reach:] for x in (valid, segments))
+    else:
+        sinks = Sinks(sinks.number, sinks.keys, max(sinks.n_apart, key.shape[2] - n_reach))
     if query.shape[2] == 1:
-        mask = _step_mask(key.shape[2], valid, segments)
+        mask = _step_mask(key.shape[2], valid, segments, sinks)
         return softmax_attention(query, key, value, mask, scaling, softcap, dropout)
-    blocks = _Blocks(query, key, window, valid, segments)
+    blocks = _Blocks(query, key, window, valid, segments, sinks)
     output = softmax_attention(
         blocks.chunks(query).flatten(1, 2).transpose(1, 2).flatten(0, 1),  # (B N, H, C, D)
-        blocks.reach(key).transpose(1, 2).flatten(0, 1),  # (B N, K, L, D)
-        blocks.reach(value).transpose(1, 2).flatten(0, 1),
+        blocks.reach_and_sinks(key).transpose(1, 2).flatten(0, 1),  # (B N, K, L, D)
+        blocks.reach_and_sinks(value).transpose(1, 2).flatten(0, 1),
         blocks.inside.flatten(0, 1)[:, None],
         scaling,
         softcap,
@@ -256,21 +340,25 @@ def linear_window_attention(
     scaling: float,
     window: int,
     feature_map: LinearWindow,
+    sinks: Sinks | None = None,
     state: tuple[torch.Tensor, torch.Tensor] | None = None,
     valid: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
     softcap: float | None = None,
     return_state: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Applies softmax inside the window and linear attention over everything older, in time linear in T.
+    """Applies softmax inside the window and over the sinks, and linear attention over all others, in time linear in T.
 
     Both parts share one denominator.
 
     Args:
-        query, key, value, scaling, window, feature_map, valid, segments, softcap: As in `naive_attention`. At most
-            window - 1 keys may precede the queries' own; older tokens must be in the state.
-        state: Sums over the tokens older than `key`: features x values (B, K, R, D) and features (B, K, R), fp32.
-        return_state: Whether to return the state that covers all but the last window - 1 keys, for the next call.
+        query, key, value, scaling, window, sinks, valid, segments, softcap: As in `window_attention`. At most
+            window - 1 keys may precede the queries' own, besides those set apart; older tokens must be in the state.
+        feature_map: As in `naive_attention`.
+        state: Sums over the tokens older than `key`, without sinks: features x values (B, K, R, D) and features
+            (B, K, R), fp32.
+        return_state: Whether to return the state that covers all but the last window - 1 keys and the sinks, for the
+            next call.
 
     Returns:
         Output (B, H, T, D) in the dtype of `query`, and the new state (None unless asked for).
@@ -281,11 +369,14 @@ def linear_window_attention(
     """
     if state is not None and segments is not None:
         raise ValueError("segments: packed documents cannot go on from a cache; pass them without past_key_values")
-    if key.shape[2] - query.shape[2] > window - 1:
+    n_apart = 0 if sinks is None else sinks.n_apart
+    if key.shape[2] - n_apart - query.shape[2] > window - 1:
         raise ValueError(f"key: {key.shape[2]} keys reach past the window; give the older ones as state")
-    n_evicted = max(key.shape[2] - (window - 1), 0) if return_state else 0
+    if n_apart and key.shape[2] - n_apart - query.shape[2] < window - 1:
+        raise ValueError(f"sinks: {n_apart} keys are apart, though the window before the queries is not full")
+    n_evicted = max(key.shape[2] - (window - 1), n_apart) if return_state else 0
     if query.shape[2] == 1:
-        visible = _step_mask(key.shape[2], valid, None)
+        visible = _step_mask(key.shape[2], valid, None, sinks)
         output = linear_window_step(
             query, key, value, scaling=scaling, feature_map=feature_map, state=state, visible=visible, softcap=softcap
         )
@@ -294,17 +385,20 @@ def linear_window_attention(
         logits, features = feature_map(query, key)
         kernels = _kernels(query)
         if kernels is not None and kernels.supports(query, key, value, state, segments, softcap):
-            options = {"scaling": scaling, "window": window, "logit_cap": FEATURE_LOGIT_CAP}
+            options: dict[str, Any] = {"scaling": scaling, "window": window, "logit_cap": FEATURE_LOGIT_CAP}
+            if sinks is not None:
+                options |= {"sinks": sinks.keys, "n_sinks": sinks.number, "n_apart": sinks.n_apart}
             output = kernels.linear_window_prefill(
                 query, key, value, logits, features, state=state, valid=valid, **options
             )
         else:
-            output = _linear_window_chunks(
-                query, key, value, logits, features, state, scaling, window, valid, segments, softcap
-            )
+            blocks = _Blocks(query, key, window, valid, segments, sinks)
+            summed = _masked(features, _others(valid, sinks))
+            output = _linear_window_chunks(blocks, query, key, value, logits, summed, state, scaling, softcap)
     if not return_state:
         return output, None
-    left = None if valid is None else valid[:, :n_evicted]
+    others = _others(valid, sinks)
+    left = None if others is None else others[:, :n_evicted]
     return output, add_to_state(state, features[:, :, :n_evicted], value[:, :, :n_evicted], left)
 
 
@@ -372,7 +466,15 @@ def _kernels(query: torch.Tensor) -> ModuleType | None:
         return None
 
 
+def _others(valid: torch.Tensor | None, sinks: Sinks | None) -> torch.Tensor | None:
+    """Returns which keys may enter the sums over old tokens, (B, S) bool: all but padding and sinks; None for all."""
+    if sinks is None:
+        return valid
+    return ~sinks.keys if valid is None else valid & ~sinks.keys
+
+
 def _linear_window_chunks(
+    blocks: _Blocks,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -380,26 +482,25 @@ def _linear_window_chunks(
     features: torch.Tensor,
     state: tuple[torch.Tensor, torch.Tensor] | None,
     scaling: float,
-    window: int,
-    valid: torch.Tensor | None,
-    segments: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    blocks = _Blocks(query, key, window, valid, segments)
     queries, query_logits = blocks.chunks(wide(query)), blocks.chunks(logits)  # (B, K, G, N, C, D or R)
-    key_blocks, value_blocks = blocks.reach(wide(key)), blocks.reach(wide(value))  # (B, K, N, L, D)
-    key_features = blocks.reach(_masked(features, valid))  # (B, K, N, L, R)
+    keys, values = blocks.reach_and_sinks(wide(key)), blocks.reach_and_sinks(wide(value))  # (B, K, N, L + sinks, D)
+    key_features = blocks.reach(features)  # (B, K, N, L, R)
 
-    scores = _softcap(queries @ key_blocks.unsqueeze(2).transpose(-1, -2) * scaling, softcap)
+    scores = _softcap(queries @ keys.unsqueeze(2).transpose(-1, -2) * scaling, softcap)
     scores = scores.masked_fill(~blocks.inside[:, None, None], -math.inf)
     peak = scores.amax(dim=-1, keepdim=True).detach()  # it cancels in the quotient, so it needs no gradient
     query_features = torch.exp((query_logits - peak).clamp(max=FEATURE_LOGIT_CAP))
-    older = query_features @ key_features.unsqueeze(2).transpose(-1, -2)
-    weights = torch.exp(scores - peak) + older * blocks.older[:, None, None]
-    numerator = weights @ value_blocks.unsqueeze(2)
+    older = query_features @ key_features.unsqueeze(2).transpose(-1, -2) * blocks.older[:, None, None]
+    if blocks.sink_index is not None:
+        older = F.pad(older, (0, blocks.sink_index.shape[-1]))
+    weights = torch.exp(scores - peak) + older
+    numerator = weights @ values.unsqueeze(2)
     denominator = weights.sum(dim=-1, keepdim=True)
 
-    sums, norms = blocks.past(key_features, value_blocks, state)  # sums over the keys before each chunk's reach
+    # Sums over the keys before each chunk's reach.
+    sums, norms = blocks.past(key_features, values[..., : key_features.shape[-2], :], state)
     if blocks.past_seen is not None:
         query_features = query_features * blocks.past_seen[:, None, None, :, :, None]
     numerator = numerator + query_features @ sums.unsqueeze(2)
@@ -413,8 +514,12 @@ class _Blocks:
     Invisible keys pad the front up to window - 1 keys before the first query, so that query i of a chunk has its
     window at keys i .. i + window - 1 of the chunk's L, and older tokens at keys below i.
 
+    Sinks within a chunk's reach are marked there. Those before it follow the L keys as M more: of all documents only
+    the one that the last key before the reach belongs to can go on in the chunk, so they are its sinks.
+
     Attributes:
-        inside, older: (B, N, C, L) bool, the keys that a query sees inside its window and before it.
+        inside: (B, N, C, L + M) bool, the keys that a query sees inside its window or as sinks.
+        older: (B, N, C, L) bool, the keys that it sees before its window, and not as sinks.
         past_seen: (B, N, C) bool, the queries whose document includes the last key before their chunk's reach; None if
             there are no segments.
     """
@@ -426,8 +531,10 @@ class _Blocks:
         window: int,
         valid: torch.Tensor | None,
         segments: torch.Tensor | None,
+        sinks: Sinks | None = None,
     ) -> None:
-        batch, n_keys = key.shape[0], key.shape[2]
+        self.n_apart = 0 if sinks is None else sinks.n_apart
+        batch, n_keys = key.shape[0], key.shape[2] - self.n_apart
         self.n_queries, self.n_kv_heads, self.window = query.shape[2], key.shape[1], window
         self.chunk_tokens = min(self.n_queries, max(window, MIN_CHUNK_TOKENS))
         self.n_chunks = -(-self.n_queries // self.chunk_tokens)
@@ -440,15 +547,44 @@ class _Blocks:
         inside = (key_index >= query_index) & (key_index < query_index + window)
         own = key_index == query_index + window - 1
         if valid is None:
-            valid = torch.ones(batch, n_keys, dtype=torch.bool, device=query.device)
-        seen = self._token_reach(F.pad(valid, self.padding))[:, :, None]  # (B, N, 1, L)
+            valid = torch.ones(batch, key.shape[2], dtype=torch.bool, device=query.device)
+        seen = self._token_reach(F.pad(valid[:, self.n_apart :], self.padding))[:, :, None]  # (B, N, 1, L)
         if segments is not None:
             # Keys before the first one must belong to no real document; the padding after the last query is never used.
-            self.segments = F.pad(segments, self.padding, value=-1)
+            self.segments = F.pad(segments[:, self.n_apart :], self.padding, value=-1)
             reach = self._token_reach(self.segments)
             seen = seen & (reach[..., window - 1 :, None] == reach[..., None, :])
         self.inside, self.older = (inside & seen) | own, (key_index < query_index) & seen
         self.past_seen = None if segments is None else self._past_seen()
+        self.sink_index: torch.Tensor | None = None  # (B, N, M) or (B, 1, M)
+        if sinks is not None:
+            self._add_sinks(sinks, valid, segments, key_index <= query_index + window - 1, seen)
+
+    def _add_sinks(
+        self,
+        sinks: Sinks,
+        valid: torch.Tensor,
+        segments: torch.Tensor | None,
+        until_own: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> None:
+        """Marks the sinks within each chunk's reach, finds those before it, and takes both out of the older keys."""
+        in_reach = self._token_reach(F.pad(sinks.keys[:, self.n_apart :], self.padding))[:, :, None] & seen & until_own
+        self.older = self.older & ~in_reach
+        index = torch.arange(sinks.keys.shape[1], device=valid.device)
+        starts = self.n_apart - self.padding[0] + self.chunk_tokens * torch.arange(self.n_chunks, device=valid.device)
+        candidates = (sinks.keys & valid)[:, None]  # (B, 1 or N, S)
+        if segments is not None:
+            last = segments[:, (starts - 1).clamp(min=0)]  # (B, N); a chunk with nothing before it has no candidates
+            candidates = candidates & (index < starts[:, None]) & (segments[:, None] == last[..., None])
+        found, self.sink_index = candidates.int().topk(min(sinks.number, len(index)), dim=-1)
+        if segments is None:
+            found = found * (self.sink_index < starts[:, None])  # (B, N, M)
+        visible = found.bool()[:, :, None].expand(-1, -1, self.chunk_tokens, -1)
+        if segments is not None:
+            queries = self._token_reach(self.segments)[..., self.window - 1 :]  # (B, N, C)
+            visible = visible & (queries == last[..., None])[..., None]
+        self.inside = torch.cat([self.inside | in_reach, visible], dim=-1)
 
     def _token_reach(self, x: torch.Tensor) -> torch.Tensor:
         """Reshapes (B, padded S) to (B, N, L)."""
@@ -456,8 +592,17 @@ class _Blocks:
 
     def reach(self, x: torch.Tensor) -> torch.Tensor:
         """Reshapes (B, K, S, X) to each chunk's keys (B, K, N, L, X)."""
-        x = F.pad(x, (0, 0, *self.padding))
+        x = F.pad(x[:, :, self.n_apart :], (0, 0, *self.padding))
         return x.unfold(2, self.chunk_tokens + self.window - 1, self.chunk_tokens).transpose(-1, -2)
+
+    def reach_and_sinks(self, x: torch.Tensor) -> torch.Tensor:
+        """Reshapes (B, K, S, X) to each chunk's keys with the sinks before them, (B, K, N, L + M, X)."""
+        reach = self.reach(x)
+        if self.sink_index is None:
+            return reach
+        index = self.sink_index.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
+        sinks = x.gather(2, index).unflatten(2, self.sink_index.shape[1:])
+        return torch.cat([reach, sinks.expand(-1, -1, self.n_chunks, -1, -1)], dim=3)
 
     def chunks(self, x: torch.Tensor) -> torch.Tensor:
         """Reshapes (B, H, T, X) to (B, K, G, N, C, X)."""
@@ -536,12 +681,17 @@ def softmax_attention(
     return (weights @ wide(value)).to(query.dtype)
 
 
-def _step_mask(n_keys: int, valid: torch.Tensor | None, segments: torch.Tensor | None) -> torch.Tensor | None:
+def _step_mask(
+    n_keys: int, valid: torch.Tensor | None, segments: torch.Tensor | None, sinks: Sinks | None = None
+) -> torch.Tensor | None:
     """Returns the keys that the single query at the end sees, (B, 1, 1, n_keys); None if it sees all."""
     mask = None if valid is None else valid[:, -n_keys:].clone()
     if segments is not None:
         same = segments[:, -n_keys:] == segments[:, -1:]
         mask = same if mask is None else mask & same
+    if sinks is not None and sinks.n_apart:
+        shown = sinks.keys | (torch.arange(n_keys, device=sinks.keys.device) >= sinks.n_apart)
+        mask = shown if mask is None else mask & shown
     if mask is None:
         return None
     mask[:, -1] = True

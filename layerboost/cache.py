@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .plan import Plan, Treatment
@@ -71,15 +72,27 @@ class StateLayer(CacheLayerMixin):
 
 
 class WindowLayer(StateLayer):
-    """Keeps keys and values of the last `window` tokens, (B, K, window, D), with token t at slot t modulo window.
+    """Keeps keys and values of `window` tokens, (B, K, window, D): the first `sinks` tokens and the newest ones.
 
-    A step writes one slot in place and costs the same at any length. Softmax does not depend on the order of its keys.
+    Token t lies in slot t if it is a sink, else in slot sinks + (t - sinks) modulo (window - sinks). A step writes one
+    slot in place and costs the same at any length. Softmax does not depend on the order of its keys.
+
+    A row that starts with padding has its sinks later. They are copied to the slots in front that hold its padding, as
+    soon as they come, and are seen there once they have left the newest tokens.
+
+    Attributes:
+        n_apart: The number of sinks in front of the keys that the last `update` returned, which tokens that are no
+            longer there separate from the rest.
+        padding: What is known of padded rows; None if no row begins with padding.
     """
 
     window: int
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, sinks: int = 0):
         super().__init__(window)
+        self.sinks, self.n_newest = sinks, window - sinks
+        self.n_apart = 0
+        self.padding: Padding | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -93,8 +106,9 @@ class WindowLayer(StateLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps the new tokens and returns the keys and values that they may see.
 
-        For one token these are the window's filled slots, in the order of the slots. For several tokens they are up to
-        window - 1 older tokens and the new ones, in order of time.
+        For one token these are the window's filled slots, in the order of the slots. For several tokens they are the
+        sinks that lie further back (`n_apart`), up to window - sinks - 1 older tokens, and the new ones, in order of
+        time.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -102,25 +116,51 @@ class WindowLayer(StateLayer):
             return self._step(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        before = self._slots(self.seen_tokens - min(self.seen_tokens, self.window - 1), self.seen_tokens)
-        keys = torch.cat([self.keys[:, :, before], key_states], dim=2)
-        values = torch.cat([self.values[:, :, before], value_states], dim=2)
+        oldest = max(self.seen_tokens - (self.n_newest - 1), 0)
+        before = self._slots(oldest, self.seen_tokens)
+        self.n_apart = min(self.sinks, oldest)
+        if self.n_apart and self.padding is not None:
+            self.n_apart = min(self.sinks, self.seen_tokens)  # each row has its own
+        keys, values = (
+            torch.cat([kept[:, :, : self.n_apart], kept[:, :, before], new], dim=2)
+            for kept, new in ((self.keys, key_states), (self.values, value_states))
+        )
+        first = self.seen_tokens
         self.seen_tokens += key_states.shape[2]
-        n_kept = min(keys.shape[2], self.window)
-        kept = self._slots(self.seen_tokens - n_kept, self.seen_tokens)
         self._own_tensors()
-        self.keys[:, :, kept], self.values[:, :, kept] = keys[:, :, -n_kept:], values[:, :, -n_kept:]
+        # Of tokens that share a slot the last one stays, so only those that stay are written.
+        newest = max(self.seen_tokens - self.n_newest, first)
+        for start, stop in ((first, min(self.sinks, self.seen_tokens)), (max(newest, self.sinks), self.seen_tokens)):
+            if start < stop:
+                slots, new = self._slots(start, stop), slice(start - first, stop - first)
+                self.keys[:, :, slots], self.values[:, :, slots] = key_states[:, :, new], value_states[:, :, new]
+        self._keep_sinks(first, key_states, value_states)
         return keys, values
 
     def _step(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._own_tensors()
         assert self.keys is not None
         assert self.values is not None
-        slot = self.seen_tokens % self.window
+        token, self.n_apart = self.seen_tokens, 0
+        slot = token if token < self.sinks else self.sinks + (token - self.sinks) % self.n_newest
         self.keys[:, :, slot], self.values[:, :, slot] = key[:, :, 0], value[:, :, 0]
         self.seen_tokens += 1
+        self._keep_sinks(token, key, value)
         n_filled = min(self.seen_tokens, self.window)
         return self.keys[:, :, :n_filled], self.values[:, :, :n_filled]
+
+    def _keep_sinks(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies those new tokens, from `first` on, that are sinks of rows that begin with padding."""
+        if self.padding is None or not self.padding.awaits(first):
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        tokens = self.padding.tokens_in_front
+        is_new = (tokens >= max(first, self.sinks))[:, None, :, None]
+        index = (tokens - first).clamp(0, keys.shape[2] - 1)[:, None, :, None]
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            chosen = new.gather(2, index.expand(-1, new.shape[1], -1, new.shape[3]))
+            kept[:, :, : self.sinks] = torch.where(is_new, chosen, kept[:, :, : self.sinks])
 
     def _own_tensors(self) -> None:
         """Copies the tensors if gradients are wanted, because the graphs of earlier tokens still need the old ones."""
@@ -129,26 +169,110 @@ class WindowLayer(StateLayer):
 
     def _slots(self, first: int, stop: int) -> torch.Tensor:
         """Returns the slots of the tokens first .. stop - 1."""
-        return torch.arange(first, stop, device=self.device) % self.window
+        tokens = torch.arange(first, stop, device=self.device)
+        ring = self.sinks + (tokens - self.sinks) % self.n_newest
+        return torch.where(tokens < self.sinks, tokens, ring) if self.sinks else ring
 
     def tokens_of_slots(self) -> torch.Tensor:
-        """Returns the index of the token in each filled slot."""
+        """Returns the index of the token in each filled slot, apart from sinks of rows that begin with padding."""
         newest, n_filled = self.seen_tokens - 1, min(self.seen_tokens, self.window)
-        return newest - (newest - torch.arange(n_filled, device=self.device)) % self.window
+        slots = torch.arange(n_filled, device=self.device)
+        tokens = newest - (newest - slots) % self.n_newest
+        return torch.where(slots < self.sinks, slots, tokens) if self.sinks else tokens
+
+    def visible_slots(self, valid: torch.Tensor) -> torch.Tensor:
+        """Returns which filled slots the newest token sees, (B, slots) bool.
+
+        Args:
+            valid: (B, all tokens so far) bool, False for padding.
+        """
+        tokens, newest = self.tokens_of_slots(), self.seen_tokens - 1
+        visible = valid[:, tokens] | (tokens == newest)
+        if self.padding is not None:
+            front = self.padding.visible_in_front(self.seen_tokens - self.n_newest)
+            n_front = min(self.sinks, visible.shape[1])
+            own = valid[:, :n_front] | (tokens[:n_front] == newest)
+            visible[:, :n_front] = own | front[:, :n_front]
+        return visible
+
+    def valid_keys(self, valid: torch.Tensor, n_keys: int) -> torch.Tensor:
+        """Returns which of the `n_keys` keys of the last update of several tokens are no padding, (B, n_keys) bool."""
+        in_order = valid[:, valid.shape[1] - (n_keys - self.n_apart) :]
+        if not self.n_apart:
+            return in_order
+        oldest = valid.shape[1] - in_order.shape[1]
+        front = valid[:, : self.n_apart] & (torch.arange(self.n_apart, device=valid.device) < oldest)
+        if self.padding is not None:
+            front = front | self.padding.visible_in_front(oldest)[:, : self.n_apart]
+        return torch.cat([front, in_order], dim=1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns all kept tensors by attribute; the first dimension of each is the batch."""
         return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
 
 
+class Padding:
+    """Knows the sinks of rows that begin with padding, and the slots in front of a window that keep them.
+
+    The tokens 0 .. sinks - 1 of a row lie in the slots of their numbers. Those of them that are padding are as many as
+    the row's sinks that come later, so the first later sink takes the slot of the first padding token, and so on.
+
+    Attributes:
+        tokens_in_front: (B, sinks) integer, the token that each slot in front keeps or will keep; its own number where
+            that is no padding, or where the row has no such token yet.
+    """
+
+    def __init__(self, sinks: int, valid: torch.Tensor):
+        """Finds the sinks.
+
+        Args:
+            sinks: Sinks of each row.
+            valid: (B, all tokens so far) bool, False for padding.
+        """
+        self.sinks = sinks
+        counted = valid.long().cumsum(dim=1)
+        index = torch.arange(valid.shape[1], device=valid.device).expand_as(counted)
+        # at[:, r] is the token that is number r of its row's real ones; the last column takes all that are no sinks.
+        at = torch.full((valid.shape[0], sinks + 1), -1, device=valid.device)
+        at.scatter_(1, torch.where(valid, counted - 1, sinks).clamp(max=sinks), index)
+        at = at[:, :sinks]
+        # Slots of tokens that have not come yet count as theirs.
+        real = nn.functional.pad(valid[:, :sinks], (0, max(sinks - valid.shape[1], 0)), value=True)
+        own = torch.arange(sinks, device=valid.device).expand_as(at)
+        later = (real.sum(dim=1, keepdim=True) + (~real).long().cumsum(dim=1) - 1).clamp(0, sinks - 1)
+        moved = at.gather(1, later)
+        self.tokens_in_front = torch.where(real | (moved < 0), own, moved)
+        self._n_missing = int((at < 0).sum())
+        self._newest = int(at.max())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has all its sinks, so that later tokens change nothing."""
+        return self._n_missing == 0
+
+    def awaits(self, first: int) -> bool:
+        """Whether a sink of any row is at token `first` or later."""
+        return self._newest >= first
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Makes the rows those of the given numbers, as a cache does whose rows are chosen or repeated."""
+        self.tokens_in_front = self.tokens_in_front[rows.to(self.tokens_in_front.device)]
+
+    def visible_in_front(self, before: int) -> torch.Tensor:
+        """Returns which slots in front hold a later sink that is older than token `before`, (B, sinks) bool."""
+        tokens = self.tokens_in_front
+        moved = tokens != torch.arange(self.sinks, device=tokens.device)
+        return moved & (tokens < before)
+
+
 class LinearWindowLayer(WindowLayer):
     """Keeps a window, and sums over the tokens before the next token's window: `sums` (B, K, R, D), `norms` (B, K, R).
 
-    Both are at least fp32. They exist once a token has left the window.
+    Sinks are in neither sum. Both are at least fp32. They exist once a token has left the window.
     """
 
-    def __init__(self, window: int):
-        super().__init__(window)
+    def __init__(self, window: int, sinks: int = 0):
+        super().__init__(window, sinks)
         self.sums: torch.Tensor | None = None
         self.norms: torch.Tensor | None = None
 
@@ -163,12 +287,13 @@ class LinearWindowLayer(WindowLayer):
     def leaving(self) -> tuple[int, torch.Tensor, torch.Tensor] | None:
         """Returns index, key and value (B, K, 1, D) of the token that leaves the window with the next token.
 
-        It is None while the window is not full.
+        It is None while no token leaves. In rows that begin with padding the token may be a sink.
         """
-        first = self.seen_tokens - self.window
-        if first < 0 or self.keys is None or self.values is None:
+        first = self.seen_tokens - self.n_newest
+        if first < self.sinks or self.keys is None or self.values is None:
             return None
-        slot = slice(first % self.window, first % self.window + 1)
+        number = self.sinks + (first - self.sinks) % self.n_newest
+        slot = slice(number, number + 1)
         return first, self.keys[:, :, slot], self.values[:, :, slot]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -218,18 +343,18 @@ class PreallocatedLayer(DynamicLayer):
         self.cumulative_length -= abs(tokens_to_remove)
 
 
-def _layer_of(treatment: Treatment, window: int | None) -> CacheLayerMixin:
+def _layer_of(treatment: Treatment, plan: Plan) -> CacheLayerMixin:
     """Makes a treated layer's part of the cache.
 
     It comes from the treatment's mechanism. By default it keeps the keys and values of the window, or of all tokens if
     the treatment needs no window.
     """
     if (make_layer := treatment.mechanism.cache) is not None:
-        return make_layer(window)
+        return make_layer(plan.window, plan.sinks) if plan.sinks and treatment.needs_window else make_layer(plan.window)
     if not treatment.needs_window:
         return DynamicLayer()
-    assert window is not None
-    return WindowLayer(window)
+    assert plan.window is not None
+    return WindowLayer(plan.window, plan.sinks)
 
 
 class PlanCache(Cache):
@@ -250,10 +375,49 @@ class PlanCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         for index, treatment in enumerate(plan.treatments):
             if not treatment.mechanism.native:
-                layers[index] = _layer_of(treatment, plan.window)
+                layers[index] = _layer_of(treatment, plan)
         super().__init__(layers=layers)
-        self.treatments = plan.treatments
+        self.treatments, self.sinks = plan.treatments, plan.sinks
         self.seen_tokens = 0
+        self._has_padding = False
+        self._padding: Padding | None = None
+
+    def begin(self, valid: torch.Tensor | None) -> None:
+        """Tells the layers about padding, before they take in the next tokens.
+
+        Args:
+            valid: (B, all tokens with the next ones) bool, False for padding; None if there is none.
+        """
+        if not self.sinks or valid is None:
+            return
+        if self.seen_tokens < self.sinks:
+            # Only padding among the first tokens moves the sinks, so that one look at them decides for all later calls.
+            self._has_padding = not bool(valid[:, : self.sinks].all())
+        if not self._has_padding or (self._padding is not None and self._padding.is_complete):
+            return
+        self._set_padding(Padding(self.sinks, valid))
+
+    def _set_padding(self, padding: Padding | None) -> None:
+        self._padding = padding
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.padding = padding
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._padding is not None:
+            self._padding.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._padding is not None:
+            rows = torch.arange(len(self._padding.tokens_in_front))
+            self._padding.select(rows.repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self._padding is not None:
+            self._padding.select(beam_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
@@ -269,6 +433,7 @@ class PlanCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.seen_tokens = 0
+        self._set_padding(None)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .convert import plan_of
+from .affine import load_maps
+from .convert import attach_maps, plan_of
 from .plan import TREATMENTS, Treatment
 from .storage.publish import local_folder
 
@@ -113,6 +114,7 @@ def model_card(model: PreTrainedModel, facts: dict) -> str:
             "|---|---|",
             f"| plan, first layer first | `{plan}` |",
             f"| window, tokens | {plan.window or 'none'} |",
+            *([f"| of them sinks, the first tokens | {plan.sinks} |"] if plan.sinks else []),
             f"| parent | {parent or 'unknown'} |",
             f"| parent revision | {record.get('parent_revision') or 'unknown'} |",
             *(f"| {label} | {value} |" for label, value in facts.items()),
@@ -138,24 +140,34 @@ def model_card(model: PreTrainedModel, facts: dict) -> str:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Says where the parent model comes from and how to load it. `device` "auto" is the worker's GPU if it has one."""
+    """Says where the parent model comes from and how to load it.
+
+    Attributes:
+        path, revision, dtype, trust_remote_code: As in `load_model`.
+        device: As in `load_model`; "auto" is the worker's GPU if it has one.
+        maps: File or URL of the maps for affine layers (`affine.save_maps`), which conversions of the parent get.
+    """
 
     path: str
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    maps: str | None = None
 
     def load(self, path: str | None = None) -> PreTrainedModel:
         """Loads the parent, or the checkpoint at `path`, with the same dtype and device."""
         with local_folder(path or self.path) as folder:
-            return load_model(
+            loaded = load_model(
                 folder,
                 dtype=self.dtype,
                 device=self.resolved_device(),
                 revision=None if path else self.revision,
                 trust_remote_code=self.trust_remote_code,
             )
+        if path is None and self.maps is not None:
+            attach_maps(loaded, load_maps(self.maps))
+        return loaded
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)

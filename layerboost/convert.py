@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .families import CONVERTED_PREFIX, check_family
+from .affine import FittedMap
+from .families import CONVERTED_PREFIX, attention_module, check_family
 from .modeling import config_class, model_class, parent_class
-from .plan import Plan
+from .plan import Plan, Treatment
 
 
 class ConversionError(ValueError):
@@ -24,16 +26,23 @@ def plan_of(model: PreTrainedModel) -> Plan | None:
 
 
 def convert(
-    model: PreTrainedModel, plan: Plan, *, parent: str | None = None, revision: str | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    maps: Mapping[int, FittedMap] | None = None,
+    parent: str | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Returns a new model in which the layers of `model` are treated according to `plan`.
 
     The two share every parameter that both have: nothing is copied, and `model` stays as it was. Only the feature maps
-    of `linear_window` layers are new.
+    of `linear_window` layers and the maps of `affine` layers are new.
 
     Args:
         model: A causal language model of a supported family, not converted yet.
         plan: One treatment for each of its layers.
+        maps: The fitted maps of its `affine` layers, by layer; by default those that `attach_maps` gave the model. A
+            layer without one adds nothing, as after `none`.
         parent: Name or path by which others find the parent; by default the one that it was loaded from.
         revision: The parent's revision.
 
@@ -54,10 +63,15 @@ def convert(
     for key in ("model_type", "architectures", "auto_map"):
         values.pop(key, None)
     config = config_type.from_dict(values)
+    maps = getattr(model, _MAPS, None) if maps is None else maps
+    used = {layer: maps[layer] for layer in plan.layers(Treatment.AFFINE) if maps and layer in maps}
+    # JSON knows no other keys than strings.
+    ranks = {str(layer): fitted.rank for layer, fitted in used.items() if fitted.rank is not None}
     config.layerboost = {
         **plan.to_dict(),
         "plan_id": plan.plan_id,
         **({"plugins": plan.plugins} if plan.plugins else {}),
+        **({"affine_ranks": ranks} if ranks else {}),
         "parent": parent or model.config._name_or_path or None,
         "parent_revision": revision or getattr(model.config, "_commit_hash", None),
         "parent_architecture": type(model).__name__,
@@ -67,7 +81,34 @@ def convert(
         "AutoConfig": f"modeling.{config_type.__name__}",
         "AutoModelForCausalLM": f"modeling.{model_type_class.__name__}",
     }
-    return sharing_parameters(model_type_class, config, model, [])
+    converted = sharing_parameters(model_type_class, config, model, [])
+    for layer, fitted in used.items():
+        set_map(converted, layer, fitted)
+    return converted
+
+
+_MAPS = "layerboost_maps"
+
+
+def attach_maps(model: PreTrainedModel, maps: Mapping[int, FittedMap]) -> None:
+    """Gives an unconverted model the maps that `convert` puts into affine layers from now on."""
+    setattr(model, _MAPS, dict(maps))
+
+
+@torch.no_grad()
+def set_map(converted: PreTrainedModel, layer: int, fitted: FittedMap) -> None:
+    """Writes a fitted map into an `affine` layer of a converted model, in place.
+
+    Raises:
+        ValueError: The map has another rank than the layer.
+    """
+    affine = attention_module(converted, layer).get_submodule(Treatment.AFFINE.value)
+    parameters = dict(affine.named_parameters())
+    tensors = fitted.tensors()
+    if {name: tensor.shape for name, tensor in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(f"maps: the one of layer {layer} has rank {fitted.rank}, which is not the layer's")
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
 
 
 def restore(model: PreTrainedModel, parent_model: PreTrainedModel | None = None) -> PreTrainedModel:

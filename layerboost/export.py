@@ -35,6 +35,11 @@ def export_stock(model: PreTrainedModel) -> PreTrainedModel:
             f"plan: {plan} has {' and '.join(found)}, which no stock format can say; serve the checkpoint as it is, "
             "with this package or its vLLM plugin"
         )
+    if plan.sinks:
+        raise ExportError(
+            f"plan: its windows keep {plan.sinks} sinks, which no stock format can say; serve the checkpoint as it is, "
+            "with this package"
+        )
     config = parent_config(model.config)
     native = native_windows(config)
     windows = [plan.window if t is Treatment.WINDOW else native[i] for i, t in enumerate(plan.treatments)]

@@ -30,6 +30,10 @@ class Family:
     attention: str = "self_attn"
     attention_norms: Callable[[Any], tuple[str, ...]] = lambda config: ("input_layernorm",)
 
+    def norms_behind(self, config: Any) -> tuple[str, ...]:
+        """Returns those of `attention_norms` that norm the output of attention before it is added to the stream."""
+        return tuple(norm for norm in self.attention_norms(config) if norm.startswith("post_attention"))
+
 
 _PRE_NORM = Family()
 _PRE_AND_POST_NORM = Family(attention_norms=lambda config: ("input_layernorm", "post_attention_layernorm"))

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .cache import PlanCache
 from .families import CONVERTED_PREFIX, decoder_layers, family_of, supported_families
-from .plan import Plan, Treatment
+from .plan import Plan, PlanError, Treatment
 from .treatments import AttentionCall, Mechanism
 
 CODE_FILES = ("attention.py", "cache.py", "families.py", "modeling.py", "plan.py", "registry.py", "treatments.py")
@@ -45,8 +45,9 @@ class _Treated:
     Attributes:
         treatment: The treatment.
         mechanism: The mechanism by which it computes.
-        window: The window that it sees now; healing shortens it at times.
-        full_window: The window of its plan.
+        window: The number of newest tokens that it sees now; healing shortens it at times.
+        full_window: The number that it sees by its plan, which is the plan's window without the sinks.
+        sinks: The number of first tokens of each document that it sees too.
         call: Information about the current forward pass.
         zeroed: Branch of linear_window that is left out to measure its effect, `linear` or `window`.
     """
@@ -55,6 +56,7 @@ class _Treated:
     mechanism: Mechanism
     window: int | None
     full_window: int | None
+    sinks: int
     call: _Call = field(repr=False)
     zeroed: str | None = None
 
@@ -80,6 +82,7 @@ def _treated_forward(
             value,
             scaling,
             window=treated.window,
+            n_sinks=treated.sinks,
             weights=module._modules.get(treated.treatment.value),
             cache=None if cache is None else cache.layers[module.layer_idx],
             valid=treated.call.valid,
@@ -122,6 +125,8 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
         mask = None
     call.cache = cache
     call.valid = None if mask is None else mask.bool()
+    if cache is not None:
+        cache.begin(call.valid)
     call.segments = None
     position_ids = kwargs.get("position_ids")
     if position_ids is not None and mask is None and cache is None:
@@ -159,18 +164,21 @@ def install_plan(model: Any, plan: Plan) -> None:
     call = _Call()
     for layer, treatment in zip(layers, plan.treatments, strict=True):
         attention, mechanism = getattr(layer, family.attention), treatment.mechanism
+        if plan.sinks and treatment.needs_window and not mechanism.may_have_sinks:
+            raise PlanError(f"sinks: layers of {treatment.value} cannot keep any; give 0")
         weight = next(attention.parameters())
         with torch.device(weight.device):
             if mechanism.replace is not None:
                 replacement = mechanism.replace(attention, config).to(weight.dtype)
                 setattr(layer, family.attention, replacement)
-                for norm in () if mechanism.keeps_norms else family.attention_norms(config):
+                for norm in family.norms_behind(config) if mechanism.keeps_norms else family.attention_norms(config):
                     setattr(layer, norm, nn.Identity())
             elif mechanism.attends:
                 attention.config = copy.copy(attention.config)
                 attention.config._attn_implementation_internal = _ATTENTION_NAME
-                window = plan.window if treatment.needs_window else None
-                attention.layerboost = _Treated(treatment, mechanism, window, window, call)
+                window = plan.newest_tokens if treatment.needs_window else None
+                sinks = plan.sinks if treatment.needs_window else 0
+                attention.layerboost = _Treated(treatment, mechanism, window, window, sinks, call)
                 if mechanism.weights is not None:
                     setattr(attention, treatment.value, mechanism.weights(attention, config).to(weight.dtype))
         if treatment.has_weights:
@@ -195,7 +203,8 @@ else:
 class ConvertedConfig(_AnyConfig):
     """Extends a family's configuration by the plan and the origin of the model.
 
-    `layerboost` holds `plan`, `window`, `plan_id`, `parent`, `parent_revision`, `parent_architecture`.
+    `layerboost` holds `plan`, `window`, `sinks` if there are any, `plan_id`, `parent`, `parent_revision`,
+    `parent_architecture`, and `affine_ranks` of the layers whose maps have a low rank.
     """
 
     @classmethod

@@ -28,7 +28,8 @@ class TreatmentEntry:
             (`module:name`).
         fill, ink: Colours of a layer in pictures, and of its letter on it.
         needs_window: Whether it uses the plan's window.
-        has_weights: Whether it has additional parameters, which attention transfer fits before healing.
+        has_weights: Whether it has additional parameters. Attention transfer fits them before healing.
+        is_fitted: Whether least squares fit them instead (`layerboost.affine`).
         is_middle: Whether it may be used between removal and softmax (`search.middle`).
         depth: How much of softmax attention it takes away, from 0 (softmax) to 1 (none). Baselines assign the deepest
             treatments first.
@@ -42,6 +43,7 @@ class TreatmentEntry:
     ink: str = "#000001"
     needs_window: bool = False
     has_weights: bool = False
+    is_fitted: bool = False
     is_middle: bool = True
     depth: float = 0.5
 
@@ -93,6 +95,18 @@ TREATMENTS: Registry[TreatmentEntry] = Registry(
             is_middle=False,
             depth=1.0,
         ),
+        TreatmentEntry(
+            "affine",
+            "A",
+            "attention is removed, and an affine map of its input, fitted to its output, stays in its place",
+            ".treatments:AFFINE",
+            "#009e73",
+            "#fefefe",
+            has_weights=True,
+            is_fitted=True,
+            is_middle=False,
+            depth=0.8,
+        ),
     ),
     unique=("letter",),
 )
@@ -111,6 +125,8 @@ class Treatment(OpenName):
     """Softmax inside a sliding window, linear attention over everything older, one shared denominator."""
     WINDOW: ClassVar[Treatment]
     """Softmax inside a sliding window only."""
+    AFFINE: ClassVar[Treatment]
+    """Attention is removed; an affine map of its input, fitted to its output, stays in its place."""
     NONE: ClassVar[Treatment]
     """Attention and the norm that only it used are removed; the residual passes."""
 
@@ -131,13 +147,18 @@ class Treatment(OpenName):
         return self.entry.has_weights
 
     @property
+    def is_transferred(self) -> bool:
+        """Whether attention transfer fits its parameters before healing."""
+        return self.entry.has_weights and not self.entry.is_fitted
+
+    @property
     def mechanism(self) -> Any:
         """The `Mechanism` by which a layer computes with it; reading it imports torch."""
         return resolved(self.entry.mechanism, __package__)
 
 
 Treatment.SOFTMAX, Treatment.LINEAR_WINDOW = Treatment("softmax"), Treatment("linear_window")
-Treatment.WINDOW, Treatment.NONE = Treatment("window"), Treatment("none")
+Treatment.WINDOW, Treatment.AFFINE, Treatment.NONE = Treatment("window"), Treatment("affine"), Treatment("none")
 
 
 def letters_help(separator: str = ", ") -> str:
@@ -147,13 +168,19 @@ def letters_help(separator: str = ", ") -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Assigns a treatment to each layer, first layer first; all windowed layers share one window, in tokens.
+    """Assigns a treatment to each layer, first layer first; all windowed layers share one window.
 
-    `window` is None if no layer needs one, so that equal plans are equal objects with equal ids.
+    Attributes:
+        treatments: The treatment of each layer.
+        window: Tokens that a windowed layer sees by softmax. It is None if no layer needs one, so that equal plans are
+            equal objects with equal ids.
+        sinks: How many of the window's tokens are the first ones of the sequence; the others are the newest ones. It is
+            0 if no layer needs a window.
     """
 
     treatments: tuple[Treatment, ...]
     window: int | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         treatments = tuple(Treatment(treatment) for treatment in self.treatments)
@@ -164,11 +191,17 @@ class Plan:
         if needs_window and (self.window is None or self.window < 1):
             windowed = " and ".join(entry.letter for entry in TREATMENTS if entry.needs_window)
             raise PlanError(f"window: {self.window} is too small for the {windowed} layers; give at least 1 token")
+        if needs_window and not 0 <= self.sinks < (self.window or 0):
+            raise PlanError(
+                f"sinks: {self.sinks} must leave room for a newest token in the window of {self.window}; "
+                f"give 0 to {(self.window or 0) - 1}"
+            )
         object.__setattr__(self, "treatments", treatments)
         object.__setattr__(self, "window", self.window if needs_window else None)
+        object.__setattr__(self, "sinks", self.sinks if needs_window else 0)
 
     @classmethod
-    def parse(cls, text: str, window: int | None = None) -> Plan:
+    def parse(cls, text: str, window: int | None = None, sinks: int = 0) -> Plan:
         """Reads a plan string such as `NSSLLN`.
 
         Raises:
@@ -180,17 +213,21 @@ class Plan:
             by_letter = {entry.letter: entry.name for entry in TREATMENTS}
         if unknown := sorted(set(letters) - set(by_letter)):
             raise PlanError(f"plan: '{text}' holds {', '.join(map(repr, unknown))}; use {letters_help()}")
-        return cls(tuple(Treatment(by_letter[letter]) for letter in letters), window)
+        return cls(tuple(Treatment(by_letter[letter]) for letter in letters), window, sinks)
 
     @classmethod
-    def uniform(cls, treatment: Treatment, n_layers: int, window: int | None = None) -> Plan:
-        return cls((treatment,) * n_layers, window)
+    def uniform(cls, treatment: Treatment, n_layers: int, window: int | None = None, sinks: int = 0) -> Plan:
+        return cls((treatment,) * n_layers, window, sinks)
 
-    def with_layer(self, layer: int, treatment: Treatment, window: int | None = None) -> Plan:
-        """Returns the plan with another treatment of one layer; `window` is needed if the plan has none yet."""
+    def with_layer(self, layer: int, treatment: Treatment, window: int | None = None, sinks: int = 0) -> Plan:
+        """Returns the plan with another treatment of one layer.
+
+        `window` and `sinks` are needed if the plan has no window yet; without a window the plan keeps its own.
+        """
         treatments = list(self.treatments)
         treatments[layer] = treatment
-        return Plan(tuple(treatments), self.window if window is None else window)
+        kept = (self.window, self.sinks) if window is None else (window, sinks)
+        return Plan(tuple(treatments), *kept)
 
     def check_length(self, n_layers: int) -> None:
         """Raises PlanError unless the plan has one letter for each of the model's `n_layers` layers."""
@@ -206,17 +243,27 @@ class Plan:
         return self.count(Treatment.SOFTMAX) == len(self)
 
     @property
-    def has_weights(self) -> bool:
-        """Whether any layer gets additional parameters, which attention transfer fits."""
-        return any(treatment.has_weights for treatment in set(self.treatments))
+    def is_transferred(self) -> bool:
+        """Whether any layer gets parameters that attention transfer fits before healing."""
+        return any(treatment.is_transferred for treatment in set(self.treatments))
+
+    def layers(self, treatment: Treatment) -> list[int]:
+        """Returns the layers with a treatment, from 0."""
+        return [layer for layer, found in enumerate(self.treatments) if found is treatment]
 
     @property
     def plugins(self) -> dict[str, str]:
         """The plug-ins of its treatments, version by name."""
         return used_plugins((TREATMENTS, treatment.value) for treatment in dict.fromkeys(self.treatments))
 
+    @property
+    def newest_tokens(self) -> int | None:
+        """How many of the window's tokens are the newest ones; None if no layer needs a window."""
+        return None if self.window is None else self.window - self.sinks
+
     def to_dict(self) -> dict:
-        return {"plan": str(self), "window": self.window}
+        sinks = {"sinks": self.sinks} if self.sinks else {}  # plans without sinks keep the ids that they always had
+        return {"plan": str(self), "window": self.window, **sinks}
 
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
@@ -227,7 +274,7 @@ class Plan:
             ValueError: The data name plug-ins (`plugins`: version by name) that are not installed.
         """
         check_plugins(data.get("plugins") or {}, f"the plan {data['plan']}")
-        return cls.parse(data["plan"], data.get("window"))
+        return cls.parse(data["plan"], data.get("window"), data.get("sinks") or 0)
 
     @property
     def plan_id(self) -> str:
@@ -243,23 +290,28 @@ class Plan:
 
 
 def plan_from_thresholds(
-    drops: Sequence[float], remove_below: float, keep_above: float, middle: Treatment, window: int | None
+    drops: Sequence[float],
+    remove_below: float,
+    keep_above: float,
+    middle: Treatment,
+    window: int | None,
+    sinks: int = 0,
+    removed: Treatment = Treatment.NONE,
 ) -> Plan:
     """Sorts layers into the three tiers by their sensitivity (LayerBoost's rule).
 
     Args:
-        drops: Sensitivity of each layer to the removal of its attention, first layer first; positive is worse.
-        remove_below: Layers whose drop is below this lose their attention.
+        drops: Sensitivity of each layer to `removed`, first layer first; positive is worse.
+        remove_below: Layers whose drop is below this get `removed`.
         keep_above: Layers whose drop is at or above this keep softmax attention.
         middle: Treatment of the layers between the two.
-        window: Window in tokens for the middle treatment.
+        window, sinks: Window and sinks in tokens for the middle treatment.
+        removed: Treatment of the layers below the lower threshold.
 
     Raises:
         PlanError: `remove_below` is above `keep_above`.
     """
     if remove_below > keep_above:
         raise PlanError(f"remove_below: {remove_below} is above keep_above {keep_above}; swap or move them apart")
-    tiers = (
-        Treatment.NONE if drop < remove_below else Treatment.SOFTMAX if drop >= keep_above else middle for drop in drops
-    )
-    return Plan(tuple(tiers), window)
+    tiers = (removed if drop < remove_below else Treatment.SOFTMAX if drop >= keep_above else middle for drop in drops)
+    return Plan(tuple(tiers), window, sinks)

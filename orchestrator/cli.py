@@ -125,6 +125,22 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--window", type=int, default=64, help=f"window in tokens of {windowed} layers (default: %(default)s)"
     )
+    convert.add_argument(
+        "--sinks",
+        type=int,
+        default=0,
+        help="how many of the window's tokens are the first ones of the sequence, which stay visible "
+        "(default: %(default)s)",
+    )
+    convert.add_argument("--text", metavar="FILE", help="text that the maps of A layers are fitted on, as in recipes")
+    convert.add_argument(
+        "--tokens", type=int, default=16_384, help="tokens of the text to fit them on (default: %(default)s)"
+    )
+    convert.add_argument(
+        "--rank",
+        default="full",
+        help="rank of the maps: full, a number, or auto for the smallest that is as good (default: %(default)s)",
+    )
     convert.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
 
     export = add("export", "save a converted model in its family's own format, if that can express the plan", model)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from layerboost.affine import MapsSpec, save_maps
 from layerboost.checkpoint import ModelSource
 from layerboost.convert import convert
 from layerboost.evaluation.evaluate import evaluate, text_sequences
@@ -22,6 +23,7 @@ from layerboost.healing.training import student_from
 from layerboost.plan import Plan, Treatment
 from layerboost.sensitivity.cosine import cosine_scores
 from layerboost.storage.publish import read_tensors
+from layerboost.sweep.affine_fits import fit_maps, read_sequences
 from layerboost.sweep.layer_sweep import DEFAULT_BUDGET_BYTES
 from tasks.cluster.resources import WorkerResources
 from tasks.pool.actors import actor_maker
@@ -39,21 +41,28 @@ class EvaluationUnit:
 
     Attributes:
         kind: `scores` judges a model; `cosine` gives the cosine distances of all layers, which need no variant;
-            `branches` measures what the branches of a model's linear_window layers are worth on the quality's text.
+            `branches` measures what the branches of a model's linear_window layers are worth on the quality's text;
+            `maps` fits the map of each layer, for affine layers.
         plan: the plan that is applied to the parent before it is judged; None leaves the parent untouched.
         checkpoint: the folder of a healed model to judge instead of the parent; it has its own plan, so give none.
         trained: a file of the parameters that healing had trained so far; they are put into the parent converted by
             `plan`.
         healing: the spec by which `trained` was trained; it is needed with `trained`.
+        maps: what maps are fitted on; it is needed for `maps`.
+        output: the file or URL that the fitted maps are written to; it is needed for `maps`.
     """
 
-    kind: Literal["scores", "cosine", "branches"] = "scores"
+    kind: Literal["scores", "cosine", "branches", "maps"] = "scores"
     plan: Plan | None = None
     checkpoint: str | None = None
     trained: str | None = None
     healing: HealingSpec | None = None
+    maps: MapsSpec | None = None
+    output: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kind == "maps" and (self.maps is None or self.output is None):
+            raise ValueError("maps: without a spec and an output nothing can be fitted; give both")
         if (self.plan is not None or self.kind == "cosine") and self.checkpoint is not None:
             raise ValueError(f"checkpoint: {self.checkpoint} has its own plan; give either a plan or a checkpoint")
         if self.trained is not None and (self.plan is None or self.healing is None):
@@ -73,6 +82,11 @@ def base_unit() -> EvaluationUnit:
 def cosine_unit() -> EvaluationUnit:
     """Returns the unit that measures the cosine distances of all layers of the parent on the quality's text."""
     return EvaluationUnit("cosine")
+
+
+def maps_unit(spec: MapsSpec, output: str) -> EvaluationUnit:
+    """Returns the unit that fits the map of each layer of the parent and writes them to a file."""
+    return EvaluationUnit("maps", maps=spec, output=output)
 
 
 class EvaluationWorker:
@@ -134,8 +148,9 @@ class EvaluationWorker:
 
         Returns:
             JSON values: `evaluation_s`, and `scores` (`Scores.to_dict()`), `cosine` (for each layer a list of
-            distances, one for each sequence) or `branches` (a list of `BranchLoss.to_dict()`). If the quality has a
-            text, the scores include the divergence from the parent.
+            distances, one for each sequence), `branches` (a list of `BranchLoss.to_dict()`) or `maps` (for each layer
+            the rank, None for a full one, and the error of its map). If the quality has a text, the scores include the
+            divergence from the parent.
         """
         start = time.perf_counter()
         result: dict[str, Any]
@@ -147,6 +162,12 @@ class EvaluationWorker:
             sequences = text_sequences(self.tokenizer, self.spec)
             checked = branch_check(self._variant(unit), sequences, self._smaller(self.spec).batch_size)
             result = {"branches": [branch.to_dict() for branch in checked]}
+        elif unit.kind == "maps":
+            assert unit.maps is not None and unit.output is not None
+            sequences = read_sequences(unit.maps, self.tokenizer)
+            maps = fit_maps(self.base, sequences, rank=unit.maps.rank, batch_size=self._smaller(self.spec).batch_size)
+            save_maps(maps, unit.output)
+            result = {"maps": [{"rank": fitted.rank, "error": fitted.error} for fitted in maps.values()]}
         else:
             result = {"scores": self._scores(unit).to_dict()}
         return {**result, "evaluation_s": time.perf_counter() - start}

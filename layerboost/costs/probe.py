@@ -165,7 +165,7 @@ def _task_costs(
         # Scoring is short enough for one pause of the machine to distort it: take the minimum of several runs.
         scoring_s.append(min(_timed(partial(judge.scores, some, said, None)) for _ in range(3)))
     mixed_layers = tuple(treatments[layer % len(treatments)] for layer in range(twins.n_few))
-    student = convert(twins.few, Plan(mixed_layers, twins.window)).eval()
+    student = convert(twins.few, Plan(mixed_layers, twins.window, twins.sinks)).eval()
     evaluate(student, tokenizer, one)  # warms up
     direct_s = of_all_s(*(_timed(partial(evaluate, student, tokenizer, quality)) for quality in (one, few)))
     # Without anything to answer, tasks have the model generate, which grows with its layers.
@@ -269,7 +269,7 @@ def healing_costs(
     def step_s(model: PreTrainedModel, plan: Plan, size: tuple[int, int]) -> float:
         nonlocal transfer_s
         sequence_tokens, batch = size
-        has_transfer = plan.treatments[0].has_weights and spec.transfer_fraction > 0
+        has_transfer = plan.treatments[0].is_transferred and spec.transfer_fraction > 0
         n_steps = (2 if has_transfer else 1) * (1 + _HEALING_STEPS)
         short = replace(
             spec,

@@ -56,15 +56,15 @@ class Twins:
 
     Args:
         model: An untouched causal language model of a supported family, on the device and in the dtype to be timed.
-        window: Window of windowed treatments, in tokens.
+        window, sinks: Window and sinks of windowed treatments, in tokens.
 
     Attributes:
         n_layers: Layers of the model itself.
         one, few: The twins; `few` has all layers of a model that has no more.
     """
 
-    def __init__(self, model: PreTrainedModel, window: int):
-        self.model, self.window = model, window
+    def __init__(self, model: PreTrainedModel, window: int, sinks: int = 0):
+        self.model, self.window, self.sinks = model, window, sinks
         self.n_layers = model.config.num_hidden_layers
         self.one = first_layers(model, 1)
         self.few = model if self.n_layers <= DEEPER else first_layers(model, DEEPER)
@@ -72,7 +72,7 @@ class Twins:
 
     def plan(self, treatment: Treatment, n_layers: int) -> Plan:
         """Returns the plan of a twin that treats every layer alike."""
-        return Plan.uniform(treatment, n_layers, self.window)
+        return Plan.uniform(treatment, n_layers, self.window, self.sinks)
 
     def layer_costs(
         self, treatments: Sequence[Treatment], timed_s: Callable[[PreTrainedModel, Plan], float]

@@ -19,9 +19,14 @@ def own_weight_names() -> frozenset[str]:
     return frozenset(treatment.value for treatment in Treatment if treatment.has_weights)
 
 
+def _feature_map_names() -> frozenset[str]:
+    """Names of those of them that attention transfer fits before healing."""
+    return frozenset(treatment.value for treatment in Treatment if treatment.is_transferred)
+
+
 def feature_map_layers(model: nn.Module) -> list[str]:
-    """Names of the attention modules whose treatment has parameters of its own, first layer first."""
-    owned = own_weight_names()
+    """Names of the attention modules whose parameters attention transfer fits, first layer first."""
+    owned = _feature_map_names()
     return [
         name
         for name, module in model.named_modules()
@@ -30,8 +35,8 @@ def feature_map_layers(model: nn.Module) -> list[str]:
 
 
 def feature_map_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of all treatments of `model` that have parameters of their own, such as feature maps."""
-    owned = own_weight_names()
+    """Names and parameters of all treatments of `model` that attention transfer fits, such as feature maps."""
+    owned = _feature_map_names()
     return ((name, p) for name, p in model.named_parameters() if not owned.isdisjoint(name.split(".")))
 
 
@@ -84,8 +89,8 @@ def projection_names(model: PreTrainedModel) -> list[str]:
 def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed: int = 0) -> None:
     """Puts LoRA adapters (peft) on every projection of attention and MLP, in place.
 
-    Afterwards only the adapters and the feature maps are trainable. The adapted model computes the same function
-    until it is trained, because the second factor starts at zero.
+    Afterwards only the adapters and the treatments' own parameters are trainable. The adapted model computes the same
+    function until it is trained, because the second factor starts at zero.
 
     Args:
         model: A causal language model; its own weights are frozen, also in other models that share them.

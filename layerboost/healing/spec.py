@@ -142,7 +142,7 @@ class Phase:
 def phases_of(spec: HealingSpec, plan: Plan, hidden_size: int) -> tuple[Phase, ...]:
     """Returns the phases of a budget: transfer if the plan has linear_window layers, then healing."""
     transfer_steps = 0
-    if plan.has_weights:
+    if plan.is_transferred:
         transfer_steps = int(spec.tokens * spec.transfer_fraction) // spec.tokens_per_step
     learning_rate = spec.learning_rate
     if learning_rate is None:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import chunk_states
+from .forward import SinkTensors, block_of_sinks, chunk_states
 from .tiles import (
     CHUNK_TOKENS,
     end_of_block_queries,
@@ -20,22 +20,25 @@ from .tiles import (
     inside_window,
     launch_options,
     load_rows,
+    load_sink_positions,
     load_tile,
     load_valid,
     older_than_window,
     precision,
     query_features,
+    sinks_before_window,
     store_tile,
 )
 
 
 @triton.jit
 def _query_kernel(
-    query, key, value, valid, d_output, delta, log_total, d_query, scaling, window, n_queries, n_keys,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HAS_VALID: tl.constexpr,
+    query, key, value, valid, sink_key, sink_value, sink_positions, d_output, delta, log_total, d_query,
+    scaling, window, n_queries, n_keys, n_sinks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradient of BLOCK queries of one head from the scores inside their windows."""
+    """Computes the gradient of BLOCK queries of one head from the scores of sinks and inside their windows."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -47,6 +50,18 @@ def _query_kernel(
     row_delta = load_rows(delta + head * n_queries, rows, n_queries)
     offset = load_rows(log_total + head * n_queries, rows, n_queries)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if BLOCK_M > 0:
+        sinks = tl.arange(0, BLOCK_M)
+        at = load_sink_positions(sink_positions + head // H * n_sinks, sinks, n_sinks)
+        # Triton takes a name that a later loop assigns for one that the loop carries, of one shape.
+        sink_k = load_tile(sink_key + head // G * n_sinks * D, sinks, columns, n_sinks, D)
+        sink_v = load_tile(sink_value + head // G * n_sinks * D, sinks, columns, n_sinks, D)
+        sink_scores = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scaling
+        sink_scores = tl.where(sinks_before_window(positions, at, window), sink_scores, float("-inf"))
+        sink_ds = tl.exp(sink_scores - offset[:, None]) * (
+            tl.dot(do, tl.trans(sink_v), input_precision=PRECISION) - row_delta[:, None]
+        )
+        dq += tl.dot(sink_ds.to(sink_k.dtype), sink_k, input_precision=PRECISION)
     for start in range(tl.maximum(first - window + 1, 0), tl.minimum(first + BLOCK, n_keys), BLOCK):
         keys = start + tl.arange(0, BLOCK)
         seen = load_valid(valid, keys, n_keys, HAS_VALID)
@@ -59,6 +74,39 @@ def _query_kernel(
         )
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     store_tile(d_query + head * n_queries * D, rows, columns, n_queries, D, dq * scaling)
+
+
+@triton.jit
+def _sinks_kernel(
+    query, sink_key, sink_value, sink_positions, d_output, delta, log_total, d_sink_key, d_sink_value,
+    scaling, window, n_queries, n_keys, n_sinks,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computes the gradients of one head's sinks from all queries of the group that see them besides their windows."""
+    head = tl.program_id(0).to(tl.int64)
+    sinks, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    at = load_sink_positions(sink_positions + head // K * n_sinks, sinks, n_sinks)
+    k = load_tile(sink_key + head * n_sinks * D, sinks, columns, n_sinks, D)
+    v = load_tile(sink_value + head * n_sinks * D, sinks, columns, n_sinks, D)
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for group in range(G):
+        query_head = head * G + group
+        for start in range(0, n_queries, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            q = load_tile(query + query_head * n_queries * D, rows, columns, n_queries, D)
+            do = load_tile(d_output + query_head * n_queries * D, rows, columns, n_queries, D)
+            row_delta = load_rows(delta + query_head * n_queries, rows, n_queries)
+            offset = load_rows(log_total + query_head * n_queries, rows, n_queries)
+            visible = sinks_before_window(n_keys - n_queries + rows, at, window) & (rows < n_queries)[:, None]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+            weights = tl.exp(tl.where(visible, scores, float("-inf")) - offset[:, None])
+            ds = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - row_delta[:, None])
+            dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+    store_tile(d_sink_key + head * n_sinks * D, sinks, columns, n_sinks, D, dk * scaling)
+    store_tile(d_sink_value + head * n_sinks * D, sinks, columns, n_sinks, D, dv)
 
 
 @triton.jit
@@ -137,9 +185,10 @@ def _state_gradients_kernel(
 
 @triton.jit
 def _key_value_kernel(
-    query, key, value, logits, features, valid, d_sums, d_output, delta, peak, log_total, d_key, d_value,
+    query, key, value, logits, features, valid, summed_keys, d_sums, d_output, delta, peak, log_total, d_key, d_value,
     scaling, window, n_queries, n_keys, n_chunks,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_SUMMED: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of BLOCK keys (by their scores) and values from the queries of all heads of the group."""
@@ -152,6 +201,7 @@ def _key_value_kernel(
     end = end_of_block_queries(chunk, n_queries, n_keys, window, CHUNK, BLOCK)
     features = features + head * n_keys * R
     seen = load_valid(valid + head // K * n_keys, keys, n_keys, HAS_VALID)
+    summed = load_valid(summed_keys + head // K * n_keys, keys, n_keys, HAS_SUMMED)
     k = load_tile(key + head * n_keys * D, keys, columns, n_keys, D)
     v = load_tile(value + head * n_keys * D, keys, columns, n_keys, D)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -183,11 +233,11 @@ def _key_value_kernel(
                 a = load_tile(logits + query_head * n_queries * R, rows, feature, n_queries, R)
                 b = load_tile(features, keys, feature, n_keys, R).to(tl.float32)
                 linear += tl.dot(query_features(a, row_peak, offset, CAP), tl.trans(b), input_precision=PRECISION)
-            older = older_than_window(before + rows, keys, seen, window) & (rows < end)[:, None]
+            older = older_than_window(before + rows, keys, summed, window) & (rows < end)[:, None]
             dv += tl.dot(tl.trans(tl.where(older, linear, 0.0)), do.to(tl.float32), input_precision=PRECISION)
     for r in range(0, R, BLOCK_R):
         feature = r + tl.arange(0, BLOCK_R)
-        b = tl.where(seen[:, None], load_tile(features, keys, feature, n_keys, R).to(tl.float32), 0.0)
+        b = tl.where(summed[:, None], load_tile(features, keys, feature, n_keys, R).to(tl.float32), 0.0)
         later = load_tile(d_sums + (head * n_chunks + chunk) * R * D, feature, columns, R, D)
         dv += tl.dot(b, later, input_precision=PRECISION)
     store_tile(d_key + head * n_keys * D, keys, columns, n_keys, D, dk * scaling)
@@ -243,19 +293,24 @@ def backward(
     logits: torch.Tensor,
     features: torch.Tensor,
     valid: torch.Tensor | None,
+    summed: torch.Tensor | None,
+    sinks: SinkTensors | None,
     state: tuple[torch.Tensor, torch.Tensor] | None,
     scaling: float,
     window: int,
     cap: float,
-) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of query, key, value, logits and features, each in its own dtype."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns the gradients of query, key, value, logits, features, and keys and values of the sinks, in their dtypes.
+
+    Those of the sinks are None if there are none.
+    """
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys, n_features = key.shape[1], key.shape[2], features.shape[-1]
     d_output = d_output.contiguous()
     delta = (d_output.float() * output.float()).sum(dim=-1)
-    has_valid = valid is not None
-    valid = valid if has_valid else features
-    sums, norms = chunk_states(features, value, valid if has_valid else None, state)
+    has_valid, has_summed = valid is not None, summed is not None
+    sums, norms = chunk_states(features, value, summed, state)
+    valid, summed = features if valid is None else valid, features if summed is None else summed
     n_chunks = sums.shape[2]
     d_query, d_key, d_value, d_logits, d_features = (torch.empty_like(x) for x in (query, key, value, logits, features))
 
@@ -265,13 +320,22 @@ def backward(
     query_blocks, key_blocks = triton.cdiv(n_queries, blocks["BLOCK"]), triton.cdiv(n_keys, blocks["BLOCK"])
     feature_blocks = triton.cdiv(n_features, blocks["BLOCK_R"])
 
+    n_sinks, block_m = 0 if sinks is None else sinks[0].shape[2], block_of_sinks(sinks)
+    unfeatured = {name: size for name, size in sizes.items() if name != "BLOCK_R"}
     _query_kernel[(batch * n_heads, query_blocks)](
-        query, key, value, valid, d_output, delta, log_total, d_query, scaling, window, n_queries, n_keys,
-        H=n_heads, HAS_VALID=has_valid, **{name: size for name, size in sizes.items() if name != "BLOCK_R"},
+        query, key, value, valid, *(sinks or (key, value, features)), d_output, delta, log_total, d_query,
+        scaling, window, n_queries, n_keys, n_sinks, H=n_heads, HAS_VALID=has_valid, BLOCK_M=block_m, **unfeatured,
     )  # fmt: skip
+    d_sink_key, d_sink_value = None, None
+    if sinks is not None:
+        d_sink_key, d_sink_value = torch.empty_like(sinks[0]), torch.empty_like(sinks[1])
+        _sinks_kernel[(batch * n_kv_heads,)](
+            query, *sinks, d_output, delta, log_total, d_sink_key, d_sink_value,
+            scaling, window, n_queries, n_keys, n_sinks, K=n_kv_heads, BLOCK_M=block_m, **unfeatured,
+        )  # fmt: skip
     _logits_kernel[(batch * n_heads, query_blocks, feature_blocks)](
-        value, logits, features, valid, sums, norms, d_output, delta, peak, log_total, d_logits,
-        window, n_queries, n_keys, n_chunks, H=n_heads, HAS_VALID=has_valid, **featured,
+        value, logits, features, summed, sums, norms, d_output, delta, peak, log_total, d_logits,
+        window, n_queries, n_keys, n_chunks, H=n_heads, HAS_VALID=has_summed, **featured,
     )  # fmt: skip
     d_sums, d_norms = sums, norms  # reuses the memory, as the states were read for the last time above
     narrow = min(blocks["BLOCK_D"], 64)
@@ -280,11 +344,12 @@ def backward(
         **{**featured, "BLOCK_D": narrow},
     )  # fmt: skip
     _key_value_kernel[(batch * n_kv_heads, key_blocks)](
-        query, key, value, logits, features, valid, d_sums, d_output, delta, peak, log_total, d_key, d_value,
-        scaling, window, n_queries, n_keys, n_chunks, K=n_kv_heads, HAS_VALID=has_valid, **featured,
+        query, key, value, logits, features, valid, summed, d_sums, d_output, delta, peak, log_total, d_key, d_value,
+        scaling, window, n_queries, n_keys, n_chunks, K=n_kv_heads, HAS_VALID=has_valid, HAS_SUMMED=has_summed,
+        **featured,
     )  # fmt: skip
     _features_kernel[(batch * n_kv_heads, key_blocks, feature_blocks)](
-        value, logits, valid, d_sums, d_norms, d_output, delta, peak, log_total, d_features,
-        window, n_queries, n_keys, n_chunks, K=n_kv_heads, HAS_VALID=has_valid, **featured,
+        value, logits, summed, d_sums, d_norms, d_output, delta, peak, log_total, d_features,
+        window, n_queries, n_keys, n_chunks, K=n_kv_heads, HAS_VALID=has_summed, **featured,
     )  # fmt: skip
-    return d_query, d_key, d_value, d_logits, d_features
+    return d_query, d_key, d_value, d_logits, d_features, d_sink_key, d_sink_value

@@ -13,11 +13,13 @@ from .tiles import (
     inside_window,
     launch_options,
     load_rows,
+    load_sink_positions,
     load_tile,
     load_valid,
     older_than_window,
     precision,
     query_features,
+    sinks_before_window,
     store_tile,
 )
 
@@ -56,12 +58,13 @@ def _states_kernel(
 
 @triton.jit
 def _forward_kernel(
-    query, key, value, logits, features, valid, sums, norms, output, peak, log_total,
-    scaling, window, n_queries, n_keys, n_chunks,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
+    query, key, value, logits, features, valid, summed_keys, sink_key, sink_value, sink_positions, sums, norms, output,
+    peak, log_total, scaling, window, n_queries, n_keys, n_chunks, n_sinks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_SUMMED: tl.constexpr, BLOCK_M: tl.constexpr, CAP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK queries of one head from their window, older keys, and the state.
+    """Each program computes BLOCK queries of one head from sinks, their window, older keys, and the state.
 
     The softmax over the window is online: peak and sums are rescaled as higher scores come up.
     """
@@ -77,12 +80,24 @@ def _forward_kernel(
         value + head // G * n_keys * D,
         features + head // G * n_keys * R,
     )
-    valid = valid + head // H * n_keys
+    valid, summed_keys = valid + head // H * n_keys, summed_keys + head // H * n_keys
 
     q = load_tile(query, rows, columns, n_queries, D)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     summed = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if BLOCK_M > 0:
+        sinks = tl.arange(0, BLOCK_M)
+        at = load_sink_positions(sink_positions + head // H * n_sinks, sinks, n_sinks)
+        # Triton takes a name that a later loop assigns for one that the loop carries, of one shape.
+        sink_k = load_tile(sink_key + head // G * n_sinks * D, sinks, columns, n_sinks, D)
+        sink_v = load_tile(sink_value + head // G * n_sinks * D, sinks, columns, n_sinks, D)
+        sink_scores = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scaling
+        sink_scores = tl.where(sinks_before_window(positions, at, window), sink_scores, float("-inf"))
+        m = tl.maximum(m, tl.max(sink_scores, axis=1))
+        sink_weights = tl.exp(sink_scores - m[:, None])
+        total += tl.sum(sink_weights, axis=1)
+        summed += tl.dot(sink_weights.to(sink_v.dtype), sink_v, input_precision=PRECISION)
     for start in range(tl.maximum(first - window + 1, 0), last, BLOCK):
         keys = start + tl.arange(0, BLOCK)
         seen = load_valid(valid, keys, n_keys, HAS_VALID)
@@ -99,7 +114,7 @@ def _forward_kernel(
     chunk = first_chunk(first, window, CHUNK)
     for start in range(chunk * CHUNK, last - window, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        seen = load_valid(valid, keys, n_keys, HAS_VALID)
+        seen = load_valid(summed_keys, keys, n_keys, HAS_SUMMED)
         linear = tl.zeros([BLOCK, BLOCK], tl.float32)
         for r in range(0, R, BLOCK_R):
             feature = r + tl.arange(0, BLOCK_R)
@@ -125,13 +140,28 @@ def _forward_kernel(
     tl.store(log_total + head * n_queries + rows, m + tl.log(total), mask=rows < n_queries)
 
 
+SinkTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values of the sinks, (B, K, M, D), and their positions (B, M) as indices of the keys (int32).
+
+A sink before the first key has a negative position, one that does not exist a position behind the last key.
+"""
+
+
+def block_of_sinks(sinks: SinkTensors | None) -> int:
+    """Returns the rows of a tile that holds all sinks, 0 if there are none."""
+    return 0 if sinks is None else max(triton.next_power_of_2(sinks[0].shape[2]), 16)
+
+
 def chunk_states(
     features: torch.Tensor,
     value: torch.Tensor,
     valid: torch.Tensor | None,
     state: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns fp32 sums (B, K, N, R, D) and norms (B, K, N, R) over all keys before each chunk of CHUNK_TOKENS keys."""
+    """Returns fp32 sums (B, K, N, R, D) and norms (B, K, N, R) over all keys before each chunk of CHUNK_TOKENS keys.
+
+    `valid` (B, S) bool says which keys are summed; None for all.
+    """
     batch, n_kv_heads, n_keys, head_dim = value.shape
     n_features, n_chunks = features.shape[-1], triton.cdiv(n_keys, CHUNK_TOKENS)
     sums = value.new_empty((batch, n_kv_heads, n_chunks, n_features, head_dim), dtype=torch.float32)
@@ -159,6 +189,8 @@ def forward(
     logits: torch.Tensor,
     features: torch.Tensor,
     valid: torch.Tensor | None,
+    summed: torch.Tensor | None,
+    sinks: SinkTensors | None,
     state: tuple[torch.Tensor, torch.Tensor] | None,
     scaling: float,
     window: int,
@@ -167,15 +199,17 @@ def forward(
     """Returns the output (as `query`), and in fp32 (B, H, T) each query's peak and logarithm of its denominator."""
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
-    sums, norms = chunk_states(features, value, valid, state)
+    sums, norms = chunk_states(features, value, summed, state)
     output = torch.empty_like(query)
     peak = query.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
     log_total = torch.empty_like(peak)
     blocks = launch_options(value)
     _forward_kernel[(batch * n_heads, triton.cdiv(n_queries, blocks["BLOCK"]))](
-        query, key, value, logits, features, features if valid is None else valid, sums, norms, output, peak,
-        log_total, scaling, window, n_queries, n_keys, sums.shape[2],
-        H=n_heads, G=n_heads // n_kv_heads, D=head_dim, R=features.shape[-1], HAS_VALID=valid is not None, CAP=cap,
+        query, key, value, logits, features, features if valid is None else valid,
+        features if summed is None else summed, *(sinks or (key, value, features)), sums, norms, output, peak,
+        log_total, scaling, window, n_queries, n_keys, sums.shape[2], 0 if sinks is None else sinks[0].shape[2],
+        H=n_heads, G=n_heads // n_kv_heads, D=head_dim, R=features.shape[-1], HAS_VALID=valid is not None,
+        HAS_SUMMED=summed is not None, BLOCK_M=block_of_sinks(sinks), CAP=cap,
         CHUNK=CHUNK_TOKENS, PRECISION=precision(query), **blocks,
     )  # fmt: skip
     return output, peak, log_total

@@ -77,6 +77,18 @@ def older_than_window(positions, keys, seen, window):
 
 
 @triton.jit
+def load_sink_positions(positions, sinks, n_sinks):
+    """Returns the positions of sinks as indices of keys; those beyond the last sink lie behind every query."""
+    return tl.load(positions + sinks, mask=sinks < n_sinks, other=1 << 30)
+
+
+@triton.jit
+def sinks_before_window(positions, sink_positions, window):
+    """Returns (queries, sinks): the sinks that a query sees besides its window, which holds those inside it itself."""
+    return positions[:, None] - sink_positions[None, :] >= window
+
+
+@triton.jit
 def first_chunk(position, window, CHUNK: tl.constexpr):
     """Returns the chunk where the window of the query at `position` starts; older chunks are read from the state."""
     return tl.maximum(position - window + 1, 0) // CHUNK

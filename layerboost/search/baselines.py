@@ -56,6 +56,7 @@ def baseline_plans(
     *,
     middle: Treatment = Treatment.LINEAR_WINDOW,
     window: int | None = None,
+    sinks: int = 0,
     budget: Plan | None = None,
     cosine: Sequence[float] | None = None,
     seed: int = 0,
@@ -64,10 +65,11 @@ def baseline_plans(
 
     Args:
         name: `parent` (softmax in every layer); `window`, `linear_window`, `linear` (linear_window with a window of
-            1); `interleaved_1/2`, `interleaved_1/4`, ...: softmax in this share of the layers, evenly spread, and
-            `middle` in the others. At the budget of a plan: `interleaved` (each treatment evenly spread), `cosine`,
-            `first`, `last`, `random`, `random:N`.
-        middle, window: Treatment and window of the layers between softmax and none; not used with `budget`.
+            1 and no sinks); `interleaved_1/2`, `interleaved_1/4`, ...: softmax in this share of the layers, evenly
+            spread, and `middle` in the others. At the budget of a plan: `interleaved` (each treatment evenly spread),
+            `cosine`, `first`, `last`, `random`, `random:N`.
+        middle, window, sinks: Treatment, window and sinks of the layers between softmax and none; not used with
+            `budget`.
         budget: The plan whose treatments `interleaved`, `cosine`, `first`, `last` and `random` deal out again. In the
             order given by the name, removal is dealt first, then `window`, then `linear_window`.
         cosine: How far each layer's attention turns the residual stream (`sensitivity.cosine.cosine_scores`), first
@@ -82,18 +84,18 @@ def baseline_plans(
         return {name: Plan.uniform(Treatment.SOFTMAX, n_layers)}
     if name in UNIFORM:
         treatment = Treatment.WINDOW if name == "window" else Treatment.LINEAR_WINDOW
-        return {name: Plan.uniform(treatment, n_layers, 1 if name == "linear" else window)}
+        return {name: Plan.uniform(treatment, n_layers, *((1, 0) if name == "linear" else (window, sinks)))}
     if share := _SHARE.fullmatch(name):
         n_softmax = round(Fraction(int(share[1]), int(share[2])) * n_layers)
         counts = {Treatment.SOFTMAX: n_softmax, middle: n_layers - n_softmax}
-        return {name: Plan(_interleaved(counts), window)}
+        return {name: Plan(_interleaved(counts), window, sinks)}
     if budget is None:
         raise BaselineError(f"baseline: '{name}' is made for a plan; give the one whose budget it is to have")
     budget.check_length(n_layers)
     layers = list(range(n_layers))
     if name == "interleaved":
         counts = {treatment: budget.count(treatment) for treatment in Treatment}
-        return {name: Plan(_interleaved(counts), budget.window)}
+        return {name: Plan(_interleaved(counts), budget.window, budget.sinks)}
     if name == "cosine":
         if cosine is None or len(cosine) != n_layers:
             raise BaselineError(f"baseline: 'cosine' needs a distance for each of the {n_layers} layers; measure them")
@@ -127,4 +129,4 @@ def _dealt(order: Sequence[int], budget: Plan) -> Plan:
     """Deals out the budget's treatments along an order of layers, those that keep least of attention first."""
     dealt = sorted(budget.treatments, key=lambda treatment: -treatment.entry.depth)
     by_layer = dict(zip(order, dealt, strict=True))
-    return Plan(tuple(by_layer[layer] for layer in range(len(budget))), budget.window)
+    return Plan(tuple(by_layer[layer] for layer in range(len(budget))), budget.window, budget.sinks)

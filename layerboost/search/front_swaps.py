@@ -121,7 +121,8 @@ class FrontSwaps:
                 expected, expected * deviation, self._speed(neighbours), quality[on_front], speed[on_front]
             )
             for index in np.argsort(-np.round(gains, _ROUNDING_DIGITS), kind="stable"):
-                plan = Plan(tuple(self._treatments[code] for code in neighbours[index]), self._space.window)
+                treatments = tuple(self._treatments[code] for code in neighbours[index])
+                plan = Plan(treatments, self._space.window, self._space.sinks)
                 if plan not in self._losses and plan not in self._out and self._space.contains(plan):
                     return plan
         return None

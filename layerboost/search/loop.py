@@ -49,6 +49,7 @@ class SearchSpec:
         sampler: The sampler that moves the thresholds; only `thresholds` uses it.
         remove_below, keep_above: Ranges of the thresholds; None spans all drops and a margin around them.
         plans: Plans that are always evaluated, besides the untouched model and the uniform plans.
+        removed: Treatment of the layers below the lower threshold; only `thresholds` uses it.
         lag: Number of trials that may run at the same time. It belongs to the search and not to the placement, because
             each trial is chosen without knowing the last lag - 1 outcomes.
     """
@@ -63,6 +64,7 @@ class SearchSpec:
     keep_above: tuple[float, float] | None = None
     plans: tuple[Plan, ...] = ()
     lag: int = 8
+    removed: Treatment = Treatment.NONE
 
 
 @dataclass
@@ -114,8 +116,8 @@ def fixed_points(spec: SearchSpec, n_layers: int) -> list[tuple[str, Plan]]:
     points = [
         ("base", Plan.uniform(Treatment.SOFTMAX, n_layers)),
         ("all_none", Plan.uniform(Treatment.NONE, n_layers)),
-        ("all_window", Plan.uniform(Treatment.WINDOW, n_layers, spec.space.window)),
-        ("all_linear_window", Plan.uniform(Treatment.LINEAR_WINDOW, n_layers, spec.space.window)),
+        ("all_window", spec.space.uniform(Treatment.WINDOW)),
+        ("all_linear_window", spec.space.uniform(Treatment.LINEAR_WINDOW)),
         *(("given", plan) for plan in spec.plans),
     ]
     for _, plan in points:

@@ -41,6 +41,7 @@ class PlanSpace:
         window: Window of the windowed treatments, in tokens.
         pinned: Treatment of the layers that the user has fixed.
         limits: Limits that every plan must satisfy.
+        sinks: Sinks of the windowed treatments, in tokens; the window holds them.
 
     Raises:
         PlanError: A pinned layer does not exist in the model, or a limit lacks the costs of a treatment or layer.
@@ -51,6 +52,7 @@ class PlanSpace:
     window: int | None = None
     pinned: Mapping[int, Treatment] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         for layer in self.pinned:
@@ -66,9 +68,13 @@ class PlanSpace:
         return (self.pinned[layer],) if layer in self.pinned else self.treatments
 
     def plan(self, treatments: Sequence[Treatment]) -> Plan:
-        """Returns a plan with this space's window; pinned layers get their pinned treatment, whatever is given."""
+        """Returns a plan with this space's window and sinks; pinned layers get their treatment, whatever is given."""
         chosen = (self.pinned.get(layer, treatment) for layer, treatment in enumerate(treatments))
-        return Plan(tuple(chosen), self.window)
+        return Plan(tuple(chosen), self.window, self.sinks)
+
+    def uniform(self, treatment: Treatment) -> Plan:
+        """Returns the plan that treats every layer alike, pinned ones too, with this space's window and sinks."""
+        return Plan.uniform(treatment, self.n_layers, self.window, self.sinks)
 
     def holds(self, plan: Plan) -> bool:
         """Returns whether the plan satisfies pins and limits; other treatments are allowed, as in plans by hand."""

@@ -136,12 +136,12 @@ def by_thresholds(spec: SearchSpec, costs: Costs, times: Costs, rest_time: float
     """Proposes plans by the paper's two thresholds on the cost of removing each layer; a sampler moves them."""
     import optuna
 
-    drops = costs[Treatment.NONE]
+    drops = costs[spec.removed]
     thresholds, space = Thresholds(drops, spec), spec.space
 
     def read(drawn: Mapping[str, float]) -> Suggestion:
         low, high = thresholds(drawn[_REMOVED_FRACTION], drawn[_MIDDLE_FRACTION])
-        plan = plan_from_thresholds(drops, low, high, spec.middle, space.window)
+        plan = plan_from_thresholds(drops, low, high, spec.middle, space.window, space.sinks, spec.removed)
         return Suggestion(space.plan(plan.treatments), low, high)
 
     sampler: optuna.samplers.BaseSampler

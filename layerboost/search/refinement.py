@@ -310,7 +310,7 @@ class _Space:
 
     def competes(self, plan: Plan) -> bool:
         return (
-            plan.window == self._start.window
+            (plan.window, plan.sinks) == (self._start.window, self._start.sinks)
             and sorted(plan.treatments) == sorted(self._start.treatments)
             and all(plan.treatments[layer] == self._start.treatments[layer] for layer in self._pinned)
         )
@@ -319,7 +319,7 @@ class _Space:
         return np.array([self._treatments.index(treatment) for treatment in plan.treatments])
 
     def decode(self, codes: Iterable[int]) -> Plan:
-        return Plan(tuple(self._treatments[code] for code in codes), self._start.window)
+        return Plan(tuple(self._treatments[code] for code in codes), self._start.window, self._start.sinks)
 
     def features(self, codes: np.ndarray) -> np.ndarray:
         """Returns features (n, n_slots) of codes (n, n_layers); slots are ordered by treatment, then by layer."""

@@ -43,11 +43,10 @@ class _AttentionBlock:
     def __init__(self, model: PreTrainedModel, layer: int):
         self.distances: list[torch.Tensor] = []
         decoder_layer = decoder_layers(model)[layer]
-        norms = family_of(model.config).attention_norms(model.config)
         self._multiplier = getattr(decoder_layer, "residual_multiplier", 1.0)  # Granite
         self._added = attention_module(model, layer)
         # If a norm follows attention, its output is what is added to the stream.
-        behind = [name for name in norms if name.startswith("post_attention")]
+        behind = family_of(model.config).norms_behind(model.config)
         last = getattr(decoder_layer, behind[0]) if behind else self._added
         self._handles = [
             decoder_layer.register_forward_pre_hook(self._before, with_kwargs=True),

@@ -100,9 +100,11 @@ def cosine_drops(distances: Sequence[float], *, intervals: bool = True) -> list[
     return [_row(task, COSINE_METRIC, 0.0, difference.mean, difference, len(distances)) for task in ("text", MEAN_TASK)]
 
 
-def single_layer_plan(n_layers: int, layer: int, treatment: Treatment, window: int | None = None) -> Plan:
+def single_layer_plan(
+    n_layers: int, layer: int, treatment: Treatment, window: int | None = None, sinks: int = 0
+) -> Plan:
     """Returns the plan that treats one layer and keeps softmax in all others."""
-    return Plan.uniform(Treatment.SOFTMAX, n_layers).with_layer(layer, treatment, window)
+    return Plan.uniform(Treatment.SOFTMAX, n_layers).with_layer(layer, treatment, window, sinks)
 
 
 def _described(score: str) -> Score:

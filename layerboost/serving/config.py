@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..families import CONVERTED_PREFIX
 from ..plan import Plan, Treatment
-from .families import SERVED_FAMILIES, SERVED_TREATMENTS
+from .families import SERVED_FAMILIES, SERVED_TREATMENTS, keeps_state
 
 logger = init_logger(__name__)
 
@@ -33,8 +33,7 @@ class ConvertedModelConfig(VerifyAndUpdateConfig):
         # vLLM reads from `layer_types` which models keep states beside, or instead of, keys and values.
         config.layerboost_windows = layer_windows(config, plan)
         config.layer_types = [
-            "linear_attention" if treatment is Treatment.LINEAR_WINDOW else "full_attention"
-            for treatment in plan.treatments
+            "linear_attention" if keeps_state(treatment, plan) else "full_attention" for treatment in plan.treatments
         ]
         config.max_window_layers = len(plan)  # vLLM's Qwen would otherwise take mixed types for sliding layers
 
@@ -46,13 +45,13 @@ class ConvertedModelConfig(VerifyAndUpdateConfig):
             ValueError: Speculative decoding is on, which would have to remove tokens from a state.
         """
         plan = Plan.from_dict(vllm_config.model_config.hf_config.layerboost)
-        has_states = Treatment.LINEAR_WINDOW in plan.treatments
+        has_states = any(keeps_state(treatment, plan) for treatment in plan.treatments)
         if has_states and vllm_config.speculative_config is not None:
             raise ValueError(
-                "speculative_config: the states of linear_window layers cannot take back tokens; "
-                "leave it out, or serve a plan without L"
+                "speculative_config: the states of linear_window layers, and windows with sinks, cannot take back "
+                "tokens; leave it out, or serve a plan without them"
             )
-        keeps_nothing = set(plan.treatments) == {Treatment.NONE}
+        keeps_nothing = set(plan.treatments) <= {Treatment.NONE, Treatment.AFFINE}
         if keeps_nothing:
             # Without a cache vLLM prefills a prompt in one piece and would wait forever if it exceeds a batch.
             scheduler = vllm_config.scheduler_config
@@ -104,7 +103,7 @@ def layer_windows(config: Any, plan: Plan) -> list[int | None]:
     if config.model_type == CONVERTED_PREFIX + "mistral":
         layer_types = ["sliding_attention"] * len(plan)
     own = [config.sliding_window if layer_type == "sliding_attention" else None for layer_type in layer_types]
-    windows = {Treatment.WINDOW: plan.window}
+    windows = {} if plan.sinks else {Treatment.WINDOW: plan.window}
     return [
         own[layer] if treatment is Treatment.SOFTMAX else windows.get(treatment)
         for layer, treatment in enumerate(plan.treatments)

@@ -16,8 +16,10 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ..families import head_dim, kv_heads
 from ..plan import Plan, Treatment
+from ..treatments import AffineMap
 from .config import check_config, layer_windows
-from .linear_window import LinearWindowState, state_dtypes, state_shapes
+from .families import keeps_state
+from .window_state import WindowState, state_dtypes, state_shapes
 
 
 class NoInputNorm(nn.Module):
@@ -38,6 +40,17 @@ class NoAttention(nn.Module):
         return hidden_states
 
 
+class AffineAttention(nn.Module):
+    """Replaces a layer's attention by an affine map of its input; every rank has the whole map."""
+
+    def __init__(self, width: int, rank: int | None) -> None:
+        super().__init__()
+        self.affine = AffineMap(width, rank)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.affine(hidden_states)
+
+
 def install_plan(model: Any, plan: Plan, vllm_config: Any) -> None:
     """Treats the layers of a family's vLLM model in place, those of this pipeline rank.
 
@@ -55,10 +68,14 @@ def install_plan(model: Any, plan: Plan, vllm_config: Any) -> None:
         del layers_by_name[name]
         if treatment is Treatment.NONE:
             layer.self_attn, layer.input_layernorm = NoAttention(), NoInputNorm()
-        elif treatment is Treatment.LINEAR_WINDOW:
-            assert plan.window is not None
-            module.attn = LinearWindowState(
-                module.num_heads, module.num_kv_heads, module.head_dim, module.scaling, plan.window, vllm_config, name
+        elif treatment is Treatment.AFFINE:
+            config = vllm_config.model_config.hf_config
+            rank = (config.layerboost.get("affine_ranks") or {}).get(str(index))
+            layer.self_attn = AffineAttention(config.hidden_size, rank)
+        elif keeps_state(treatment, plan):
+            module.attn = WindowState(
+                *(module.num_heads, module.num_kv_heads, module.head_dim, module.scaling),
+                *(plan, treatment, vllm_config, name),
             )
         else:
             module.attn = Attention(
@@ -102,13 +119,13 @@ class ConvertedModel(_AnyModel):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
         config, n_ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        window = Plan.from_dict(config.layerboost).window
-        assert window is not None
-        return state_shapes(max(1, kv_heads(config) // n_ranks), head_dim(config), window)
+        plan = Plan.from_dict(config.layerboost)
+        return state_shapes(max(1, kv_heads(config) // n_ranks), head_dim(config), plan)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        return state_dtypes(vllm_config.model_config.dtype)
+        plan = Plan.from_dict(vllm_config.model_config.hf_config.layerboost)
+        return state_dtypes(vllm_config.model_config.dtype, plan)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fills every parameter from the checkpoint.

@@ -116,7 +116,13 @@ class ByteModel:
 
 
 def decode_bytes(
-    config: PreTrainedConfig, plan: Plan | None, *, concurrency: int, context_tokens: int, dtype_bytes: int
+    config: PreTrainedConfig,
+    plan: Plan | None,
+    *,
+    concurrency: int,
+    context_tokens: int,
+    dtype_bytes: int,
+    affine_rank: int | None = None,
 ) -> int:
     """Returns the bytes that one decode step reads; see `ByteModel`.
 
@@ -126,10 +132,15 @@ def decode_bytes(
         concurrency: Number of sequences decoded together.
         context_tokens: Number of tokens that each sequence's cache covers before the step.
         dtype_bytes: Bytes of a weight and of a cached value.
+        affine_rank: Rank of the maps of affine layers; None for whole matrices.
     """
-    return _byte_model(config).decode_bytes(
+    n_bytes = _byte_model(config).decode_bytes(
         plan, concurrency=concurrency, context_tokens=context_tokens, dtype_bytes=dtype_bytes
     )
+    if plan is not None and affine_rank is not None:
+        width = config.get_text_config().hidden_size
+        n_bytes += plan.count(Treatment.AFFINE) * (2 * affine_rank - width) * width * dtype_bytes
+    return n_bytes
 
 
 def held_bytes(
@@ -142,11 +153,17 @@ def held_bytes(
 
 
 def predicted_speedup(
-    config: PreTrainedConfig, plan: Plan, *, concurrency: int, context_tokens: int, dtype_bytes: int
+    config: PreTrainedConfig,
+    plan: Plan,
+    *,
+    concurrency: int,
+    context_tokens: int,
+    dtype_bytes: int,
+    affine_rank: int | None = None,
 ) -> float:
     """Returns the predicted speedup of decoding if bytes are the limit: the base's bytes divided by the plan's."""
     condition = {"concurrency": concurrency, "context_tokens": context_tokens, "dtype_bytes": dtype_bytes}
-    return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition)
+    return decode_bytes(config, None, **condition) / decode_bytes(config, plan, **condition, affine_rank=affine_rank)
 
 
 def kv_bytes_of_layers(config: PreTrainedConfig, dtype_bytes: int) -> dict[Treatment, tuple[float, ...]]:

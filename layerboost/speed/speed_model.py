@@ -170,6 +170,7 @@ def design_plans(
     *,
     native_windows: Sequence[int | None] | None = None,
     given: Sequence[Plan] = (),
+    sinks: int = 0,
 ) -> list[Plan]:
     """Returns the plans to measure so that the speed of all others can be predicted.
 
@@ -185,12 +186,13 @@ def design_plans(
         n: Total number of plans; at least as many as a fit needs are returned, and at most as many as there are.
         native_windows: The window that the parent itself gives each layer; None if it gives none.
         given: Plans that are measured in any case, except those of another window.
+        sinks: Sinks of the windowed treatments, in tokens.
     """
     native = tuple(native_windows) if native_windows is not None else (None,) * n_layers
-    given = [plan for plan in given if plan.window in (None, window)]
+    given = [plan for plan in given if plan.window is None or (plan.window, plan.sinks) == (window, sinks)]
     named = {Treatment.SOFTMAX, Treatment.NONE, *treatments, *(t for plan in given for t in plan.treatments)}
     wanted = [treatment for treatment in Treatment if treatment in named]
-    chosen = [Plan.uniform(treatment, n_layers, window) for treatment in wanted]
+    chosen = [Plan.uniform(treatment, n_layers, window, sinks) for treatment in wanted]
     chosen += [
         Plan(tuple(Treatment.SOFTMAX if kind == one else Treatment.NONE for kind in native))
         for one in list(dict.fromkeys(native))[1:]
@@ -198,7 +200,7 @@ def design_plans(
     chosen = list(dict.fromkeys([*chosen, *given]))
     kinds = tuple(sorted({kind for plan in chosen for kind in _kinds(plan, native)}, key=_order))
     met = {counts(plan, native) for plan in chosen}
-    pool = [plan for plan in _mixtures(n_layers, wanted, window) if counts(plan, native) not in met]
+    pool = [plan for plan in _mixtures(n_layers, wanted, window, sinks) if counts(plan, native) not in met]
     rows = np.array([_row(plan, kinds, native) for plan in pool]).reshape(len(pool), 1 + len(kinds))
     n = max(n, 2 + len(kinds))
     while len(chosen) < n and (fresh := [index for index, plan in enumerate(pool) if plan not in chosen]):
@@ -208,7 +210,7 @@ def design_plans(
     return chosen
 
 
-def _mixtures(n_layers: int, treatments: Sequence[Treatment], window: int) -> list[Plan]:
+def _mixtures(n_layers: int, treatments: Sequence[Treatment], window: int, sinks: int) -> list[Plan]:
     """Returns plans of at least two treatments, none of them in more than half of the layers (rounded up)."""
     n_parts, n_bars = min(n_layers, _MOST_PARTS), len(treatments) - 1
     found = []
@@ -217,7 +219,7 @@ def _mixtures(n_layers: int, treatments: Sequence[Treatment], window: int) -> li
         ends = [bar - i for i, bar in enumerate(bars)] + [n_parts]
         layers = np.diff([0, *(round(end * n_layers / n_parts) for end in ends)])
         if layers.max() <= (n_layers + 1) // 2 and np.count_nonzero(layers) > 1:
-            found.append(Plan(_interleaved(dict(zip(treatments, layers.tolist(), strict=True))), window))
+            found.append(Plan(_interleaved(dict(zip(treatments, layers.tolist(), strict=True))), window, sinks))
     return list(dict.fromkeys(found))
 
 

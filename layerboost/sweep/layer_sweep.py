@@ -63,14 +63,14 @@ class LayerSweep:
 
     def __init__(self, model: Any, plans: Sequence[Plan], *, budget_bytes: int = DEFAULT_BUDGET_BYTES):
         self.model, self.budget_bytes = model, budget_bytes
-        self._layers: dict[Step, list[Any]] = {(Treatment.SOFTMAX, None): list(decoder_layers(model))}
+        self._layers: dict[Step, list[Any]] = {(Treatment.SOFTMAX, None, 0): list(decoder_layers(model))}
         self.paths: list[Path] = []
         for plan in plans:
             plan.check_length(self.n_layers)
-            path = tuple((t, plan.window if t.needs_window else None) for t in plan.treatments)
-            for treatment, window in set(path) - set(self._layers):
-                treated = convert(model, Plan.uniform(treatment, self.n_layers, window))
-                self._layers[treatment, window] = list(decoder_layers(treated.eval()))
+            path = tuple((t, plan.window, plan.sinks) if t.needs_window else (t, None, 0) for t in plan.treatments)
+            for step in set(path) - set(self._layers):
+                treated = convert(model, Plan.uniform(step[0], self.n_layers, *step[1:]))
+                self._layers[step] = list(decoder_layers(treated.eval()))
             self.paths.append(path)
 
     @property
@@ -99,7 +99,7 @@ class LayerSweep:
             named = [(index, states) for path, states in frontier.items() for index in indices[path]]
             emit([index for index, _ in named], [states for _, states in named])
 
-        with _eval(self.model):
+        with in_eval_mode(self.model):
             device = self.model.device
             inputs = self._inputs(tokens.to(device), None if forest is None else forest.to(device))
             with self._forest_attention(forest is not None):
@@ -118,17 +118,16 @@ class LayerSweep:
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Returns the logits (n, vocabulary) of hidden states (n, d) from `run`: final norm, head and what follows."""
-        with _eval(self.model), _stand_ins(self.model) as stand_ins:
+        with in_eval_mode(self.model), _stand_ins(self.model) as stand_ins:
             stand_ins.value = states[:, None]
             return self.model(inputs_embeds=states[:, None], use_cache=False).logits[:, 0]
 
     def _inputs(self, tokens: torch.Tensor, forest: Forest | None) -> _Inputs:
         """Returns what the model hands to its first layer, and the arguments that it hands to each layer."""
+        if forest is None:
+            return _Inputs(*layer_inputs(self.model, tokens))
         decoder = self.model.base_model
         with _stand_ins(self.model) as stand_ins:
-            if forest is None:
-                decoder(input_ids=tokens, use_cache=False)
-                return _Inputs(stand_ins.embedded, stand_ins.calls)
             # A row as long as the deepest path makes the family build its own masks over every pair of positions.
             decoder(input_ids=tokens.new_zeros(1, int(forest.depths.max()) + 1), use_cache=False)
             masks = [call.get("attention_mask") for call in stand_ins.calls]
@@ -146,7 +145,7 @@ class LayerSweep:
         # The family's own SDPA ignores a cap on scores, so a model that runs on SDPA must get none here either.
         is_capped = self.model.config._attn_implementation != "sdpa"
         changes = [(self.model.config, CAPPED_FOREST if is_capped else SOFTMAX_FOREST)]
-        for (treatment, _), layers in self._layers.items():
+        for (treatment, *_), layers in self._layers.items():
             if treatment.mechanism.attends:
                 name = PAIRS_FOREST if _is_spelt_out(treatment) else CAPPED_FOREST
                 changes += [(getattr(layer, attention).config, name) for layer in layers]
@@ -245,7 +244,7 @@ class LayerSweep:
         n_tokens = inputs.embedded.shape[1]
         mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
         linear = n_tokens * (6 * config.hidden_size + 3 * mlp) * itemsize
-        treatment, window = step
+        treatment, window, _ = step
         if inputs.forest is not None:
             n_pairs, is_spelt_out = n_tokens**2, _is_spelt_out(treatment)
             linear += 5 * n_pairs
@@ -254,6 +253,18 @@ class LayerSweep:
         else:
             n_pairs, is_spelt_out = n_tokens**2, config._attn_implementation == "eager"
         return linear + (24 * config.num_attention_heads * n_pairs if is_spelt_out else 0)
+
+
+def layer_inputs(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Returns the embedded tokens (B, T, d) that a model gives its first layer, and the other arguments of each layer.
+
+    Args:
+        model: A causal language model of a supported family, converted or not.
+        tokens: (B, T) token ids of sequences without padding, on the model's device.
+    """
+    with _stand_ins(model) as stand_ins:
+        model.base_model(input_ids=tokens, use_cache=False)
+        return stand_ins.embedded, stand_ins.calls
 
 
 def _is_spelt_out(treatment: Treatment) -> bool:
@@ -354,7 +365,8 @@ def _stand_ins(model: Any) -> Iterator[_StandIns]:
 
 
 @contextlib.contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode inside the block."""
     training = model.training
     model.eval()
     try:

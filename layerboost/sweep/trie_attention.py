@@ -21,8 +21,8 @@ from .request_tries import Forest
 
 _QUERY_BLOCK_TOKENS = 64
 
-Step = tuple[Treatment, int | None]
-"""Part of a plan at one layer: the treatment, and its window if it has one."""
+Step = tuple[Treatment, int | None, int]
+"""Part of a plan at one layer: the treatment, and window and sinks if it needs a window (else None and 0)."""
 
 
 @dataclass
@@ -68,10 +68,11 @@ class ForestMasks:
         seen, query_depths, depths = self._visible, self.forest.depths, self.forest.depths
         if columns is not None:
             seen, query_depths = seen[:, columns], depths[:, columns]
-        treatment, window = step
+        treatment, window, sinks = step
         if treatment.needs_window:
             assert window is not None
-            inside = seen & (query_depths[:, :, None] - depths[:, None] < window)
+            is_newest = query_depths[:, :, None] - depths[:, None] < window - sinks
+            inside = seen & (is_newest | (depths < sinks)[:, None])
             older = seen & ~inside if treatment.mechanism.sees_older else None
             return ForestMask(inside, older, columns)
         if family_mask is not None:

@@ -15,9 +15,10 @@ from orchestrator.checks.model import check_model, check_tokenizer
 from orchestrator.checks.placement import check_device, check_placement, find_nodes
 from orchestrator.checks.quality import check_quality
 from orchestrator.checks.serving import check_decoded, check_engine
-from orchestrator.checks.texts import check_healing_texts, check_plain_text
+from orchestrator.checks.texts import check_healing_texts, check_maps_text, check_plain_text
 from orchestrator.recipe.errors import InputError
 from orchestrator.recipe.fields import resolve_sequence_tokens
+from orchestrator.recipe.healing import SAMPLED
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.model_facts import ModelFacts
@@ -69,6 +70,7 @@ def preflight(recipe: Recipe, folder: RunFolder, *, address: str | None = None) 
     for index, text in enumerate(recipe.sensitivity.texts):
         check_plain_text(f"sensitivity.texts[{index}]", text, tokens, tokenizer, facts)
     check_healing_texts(recipe.healing, facts, tokenizer)
+    _check_maps(recipe, facts, tokenizer)
     facts = replace(facts, teacher=_check_teacher(recipe, facts, tokenizer, cache))
     if address is not None:
         _check_cluster([*pending, *check_nodes(Needs.of_run(recipe, folder.url), nodes)])
@@ -229,6 +231,37 @@ def _check_treatments_of_engine(recipe: Recipe, facts: ModelFacts) -> None:
                 engine.name,
                 f"runs no layers of {treatment.value}, which the recipe names; use transformers, or leave them out",
             )
+        sinks = recipe.search.sinks
+        if sinks and treatment.needs_window and not treatment.mechanism.may_have_sinks:
+            raise InputError("search.sinks", sinks, f"layers of {treatment.value} cannot keep any; give 0")
+
+
+def _check_maps(recipe: Recipe, facts: ModelFacts, tokenizer: Any) -> None:
+    """Checks what the maps of affine layers are fitted on, if the recipe names such layers."""
+    from layerboost.plan import Treatment
+    from orchestrator.run.inputs import RunInputs
+
+    affine, inputs = recipe.search.affine, RunInputs(recipe, facts)
+    if Treatment.AFFINE not in inputs.treatments:
+        return
+    if affine.text is None and not any(text.format != SAMPLED for _, text in recipe.healing.named_sources()):
+        raise InputError(
+            "search.affine.text", None, "maps are fitted on a text, and no plain one is healed on; give one"
+        )
+    spec = inputs.maps_spec
+    assert spec is not None
+    check_maps_text("search.affine.text", spec, tokenizer, facts)
+    if affine.tokens < 2 * spec.sequence_tokens:
+        raise InputError(
+            "search.affine.tokens",
+            affine.tokens,
+            f"is less than two sequences of {spec.sequence_tokens} tokens; give more",
+        )
+    width = facts.config.get_text_config().hidden_size
+    if isinstance(affine.rank, int) and affine.rank > width:
+        raise InputError(
+            "search.affine.rank", affine.rank, f"is more than the model's width of {width}; give at most that"
+        )
 
 
 def _check_constraints(recipe: Recipe, facts: ModelFacts) -> None:

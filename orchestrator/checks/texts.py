@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.checks.model import HUB_TIMEOUT_S
 from orchestrator.recipe.errors import InputError, first_line, without_prefix
 from orchestrator.recipe.fields import resolve_sequence_tokens
 from orchestrator.recipe.healing import SAMPLED, HealingSection, HealingText
 from orchestrator.run.model_facts import ModelFacts
+
+if TYPE_CHECKING:
+    from layerboost.affine import MapsSpec
 
 
 def check_plain_text(name: str, text: str, sequence_tokens: int, tokenizer: Any, facts: ModelFacts) -> None:
@@ -61,6 +65,21 @@ def check_healing_texts(healing: HealingSection, facts: ModelFacts, tokenizer: A
             return sequences
 
         _check_text(name, text.path, packed, facts)
+
+
+def check_maps_text(name: str, spec: MapsSpec, tokenizer: Any, facts: ModelFacts) -> None:
+    """Checks that a text gives at least the two sequences that maps of affine layers need.
+
+    Raises:
+        InputError: the text cannot be used; the error calls the field `name`.
+    """
+
+    def packed() -> Any:
+        from layerboost.sweep.affine_fits import read_sequences
+
+        return read_sequences(replace(spec, tokens=2 * spec.sequence_tokens), tokenizer)
+
+    _check_text(name, str(spec.source.path), packed, facts)
 
 
 def _check_text(name: str, text: str, packed: Callable[[], Any], facts: ModelFacts) -> None:

@@ -126,7 +126,8 @@ class _Estimator:
 
     def _evaluate(self, listing: StageUnits) -> StageEstimate:
         base = Plan.uniform(Treatment.SOFTMAX, self.inputs.n_layers)
-        return self._judging(listing, lambda unit: self.seconds.judged_s(base, self.inputs.full_spec))
+        judged_s, maps_s = self.seconds.judged_s(base, self.inputs.full_spec), self.seconds.maps_s()
+        return self._judging(listing, lambda unit: maps_s if unit.work.kind == "maps" else judged_s)
 
     def _sensitivity(self, listing: StageUnits) -> StageEstimate:
         inputs = self.inputs
@@ -264,16 +265,22 @@ class _Estimator:
         )
 
     def _curve(self, listing: StageUnits) -> StageEstimate:
-        direct_s = self.costs.evaluation.direct_s
-        return self._judging(listing, lambda unit: direct_s, direct_s)
+        return self._judging(listing, self._judged_alone_s, self.costs.evaluation.direct_s)
 
     def _measure(self, listing: StageUnits) -> StageEstimate:
         def measured_s(unit: Unit) -> float:
             is_scores = unit.work.kind == "scores"
-            return (self.costs.evaluation.direct_s if is_scores else self.seconds.branches_s()) + self.costs.load_s
+            return (self._judged_alone_s(unit) if is_scores else self.seconds.branches_s()) + self.costs.load_s
 
         open_s = self.costs.evaluation.direct_s + self.costs.load_s
         return self._judging(listing, measured_s, open_s, copies=2)
+
+    def _judged_alone_s(self, unit: Unit) -> float:
+        """Returns the seconds of judging one model: a plan on the parent's weights, or a model with its own weights."""
+        if unit.work.checkpoint is None and unit.work.trained is None:
+            plan = unit.work.plan or Plan.uniform(Treatment.SOFTMAX, self.inputs.n_layers)
+            return self.seconds.judged_s(plan, self.inputs.full_spec)
+        return self.costs.evaluation.direct_s
 
     def _timing(self, listing: StageUnits) -> StageEstimate:
         """Estimates timings, which run one after the other on an exclusive worker."""

@@ -44,7 +44,7 @@ def calibrate(inputs: RunInputs, nodes: tuple[NodeResources, ...]) -> Iterator[t
     start = time.perf_counter()
     model, tokenizer = inputs.source.load(), inputs.source.load_tokenizer()
     load_s = time.perf_counter() - start
-    twins = Twins(model, recipe.search.window)
+    twins = Twins(model, recipe.search.window, recipe.search.sinks)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     zero = dict.fromkeys((treatment.value for treatment in every), 0.0)
     costs = Costs(
@@ -100,7 +100,7 @@ def healed_treatments(inputs: RunInputs) -> tuple[Treatment, ...]:
         for name in healing.baselines
         if healing.tokens and not is_of_same_budget(name)
         for plan in baseline_plans(
-            name, inputs.n_layers, middle=Treatment(search.middle), window=search.window
+            name, inputs.n_layers, middle=Treatment(search.middle), window=search.window, sinks=search.sinks
         ).values()
         for treatment in plan.treatments
     ]
@@ -201,6 +201,7 @@ def calibration_identity(inputs: RunInputs, nodes: tuple[NodeResources, ...], ha
         "quality": inputs._fingerprint(spec),
         **_plugin_treatments(inputs),
         "plans": [recipe.search.middle, recipe.search.window, list(recipe.sensitivity.treatments)],
+        **({"sinks": recipe.search.sinks} if recipe.search.sinks else {}),
         "timed": [[t.value for t in found] for found in (timed_treatments(inputs), healed_treatments(inputs))],
         "healing": inputs.healing_spec.to_dict() if recipe.healing.tokens else None,
         "teacher": recipe.healing.teacher,

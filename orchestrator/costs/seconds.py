@@ -60,6 +60,22 @@ class UnitSeconds:
         text_s = 0.0 if spec.text is None else self.mixed(of_text, plan)
         return text_s + (self.mixed(costs.tasks_s, plan) + costs.score_s if spec.tasks else 0.0)
 
+    def maps_s(self) -> float:
+        """Returns the seconds of fitting the map of each layer: a pass of the model over the text, and as much again.
+
+        The pass is taken from what it costs a teacher or a judged text; it counts nothing where neither was timed.
+        """
+        spec, costs = self._inputs.maps_spec, self._costs
+        if spec is None:
+            return 0.0
+        token_s = 0.0
+        if costs.healing is not None:
+            token_s = costs.healing.teacher_step_s / self._inputs.healing_spec.tokens_per_step
+        elif (judged := self._inputs.full_spec).text is not None:
+            n_tokens = (judged.n_sequences or 1) * judged.sequence_tokens
+            token_s = self.mixed(costs.evaluation.text_s, self._base) / n_tokens
+        return 2 * spec.tokens * token_s
+
     def branches_s(self) -> float:
         """Returns the seconds of judging a healed plan's branches: with both, and with each of them zeroed."""
         return 3 * self.mixed(self._costs.evaluation.text_s, None)
@@ -74,12 +90,14 @@ class UnitSeconds:
         """
         costs = self._costs.healing
         assert costs is not None
-        has_weights = plan is None or plan.has_weights
-        transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and has_weights else 0
+        is_transferred = plan is None or plan.is_transferred
+        transfer = int(spec.steps * spec.transfer_fraction) if costs.transfer_step_s and is_transferred else 0
         step_s = self.mixed(costs.step_s, plan) + _STEP_S * self._costs.slowness
         step_s -= found_states * min(step_s, costs.teacher_step_s)
         n_phases = 2 if transfer else 1
         overhead_s = (_HEALING_JOB_S + n_phases * _HEALING_PHASE_S) * self._costs.slowness + 2 * self._costs.load_s
+        if plan is not None and plan.count(Treatment.AFFINE):
+            overhead_s += 2 * self.maps_s()  # the untouched model and the treated one go through the layers
         return overhead_s + slower * (transfer * costs.transfer_step_s + (spec.steps - transfer) * step_s)
 
     def timed_s(self, unit: ThroughputUnit) -> float:

@@ -15,7 +15,14 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.recipe.errors import InputError, nearest
 from orchestrator.recipe.healing import HalvingSection, HealingText
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.recipe.sections import AdaptiveSection, LabelsSection, LengthsSection, RaceSection, RefineSection
+from orchestrator.recipe.sections import (
+    AdaptiveSection,
+    AffineSection,
+    LabelsSection,
+    LengthsSection,
+    RaceSection,
+    RefineSection,
+)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -137,6 +144,7 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     places: list[tuple[str, Any, Any]] = [
         ("model.path", data["model"], "path"),
         ("quality.text", data["quality"], "text"),
+        ("search.affine.text", data["search"]["affine"], "text"),
         ("healing.teacher", healing, "teacher"),
         ("throughput.environment", data["throughput"], "environment"),
         *((f"healing.text[{index}].path", text, "path") for index, text in enumerate(healing["text"])),
@@ -212,6 +220,7 @@ def _section_class(location: Sequence[int | str]) -> type[BaseModel]:
     section = Recipe.model_fields[str(location[0])].annotation
     nested: dict[tuple[int | str, ...], type[BaseModel]] = {
         ("sensitivity", "adaptive"): AdaptiveSection,
+        ("search", "affine"): AffineSection,
         ("search", "race"): RaceSection,
         ("search", "refine"): RefineSection,
         ("throughput", "lengths"): LengthsSection,

@@ -90,6 +90,12 @@ class Recipe(Section):
                 list(self.sensitivity.treatments),
                 "lacks none; the search sorts layers by what removal costs, so add it",
             )
+        if self.search.removed not in self.sensitivity.treatments:
+            raise InputError(
+                "search.removed",
+                self.search.removed,
+                "is no treatment that layers are tried with; add it to sensitivity.treatments",
+            )
         if not described.judges_plans and self.sensitivity.treatments != ("none",):
             raise InputError(
                 "sensitivity.treatments",
@@ -160,6 +166,12 @@ class Recipe(Section):
                     source.path,
                     "is also quality.text, so models would be judged on training text; give another text or split",
                 )
+        if self.search.affine.text is not None and self.search.affine.text == self.quality.text:
+            raise InputError(
+                "search.affine.text",
+                self.search.affine.text,
+                "is also quality.text, so maps would be judged on the text that they were fitted to; give another text",
+            )
         if self.healing.tokens and "cosine" in self.healing.baselines and self.quality.text is None:
             raise InputError(
                 "healing.baselines",

@@ -261,6 +261,20 @@ class RaceSection(Section):
     leaders: Count = 4
 
 
+class AffineSection(Section):
+    """Says what the maps of affine layers are fitted on, before a search and again for each plan that is healed.
+
+    Attributes:
+        text: a text file or a hub dataset; without a value the first plain text that is healed on.
+        tokens: number of its tokens; a quarter of them judges the maps that are fitted to the rest.
+        rank: `full`, a number, or `auto` for the smallest rank whose error is within 1 % of the least.
+    """
+
+    text: str | None = None
+    tokens: Count = 16_384
+    rank: Literal["full", "auto"] | Count = "full"
+
+
 LEAST_SEQUENCES, LEAST_DOCUMENTS = 4, 16
 """Least numbers of items with which a race begins; fewer say little of the differences between plans."""
 
@@ -279,13 +293,18 @@ class SearchSection(Section):
             it from the bytes that a decode step reads, which are the same on every machine.
         speed_plans: number of plans that are timed before a search by measured speed.
         middle: the treatment of layers between the two thresholds.
+        removed: the treatment of layers below the lower threshold: `none`, the paper's, or `affine`.
         window: the window of windowed layers, in tokens.
+        sinks: how many of the window's tokens are the first ones of the sequence, which stay visible; the others are
+            the newest ones. Language models that were trained on long texts lose far less with 1 to 4 of them.
         seed: seed of the search.
         sampler: the sampler that moves the thresholds, Optuna's TPE or NSGA-II.
         remove_below: range `[low, high]` of the lower threshold; without a value it spans all drops and a margin around
             them.
         keep_above: range `[low, high]` of the upper threshold; without a value it is chosen in the same way.
-        plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none.
+        plans: plans that are always tried, with one letter per layer: S softmax, L linear_window, W window, N none,
+            A affine.
+        affine: what the maps of affine layers are fitted on.
         refine: improve the plans that would be healed; without a value this is off.
         race: judge only the most promising plans on all items; without a value all plans are.
     """
@@ -296,14 +315,28 @@ class SearchSection(Section):
     speed: Literal["measured", "bytes"] = "measured"
     speed_plans: Count = 8
     middle: Annotated[str, OneOf(middles)] = "linear_window"
+    removed: Literal["none", "affine"] = "none"
     window: Count = 64
+    sinks: CountOrZero = 0
     seed: CountOrZero = 0
     sampler: Literal["tpe", "nsga2"] = "tpe"
     remove_below: Range | None = None
     keep_above: Range | None = None
     plans: Annotated[tuple[PlanLetters, ...], AfterValidator(unique_entries)] = ()
+    affine: AffineSection = AffineSection()
     refine: RefineSection | None = None
     race: RaceSection | None = None
+
+    @model_validator(mode="after")
+    def _sinks_leave_room_in_the_window(self) -> SearchSection:
+        if self.sinks >= self.window:
+            raise InputError(
+                "search.sinks",
+                self.sinks,
+                f"fills the window of {self.window}, which needs room for the newest token; give at most "
+                f"{self.window - 1}, or a larger search.window",
+            )
+        return self
 
     @model_validator(mode="after")
     def _thresholds_do_not_cross(self) -> SearchSection:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from orchestrator.report.cells import Table, text_of, with_stderr
+from orchestrator.report.cells import Table, text_of, window_text, with_stderr
 from orchestrator.report.front import shown, shown_retained
 from orchestrator.report.tables import PARETO_COLUMNS
 
@@ -115,7 +115,7 @@ def searched_cells(candidates: pd.DataFrame) -> Table | None:
             row["status"],
             shown(row["on_front"], "yes"),
             shown(row["share"], ".0%"),
-            shown(row["window"], "d"),
+            window_text(row),
             shown(row["remove_below"], ".4g"),
             shown(row["keep_above"], ".4g"),
             with_stderr(row["quality"], row["quality_stderr"]),

@@ -34,6 +34,12 @@ def with_stderr(value: float, stderr: float, sign: str = "") -> str:
     return shown(value, f"{sign},.{decimals}f", f" ± {stderr:,.{decimals}f}")
 
 
+def window_text(row: pd.Series) -> str:
+    """Returns the window of a row's plan, with the sinks in it, such as `64 (4 sinks)`."""
+    sinks = "" if pd.isna(row["sinks"]) else f" ({row['sinks']} sink{'s' if row['sinks'] > 1 else ''})"
+    return shown(row["window"], "d", sinks)
+
+
 def text_of(value: Any) -> str:
     """Formats any value for a reader: lists are joined by commas, floats get five digits, missing is a dash."""
     if isinstance(value, list | tuple):

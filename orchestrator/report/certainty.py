@@ -61,6 +61,7 @@ INTERACTION_COLUMNS = {
     "measured_drop_stderr": "float64",
     "interaction": "float64",  # measured - predicted; positive where the layers need each other
     "interaction_stderr": "float64",
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of interactions.csv, in order. The table has one row for each plan and score.
 
@@ -273,11 +274,12 @@ def _other_tiers(row: pd.Series) -> list[str]:
     """
     present = [entry.name for entry in TREATMENTS if entry.is_middle and entry.letter in row["plan"]]
     middle = " or ".join(present) or "the middle treatment"
+    removed = Treatment.AFFINE if Treatment.AFFINE.letter in row["plan"] else Treatment.NONE
     if row["remove_below"] == row["keep_above"]:
-        tiers = [Treatment.NONE.value, Treatment.SOFTMAX.value]
+        tiers = [removed.value, Treatment.SOFTMAX.value]
     else:
         below, above = (name in row["straddles"].split() for name in _STRADDLES)
-        tiers = [Treatment.NONE.value] * below + [middle] + [Treatment.SOFTMAX.value] * above
+        tiers = [removed.value] * below + [middle] + [Treatment.SOFTMAX.value] * above
     own = middle if row["treatment"] in present else row["treatment"]
     return [tier for tier in tiers if tier != own]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from orchestrator.report.cells import Table, text_of, with_stderr
+from orchestrator.report.cells import Table, text_of, window_text, with_stderr
 from orchestrator.report.front import shown
 
 
@@ -59,7 +59,7 @@ def interactions_cells(table: pd.DataFrame) -> Table | None:
             row["plan_id"],
             row["origin"],
             row["score"],
-            shown(row["window"], "d"),
+            window_text(row),
             shown(row["predicted_drop"], "+,.4g"),
             with_stderr(row["measured_drop"], row["measured_drop_stderr"], "+"),
             with_stderr(row["interaction"], row["interaction_stderr"], "+"),

@@ -34,6 +34,7 @@ LENGTH_COLUMNS = {
     "kv_bytes_per_token": "float64",
     "status": "str",
     "error": "str",
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of lengths.csv, in order.
 
@@ -57,6 +58,7 @@ HALVING_COLUMNS = {
     "speedup": "float64",  # predicted
     "survived": "boolean",  # went on to the next rung
     "final_quality": "float64",  # after the whole budget; empty for plans that were dropped
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of halving.csv, in order. Rows are sorted by rung, then by base, baselines, search, then by plan_id."""
 
@@ -84,6 +86,7 @@ SPEED_COLUMNS = {
     "predicted_throughput_stderr": "float64",
     "output_throughput_tok_per_s": "float64",
     "relative_error": "float64",  # predicted over measured, minus 1
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of speed.csv, in order. The table has one row for each measured plan and concurrency.
 

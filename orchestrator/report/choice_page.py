@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from orchestrator.report.cells import Table, text_of, with_stderr
+from orchestrator.report.cells import Table, text_of, window_text, with_stderr
 from orchestrator.report.front import shown, shown_retained
 
 
@@ -84,7 +84,7 @@ def speed_cells(table: pd.DataFrame) -> Table | None:
         [
             row["plan"],
             shown(row["healed"], "yes"),
-            shown(row["window"], "d"),
+            window_text(row),
             shown(row["concurrency"], "d"),
             shown(row["in_fit"], "yes"),
             with_stderr(row["predicted_throughput_tok_per_s"], row["predicted_throughput_stderr"]),

@@ -51,6 +51,7 @@ BASELINE_COLUMNS = {
     "quality_ratio_stderr": "float64",  # paired over the items
     "nll_gain": "float64",  # the candidate's NLL minus the baseline's, nats per token; positive: baseline better
     "nll_gain_stderr": "float64",  # paired over the sequences
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of baselines.csv, in order.
 

@@ -55,6 +55,7 @@ CANDIDATE_COLUMNS = {
     "predicted_throughput_stderr": "float64",
     "share": "float64",  # of the items that it was judged on; below 1 where it did not lead the race
     "beaten_by": "str",  # plan_id of a plan that is better for certain on the first items; empty where there is none
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of candidates.csv, in order. The table has one row for each distinct plan that was tried.
 
@@ -103,6 +104,7 @@ PARETO_COLUMNS = {
     # The control is the untouched parent, healed like the candidates (`healing.baselines: [parent]`).
     "control_retained": "float64",  # quality over the control's quality; empty without a control
     "control_retained_stderr": "float64",  # paired
+    "sinks": "Int64",  # first tokens that the window holds; empty where it holds none
 }
 """Columns of pareto.csv, in order. The table has one row for each candidate and serving condition.
 

@@ -112,9 +112,9 @@ def branch_rows(records: RecordReader, state: RunState) -> Iterator[dict[str, An
 _BRANCH_VALUES = ("nll", "nll_loss", "nll_loss_stderr", "n_items")
 
 
-def _budget(plan: Plan) -> tuple[str, int | None]:
-    """Returns what determines a plan's speed: its number of layers of each treatment, and its window."""
-    return "".join(sorted(str(plan))), plan.window
+def _budget(plan: Plan) -> tuple[str, int | None, int]:
+    """Returns what makes two plans of equal budget: the layers of each treatment, the window, and its sinks."""
+    return "".join(sorted(str(plan))), plan.window, plan.sinks
 
 
 def _nll_gain(candidate: Scores, other: Scores) -> dict[str, float | None]:

@@ -203,7 +203,7 @@ def _flags(base: Scores | None, scores: Scores | None) -> str | None:
 
 
 def _failed_healing(failure: Failure) -> dict[str, Any]:
-    plan = Plan.parse(failure.name["plan"], failure.name.get("window"))
+    plan = Plan.from_dict(failure.name)
     return {
         "plan_id": plan.plan_id,
         **plan.to_dict(),

@@ -193,18 +193,17 @@ def _treated(tried: Iterable[tuple[Plan, str | None, str]]) -> Tried:
     return found
 
 
-def tier_rows(sensitivity: list[dict[str, Any]], state: RunState) -> Iterator[dict[str, Any]]:
+def tier_rows(
+    sensitivity: list[dict[str, Any]], state: RunState, removed: str = Treatment.NONE.value
+) -> Iterator[dict[str, Any]]:
     """Yields the rows of tiers.csv: the layers of the healed plans that came from thresholds.
 
     Args:
         sensitivity: Rows of sensitivity.csv.
         state: State of the run.
+        removed: Treatment of the layers below the lower threshold, whose drops the thresholds lie on.
     """
-    drops = {
-        row["layer"]: row
-        for row in sensitivity
-        if row["task"] == MEAN_TASK and row["treatment"] == Treatment.NONE.value
-    }
+    drops = {row["layer"]: row for row in sensitivity if row["task"] == MEAN_TASK and row["treatment"] == removed}
     trials = {trial.plan: trial for trial in reversed(state.trials)}
     for entry in state.healed:
         plan = entry.plan

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from layerboost.plan import Treatment
 from orchestrator.recipe.constraints import ConstraintsSection
 from orchestrator.report.certainty import correlations_table, interactions_table, rankings_table, tiers_table
 from orchestrator.report.choice import estimates_table, fidelity_table, halving_table, lengths_table, speed_table
@@ -60,7 +61,9 @@ def report_data(folder: RunFolder) -> ReportData:
         InputError: The folder holds no run.
     """
     state, recipe_yaml = load_state(folder), folder.read_text(RECIPE_FILE)
-    constraints = ConstraintsSection.model_validate(yaml.safe_load(recipe_yaml).get("constraints", {}))
+    recipe = yaml.safe_load(recipe_yaml)
+    constraints = ConstraintsSection.model_validate(recipe.get("constraints", {}))
+    removed = recipe.get("search", {}).get("removed", Treatment.NONE.value)
     records = RecordReader(folder)
     ablations = Ablations(records, state, interaction_bases(state))
     found, predict = views(ablations, state), predictions(state)
@@ -92,7 +95,7 @@ def report_data(folder: RunFolder) -> ReportData:
         rankings=rankings_table(ranking_rows(found)),
         correlations=correlations_table(correlation_rows(found)),
         interactions=interactions_table(interaction_rows(records, state, ablations)),
-        tiers=tiers_table(tier_rows(ablations.rows, state)),
+        tiers=tiers_table(tier_rows(ablations.rows, state, removed)),
         warnings=[
             f"{failure.stage} failed for {failure.name}: {failure.error.splitlines()[0]}" for failure in state.failures
         ],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
+from layerboost.checkpoint import ModelSource
 from layerboost.evaluation.scores import QualitySpec
 from layerboost.storage.errors import DiskFullError, is_disk_full
 from orchestrator.recipe.errors import InputError
@@ -25,6 +28,9 @@ from tasks.pool.finished import Finished
 from tasks.pool.watch import Watch
 
 Watched = TypeVar("Watched")
+
+MAPS_FOLDER = "maps"
+"""Folder inside the run folder that holds the maps of affine layers."""
 
 _LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 600.0, 20.0
 
@@ -58,6 +64,22 @@ class RunContext:
         self.inputs, self.folder, self.state, self.progress, self.address = inputs, folder, state, progress, address
         self.is_ahead = is_ahead
         self.listings: dict[str, StageUnits] = {}
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where workers load the parent from, with the maps that its affine layers get."""
+        source = self.inputs.source
+        return source if self.inputs.maps_spec is None else replace(source, maps=self.maps_file)
+
+    @property
+    def maps_file(self) -> str:
+        """The path or URL of the maps of affine layers, which stage `evaluate` fits."""
+        return self.folder.place(self.maps_name)
+
+    @property
+    def maps_name(self) -> str:
+        """The name of that file in the run folder."""
+        return f"{MAPS_FOLDER}/{unit_key(self.inputs.maps())}.safetensors"
 
     # Records
 
@@ -221,7 +243,9 @@ class RunContext:
         failures = []
         if workers:
             watch = self.watch(stage, units.__getitem__, n_workers=workers.n_workers)
-            failures = evaluate_units(todo, self.inputs.source, spec, workers, on_result=on_result, watch=watch)
+            # Stage `evaluate` judges nothing but the parent, and fits the maps that other stages load.
+            source = self.inputs.source if stage == "evaluate" else self.source
+            failures = evaluate_units(todo, source, spec, workers, on_result=on_result, watch=watch)
         for failure in failures:
             self.failed(stage, units[failure.unit], failure.error)
         self.progress.end_stage()

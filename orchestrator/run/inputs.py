@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from layerboost.affine import MapsSpec
 from layerboost.checkpoint import ModelSource
 from layerboost.evaluation.evaluate import spec_fingerprint
 from layerboost.evaluation.scores import SCORES, QualitySpec
@@ -25,8 +26,9 @@ from layerboost.search.plan_space import Limit, PlanSpace
 from layerboost.sensitivity.drops import single_layer_plan
 from layerboost.speed.byte_model import kv_bytes_of_layers, predicted_speedup
 from layerboost.text.sampling import SamplingSpec
-from layerboost.text.sources import sources_identity
+from layerboost.text.sources import TextSource, sources_identity
 from layerboost.version import __version__
+from orchestrator.recipe.fields import resolve_sequence_tokens
 from orchestrator.recipe.healing import SAMPLED, HealingText
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.recipe.sections import LEAST_DOCUMENTS, LEAST_SEQUENCES
@@ -188,10 +190,11 @@ class RunInputs:
     @cached_property
     def sweep_plans(self) -> dict[str, tuple[Plan, ...]]:
         """The plans of the sweep by treatment, first layer first; the untouched model under `softmax`."""
-        n_layers, window = self.n_layers, self.recipe.search.window
+        n_layers, search = self.n_layers, self.recipe.search
         return {Treatment.SOFTMAX.value: (Plan.uniform(Treatment.SOFTMAX, n_layers),)} | {
             treatment: tuple(
-                single_layer_plan(n_layers, layer, Treatment(treatment), window) for layer in range(n_layers)
+                single_layer_plan(n_layers, layer, Treatment(treatment), search.window, search.sinks)
+                for layer in range(n_layers)
             )
             for treatment in self.recipe.sensitivity.treatments
         }
@@ -208,7 +211,8 @@ class RunInputs:
             sampler=search.sampler,
             remove_below=search.remove_below,
             keep_above=search.keep_above,
-            plans=tuple(Plan.parse(plan, search.window) for plan in search.plans),
+            plans=tuple(Plan.parse(plan, search.window, search.sinks) for plan in search.plans),
+            removed=Treatment(search.removed),
         )
 
     @cached_property
@@ -230,6 +234,7 @@ class RunInputs:
             self.recipe.search.window,
             {layer: Treatment(treatment) for layer, treatment in constraints.pin.items()},
             tuple(limits),
+            self.recipe.search.sinks,
         )
 
     @property
@@ -246,6 +251,8 @@ class RunInputs:
             concurrency=self.condition.concurrency,
             context_tokens=self.condition.context_tokens,
             dtype_bytes=self._dtype_bytes,
+            # What `auto` will choose is not known ahead; whole matrices are the most that it may.
+            affine_rank=rank if isinstance(rank := self.recipe.search.affine.rank, int) else None,
         )
 
     @property
@@ -299,14 +306,48 @@ class RunInputs:
             weights[text.format == SAMPLED] += text.weight or 1.0
         return math.ceil(n_tokens * weights[True] / sum(weights.values())) + spec.sequence_tokens
 
+    @cached_property
+    def maps_spec(self) -> MapsSpec | None:
+        """What the maps of affine layers are fitted on; None if the recipe names no affine layers."""
+        affine = self.recipe.search.affine
+        if Treatment.AFFINE not in self.treatments:
+            return None
+        if affine.text is not None:
+            source = TextSource(shipped(affine.text))
+        else:
+            source = replace(next(t for t in self.healing_texts if t.format != SAMPLED).source(), weight=1.0)
+        sequence_tokens = resolve_sequence_tokens(None, self.facts.context_tokens)
+        return MapsSpec(source, affine.tokens, sequence_tokens, affine.rank)
+
     # Identities of units
+
+    @cached_property
+    def _maps(self) -> dict[str, Any] | None:
+        """The identity of what the maps of affine layers are fitted on."""
+        spec = self.maps_spec
+        if spec is None:
+            return None
+        return {
+            "text": sources_identity([spec.source])[0],
+            **{name: getattr(spec, name) for name in ("tokens", "sequence_tokens", "rank")},
+        }
+
+    def maps(self) -> dict[str, Any]:
+        """Returns the identity of the maps of all layers, each fitted on its own."""
+        return {"unit": "maps", "model": self.model, "maps": self._maps}
+
+    def _plan(self, plan: Plan | None) -> dict[str, Any] | None:
+        has_maps = plan is not None and plan.count(Treatment.AFFINE)
+        return plan_identity(plan, self._maps if has_maps else None)
 
     def scores(self, unit: EvaluationUnit, spec: QualitySpec, healed_key: str | None = None) -> dict[str, Any]:
         """Returns the identity of an evaluation; `healed_key` is the key of the healing that made the checkpoint."""
+        if unit.kind == "maps":
+            return self.maps()
         return {
             "unit": unit.kind,
             "model": self.model,
-            "plan": plan_identity(unit.plan),
+            "plan": self._plan(unit.plan),
             "healed": healed_key,
             "quality": self._fingerprint(spec),
         }
@@ -333,7 +374,7 @@ class RunInputs:
             "model": self.model,
             "quality": self._fingerprint(spec),
             "share": [share.start, share.stop, share.seed],
-            "plans": [plan_identity(plan) for plan in plans],
+            "plans": [self._plan(plan) for plan in plans],
         }
 
     def search(
@@ -353,6 +394,7 @@ class RunInputs:
                 "window": space.window,
                 "pinned": {str(layer): treatment.value for layer, treatment in sorted(space.pinned.items())},
                 "limits": {limit.name: limit.at_most for limit in space.limits},
+                **({"sinks": space.sinks} if space.sinks else {}),
             },
             "spec": {
                 **{name: getattr(spec, name) for name in ("method", "trials", "seed", "sampler", "lag")},
@@ -360,6 +402,7 @@ class RunInputs:
                 "remove_below": spec.remove_below and list(spec.remove_below),
                 "keep_above": spec.keep_above and list(spec.keep_above),
                 "plans": [str(plan) for plan in spec.plans],
+                **({} if spec.removed is Treatment.NONE else {"removed": spec.removed.value}),
             },
             **plugin_identity(self._plugins_of_search),
         }
@@ -369,7 +412,13 @@ class RunInputs:
         """All treatments that the recipe names, and softmax and none, which every search uses."""
         recipe = self.recipe
         planned = (treatment for plan in self.search_spec.plans for treatment in plan.treatments)
-        named = (*recipe.sensitivity.treatments, recipe.search.middle, *recipe.constraints.pin.values(), *planned)
+        named = (
+            *recipe.sensitivity.treatments,
+            recipe.search.middle,
+            recipe.search.removed,
+            *recipe.constraints.pin.values(),
+            *planned,
+        )
         wanted = {Treatment.SOFTMAX, Treatment.NONE, *map(Treatment, named)}
         return tuple(treatment for treatment in Treatment if treatment in wanted)
 
@@ -411,12 +460,12 @@ class RunInputs:
         It does not contain the number of workers nor how much each of them holds in memory at once.
         """
         # Settings that concern only feature maps change nothing for a plan without feature maps.
-        left_out = MEMORY_ONLY if plan.has_weights else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
+        left_out = MEMORY_ONLY if plan.is_transferred else (*MEMORY_ONLY, *LINEAR_WINDOW_ONLY)
         settings = (spec or self.healing_spec).to_dict()
         return {
             "unit": "heal",
             "model": self.model,
-            "plan": plan_identity(plan),
+            "plan": self._plan(plan),
             "spec": {name: value for name, value in settings.items() if name not in left_out},
             **self._healing,
             **plugin_identity(used_plugins([(DIVERGENCES, settings["divergence"])])),
@@ -436,7 +485,7 @@ class RunInputs:
             **({} if unit.environment is None else {"engine_versions": unit.environment.versions}),
             "hardware": hardware,
             "model": self.model,
-            "plan": plan_identity(unit.plan),
+            "plan": self._plan(unit.plan),
             "healed": healed_key,
             "concurrency": unit.concurrency,
             "prompt_tokens": unit.prompt_tokens,

@@ -53,7 +53,7 @@ def adaptive_sensitivity(run: RunContext) -> bool:
     if workers:
         failures = sweep_units(
             todo,
-            run.inputs.source,
+            run.source,
             rounds.source.spec,
             workers,
             on_result=rounds.record,

@@ -35,6 +35,7 @@ def baselines(run: RunContext, candidates: Sequence[Plan]) -> dict[Plan, str]:
                 run.inputs.n_layers,
                 middle=Treatment(search.middle),
                 window=search.window,
+                sinks=search.sinks,
                 budget=budget,
                 cosine=cosine,
                 seed=healing.seed,

@@ -62,7 +62,8 @@ def healing_job(run: RunContext, plan: Plan, key: str, workers: WorkerResources)
     inputs, folder = run.inputs, run.folder
     healing, spec, teacher = inputs.recipe.healing, inputs.healing_spec, inputs.facts.teacher
     return HealingJob(
-        parent=inputs.source,
+        parent=run.source,
+        maps=inputs.maps_spec,
         plan=plan,
         spec=spec,
         text=HealingText(healing_sources(run), apart=healing.documents == "apart"),

@@ -34,7 +34,7 @@ def refine(run: RunContext) -> list[Trial]:
     if workers:
         failures = sweep_units(
             todo,
-            run.inputs.source,
+            run.source,
             rounds.spec,
             workers,
             on_result=rounds.record,

@@ -176,7 +176,7 @@ class _Trials:
             run.progress.finish_unit(done.seconds, plan=done.unit, quality=f"{done.result['quality']:.4f}")
 
         failures: list[UnitFailure[Plan]] = []
-        evaluator = plan_evaluator_maker(inputs.source, spec, workers)
+        evaluator = plan_evaluator_maker(run.source, spec, workers)
         watch: Watch[Plan] = run.watch("search", lambda plan: {"plan": str(plan)}, n_workers=workers.n_workers)
         points = run_search(state, evaluator, workers, on_plan=on_plan, on_failure=failures.append, watch=watch)
         return points, failures
@@ -246,6 +246,8 @@ def known_plans(run: RunContext) -> dict[str, dict[str, Any]]:
         plan = Plan.uniform(Treatment.SOFTMAX, run.inputs.n_layers)
         if record.identity["plan"] is not None:
             plan = Plan.from_dict(record.identity["plan"])
+        if record.identity["plan"] != run.inputs.plan_scores(plan, run.inputs.first_quality_spec)["plan"]:
+            continue  # its affine layers had other maps
         scores = record.result["scores"]
         value, stderr = quality(Scores.from_dict(scores))
         known[plan.plan_id] = {"quality": value, "quality_stderr": stderr, "scores": scores}

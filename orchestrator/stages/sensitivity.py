@@ -104,7 +104,7 @@ class Sweep:
             spec = (self._text_source if self._has_cosine else self._sources[0]).spec
             failures = sweep_units(
                 todo,
-                run.inputs.source,
+                run.source,
                 spec,
                 workers,
                 on_result=self._take,

@@ -57,7 +57,7 @@ def _timed_plans(run: RunContext, hardware: str) -> dict[ThroughputUnit, Plan]:
         for plan in designed_plans(run):
             unit = _unit(run, plan, concurrency)
             if run.recorded(run.inputs.throughput(unit, hardware, None), TIMINGS) is None:
-                plan = alike.get((counts(plan, native), plan.window), plan)
+                plan = alike.get((counts(plan, native), plan.window, plan.sinks), plan)
                 unit = _unit(run, plan, concurrency)
             plans[unit] = plan
     return plans
@@ -89,11 +89,13 @@ def designed_plans(run: RunContext) -> list[Plan]:
     search, n_layers = run.inputs.recipe.search, run.inputs.n_layers
     return design_plans(
         n_layers,
-        tuple(Treatment),  # the fixed points have all of them
+        # The fixed points have all treatments but affine, whose layers are there only if the recipe names them.
+        tuple(t for t in Treatment if t is not Treatment.AFFINE or t in run.inputs.treatments),
         search.window,
         search.speed_plans,
         native_windows=native_windows(run.inputs.facts.config),
-        given=[Plan.parse(plan, search.window) for plan in search.plans],
+        given=[Plan.parse(plan, search.window, search.sinks) for plan in search.plans],
+        sinks=search.sinks,
     )
 
 
@@ -120,10 +122,10 @@ def layer_times(run: RunContext) -> dict[Treatment, list[float]]:
     model = _model(run)
     if model is not None:
         return model.layer_times()
-    n_layers, window = run.inputs.n_layers, run.inputs.recipe.search.window
+    n_layers, search = run.inputs.n_layers, run.inputs.recipe.search
     steps = {
         treatment: [
-            1 / run.inputs.predicted_speedup(single_layer_plan(n_layers, layer, treatment, window))
+            1 / run.inputs.predicted_speedup(single_layer_plan(n_layers, layer, treatment, search.window, search.sinks))
             for layer in range(n_layers)
         ]
         for treatment in Treatment
@@ -149,13 +151,13 @@ def _unit(run: RunContext, plan: Plan, concurrency: int) -> ThroughputUnit:
 def _recorded_alike(
     run: RunContext, concurrency: int, hardware: str, native: Sequence[int | None]
 ) -> dict[tuple, Plan]:
-    """Returns the recorded unhealed plans under this condition, one for each layer counts and window."""
+    """Returns the recorded unhealed plans under this condition, one for each layer counts, window and sinks."""
     wanted = canonical_json(run.inputs.throughput(throughput_unit(run, None, concurrency), hardware, None))
     found: dict[tuple, Plan] = {}
     for record in all_records(run.folder, TIMINGS):
         if record.identity.get("plan") and canonical_json({**record.identity, "plan": None}) == wanted:
             plan = Plan.from_dict(record.identity["plan"])
-            found.setdefault((counts(plan, native), plan.window), plan)
+            found.setdefault((counts(plan, native), plan.window, plan.sinks), plan)
     return found
 
 

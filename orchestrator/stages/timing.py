@@ -97,11 +97,11 @@ def time_models(
         in_groups = server_groups(todo, on_gpu=on_gpu) if serves else groups(todo, on_gpu=on_gpu)
         watch = run.watch(stage, _group_name, of_each=max(map(len, in_groups)))
         where = run.inputs.recipe.placement.labels.time
-        failures = measure_groups(in_groups, run.inputs.source, on_result=on_result, watch=watch, labels=where)
+        failures = measure_groups(in_groups, run.source, on_result=on_result, watch=watch, labels=where)
         # A model that cannot be timed must not fail the others of its group, so each is timed again in its own pair.
         if not serves and (pairs := [pair for failure in failures for pair in _pairs(failure.unit)]):
             alone = [failure for failure in failures if not _pairs(failure.unit)]
-            failures = alone + measure_groups(pairs, run.inputs.source, on_result=on_result, watch=watch, labels=where)
+            failures = alone + measure_groups(pairs, run.source, on_result=on_result, watch=watch, labels=where)
         for unit, error in _failed_units(failures, todo):
             if run.recorded(identities[unit], TIMINGS) is None:
                 run.failed(stage, {**units[unit][0], **_condition(unit)}, error)

@@ -104,8 +104,8 @@ def fit_layer(
 
 
 def linear_window_layers_of(plan: Plan) -> list[int]:
-    """Returns the indices, from 0, of the layers that a plan gives parameters of their own."""
-    return [layer for layer, treatment in enumerate(plan.treatments) if treatment.has_weights]
+    """Returns the indices, from 0, of the layers whose parameters attention transfer fits."""
+    return [layer for layer, treatment in enumerate(plan.treatments) if treatment.is_transferred]
 
 
 def fit_layers(job: HealingJob, phase: Phase, on_progress: Callable[[HealingProgress], None]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from layerboost.affine import MapsSpec
 from layerboost.checkpoint import ModelSource
 from layerboost.environ import keep_freed_memory
 from layerboost.healing.spec import TRANSFER, HealingSpec, Phase, mark_steps, phases_of
@@ -197,6 +198,8 @@ class HealingJob:
         text: the text that it is trained on.
         teacher: another model of the same vocabulary that the healed model learns from; None takes the parent.
             Attention is always transferred from the parent.
+        maps: what the maps of affine layers are fitted on, one after another, before the healing begins; None leaves
+            those of the parent's source. A layer's rank is that of its map there, and full if there is none.
         transfer: `together` fits all linear_window layers in one pass of the parent; `by_layer` gives each a Ray task
             of its own, which needs the memory of one layer and runs the models once for each layer.
         checkpoints: the name of the job, and the place of what it continues from.
@@ -216,6 +219,7 @@ class HealingJob:
     spec: HealingSpec
     text: HealingText
     teacher: ModelSource | None = None
+    maps: MapsSpec | None = None
     transfer: str = TOGETHER
     checkpoints: Checkpoints
     output: str | None
@@ -283,14 +287,18 @@ def located(job: HealingJob) -> HealingJob:
         return path if ships_folder or not Path(path).expanduser().exists() else absolute(path)
 
     def found_model(source: ModelSource) -> ModelSource:
-        return replace(source, path=found(source.path))
+        return replace(source, path=found(source.path), maps=None if source.maps is None else absolute(source.maps))
 
-    sources = tuple(replace(source, path=found(str(source.path))) for source in job.text.sources)
+    def found_text(source: TextSource) -> TextSource:
+        return replace(source, path=found(str(source.path)))
+
+    sources = tuple(map(found_text, job.text.sources))
     return replace(
         job,
         parent=found_model(job.parent),
         teacher=None if job.teacher is None else found_model(job.teacher),
         text=replace(job.text, sources=sources),
+        maps=None if job.maps is None else replace(job.maps, source=found_text(job.maps.source)),
         output=None if job.output is None else absolute(job.output),
         checkpoints=replace(job.checkpoints, storage_path=absolute(job.checkpoints.storage_path)),
         snapshots=replace(job.snapshots, url=None if job.snapshots.url is None else absolute(job.snapshots.url)),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from layerboost.affine import FittedMap, Rank, load_maps
 from layerboost.checkpoint import load_model, save_checkpoint
 from layerboost.convert import convert
 from layerboost.healing.adapters import load_trained
@@ -22,8 +23,10 @@ from layerboost.healing.distillation import make_trainee
 from layerboost.healing.spec import HEAL, TRANSFER, HeldOut, Phase, annealing_start, last_step, phases_of
 from layerboost.healing.teacher_states import TeacherStates
 from layerboost.healing.training import CurveRow, NonFiniteLossError, run_phase, split_held_out, student_from
+from layerboost.plan import Treatment
 from layerboost.storage.errors import DiskFullError, is_disk_full, retried
 from layerboost.storage.publish import publish_folder, publish_tensors
+from layerboost.sweep.affine_fits import fit_maps_of_plan, read_sequences
 from layerboost.text.batches import GlobalBatches
 from tasks.healing.attention_transfer import read_fitted_layers
 from tasks.healing.engine import make_engine, release, save_state, saved_parameters, trained_parameters
@@ -146,7 +149,7 @@ class _Worker:
 
     def _run_phase(self, phase: Phase, trained: dict[str, torch.Tensor], resumes: bool) -> dict[str, torch.Tensor]:
         """Trains a phase and returns the trained parameters by the student's names; workers that need none get none."""
-        parent, student = self._load_pair(trained)
+        parent, student = self._load_pair(trained, fits_maps=phase.name == HEAL and not resumes)
         state_file = self.restored / _STATE_FILE if resumes and self.restored is not None else None
         start = len(self.done.curve) - phase.first_step
         keeps = self.rank == 0 or phase.name == TRANSFER  # all workers continue a transfer, rank 0 saves the model
@@ -214,14 +217,35 @@ class _Worker:
         )
         return config.get_text_config()
 
-    def _load_pair(self, trained: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Loads the parent and converts it; the student shares its parameters and holds what was trained so far."""
+    def _load_pair(
+        self, trained: dict[str, torch.Tensor], *, fits_maps: bool
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Loads the parent and converts it; the student shares its parameters and holds what was trained so far.
+
+        The maps of affine layers are fitted when healing begins. Before it nothing reads them, and what goes on holds
+        its own.
+        """
         parent: Any = load_parent(self.job)
         if self.job.zero.stage < 3:  # in stage 3 DeepSpeed moves only its part to each GPU
             parent = parent.to(self.device)
-        student = convert(parent, self.job.plan, parent=self.job.parent.path, revision=self.job.parent.revision)
+        maps = self._plans_maps(parent) if fits_maps else None
+        source = self.job.parent
+        student = convert(parent, self.job.plan, maps=maps, parent=source.path, revision=source.revision)
         load_trained(student, trained)
         return parent, student
+
+    def _plans_maps(self, parent: PreTrainedModel) -> dict[int, FittedMap] | None:
+        """Fits the maps of the plan's affine layers one after another; None if it has none.
+
+        Every worker fits the same maps. They keep the ranks that were chosen for each layer alone.
+        """
+        spec, layers = self.job.maps, self.job.plan.layers(Treatment.AFFINE)
+        if spec is None or not layers:
+            return None
+        alone = {} if self.job.parent.maps is None else load_maps(self.job.parent.maps)
+        ranks: dict[int, Rank] = {layer: alone[layer].rank or "full" if layer in alone else "full" for layer in layers}
+        sequences = read_sequences(spec, self.job.parent.load_tokenizer())
+        return fit_maps_of_plan(parent, self.job.plan, sequences, rank=ranks, on_layer=self.hung.alive)
 
     def _load_teacher(self, parent: PreTrainedModel) -> PreTrainedModel:
         teacher = self.job.teacher

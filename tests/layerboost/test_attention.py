@@ -5,12 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerboost.attention import LinearWindow, linear_window_attention, naive_attention, window_attention
+from layerboost.attention import (
+    LinearWindow,
+    Sinks,
+    linear_window_attention,
+    naive_attention,
+    sink_tokens,
+    window_attention,
+)
 from layerboost.plan import Treatment
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SCALING = HEAD_DIM**-0.5
 LENGTHS_AND_WINDOWS = [(1, 1), (3, 8), (8, 8), (9, 8), (70, 1), (130, 5), (200, 64), (161, 80), (64, 100)]
+
+LENGTHS_WINDOWS_AND_SINKS = [
+    (n, window, sinks) for n, window in LENGTHS_AND_WINDOWS for sinks in (0, 1, 3) if sinks < window
+]
 
 
 @pytest.fixture
@@ -31,12 +42,14 @@ def left_padding(batch: int, n_tokens: int) -> torch.Tensor:
     return torch.arange(n_tokens) >= n_tokens - lengths[:, None]
 
 
-def fast(treatment, query, key, value, window, feature_map, **kwargs):
+def fast(treatment, query, key, value, window, feature_map, sinks=0, **kwargs):
+    if sinks:
+        keys = sink_tokens(sinks, key.shape[2], kwargs.get("valid"), kwargs.get("segments"), key)
+        kwargs["sinks"] = Sinks(sinks, keys)
+    kwargs |= {"scaling": SCALING, "window": window - sinks}
     if treatment is Treatment.WINDOW:
-        return window_attention(query, key, value, scaling=SCALING, window=window, **kwargs)
-    return linear_window_attention(
-        query, key, value, scaling=SCALING, window=window, feature_map=feature_map, **kwargs
-    )[0]
+        return window_attention(query, key, value, **kwargs)
+    return linear_window_attention(query, key, value, feature_map=feature_map, **kwargs)[0]
 
 
 def naive(treatment, query, key, value, window, feature_map, **kwargs):
@@ -46,13 +59,15 @@ def naive(treatment, query, key, value, window, feature_map, **kwargs):
 
 
 @pytest.mark.parametrize("treatment", [Treatment.WINDOW, Treatment.LINEAR_WINDOW])
-@pytest.mark.parametrize("n_tokens, window", LENGTHS_AND_WINDOWS)
-@pytest.mark.parametrize("case", ["plain", "padded", "packed", "packed_padded", "softcap"])
-def test_full_form_equals_naive_in_value_and_gradient(treatment, n_tokens, window, case, feature_map):
+@pytest.mark.parametrize("n_tokens, window, sinks", LENGTHS_WINDOWS_AND_SINKS)
+@pytest.mark.parametrize("case", ["plain", "padded", "holes", "packed", "packed_padded", "softcap"])
+def test_full_form_equals_naive_in_value_and_gradient(treatment, n_tokens, window, sinks, case, feature_map):
     query, key, value = random_qkv(n_tokens)
-    kwargs = {}
+    kwargs = {"sinks": sinks}
     if "padded" in case:
         kwargs["valid"] = left_padding(3, n_tokens)
+    if case == "holes":
+        kwargs["valid"] = torch.rand(3, n_tokens) < 0.7
     if "packed" in case:
         kwargs["segments"] = (torch.rand(3, n_tokens) < 0.05).long().cumsum(dim=1)
     if case == "softcap":
@@ -69,6 +84,26 @@ def test_full_form_equals_naive_in_value_and_gradient(treatment, n_tokens, windo
             assert not (treatment is Treatment.LINEAR_WINDOW and expected is not None and expected.any())
             continue
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("n_tokens, window, sinks", [(5, 4, 2), (70, 9, 4), (130, 2, 1), (200, 64, 4), (64, 100, 4)])
+def test_sinks_are_seen_by_all_later_queries_of_their_document_inside_the_budget(n_tokens, window, sinks):
+    _, key, _ = random_qkv(n_tokens, batch=1)
+    value = torch.eye(n_tokens, dtype=torch.float64).expand(1, KV_HEADS, -1, -1)  # the output tells what is seen
+    query = torch.zeros(1, HEADS, n_tokens, HEAD_DIM, dtype=torch.float64)
+    seen = fast(Treatment.WINDOW, query, key, value, window, None, sinks=sinks)[0, 0] > 0
+    for token in range(n_tokens):
+        newest = range(max(token - (window - sinks) + 1, 0), token + 1)
+        assert set(seen[token].nonzero().flatten().tolist()) == {*range(min(sinks, token + 1)), *newest}
+    assert seen.sum(dim=1).max() == min(window, n_tokens)
+
+
+@pytest.mark.parametrize("treatment", [Treatment.WINDOW, Treatment.LINEAR_WINDOW])
+def test_a_window_as_long_as_the_text_needs_no_sinks(treatment, feature_map):
+    query, key, value = random_qkv(50)
+    softmax = naive(Treatment.SOFTMAX, query, key, value, None, None)
+    with_sinks = fast(treatment, query, key, value, 50, feature_map, sinks=4)
+    torch.testing.assert_close(with_sinks, softmax, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("n_tokens, window", LENGTHS_AND_WINDOWS)

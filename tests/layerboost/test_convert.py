@@ -22,11 +22,13 @@ from layerboost.checkpoint import CheckpointError, load_model, save_checkpoint
 from layerboost.convert import ConversionError
 from layerboost.families import UnsupportedFamilyError, attention_module, family_of
 from layerboost.speed.byte_model import ByteModel
+from layerboost.treatments import AffineMap
 from tests.models import VARIANTS, tiny_model
 
 FAMILIES = [*layerboost.supported_families(), *VARIANTS]
 WINDOW, N_TOKENS = 5, 41
-PLANS = ["SSSS", "WWWW", "LLLL", "NNNN", "NLWS", "LNSW", "WSNL", "SWLN"]
+PLANS = ["SSSS", "WWWW", "LLLL", "NNNN", "NLWS", "LNSW", "WSNL", "SWLN", "WWWW+2", "LLLL+2", "NLWS+3", "AAAA", "LAWS+2"]
+"""Plans of four layers; some keep the number of sinks after the plus."""
 TOLERANCE = 2e-4
 
 
@@ -39,13 +41,14 @@ def random_tokens(model, batch=3, n_tokens=N_TOKENS):
     return torch.randint(3, model.config.vocab_size, (batch, n_tokens))
 
 
-def converted(parent, letters, window=WINDOW):
-    model = convert(parent, Plan.parse(letters, window))
+def converted(parent, plan, window=WINDOW):
+    letters, _, sinks = plan.partition("+")
+    model = convert(parent, Plan.parse(letters, window, int(sinks or 0)))
     with torch.no_grad():  # makes the feature maps affect the output
         for module in model.modules():
-            if isinstance(module, LinearWindow):
+            if isinstance(module, LinearWindow | AffineMap):
                 for parameter in module.parameters():
-                    parameter.normal_(std=0.5)
+                    parameter.normal_(std=0.5 if isinstance(module, LinearWindow) else 0.1)
     return model
 
 
@@ -85,7 +88,12 @@ def test_cached_decode_equals_the_full_forward(parent, letters):
     tokens = random_tokens(model)
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
-    for pieces in ({}, {"piece_tokens": 3, "prefill_tokens": 2}, {"piece_tokens": 1, "prefill_tokens": 20}):
+    for pieces in (
+        {},
+        {"piece_tokens": 3, "prefill_tokens": 2},
+        {"piece_tokens": 1, "prefill_tokens": 20},
+        {"piece_tokens": 11, "prefill_tokens": 1},
+    ):
         logits, cache = decode(model, tokens, **pieces)
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
         assert cache.get_seq_length() == N_TOKENS
@@ -100,12 +108,33 @@ def test_left_padded_rows_of_unequal_length_equal_each_row_alone(parent, letters
     with torch.no_grad():
         full = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         alone = [model(tokens[i : i + 1, -n:], use_cache=False).logits[0] for i, n in enumerate(lengths)]
-    stepwise, _ = decode(model, tokens, mask)
-    prefilled, _ = decode(model, tokens, mask, prefill_tokens=30)
+    cached = [decode(model, tokens, mask, *pieces)[0] for pieces in ((1, 1), (1, 30), (4, 3), (9, 2), (3, 19))]
     for row, n in enumerate(lengths):
-        for logits in (full, stepwise, prefilled):
+        for logits in (full, *cached):
             assert logits[row].isfinite().all()
             torch.testing.assert_close(logits[row, -n:], alone[row], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("plan", ["WWWW+2", "LLLL+1", "WLWL+4"])
+def test_sinks_are_found_in_rows_with_holes_whatever_the_pieces(plan):
+    model = converted(tiny_model("llama"), plan)
+    tokens = random_tokens(model, batch=6)
+    mask = (torch.rand(tokens.shape) < 0.5).long()
+    mask[:, -1] = 1
+    mask[0, :3] = torch.tensor([1, 0, 1])
+    mask[1, :20] = 0
+    mask[2] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        alone = [
+            model(row[kept.bool()][None], use_cache=False).logits[0] for row, kept in zip(tokens, mask, strict=True)
+        ]
+    for pieces in ((1, 1), (1, 30), (4, 3), (9, 2), (3, 19)):
+        logits, _ = decode(model, tokens, mask, *pieces)
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(expected[2], alone[2], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("letters", PLANS)
@@ -176,8 +205,9 @@ def test_restoring_gives_the_parent_back(parent):
 
 
 @torch.no_grad()
-def test_save_and_load_is_bit_equal(parent, tmp_path):
-    model = converted(parent, "NLWS")
+@pytest.mark.parametrize("plan", ["NLWS", "NLWS+2"])
+def test_save_and_load_is_bit_equal(parent, plan, tmp_path):
+    model = converted(parent, plan)
     tokens = random_tokens(model)
     save_checkpoint(model, None, tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
@@ -188,7 +218,8 @@ def test_save_and_load_is_bit_equal(parent, tmp_path):
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert torch.equal(decode(loaded, tokens)[0], decode(model, tokens)[0])
     record = json.loads((tmp_path / "model" / "config.json").read_text())["layerboost"]
-    assert record["plan"] == "NLWS" and record["window"] == WINDOW and record["plan_id"] == plan_of(model).plan_id
+    assert record["plan"] == "NLWS" and record["window"] == WINDOW and record.get("sinks", 0) == plan_of(model).sinks
+    assert record["plan_id"] == plan_of(model).plan_id
 
 
 def test_remote_code_loads_without_the_package(tmp_path):
@@ -232,7 +263,7 @@ def generate(model, tokens, mask, **kwargs):
     return model.generate(tokens, attention_mask=mask, **{**settings, **kwargs})
 
 
-@pytest.mark.parametrize("letters", ["WWWW", "LLLL", "NNNN", "NLWS"])
+@pytest.mark.parametrize("letters", ["WWWW", "LLLL", "NNNN", "NLWS", "NLWS+2"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
 def test_generate_gives_the_same_with_and_without_a_cache(name, letters):
     torch.manual_seed(7)  # avoids the rare draw in which a tie within rounding changes a sampled token
@@ -253,9 +284,11 @@ def test_generate_gives_the_same_with_and_without_a_cache(name, letters):
     assert torch.equal(generate(model, tokens, mask)[0, 12:], short[0, 4:])
 
 
-def test_packed_documents_do_not_see_each_other():
-    model = converted(tiny_model("llama"), "NLWS")
-    tokens, lengths = random_tokens(model, batch=1, n_tokens=100), [30, 3, 67]
+@pytest.mark.parametrize("plan", ["NLWS", "LLWW+2"])
+@pytest.mark.parametrize("lengths", [[30, 3, 67], [1, 90, 2, 200, 4]])
+def test_packed_documents_do_not_see_each_other(plan, lengths):
+    model = converted(tiny_model("llama"), plan)
+    tokens = random_tokens(model, batch=1, n_tokens=sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     with torch.no_grad():
         packed = model(tokens, position_ids=positions, use_cache=False).logits[0]
@@ -263,12 +296,13 @@ def test_packed_documents_do_not_see_each_other():
     torch.testing.assert_close(packed, torch.cat(alone), atol=TOLERANCE, rtol=0)
 
 
-def test_gradients_reach_every_parameter_also_with_checkpointing(parent):
+@pytest.mark.parametrize("plan", ["NLWS", "NLWS+2"])
+def test_gradients_reach_every_parameter_also_with_checkpointing(parent, plan):
     tokens = random_tokens(parent)
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        model = converted(parent, "NLWS")
+        model = converted(parent, plan)
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
@@ -283,15 +317,23 @@ def test_gradients_reach_every_parameter_also_with_checkpointing(parent):
         torch.testing.assert_close(plain, checkpointed, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cache_keeps_beams_apart_and_refuses_to_go_back():
-    model = converted(tiny_model("llama"), "NLWS")
+@pytest.mark.parametrize("plan", ["NLWS", "NLWS+2"])
+def test_the_cache_keeps_beams_apart_and_refuses_to_go_back(plan):
+    model = converted(tiny_model("llama"), plan)
     tokens = random_tokens(model)
-    _, cache = decode(model, tokens)
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    mask = torch.ones(3, N_TOKENS, dtype=torch.long)
+    mask[1, :13] = 0
+    _, cache = decode(model, tokens, mask)
+    rows = torch.tensor([2, 0, 1])
+    cache.reorder_cache(rows)
+    mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
+    positions = mask.cumsum(dim=1) - 1
     with torch.no_grad():
         following = torch.randint(3, 97, (3, 1))
-        actual = model(following, past_key_values=cache).logits
-        expected = model(torch.cat([tokens[[2, 0, 1]], following], dim=1)).logits[:, -1:]
+        actual = model(following, attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache).logits
+        expected = model(
+            torch.cat([tokens[rows], following], dim=1), attention_mask=mask, position_ids=positions.clamp(min=0)
+        ).logits[:, -1:]
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
     with pytest.raises(NotImplementedError, match="softmax and none"):
         cache.crop(-1)

@@ -16,7 +16,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from layerboost.checkpoint import load_model
+from layerboost.families import attention_module
 from layerboost.speed.vllm_bench import ServingMeasurement
 from layerboost.speed.vllm_environment import ServingEnvironment
 from orchestrator import cli
@@ -127,6 +130,13 @@ WRONG = {
     "weights cut off": (cut_weights, [], "model.path", "model.safetensors", "damaged"),
     "no such device": (damage_nothing, ["--set", "model.device=cuda:63"], "model.device", "cuda:63", "use auto or cpu"),
     "window 0": (damage_nothing, ["--set", "search.window=0"], "search.window", "0", "greater than or equal to 1"),
+    "sinks that fill the window": (
+        damage_nothing,
+        ["--set", "search.sinks=8", "--set", "search.window=8"],
+        "search.sinks",
+        "8",
+        "give at most 7",
+    ),
     "window over the context": (damage_nothing, ["--set", "search.window=64"], "search.window", "64", "give fewer"),
     "threshold range reversed": (
         damage_nothing,
@@ -425,9 +435,28 @@ def test_report_needs_records(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{tmp_path}/run\n"
 
 
-def test_convert_then_evaluate_bench_and_generate(inputs, capsys):
+@pytest.mark.parametrize("rank", ["full", "auto", "3"])
+def test_convert_fits_affine_layers_on_a_text(rank, inputs, capsys):
+    out = inputs.folder / "converted"
+    text = ["--text", str(inputs.folder / "heal.txt"), "--tokens", "640", "--rank", rank]
+    assert cli.main(["convert", str(inputs.model), "--plan", "AWA", "--window", "8", *text, "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "layer 0: rank" in said and "layer 2: rank" in said and "held-out error" in said
+    model = load_model(str(out))
+    for layer in (0, 2):
+        affine = attention_module(model, layer).affine
+        assert affine.bias.abs().max() > 0
+        assert rank != "3" or affine.down.shape == (3, 16)
+    again = load_model(str(out))
+    tokens = torch.arange(3, 23)[None]
+    assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+@pytest.mark.parametrize("sinks", [[], ["--sinks", "2"]], ids=["no sinks", "sinks"])
+def test_convert_then_evaluate_bench_and_generate(sinks, inputs, capsys):
     converted = inputs.folder / "made" / "converted"
-    assert cli.main(["convert", str(inputs.model), "--plan", "NSL", "--window", "8", "--out", str(converted)]) == 0
+    command = ["convert", str(inputs.model), "--plan", "NSL", "--window", "8", *sinks, "--out", str(converted)]
+    assert cli.main(command) == 0
     assert "NSL" in capsys.readouterr().out
     assert json.loads((converted / "config.json").read_text())["layerboost"]["plan"] == "NSL"
     assert [path.name for path in converted.parent.iterdir()] == ["converted"], "a half-written folder is left"
@@ -532,6 +561,37 @@ COMMANDS = {
     "plan of the wrong length": (["convert", "model", "--plan", "SS", "--out", "new"], "--plan", "SS", "3 layers"),
     "plan of wrong letters": (["convert", "model", "--plan", "SXS", "--out", "new"], "--plan", "SXS", "S (softmax)"),
     "window 0": (["convert", "model", "--plan", "SLS", "--window", "0", "--out", "n"], "--window", "0", "at least 1"),
+    "sinks over the window": (
+        ["convert", "model", "--plan", "SLS", "--window", "4", "--sinks", "4", "--out", "n"],
+        "--sinks",
+        "4",
+        "0 to 3",
+    ),
+    "affine without text": (["convert", "model", "--plan", "SAS", "--out", "n"], "--text", "missing", "give one"),
+    "text for nothing": (
+        ["convert", "model", "--plan", "SNS", "--text", "heal.txt", "--out", "n"],
+        "--text",
+        "heal.txt",
+        "has none",
+    ),
+    "text that is missing": (
+        ["convert", "model", "--plan", "SAS", "--text", "none.txt", "--out", "n"],
+        "--text",
+        "none.txt",
+        "give the path",
+    ),
+    "rank over the width": (
+        ["convert", "model", "--plan", "SAS", "--text", "heal.txt", "--rank", "17", "--out", "n"],
+        "--rank",
+        "17",
+        "1 to the model's width, 16",
+    ),
+    "too few tokens to fit": (
+        ["convert", "model", "--plan", "SAS", "--text", "heal.txt", "--tokens", "100", "--out", "n"],
+        "--tokens",
+        "100",
+        "two sequences",
+    ),
     "out not empty": (["convert", "model", "--plan", "SSS", "--out", "model"], "--out", "model", "new folder"),
     "model missing": (["evaluate", "./nodel", "--recipe", "recipe.yaml"], "MODEL", "nodel", "did you mean model?"),
     "repeats": (["bench", "model", "--repeats", "2"], "--repeats", "2", "at least 3"),

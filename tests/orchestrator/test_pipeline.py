@@ -16,6 +16,8 @@ import pytest
 
 from layerboost.checkpoint import load_model
 from layerboost.convert import plan_of
+from layerboost.families import attention_module
+from tests.conftest import Inputs, repeatable_recipe
 from tests.ray_workers import workers_of
 from tests.results import TABLES, assert_equal_results, table
 
@@ -86,6 +88,7 @@ def recipe_values() -> dict:
         "search": {
             "trials": 3,
             "window": 8,
+            "sinks": 2,
             "speed": "bytes",
             "plans": ["SNL"],
             "race": {"first": 0.7},
@@ -134,6 +137,8 @@ def test_a_run_ends_with_the_front_a_report_and_checkpoints_that_load(undisturbe
     assert set(pareto["concurrency"]) == {1, 2}
     healed = pareto[pareto["healed"]]
     assert healed["plan_id"].nunique() == 2
+    has_window = pareto["window"].notna()
+    assert set(pareto["sinks"][has_window]) == {2} and pareto["sinks"][~has_window].isna().all()
     assert set(healed["heal_tokens"]) == {2048}
     assert "linear_window" in set(healed["origin"])
     base = pareto[pareto["origin"] == "base"].iloc[0]
@@ -304,3 +309,39 @@ def test_adaptive_tiers_resume_after_a_kill_and_spend_items_where_they_matter(un
     mean = table(whole, "sensitivity.csv").query("task == 'mean'")
     assert len(mean) == 3 and mean["n_items"].between(4, 30).all()
     assert json.loads((whole / "run.json").read_text())["adaptive"]["tiers"].count("remove") == 1
+
+
+def test_affine_layers_go_the_whole_way_killed_on_it_and_with_their_maps_lost(pristine_inputs, tmp_path):
+    shutil.copytree(pristine_inputs, tmp_path / "inputs")
+    inputs = Inputs(
+        tmp_path / "inputs",
+        repeatable_recipe(
+            sensitivity={"treatments": ["none", "window", "affine"], "score": "kl"},
+            search={"trials": 3, "method": "swaps", "sinks": 1, "affine": {"tokens": 512, "rank": 6}},
+            constraints={"pin": {1: "affine"}},
+            healing={"checkpoint_every_steps": 2},
+        ),
+    )
+    inputs.write_recipe()
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(inputs, whole)
+    drops = table(whole, "sensitivity.csv").query("task == 'mean'").groupby("treatment")["drop"].sum()
+    assert set(drops.index) == {"none", "window", "affine"}
+    assert drops["affine"] < drops["none"], "the maps replace a part of what attention did"
+    pareto = table(whole, "pareto.csv")
+    healed = pareto[pareto["healed"]].drop_duplicates("plan_id")
+    assert healed["plan"].str[1].eq("A").all() and healed["n_affine"].ge(1).all() and len(healed) == 1
+    (plan_id,) = healed["plan_id"]
+    model = load_model(str(whole / "healed" / plan_id))
+    assert attention_module(model, 1).affine.down.shape == (6, 16)
+    assert healed["kv_bytes_per_token"].max() < pareto.query("origin == 'base'")["kv_bytes_per_token"].max()
+
+    for line_start in ("evaluate 2/", "heal step 2/"):
+        kill_at(inputs, out, line_start)
+    (maps,) = out.glob("maps/*.safetensors")
+    maps.unlink()
+    resumed = run(inputs, out)
+    assert "done maps=layers" in resumed.stderr, "maps that are lost are fitted again"
+    assert set(records(out)) == set(records(whole))
+    assert_equal_results(out, whole)
+    assert maps.is_file()

@@ -66,9 +66,9 @@ def converted(parent):
 
 def test_a_treatment_is_one_object_that_travels_between_processes():
     assert pickle.loads(pickle.dumps(GATED)) is GATED is Treatment("gated_mean")
-    assert list(Treatment)[-1] is GATED and [t.letter for t in Treatment] == ["S", "L", "W", "N", "G"]
+    assert list(Treatment)[-1] is GATED and [t.letter for t in Treatment] == ["S", "L", "W", "N", "A", "G"]
     assert Plan.parse("SGSN").plugins == {NAME: VERSION} and Plan.parse("SLWN", 4).plugins == {}
-    with pytest.raises(PlanError, match=r"'X'; use .*N \(none\), G \(gated_mean\)"):
+    with pytest.raises(PlanError, match=r"'X'; use .*N \(none\), A \(affine\), G \(gated_mean\)"):
         Plan.parse("SX")
     with pytest.raises(UnknownEntryError, match="did you mean gated_mean"):
         Treatment("gated_meen")
@@ -186,15 +186,15 @@ def test_a_divergence_has_its_gradient():
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("sensitivity.treatments=[nothing]", "none, gated_mean, window, linear_window"),
+        ("sensitivity.treatments=[nothing]", "none, affine, gated_mean, window, linear_window"),
         ("sensitivity.score=likelyhood", "cosine, likelihood; did you mean likelihood?"),
         ("search.middle=mean", "linear_window, window, gated_mean"),
         ("search.method=alternate", "swaps, alternating"),
-        ("search.plans=[SXS]", "N (none), G (gated_mean), one for each layer"),
+        ("search.plans=[SXS]", "N (none), A (affine), G (gated_mean), one for each layer"),
         ("healing.divergence=total", "jensen_shannon, total_variation"),
         ("throughput.engine=stop", "transformers, vllm, stopwatch"),
-        ("constraints.pin={0: gated}", "none, gated_mean"),
-        ("constraints.at_most={n_gated: 1}", "n_window, n_gated_mean, peak_memory_mib"),
+        ("constraints.pin={0: gated}", "none, affine, gated_mean"),
+        ("constraints.at_most={n_gated: 1}", "n_window, n_affine, n_gated_mean, peak_memory_mib"),
     ],
 )
 def test_recipe_errors_list_it(inputs, override, allowed):
@@ -212,7 +212,7 @@ def test_a_recipe_takes_it(inputs):
 
 
 def test_help_names_it(capsys):
-    for command, said in (("convert", "N none, G gated_mean"), ("bench", "{transformers,vllm,stopwatch}")):
+    for command, said in (("convert", "N none, A affine, G gated_mean"), ("bench", "{transformers,vllm,stopwatch}")):
         with pytest.raises(SystemExit):
             cli.build_parser().parse_args([command, "--help"])
         assert said in " ".join(capsys.readouterr().out.split())
@@ -233,6 +233,7 @@ def test_tables_and_pictures_show_it():
         "n_linear_window",
         "n_window",
         "n_none",
+        "n_affine",
         "n_gated_mean",
     ]
     row = {"plan_id": "0", "plan": "GSGN", "origin": "search", "status": "ok"}

@@ -18,9 +18,11 @@ from layerboost import attention
 from layerboost.attention import (
     FEATURE_LOGIT_CAP,
     LinearWindow,
+    Sinks,
     add_to_state,
     linear_window_attention,
     naive_attention,
+    sink_tokens,
 )
 from layerboost.plan import Treatment
 
@@ -81,6 +83,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     padded: bool = False
     n_past: int = 0
+    sinks: int = 0
     scale: float = 1.0
     feature_bias: float = 0.0
     tolerance: float | None = None
@@ -89,6 +92,7 @@ class Case:
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.n_kv_heads}x{self.group}x{self.n_tokens}x{self.head_dim}"
         extras = "-padded" * self.padded + f"-past{self.n_past}" * bool(self.n_past)
+        extras += f"-sinks{self.sinks}" * bool(self.sinks)
         return f"{shape}-window{self.window}-{str(self.dtype).removeprefix('torch.')}{extras}"
 
     def inputs(self):
@@ -114,7 +118,9 @@ class Case:
         return feature_map.to(DEVICE), [x.to(self.dtype).to(DEVICE) for x in tensors], valid.to(DEVICE)
 
     def options(self, feature_map) -> dict:
-        return {"scaling": self.head_dim**-0.5, "window": self.window, "feature_map": feature_map}
+        """Returns the options of the definition; its window holds the sinks."""
+        options = {"scaling": self.head_dim**-0.5, "window": self.window, "feature_map": feature_map}
+        return {**options, "sinks": self.sinks} if self.sinks else options
 
     def compare(self, actual, expected, names) -> None:
         tolerance = self.tolerance or TOLERANCES[self.dtype]
@@ -135,14 +141,21 @@ def _prefill(case: Case) -> None:
     direction = torch.randn_like(reference)
     expected = torch.autograd.grad((reference * direction).sum(), [*wide, *feature_map.parameters()])
 
-    first_key = max(case.n_past - (case.window - 1), 0)
+    newest = case.window - case.sinks
+    first_key = max(case.n_past - (newest - 1), 0)
     feature_map = feature_map.float()
-    state = None
+    state, more = None, {}
+    is_sink = sink_tokens(case.sinks, valid.shape[1], valid, None, query)
     if first_key:
         with torch.no_grad():
             old = feature_map.key_features(key[:, :, :first_key])
-            state = add_to_state(None, old, value[:, :, :first_key], valid[:, :first_key])
-    used = [x.requires_grad_() for x in (query[:, :, case.n_past :], key[:, :, first_key:], value[:, :, first_key:])]
+            summed = valid[:, :first_key] & ~is_sink[:, :first_key]
+            state = add_to_state(None, old, value[:, :, :first_key], summed)
+    shown = (torch.arange(valid.shape[1], device=DEVICE) >= first_key) | is_sink
+    first_used = first_key
+    if case.sinks:  # all older keys are set apart, and the sinks among them are seen
+        first_used, more = 0, {"sinks": is_sink, "n_sinks": case.sinks, "n_apart": first_key}
+    used = [x.requires_grad_() for x in (query[:, :, case.n_past :], key[:, :, first_used:], value[:, :, first_used:])]
     logits, features = feature_map(*used[:2])
     assert supports(*used, state, None, None)
     output = linear_window_prefill(
@@ -150,15 +163,19 @@ def _prefill(case: Case) -> None:
         logits,
         features,
         scaling=case.head_dim**-0.5,
-        window=case.window,
+        window=newest,
         logit_cap=FEATURE_LOGIT_CAP,
         state=state,
-        valid=valid[:, first_key:] if case.padded else None,
+        valid=valid[:, first_used:] if case.padded else None,
+        **more,
     )
     assert output.dtype == case.dtype
-    gradients = torch.autograd.grad((output * direction).sum(), [*used, *feature_map.parameters()])
+    gradients = list(torch.autograd.grad((output * direction).sum(), [*used, *feature_map.parameters()]))
     names = ["output", "d_query", "d_key", "d_value", "d_query_weight", "d_query_bias", "d_key_weight"]
-    expected = [expected[0][:, :, case.n_past :], *(x[:, :, first_key:] for x in expected[1:3]), *expected[3:]]
+    expected = [expected[0][:, :, case.n_past :], *(x[:, :, first_used:] for x in expected[1:3]), *expected[3:]]
+    for of_keys in (1, 2):  # older keys that are no sinks are part of the state, which is a constant to the kernels
+        kept = shown[:, None, first_used:, None]
+        gradients[of_keys], expected[of_keys] = gradients[of_keys] * kept, expected[of_keys] * kept
     if state is not None:  # the state depends on the keys' weights but is a constant to the kernels
         names, gradients, expected = names[:-1], gradients[:-1], expected[:-1]
     case.compare([output, *gradients], [reference, *expected], names)
@@ -176,6 +193,11 @@ CASES = [
     Case(200, window=3, group=4, dtype=torch.bfloat16, n_past=150),
     Case(90, window=16, head_dim=128, group=3, dtype=torch.bfloat16),
     Case(140, window=9, head_dim=96, dtype=torch.float16, padded=True),
+    Case(170, window=2, sinks=1, n_kv_heads=2, group=1),
+    Case(190, window=20, sinks=4, padded=True, batch=2, group=2),
+    Case(100, window=150, sinks=4),
+    Case(40, window=17, sinks=3, head_dim=80, n_past=160, padded=True),
+    Case(90, window=40, sinks=20, head_dim=64, dtype=torch.bfloat16, padded=True),
 ]
 
 
@@ -318,6 +340,8 @@ def _dispatch(case: Case) -> None:
 
     feature_map, (query, key, value), valid = case.inputs()
     options = case.options(feature_map.float()) | {"valid": valid}
+    if n_sinks := options.pop("sinks", 0):
+        options["sinks"] = Sinks(n_sinks, sink_tokens(n_sinks, case.n_tokens, valid, None, query))
     calls = []
 
     def counted(*args, **kwargs):
@@ -349,11 +373,12 @@ def _dispatch(case: Case) -> None:
     assert not kernels.supports(query, key, value.half(), None, None, None)
 
 
-def test_attention_takes_the_kernels_where_they_can(in_kernel_process):
-    in_kernel_process(_dispatch, Case(70, window=6, batch=2, padded=True))
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_attention_takes_the_kernels_where_they_can(sinks, in_kernel_process):
+    in_kernel_process(_dispatch, Case(70, window=6, batch=2, padded=True, sinks=sinks))
 
 
-def _dispatched_steps(padded: bool) -> None:
+def _dispatched_steps(padded: bool, sinks: int) -> None:
     """Decodes token by token with a converted model's cache, past the window, and records the kernels called."""
     from layerboost import Plan, convert, kernels
     from tests.models import tiny_model
@@ -369,7 +394,7 @@ def _dispatched_steps(padded: bool) -> None:
             return kernels.linear_window_step(*args, **kwargs)
 
     shape = {"num_hidden_layers": 3, "head_dim": 16, "hidden_size": 32}
-    model = convert(tiny_model("llama", **shape), Plan.parse("LSL", window=5)).to(DEVICE)
+    model = convert(tiny_model("llama", **shape), Plan.parse("LSL", window=5, sinks=sinks)).to(DEVICE)
     tokens = torch.randint(3, 97, (2, 13), device=DEVICE)
     mask = torch.ones_like(tokens)
     mask[0, : 4 if padded else 0] = 0
@@ -394,9 +419,10 @@ def _dispatched_steps(padded: bool) -> None:
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("padded", [False, True])
-def test_decoding_takes_the_fused_step(padded, in_kernel_process):
-    in_kernel_process(_dispatched_steps, padded)
+def test_decoding_takes_the_fused_step(padded, sinks, in_kernel_process):
+    in_kernel_process(_dispatched_steps, padded, sinks)
 
 
 class _OnGpu:

@@ -23,6 +23,7 @@ from layerboost import Plan, convert
 from layerboost.attention import LinearWindow
 from layerboost.checkpoint import load_model, load_tokenizer, save_checkpoint
 from layerboost.smallworld.train import MODEL_DIR
+from layerboost.treatments import AffineMap
 from tests.models import tiny_model
 
 VLLM_PYTHON = os.environ.get("LAYERBOOST_VLLM_PYTHON")
@@ -49,6 +50,11 @@ CHECKPOINTS = {
     "third": ("llama", "NNSNNS"),
     "states": ("llama", "LLLLLL"),
     "windows": ("qwen3", "WWWWWW"),
+    "sinks": ("llama", "NSWLAN+2"),
+    "windows with sinks": ("qwen3", "WWSWWW+3"),
+    "kept windows": ("llama", "WWWWWW+3"),
+    "states with sinks": ("llama", "LLLLLL+1"),
+    "maps": ("qwen2", "ASAWAA"),
     "nothing": ("llama", "NNNNNN"),
     "too much": ("llama", "NSWLSN"),
     "too little": ("llama", "NSWLSN"),
@@ -77,7 +83,8 @@ def folder(tmp_path_factory) -> Path:
     for name, (family, letters) in CHECKPOINTS.items():
         shape = SHAPE | ({"num_attention_heads": 4, "num_key_value_heads": 2} if name == "grouped" else {})
         parent = parents.setdefault((family, shape["num_key_value_heads"]), tiny_model(family, seed=3, **shape))
-        save_checkpoint(with_maps(convert(parent, Plan.parse(letters, WINDOW))), None, folder / name)
+        letters, _, sinks = letters.partition("+")
+        save_checkpoint(with_maps(convert(parent, Plan.parse(letters, WINDOW, int(sinks or 0)))), None, folder / name)
     claim_plan(folder / "too much" / "config.json", "NSWSSN")
     claim_plan(folder / "too little" / "config.json", "NSWLSS")
     model = convert(load_model(str(MODEL_DIR)), Plan.parse("NSLWSLNSLWSS", 16))
@@ -87,10 +94,10 @@ def folder(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def with_maps(model):
-    """Changes the feature maps so that they affect the output."""
+    """Changes the feature maps, and the maps of affine layers, so that they affect the output."""
     torch.manual_seed(5)
     for module in model.modules():
-        if isinstance(module, LinearWindow):
+        if isinstance(module, LinearWindow | AffineMap):
             for parameter in module.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
@@ -176,6 +183,11 @@ def test_a_state_takes_what_the_plan_says(results):
     state_bytes = 4 * kv_heads * (2 * dim * (dim + 1) + 2 * WINDOW * dim)
     assert results["states"]["page_bytes"] == [state_bytes]
     assert results["states"]["n_blocks"] == KV_CACHE_GIB * 2**30 // (state_bytes * 6)
+
+
+def test_windows_with_sinks_keep_no_sums_where_no_layer_has_any(results):
+    window_bytes = 4 * SHAPE["num_key_value_heads"] * 2 * WINDOW * SHAPE["head_dim"]
+    assert results["kept windows"]["page_bytes"] == [window_bytes]
 
 
 def test_removed_layers_own_nothing_and_others_what_they_are(results):

@@ -11,6 +11,7 @@ from layerboost.speed.speed_model import SpeedFitError, SpeedModel, counts, desi
 
 N, WINDOW = 12, 16
 SECONDS = {Treatment.SOFTMAX: 5e-3, Treatment.LINEAR_WINDOW: 4e-3, Treatment.WINDOW: 1.5e-3, Treatment.NONE: 0.0}
+SECONDS[Treatment.AFFINE] = 0.7e-3
 SLIDING = tuple(512 if layer % 6 else None for layer in range(N))
 
 
@@ -119,10 +120,10 @@ def test_a_model_survives_json():
 def test_the_design_begins_with_the_uniform_plans_holds_the_given_ones_and_tells_every_time():
     given = Plan.parse("SSNNLLWWSNSN", WINDOW)
     plans = _design(given=[given, Plan.uniform(Treatment.NONE, N), Plan.uniform(Treatment.WINDOW, N, 3)])
-    assert plans[:4] == [Plan.uniform(treatment, N, WINDOW) for treatment in Treatment] and plans[4] == given
+    assert plans[:5] == [Plan.uniform(treatment, N, WINDOW) for treatment in Treatment] and plans[5] == given
     assert len(plans) == len(set(plans)) == 8
     assert len({counts(plan, (None,) * N) for plan in plans}) == 8
-    for mixture in plans[5:]:
+    for mixture in plans[6:]:
         assert max(map(mixture.count, Treatment)) <= N // 2
         halves = [mixture.treatments[: N // 2], mixture.treatments[N // 2 :]]
         assert all(abs(halves[0].count(t) - halves[1].count(t)) <= 1 for t in Treatment)
@@ -132,9 +133,9 @@ def test_the_design_begins_with_the_uniform_plans_holds_the_given_ones_and_tells
 def test_the_design_fits_models_of_any_depth(n_layers, n):
     plans = design_plans(n_layers, tuple(Treatment), WINDOW, n)
     if n_layers == 1:
-        assert len(plans) == 4
+        assert len(plans) == 5
         return
-    assert len(plans) == max(n, 5)
+    assert len(plans) == max(n, 6)
     model = SpeedModel.fit([(plan, 1.0 + plan.count(Treatment.SOFTMAX), 0.0) for plan in plans], concurrency=1)
     assert model.layer_times()[Treatment.SOFTMAX] == pytest.approx([1.0] * n_layers)
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models gain nothing f
 
 WINDOW = 5
 PLANS = [Plan.parse(plan, WINDOW) for plan in ("SSSS", "NSSS", "SWSS", "SSLS", "SSSN", "WLNS", "LLLL", "WWWW", "NNNN")]
+PLANS += [Plan.parse(plan, WINDOW, sinks=2) for plan in ("SWSS", "NWLS")]
 
 
 def _requests(n: int = 24) -> list[Request]:

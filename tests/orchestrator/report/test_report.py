@@ -60,18 +60,19 @@ DESIGN = {
     "drop_ci_low, drop_ci_high",
     "candidates": "plan_id, plan, window, origin, remove_below, keep_above, quality, quality_stderr, "
     "output_throughput_tok_per_s, on_front, status, objective, predicted_throughput_tok_per_s, "
-    "predicted_throughput_stderr, share, beaten_by",
+    "predicted_throughput_stderr, share, beaten_by, sinks",
     "pareto": "plan_id, plan, window, origin, healed, heal_tokens, n_softmax, n_linear_window, n_window, n_none, "
-    "engine, hardware, concurrency, prompt_tokens, new_tokens, output_throughput_tok_per_s, output_throughput_stderr, "
-    "ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, quality_stderr, "
+    "n_affine, engine, hardware, concurrency, prompt_tokens, new_tokens, output_throughput_tok_per_s, "
+    "output_throughput_stderr, ttft_ms_p50, tpot_ms_p50, peak_memory_mib, kv_bytes_per_token, BENCHMARKS, quality, "
+    "quality_stderr, "
     "quality_retained, quality_retained_stderr, speedup, on_front, status, error, "
     "predicted_throughput_tok_per_s, predicted_throughput_stderr, feasible, flags, engine_version, ttft_ms_p99, "
-    "tpot_ms_p99, itl_ms_p50, itl_ms_p99, kv_cache_tokens, control_retained, control_retained_stderr",
+    "tpot_ms_p99, itl_ms_p50, itl_ms_p99, kv_cache_tokens, control_retained, control_retained_stderr, sinks",
     "rankings": "treatment, score, source, context_tokens, chosen, n_items, split_half_spearman, split_half_low, "
     "split_half_high, items_until_stable, indistinct_pairs, ranking",
     "correlations": "treatment, view_a, view_b, method, correlation, ci_low, ci_high",
     "interactions": "plan_id, plan, window, origin, score, predicted_drop, measured_drop, measured_drop_stderr, "
-    "interaction, interaction_stderr",
+    "interaction, interaction_stderr, sinks",
     "tiers": "plan_id, plan, layer, treatment, drop, drop_ci_low, drop_ci_high, remove_below, keep_above, straddles",
 }
 """The columns that users were promised; they are repeated here so that a change of the writer fails a test."""
@@ -209,9 +210,9 @@ def test_csv_holds_exact_floats_true_false_and_empty_cells():
     lines = text.splitlines()
     assert lines[0] == ",".join(names("candidates"))
     assert repr(0.1 / 3) in lines[1]
-    assert lines[1].endswith(",true,ok,,,,,")
+    assert lines[1].endswith(",true,ok,,,,,,")
     assert ",SSSS,,base," in lines[1]
-    assert any(line.endswith(",,false,failed,,,,,") for line in lines)
+    assert any(line.endswith(",,false,failed,,,,,,") for line in lines)
     assert not re.search(r"nan|None|<NA>|True|False", text)
 
 

@@ -35,7 +35,7 @@ PROMISED = {
     "healing_quality": "plan_id, origin, share, tokens, SCORES, quality, quality_stderr, quality_retained, "
     "quality_retained_stderr",
     "baselines": "plan_id, plan, window, origin, candidate_id, candidate, quality_ratio, quality_ratio_stderr, "
-    "nll_gain, nll_gain_stderr",
+    "nll_gain, nll_gain_stderr, sinks",
     "branches": "plan_id, origin, window, branch_zeroed, nll, nll_loss, nll_loss_stderr, n_items",
 }
 

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerboost.affine import MapsSpec, save_maps
 from layerboost.checkpoint import load_model, load_tokenizer
-from layerboost.convert import convert, plan_of
+from layerboost.convert import attach_maps, convert, plan_of
+from layerboost.families import attention_module
 from layerboost.healing.distillation import make_trainee
 from layerboost.healing.spec import HealingSpec, HeldOut, phases_of
 from layerboost.healing.training import (
@@ -34,6 +36,7 @@ from layerboost.healing.training import (
 )
 from layerboost.plan import Plan
 from layerboost.storage.publish import publish_folder, publish_tensors, read_tensors
+from layerboost.sweep.affine_fits import fit_maps, fit_maps_of_plan, read_sequences
 from layerboost.text.batches import GlobalBatches, PackedText
 from layerboost.text.documents import pack, read_documents
 from layerboost.text.sources import TextSource, pack_sources
@@ -224,6 +227,28 @@ def test_jobs_on_the_same_text_share_what_the_teacher_computes(
     assert {file: file.read_bytes() for file in kept.glob("*")} == files, "the damaged ones are written again"
     written = [file for file in files if file.stat().st_mtime_ns != since[file]]
     assert written == list(files)[:2], "the others were only read"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("transfer", ["together", "by_layer"])
+def test_healing_starts_from_maps_that_are_fitted_under_the_plan_behind_a_transfer_too(cluster, folder, transfer):
+    plan, model = Plan.parse("LANA", 4, sinks=1), load_model(str(folder / "model"))
+    maps = MapsSpec(TextSource(str(folder / "text.txt")), tokens=320, sequence_tokens=16)
+    sequences = read_sequences(maps, load_tokenizer(str(folder / "model")))
+    file = str(folder / f"maps-{transfer}.safetensors")
+    save_maps(fit_maps(model, sequences, rank=8), file)
+    attach_maps(model, fit_maps_of_plan(model, plan, sequences, rank=dict.fromkeys((1, 3), 8)))
+    rows = []
+    expected = heal_locally(model, plan, text_of(folder), SPEC, on_step=rows.append).state_dict()
+
+    job = job_of(folder, f"maps-{transfer}", plan=plan, maps=maps, transfer=transfer)
+    result = heal(replace(job, parent=replace(job.parent, maps=file)))
+    losses, local_losses = ([row.loss for row in curve if row.phase == "heal"] for curve in (result.curve, rows))
+    assert len(losses) == STEPS - TRANSFER_STEPS and losses == pytest.approx(local_losses, **CLOSE)
+    healed = load_model(job.output)
+    assert attention_module(healed, 1).affine.down.shape == (8, 32)
+    for name, tensor in healed.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.cluster

@@ -1,4 +1,7 @@
-"""Implements linear_window layers in vLLM, with a state of constant size for each request in a block of its own."""
+"""Implements layers in vLLM that keep a state of constant size for each request in a block of its own.
+
+They are the linear_window layers, and windows with sinks, which vLLM's blocks of tokens cannot keep.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,46 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from ..attention import LinearWindow, add_to_state, linear_window_attention, linear_window_step
+from ..attention import (
+    LinearWindow,
+    Sinks,
+    add_to_state,
+    linear_window_attention,
+    linear_window_step,
+    softmax_attention,
+    window_attention,
+)
+from ..plan import Plan, Treatment
 
 CPU_CACHE_BYTES = 8 << 20
 """Bytes of states that a CPU works on at once, so that they are read from memory and written back only once."""
 
 
-def state_shapes(n_kv_heads: int, head_dim: int, window: int) -> tuple[tuple[int, ...], ...]:
+def state_shapes(n_kv_heads: int, head_dim: int, plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Returns the shapes of what one request keeps in a layer of K heads on this rank.
 
-    They are the sums (K, R, D) and norms (K, R) over the tokens that left the window, and the keys and values
-    (K, window, D) inside it, where token t is in slot t modulo window.
+    They are the keys and values (K, window, D) of the window, where token t is in slot t if it is a sink and else in
+    slot sinks + (t - sinks) modulo (window - sinks). If the plan has linear_window layers, the sums (K, R, D) and norms
+    (K, R) over the tokens that left the window come first, also in its other layers, because vLLM's states have one
+    size.
     """
+    assert plan.window is not None
     n_features = 2 * head_dim
-    kept = (n_kv_heads, window, head_dim)
-    return (n_kv_heads, n_features, head_dim), (n_kv_heads, n_features), kept, kept
+    kept = (n_kv_heads, plan.window, head_dim)
+    sums = ((n_kv_heads, n_features, head_dim), (n_kv_heads, n_features)) if _has_sums(plan) else ()
+    return (*sums, kept, kept)
 
 
-def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def state_dtypes(dtype: torch.dtype, plan: Plan) -> tuple[torch.dtype, ...]:
     """Returns the dtypes of the tensors of `state_shapes` in a model of `dtype`."""
-    return torch.float32, torch.float32, dtype, dtype
+    return (torch.float32, torch.float32, dtype, dtype) if _has_sums(plan) else (dtype, dtype)
 
 
-class LinearWindowState(nn.Module, MambaBase):
+def _has_sums(plan: Plan) -> bool:
+    return plan.count(Treatment.LINEAR_WINDOW) > 0
+
+
+class WindowState(nn.Module, MambaBase):
     """Replaces vLLM's `Attention` in a family's attention module, with heads as input and output.
 
     A request's tokens may come in any number of chunks. Requests with one token, mostly decode steps, are processed
@@ -51,18 +71,23 @@ class LinearWindowState(nn.Module, MambaBase):
         n_kv_heads: int,
         head_dim: int,
         scaling: float,
-        window: int,
+        plan: Plan,
+        treatment: Treatment,
         vllm_config: Any,
         prefix: str,
     ):
         """Creates the layer; heads are those of this tensor-parallel rank, `prefix` is the layer's name in vLLM."""
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.window = n_heads, n_kv_heads, head_dim, window
+        assert plan.window is not None and plan.newest_tokens is not None
+        self.plan, self.window, self.sinks, self.n_newest = plan, plan.window, plan.sinks, plan.newest_tokens
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.scaling, self.layer_name = scaling, prefix
         self.dtype = vllm_config.model_config.dtype
-        self.feature_map = LinearWindow(n_heads, n_kv_heads, head_dim, scaling)
-        for parameter in self.feature_map.parameters():
-            set_weight_attrs(parameter, {"weight_loader": _load_heads_of_rank})
+        self.feature_map: LinearWindow | None = None
+        if treatment is Treatment.LINEAR_WINDOW:
+            self.feature_map = LinearWindow(n_heads, n_kv_heads, head_dim, scaling)
+            for parameter in self.feature_map.parameters():
+                set_weight_attrs(parameter, {"weight_loader": _load_heads_of_rank})
         self.kv_cache = ()
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -71,10 +96,10 @@ class LinearWindowState(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.LINEAR
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(self.n_kv_heads, self.head_dim, self.window)
+        return state_shapes(self.n_kv_heads, self.head_dim, self.plan)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return state_dtypes(self.dtype)
+        return state_dtypes(self.dtype, self.plan)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Returns (tokens, H D), given query (tokens, H D), key and value (tokens, K D) of all requests of a step."""
@@ -127,17 +152,21 @@ class LinearWindowState(nn.Module, MambaBase):
 
         `n_tokens` (B,) includes these tokens. On a GPU the host reads no value, so that a graph can capture this.
         """
-        newest, leaving = (n_tokens - 1) % self.window, n_tokens % self.window
+        newest = self._slots(n_tokens - 1)
         is_first = n_tokens == 1
         if query.is_cuda or bool(is_first.any()):
             self._clear(blocks, is_first)
-        keys, values = self.kv_cache[2:]
+        keys, values = self.kv_cache[-2:]
         keys[blocks, :, newest], values[blocks, :, newest] = key, value
-        sums, norms, window_keys, window_values = (kept[blocks] for kept in self.kv_cache)
+        window_keys, window_values = keys[blocks], values[blocks]
         visible, left = None, None
         if query.is_cuda or bool((n_tokens < self.window).any()):
-            visible = torch.arange(self.window, device=query.device) < n_tokens[:, None]  # (B, window)
+            visible = (torch.arange(self.window, device=query.device) < n_tokens[:, None])[:, None, None]
             left = (n_tokens >= self.window)[:, None]
+        if self.feature_map is None:
+            seen = softmax_attention(query.unsqueeze(2), window_keys, window_values, visible, self.scaling, None, 0.0)
+            return seen.squeeze(2)
+        sums, norms = (kept[blocks] for kept in self.kv_cache[:2])
         output = linear_window_step(
             query.unsqueeze(2),
             window_keys,
@@ -145,9 +174,11 @@ class LinearWindowState(nn.Module, MambaBase):
             scaling=self.scaling,
             feature_map=self.feature_map,
             state=(sums, norms),
-            visible=None if visible is None else visible[:, None, None],
+            visible=visible,
         )
         rows = torch.arange(len(blocks), device=query.device)
+        # The token that leaves with the next one lies where the next one will; a sink never leaves.
+        leaving = self.sinks + (n_tokens - self.sinks) % self.n_newest
         features = self.feature_map.key_features(window_keys[rows, :, leaving].unsqueeze(2))
         left_value = window_values[rows, :, leaving].unsqueeze(2)
         self.kv_cache[0][blocks], self.kv_cache[1][blocks] = add_to_state((sums, norms), features, left_value, left)
@@ -167,31 +198,47 @@ class LinearWindowState(nn.Module, MambaBase):
         if n_before == 0:
             for kept in self.kv_cache:
                 kept[block] = 0
-        sums, norms, keys, values = (kept[block] for kept in self.kv_cache)
-        before = self._slots(n_before - min(n_before, self.window - 1), n_before)
+        keys, values = (kept[block] for kept in self.kv_cache[-2:])
+        oldest = max(n_before - (self.n_newest - 1), 0)
+        n_apart = min(self.sinks, oldest)
+        tokens = torch.cat([self._tokens(0, n_apart), self._tokens(oldest, n_tokens)])
+        before = self._slots(tokens[: n_apart + n_before - oldest])
+        new_keys, new_values = key.transpose(0, 1), value.transpose(0, 1)
         key, value = (
-            torch.cat([kept[:, before], new.transpose(0, 1)], dim=1) for kept, new in ((keys, key), (values, value))
+            torch.cat([kept[:, before], new], dim=1) for kept, new in ((keys, new_keys), (values, new_values))
         )
-        output, state = linear_window_attention(
-            query.transpose(0, 1)[None],
-            key[None],
-            value[None],
-            scaling=self.scaling,
-            window=self.window,
-            feature_map=self.feature_map,
-            state=(sums[None], norms[None]) if n_before >= self.window else None,
-            return_state=True,
-        )
-        assert state is not None
-        n_kept = min(self.window, key.shape[1])
-        kept = self._slots(n_tokens - n_kept, n_tokens)
-        sums, norms, keys, values = self.kv_cache
-        sums[block], norms[block] = state[0][0], state[1][0]
-        keys[block, :, kept], values[block, :, kept] = key[:, -n_kept:], value[:, -n_kept:]
+        inputs = query.transpose(0, 1)[None], key[None], value[None]
+        sinks = Sinks(self.sinks, (tokens < self.sinks)[None], n_apart) if self.sinks else None
+        if self.feature_map is None:
+            output = window_attention(*inputs, scaling=self.scaling, window=self.n_newest, sinks=sinks)
+        else:
+            sums, norms = (kept[block] for kept in self.kv_cache[:2])
+            output, state = linear_window_attention(
+                *inputs,
+                scaling=self.scaling,
+                window=self.n_newest,
+                sinks=sinks,
+                feature_map=self.feature_map,
+                state=(sums[None], norms[None]) if n_before >= self.window else None,
+                return_state=True,
+            )
+            assert state is not None
+            self.kv_cache[0][block], self.kv_cache[1][block] = state[0][0], state[1][0]
+        new = self._tokens(n_before, n_tokens)
+        # Of tokens that share a slot only the last one stays.
+        stays = (new < self.sinks) | (new >= n_tokens - self.n_newest)
+        slots = self._slots(new[stays])
+        for kept, of_new in zip(self.kv_cache[-2:], (new_keys, new_values), strict=True):
+            kept[block, :, slots] = of_new[:, stays]
         return output[0].transpose(0, 1)
 
-    def _slots(self, first: int, stop: int) -> torch.Tensor:
-        return torch.arange(first, stop, device=self.kv_cache[0].device) % self.window
+    def _tokens(self, first: int, stop: int) -> torch.Tensor:
+        return torch.arange(first, stop, device=self.kv_cache[0].device)
+
+    def _slots(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the slots of tokens."""
+        newest = self.sinks + (tokens - self.sinks) % self.n_newest
+        return torch.where(tokens < self.sinks, tokens, newest) if self.sinks else newest
 
 
 def _load_heads_of_rank(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
