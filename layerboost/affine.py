@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -200,14 +200,3 @@ def fit_map(train: Moments, held_out: Moments, rank: Rank = "full") -> FittedMap
 def auto_ranks(width: int) -> list[int]:
     """Returns the ranks that `auto` tries for a width, smallest first."""
     return sorted({max(1, round(width * share)) for share in RANK_SHARES})
-
-
-def pooled(parts: Sequence[Moments]) -> Moments:
-    """Returns the sums over the tokens of several parts."""
-    total = Moments(len(parts[0].x), parts[0].x.device)
-    for part in parts:
-        total.n_tokens += part.n_tokens
-        total.yy += part.yy
-        for name in ("x", "y", "xx", "xy"):
-            getattr(total, name).add_(getattr(part, name))
-    return total

@@ -128,7 +128,7 @@ class WindowLayer(StateLayer):
         first = self.seen_tokens
         self.seen_tokens += key_states.shape[2]
         self._own_tensors()
-        # Of tokens that share a slot the last one stays, so only those that stay are written.
+        # A later token overwrites an earlier one in the same slot, so only the tokens that will stay are written.
         newest = max(self.seen_tokens - self.n_newest, first)
         for start, stop in ((first, min(self.sinks, self.seen_tokens)), (max(newest, self.sinks), self.seen_tokens)):
             if start < stop:

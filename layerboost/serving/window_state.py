@@ -225,7 +225,7 @@ class WindowState(nn.Module, MambaBase):
             assert state is not None
             self.kv_cache[0][block], self.kv_cache[1][block] = state[0][0], state[1][0]
         new = self._tokens(n_before, n_tokens)
-        # Of tokens that share a slot only the last one stays.
+        # A later token overwrites an earlier one in the same slot, so only the tokens that will stay are written.
         stays = (new < self.sinks) | (new >= n_tokens - self.n_newest)
         slots = self._slots(new[stays])
         for kept, of_new in zip(self.kv_cache[-2:], (new_keys, new_values), strict=True):

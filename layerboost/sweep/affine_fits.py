@@ -129,7 +129,7 @@ def fit_maps_of_plan(
 
 @dataclass
 class _Seen:
-    """What one layer did to a batch.
+    """Holds what one layer did to a batch.
 
     Attributes:
         x: (B, T, d), the input of attention, or of what stands in its place.

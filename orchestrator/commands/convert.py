@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.checks.texts import check_plain_text
+from orchestrator.checks.texts import check_maps_text
 from orchestrator.commands.single_model import check_new_folder, checked_model, checked_tokenizer, load_checked
 from orchestrator.exit_codes import EXIT_DONE
-from orchestrator.recipe.errors import InputError, without_prefix
+from orchestrator.recipe.errors import InputError
 from orchestrator.run.model_facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def _fitting(
     """Checks what the maps of affine layers are fitted on and returns what fits them; None if the plan has none."""
     from layerboost.plan import Treatment
 
-    layers = plan.layers(Treatment.AFFINE)
-    if not layers:
+    if not plan.count(Treatment.AFFINE):
         if arguments.text is not None:
             raise InputError("--text", arguments.text, f"is what A layers are fitted on, and {plan} has none; leave it")
         return None
@@ -74,19 +73,16 @@ def _fitting(
         raise InputError(
             "--tokens", arguments.tokens, f"is less than two sequences of {sequence_tokens} tokens; give at least these"
         )
-    check_plain_text("--text", arguments.text, sequence_tokens, tokenizer, facts)
+    from layerboost.affine import MapsSpec
+    from layerboost.text.sources import TextSource
+
+    spec = MapsSpec(TextSource(arguments.text), arguments.tokens, sequence_tokens, rank)
+    check_maps_text("--text", spec, tokenizer, facts)
 
     def fit(model: Any) -> dict[int, FittedMap]:
-        from layerboost.affine import MapsSpec
         from layerboost.sweep.affine_fits import fit_maps_of_plan, read_sequences
-        from layerboost.text.documents import TextTooShortError
-        from layerboost.text.sources import TextSource
 
-        spec = MapsSpec(TextSource(arguments.text), arguments.tokens, sequence_tokens, rank)
-        try:
-            sequences = read_sequences(spec, tokenizer)
-        except TextTooShortError as error:
-            raise InputError("--text", arguments.text, without_prefix(error, "text")) from None
+        sequences = read_sequences(spec, tokenizer)
         if len(sequences) < spec.n_sequences:
             print(
                 f"--text: gives {len(sequences) * sequence_tokens} tokens of the {arguments.tokens} to fit on",

@@ -67,7 +67,7 @@ class RunContext:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where workers load the parent from, with the maps that its affine layers get."""
+        """The source from which workers load the parent, with the maps that its affine layers get."""
         source = self.inputs.source
         return source if self.inputs.maps_spec is None else replace(source, maps=self.maps_file)
 

@@ -251,7 +251,7 @@ class RunInputs:
             concurrency=self.condition.concurrency,
             context_tokens=self.condition.context_tokens,
             dtype_bytes=self._dtype_bytes,
-            # What `auto` will choose is not known ahead; whole matrices are the most that it may.
+            # Nobody knows ahead which ranks `auto` will choose, so whole matrices are counted, which are the largest.
             affine_rank=rank if isinstance(rank := self.recipe.search.affine.rank, int) else None,
         )
 
@@ -308,7 +308,7 @@ class RunInputs:
 
     @cached_property
     def maps_spec(self) -> MapsSpec | None:
-        """What the maps of affine layers are fitted on; None if the recipe names no affine layers."""
+        """How the maps of affine layers are fitted, as the recipe says; None if it names no such layers."""
         affine = self.recipe.search.affine
         if Treatment.AFFINE not in self.treatments:
             return None
@@ -337,8 +337,7 @@ class RunInputs:
         return {"unit": "maps", "model": self.model, "maps": self._maps}
 
     def _plan(self, plan: Plan | None) -> dict[str, Any] | None:
-        has_maps = plan is not None and plan.count(Treatment.AFFINE)
-        return plan_identity(plan, self._maps if has_maps else None)
+        return plan_identity(plan, self._maps)
 
     def scores(self, unit: EvaluationUnit, spec: QualitySpec, healed_key: str | None = None) -> dict[str, Any]:
         """Returns the identity of an evaluation; `healed_key` is the key of the healing that made the checkpoint."""

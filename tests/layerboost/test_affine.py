@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerboost.affine import AUTO_TOLERANCE, RIDGES, Moments, auto_ranks, fit_map, pooled
+from layerboost.affine import AUTO_TOLERANCE, RIDGES, Moments, auto_ranks, fit_map
 
 WIDTH = 24
 
@@ -18,10 +18,10 @@ def tokens(n: int, weight: torch.Tensor, noise: float = 0.0) -> tuple[torch.Tens
 
 
 def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
-    found = [Moments(WIDTH) for _ in range(3)]
-    for part, xs, ys in zip(found, x.chunk(3), y.chunk(3), strict=True):
-        part.add(xs, ys)
-    return pooled(found)
+    found = Moments(WIDTH)
+    for xs, ys in zip(x.chunk(3), y.chunk(3), strict=True):
+        found.add(xs, ys)
+    return found
 
 
 def mean_error(fitted, x, y) -> float:
